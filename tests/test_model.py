@@ -1,0 +1,281 @@
+"""model.py against Hugging Face's GPT2LMHeadModel, a NumPy forward pass, published parameter counts and plain formulas."""
+
+import json
+
+import pytest
+import torch
+from reference import gpt2_logits
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from model import GPT, SIZES, GPTConfig, KVCache, flash_attention, manual_attention
+
+# vocabulary, positions, layers, heads, channels: padded and not, heads of odd size, one layer, one head
+SHAPES = [(97, 24, 2, 2, 16), (128, 16, 1, 1, 8), (257, 40, 3, 4, 64), (1000, 33, 2, 3, 33)]
+
+
+def random_hf(vocab_size, n_positions, n_layer, n_head, n_embd, seed=0) -> GPT2LMHeadModel:
+    """Large random weights everywhere, biases and norms too, so that no term of the formula can hide."""
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab_size, n_positions=n_positions, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def hf_folder(tmp_path):
+    random_hf(*SHAPES[0]).save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def ids_for(config: GPTConfig, batch: int = 3, length: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(config.vocab_size, (batch, length or config.seq_len), generator=generator)
+
+
+# ---- against Hugging Face and NumPy ----
+
+
+@pytest.mark.parametrize("attention", ["flash", "manual"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_loss_and_gradients_equal_hugging_face(tmp_path, shape, attention):
+    hf = random_hf(*shape)
+    hf.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(str(tmp_path))
+    model.config.attention = attention
+    idx = ids_for(model.config)
+
+    logits, none = model(idx)
+    assert none is None and logits.shape == (*idx.shape, shape[0])
+    assert (logits - hf(idx).logits).abs().max() <= 1e-5
+
+    loss = model(idx[:, :-1], idx[:, 1:])[1]
+    hf_loss = hf(idx, labels=idx).loss
+    assert abs(loss.item() - hf_loss.item()) <= 1e-5
+    loss.backward()
+    hf_loss.backward()
+    theirs = {name: p.grad for name, p in hf.named_parameters()}
+    for name, p in model.named_parameters():
+        ours = p.grad[: shape[0]] if name == "transformer.wte.weight" else p.grad
+        theirs_here = theirs[name].t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else theirs[name]
+        assert (ours - theirs_here).abs().max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("attention", ["flash", "manual"])
+def test_logits_equal_a_forward_pass_in_numpy(attention):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(61, 12, 2, 2, 24, attention))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    idx = ids_for(model.config, batch=1)
+    expected = gpt2_logits(model.hf_state(), idx[0].tolist(), 2, 2)
+    assert abs(model(idx)[0][0].detach().numpy() - expected).max() <= 1e-4
+
+
+def test_manual_attention_equals_flash_and_the_formula():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 7, 5, dtype=torch.float64).unbind()
+    scores = (q @ k.transpose(2, 3) / 5**0.5).masked_fill(torch.ones(7, 7).triu(1).bool(), -1e30)
+    expected = scores.softmax(-1) @ v
+    assert (manual_attention(q, k, v) - expected).abs().max() < 1e-12
+    assert (flash_attention(q, k, v) - expected).abs().max() < 1e-12
+    last = expected[:, :, 4:]  # the queries are the last of the positions, as with a cache
+    assert (manual_attention(q[:, :, 4:], k, v) - last).abs().max() < 1e-12
+    assert (flash_attention(q[:, :, 4:], k, v) - last).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("attention", ["flash", "manual"])
+def test_no_logit_depends_on_a_later_input(attention):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(50, 10, 2, 2, 16, attention))
+    embedded = []
+    model.transformer.wte.register_forward_hook(lambda module, args, out: embedded.append(out.requires_grad_()) or out)
+    logits = model(ids_for(model.config, batch=1))[0]
+    for t in range(10):
+        (grad,) = torch.autograd.grad(logits[0, t].sum(), embedded[0], retain_graph=True)
+        assert (grad[0, t + 1 :] == 0).all()
+        assert grad[0, : t + 1].abs().sum(-1).min() > 0  # and it does depend on all earlier ones
+
+
+# ---- size, initial weights, vocabulary ----
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)]
+)
+def test_parameter_counts_are_the_published_ones(name, published):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**SIZES[name]))
+        assert model.num_params() == published == GPT2LMHeadModel(GPT2Config(**SIZES[name])).num_parameters()
+    assert GPTConfig().padded_vocab_size == 50304
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(500, 64, 8, 4, 128))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all(), name
+        elif "ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            expected = 0.02 / 16**0.5 if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.05), name
+            assert abs(p.mean().item()) < expected / 20, name
+
+
+def test_loss_of_a_new_model_is_that_of_guessing():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(257, 32, 2, 2, 32))
+    idx = ids_for(model.config, 8)
+    assert model(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(torch.tensor(257.0).log().item(), abs=0.1)
+
+
+def test_padding_ids_get_no_logit_and_no_gradient():
+    model = GPT(GPTConfig(97, 8, 1, 1, 8))
+    with torch.no_grad():
+        model.transformer.wte.weight[97:] = 100.0  # would win every argmax
+    idx = ids_for(model.config)
+    assert model(idx)[0].shape[-1] == 97
+    model(idx, idx)[1].backward()
+    assert (model.transformer.wte.weight.grad[97:] == 0).all()
+    assert model.transformer.wte.weight.shape[0] == 128
+
+
+def test_ignored_targets_do_not_count():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(97, 8, 1, 1, 8))
+    idx, targets = ids_for(model.config), ids_for(model.config)
+    alone = model(idx[:1], targets[:1])[1]
+    targets[1:] = -100
+    assert model(idx, targets)[1].item() == pytest.approx(alone.item(), abs=1e-6)
+
+
+def test_weight_decay_only_on_matrices():
+    model = GPT(GPTConfig(97, 8, 2, 2, 8))
+    decayed, others = model.param_groups(0.1)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in others["params"]} == {n for n in names.values() if n.endswith("bias") or "ln_" in n}
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+def test_flops_are_six_a_weight_and_the_attention_products():
+    config = GPTConfig(97, 32, 2, 2, 16)
+    per_block = 16 * 48 + 48 + 16 * 16 + 16 + 2 * (4 * 16 * 16) + 64 + 16 + 4 * 16
+    weights = 2 * per_block + 2 * 16 + 128 * 16
+    assert GPT(config).flops_per_token() == 6 * weights + 12 * 2 * 16 * 32
+
+
+def test_too_long_an_input_is_refused():
+    with pytest.raises(ValueError, match="9 positions, but the model sees at most 8"):
+        GPT(GPTConfig(97, 8, 1, 1, 8))(torch.zeros(1, 9, dtype=torch.long))
+
+
+@pytest.mark.parametrize("wrong", [{"n_embd": 10, "n_head": 3}, {"n_layer": 0}, {"attention": "fast"}])
+def test_an_impossible_shape_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GPT(GPTConfig(**wrong))
+
+
+# ---- KV cache ----
+
+
+@pytest.mark.parametrize("attention", ["flash", "manual"])
+@pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 1, 5], [12], [3, 9]])
+def test_cached_positions_equal_the_full_forward_pass(attention, pieces):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(97, 12, 2, 2, 16, attention))
+    idx = ids_for(model.config)
+    cache, parts = KVCache(12), []
+    for piece in idx.split(pieces, dim=1):
+        parts.append(model(piece, cache=cache)[0])
+    assert cache.length == 12
+    assert (torch.cat(parts, 1) - model(idx)[0]).abs().max() < 1e-5
+
+
+# ---- Hugging Face's files ----
+
+
+def test_saved_model_loads_in_transformers(tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(97, 24, 2, 2, 16))
+    model.save_pretrained(tmp_path)
+    hf, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    idx = ids_for(model.config)
+    assert (model(idx)[0] - hf.eval()(idx).logits).abs().max() <= 1e-5
+    again = GPT.from_pretrained(str(tmp_path))
+    assert (again(idx)[0] - model(idx)[0]).abs().max() == 0
+
+
+def test_the_hubs_own_layout_loads(hf_folder):
+    """OpenAI's release on the hub has names without 'transformer.' and the masks as buffers."""
+    hf = GPT.from_pretrained(str(hf_folder))
+    state = load_file(hf_folder / "model.safetensors")
+    state = {name.removeprefix("transformer."): p for name, p in state.items()}
+    state["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
+    save_file(state, hf_folder / "model.safetensors")
+    idx = ids_for(hf.config)
+    assert (GPT.from_pretrained(str(hf_folder))(idx)[0] == hf(idx)[0]).all()
+
+
+def test_weights_in_several_files_load(tmp_path, hf_folder):
+    random_hf(*SHAPES[0]).save_pretrained(tmp_path / "parts", max_shard_size="10KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    one, parts = (GPT.from_pretrained(str(folder)) for folder in (hf_folder, tmp_path / "parts"))
+    assert all((p == q).all() for p, q in zip(one.parameters(), parts.parameters(), strict=True))
+
+
+def test_pickled_weights_are_refused(hf_folder):
+    torch.save({}, hf_folder / "pytorch_model.bin")
+    (hf_folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="pickled weights are not read"):
+        GPT.from_pretrained(str(hf_folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("activation_function", "relu", "activation_function is 'relu'"),
+        ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx is True"),
+        ("n_inner", 7, "n_inner is 7"),
+        ("model_type", "llama", "'llama' model"),
+        ("n_embd", 32, "config.json says"),
+        ("n_layer", 3, "no weights for"),
+    ],
+)
+def test_a_folder_that_is_another_model_is_refused(hf_folder, key, value, message):
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(str(hf_folder))
+
+
+def test_damaged_safetensors_are_refused(hf_folder):
+    path = hf_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        GPT.from_pretrained(str(hf_folder))
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="no model named 'gpt5'"):
+        GPT.from_pretrained("gpt5")
+
+
+def test_a_shortened_model_is_the_same_on_short_sequences():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(97, 24, 2, 2, 16))
+    idx = ids_for(model.config, length=8)
+    before = model(idx)[0]
+    model.shorten(8)
+    assert (model(idx)[0] == before).all() and model.transformer.wpe.weight.shape == (8, 16)
+    with pytest.raises(ValueError, match="longer than the 8 positions"):
+        model.shorten(9)
