@@ -1,0 +1,216 @@
+"""Shards of tokens on disk, and the endless stream of training sequences over them.
+
+    {prefix}_{val|train}_{index:06d}.npy    one-dimensional uint16, each document preceded by <|endoftext|>
+    manifest.json                           written last: tokenizer, vocabulary, source, tokens and sha256 of each shard
+
+A folder without a manifest is read as GPT-2 shards, .npy as build-nanogpt writes them or .bin as llm.c does.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+MANIFEST = "manifest.json"
+BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4  # llm.c's header: 256 little-endian int32
+
+REMEDY = "delete the folder and make the shards again with fineweb.py"
+
+# ---- shards ----
+
+
+def write_atomically(path: Path, write):
+    """Calls write(file) on a temporary file, then renames it: path is either whole or as it was."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content):
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid JSON ({e}): make the folder again") from e
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> dict:
+    """Writes tokens (N,) as uint16 and returns the shard's entry for the manifest."""
+    assert tokens.dtype == np.uint16 and tokens.ndim == 1
+    write_atomically(path, lambda file: np.save(file, tokens))
+    return {"file": path.name, "tokens": len(tokens), "sha256": sha256(path)}
+
+
+def open_shard(folder: Path, entry: dict) -> np.ndarray:
+    """The tokens (N,) uint16 of a manifest's entry, memory-mapped: nothing is read before it is used.
+    ValueError when the file is missing or damaged."""
+    path = folder / entry["file"]
+    if not path.exists():
+        raise ValueError(f"shard {path} is missing: copy it back, or {REMEDY}")
+    try:
+        tokens = open_bin(path) if path.suffix == ".bin" else np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as e:
+        raise ValueError(f"shard {path} is damaged ({e}): {REMEDY}") from e
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise ValueError(f"shard {path} holds {tokens.ndim}-dimensional {tokens.dtype}, expected 1-dimensional uint16: {REMEDY}")
+    if len(tokens) != entry.get("tokens", len(tokens)):
+        raise ValueError(f"shard {path} has {len(tokens):,} tokens, the manifest says {entry['tokens']:,}: {REMEDY}")
+    return tokens
+
+
+def open_bin(path: Path) -> np.ndarray:
+    """llm.c's and modded-nanogpt's format: a header of 256 int32 (magic, version, tokens, …), then uint16 tokens."""
+    header = np.fromfile(path, "<i4", 3)
+    if len(header) < 3 or header[0] != BIN_MAGIC or header[1] != BIN_VERSION:
+        raise ValueError(f"its header is not magic {BIN_MAGIC}, version {BIN_VERSION}")
+    expected, found = BIN_HEADER_BYTES + 2 * int(header[2]), path.stat().st_size
+    if found != expected:
+        raise ValueError(f"its header promises {expected:,} bytes, it has {found:,}")
+    return np.memmap(path, "<u2", mode="r", offset=BIN_HEADER_BYTES)
+
+
+# ---- a folder of shards ----
+
+
+@dataclass
+class Shards:
+    """A folder's manifest, or what stands in for one."""
+
+    folder: Path
+    tokenizer: str = "gpt2"
+    vocab_size: int = 50257
+    entries: list[dict] = field(default_factory=list)  # file, and tokens and sha256 where a manifest says so
+
+    def split(self, name: str) -> list[dict]:
+        """The entries of 'train' or 'val', in order."""
+        return [entry for entry in self.entries if f"_{name}_" in entry["file"]]
+
+    def fingerprint(self) -> str:
+        """The same for the same shards, wherever the folder lies."""
+        parts = [[entry["file"], entry.get("sha256") or (self.folder / entry["file"]).stat().st_size] for entry in self.entries]
+        return hashlib.sha256(json.dumps([self.tokenizer, parts]).encode()).hexdigest()[:16]
+
+
+def find_shards(folder: str | Path) -> Shards:
+    """Reads the manifest, or lists the files where there is none. ValueError when there are no shards for both splits."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no shards: the folder {folder} does not exist; make it: python fineweb.py --out-dir {folder}")
+    if (folder / MANIFEST).exists():
+        manifest = read_json(folder / MANIFEST)
+        try:
+            shards = Shards(folder, manifest["tokenizer"], manifest["vocab_size"], manifest["shards"])
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"{folder / MANIFEST} lacks {e}: {REMEDY}") from e
+    else:
+        files = sorted(path.name for path in folder.iterdir() if path.suffix in (".npy", ".bin"))
+        shards = Shards(folder, entries=[{"file": name} for name in files])
+    for split in ("train", "val"):
+        if not shards.split(split):
+            raise ValueError(f"no {split} shard in {folder}; finish or make the shards: python fineweb.py --out-dir {folder}")
+    return shards
+
+
+def verify_shards(shards: Shards):
+    """Compares every shard's bytes with the manifest's sha256. ValueError names the first that differs."""
+    entries = [entry for entry in shards.entries if "sha256" in entry]
+
+    def check(entry):
+        path = shards.folder / entry["file"]
+        open_shard(shards.folder, entry)
+        if sha256(path) != entry["sha256"]:
+            raise ValueError(f"shard {path} is damaged (its sha256 is not the manifest's): {REMEDY}")
+
+    with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
+        list(tqdm(pool.map(check, entries), "verifying shards", len(entries), unit="shard", disable=len(entries) < 10))
+
+
+# ---- the stream ----
+
+
+class TokenStream:
+    """A split's shards as one row of tokens, cut into fixed sequences and served in an endless, seeded order.
+
+    Sequence i is tokens [i·T, i·T + T]: T inputs and, one further, T targets, also across a shard's end. So every
+    token but the row's first is a target exactly once an epoch (the last N - 1 mod T, too few for a sequence, never
+    are). The sequence at a position of the stream is a pure function of (seed, position): nothing to save or restore,
+    and the same whatever the number of processes or the micro batch.
+    """
+
+    def __init__(self, shards: Shards, split: str, seq_len: int, shuffle: bool = True, seed: int = 1337):
+        self.paths = [shards.folder / entry["file"] for entry in shards.split(split)]
+        self.tokens = [open_shard(shards.folder, entry) for entry in shards.split(split)]
+        self.ends = np.cumsum([len(tokens) for tokens in self.tokens])  # of each shard, in the row
+        self.vocab_size = shards.vocab_size
+        self.seq_len = seq_len
+        self.shuffle = shuffle
+        self.seed = seed
+        self.sequences_per_epoch = (int(self.ends[-1]) - 1) // seq_len
+        if self.sequences_per_epoch < 1:
+            raise ValueError(
+                f"{shards.folder} has {self.ends[-1]:,} {split} tokens, fewer than one sequence of {seq_len} + 1: "
+                "choose a smaller --seq-len or more data"
+            )
+
+    def batch(self, positions) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in the stream (B of them) → inputs and targets, each (B, T) int64."""
+        T = self.seq_len
+        rows = np.stack([self.read(self.sequence_at(p) * T, T + 1) for p in positions])  # (B, T + 1)
+        return rows[:, :-1].copy(), rows[:, 1:].copy()  # apart: a caller may write into its targets
+
+    def sequence_at(self, position: int) -> int:
+        epoch, place = divmod(int(position), self.sequences_per_epoch)
+        return permute(place, self.sequences_per_epoch, mix(self.seed, epoch)) if self.shuffle else place
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) of the row as int64, from as many shards as they lie in."""
+        parts = []
+        while count > 0:
+            shard = int(np.searchsorted(self.ends, start, side="right"))
+            offset = start - int(self.ends[shard]) + len(self.tokens[shard])
+            part = self.tokens[shard][offset : offset + count].astype(np.int64)
+            if part.max() >= self.vocab_size:
+                raise ValueError(f"shard {self.paths[shard]} holds id {part.max()}, the vocabulary has {self.vocab_size}: {REMEDY}")
+            parts.append(part)
+            start += len(part)
+            count -= len(part)
+        return np.concatenate(parts)
+
+
+def mix(a: int, b: int) -> int:
+    """Two integers → 64 well-mixed bits (splitmix64: Steele, Lea & Flood, 2014)."""
+    x = (a * 0x9E3779B97F4A7C15 + b + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)
+
+
+def permute(i: int, n: int, key: int) -> int:
+    """Where i stands in a pseudorandom permutation of range(n) chosen by key, with no table of n entries:
+    a Feistel network is a permutation of 2^(2·half) ≥ n numbers, walked until the result is below n
+    (Black & Rogaway, 2002). Not NumPy's shuffle, whose order may change from release to release."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for round in range(4):
+            left, right = right, left ^ (mix(key + round, right) & mask)
+        i = left << half | right
+        if i < n:
+            return i

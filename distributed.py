@@ -1,0 +1,74 @@
+"""Where a process runs: its device, its rank among the processes torchrun started, and what they do together."""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`; a run without torchrun is a world of one."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The elementwise sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, thing) -> list:
+        """Every process's picklable thing, by rank, on every process."""
+        things = [thing] * self.size
+        if self.size > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
+    def main_first(self, function):
+        """Runs function on rank 0 before the others, so that it alone downloads or writes; its failure is everyone's."""
+        error = None
+        if self.is_main:
+            try:
+                result = function()
+            except (ValueError, OSError) as e:
+                error = e
+        error = self.gather(error)[0]
+        if error is not None:
+            raise error
+        return result if self.is_main else function()
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is the fastest device there is. Raises ValueError for one this machine does not have."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in has.items() if there)
+    if not has.get(name.split(":")[0]):
+        raise ValueError(f"--device {name}: this machine has none that PyTorch can use; try --device auto")
+    return torch.device(name)
+
+
+@contextmanager
+def join_world(device: str):
+    """The process group for as long as the block lasts: nccl on CUDA, gloo on CPU, none without torchrun."""
+    device = pick_device(device)
+    if "RANK" not in os.environ:
+        yield World(device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(device, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,431 @@
+"""Documents → tokens → shards.
+
+    python fineweb.py                                          # FineWeb-Edu's 10 B token sample, streamed from the hub
+    python fineweb.py --dataset docs/ more.jsonl.gz --out-dir mine    # your own .parquet .jsonl(.gz) .txt .md .py
+    python fineweb.py --pretokenized --out-dir fineweb10B      # ready GPT-2 shards, nothing to tokenize
+
+A prep that was killed goes on where it stopped when the same command is given again.
+"""
+
+import gzip
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import sysconfig
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+import cli
+from dataloader import MANIFEST, open_shard, read_json, sha256, write_json, write_shard
+
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+PRETOKENIZED = "kjj0/fineweb10B-gpt2"
+PROGRESS = "progress.json"
+CHUNK_CHARS = 1 << 20  # what a worker tokenizes at a time
+
+
+@dataclass
+class PrepareConfig:
+    """Turn documents into shards of tokens for train.py."""
+
+    dataset: tuple[str, ...] = (FINEWEB_EDU,)
+    """A dataset on the hub, 'stdlib' (the running Python's own library), or local files and folders."""
+    name: str = "sample-10BT"
+    """Which configuration of the hub's dataset; '' for its default."""
+    revision: str = ""
+    """Branch, tag or commit on the hub; the commit it resolves to is recorded and kept."""
+    out_dir: str = "edu_fineweb10B"
+    """Where the shards go."""
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    """GPT-2's BPE (50,257 ids), or one id a byte (257)."""
+    shard_size: int = 100_000_000
+    """Tokens in a shard."""
+    max_tokens: int = 0
+    """Stop after so many tokens; 0 takes all."""
+    workers: int = 0
+    """Processes that tokenize; 0 is one a core."""
+    pretokenized: bool = False
+    """Download ready .bin shards (kjj0/fineweb10B-gpt2) instead of tokenizing."""
+
+
+# ---- tokenizers ----
+
+VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """<|endoftext|> is the last id of every tokenizer here, and the text '<|endoftext|>' is plain text to encode."""
+
+    name: str
+    vocab_size: int
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+
+    @property
+    def eot(self) -> int:
+        return self.vocab_size - 1
+
+
+@lru_cache
+def get_tokenizer(name: str) -> Tokenizer:
+    """'gpt2' (tiktoken, which fetches the vocabulary once) or 'bytes' (UTF-8, needs nothing)."""
+    if name == "bytes":
+        return Tokenizer(
+            name,
+            VOCAB_SIZES[name],
+            lambda text: list(text.encode("utf-8", "replace")),
+            lambda ids: bytes(i for i in ids if i < 256).decode("utf-8", "replace"),
+        )
+    if name != "gpt2":
+        raise ValueError(f"no tokenizer named {name!r}: choose gpt2 or bytes")
+    import tiktoken
+
+    try:
+        bpe = tiktoken.get_encoding("gpt2")
+    except Exception as e:  # whatever the HTTP client raises
+        raise ValueError(
+            f"could not fetch GPT-2's vocabulary ({type(e).__name__}): check the network, "
+            "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bytes"
+        ) from e
+    return Tokenizer(name, VOCAB_SIZES[name], bpe.encode_ordinary, bpe.decode)
+
+
+def tokenize(tokenizer_name: str, texts: list[str]) -> np.ndarray:
+    """Documents → one uint16 row, <|endoftext|> before each."""
+    tokenizer = get_tokenizer(tokenizer_name)
+    rows = [np.array([tokenizer.eot, *tokenizer.encode(text)], dtype=np.uint16) for text in texts]
+    return np.concatenate(rows)
+
+
+# ---- documents ----
+
+
+class LocalDocuments:
+    """The documents of local files, in order. Its state is how many have been read."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+        self.done = 0
+        listing = [f"{path.name} {path.stat().st_size}" for path in files]
+        self.revision = "files-" + hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
+
+    def state(self) -> dict:
+        return {"documents": self.done}
+
+    def load_state(self, state: dict):
+        self.done = state["documents"]
+
+    def __iter__(self) -> Iterator[str]:
+        already = self.done
+        for i, text in enumerate(text for path in self.files for text in read_file(path)):
+            if i >= already:
+                self.done = i + 1
+                yield text
+
+
+READABLE = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".md", ".py")
+
+
+def read_file(path: Path) -> Iterator[str]:
+    """A .txt, .md or .py file is one document; a line of .jsonl and a row of .parquet are one each (field 'text')."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024, columns=["text"]):
+                yield from batch.column("text").to_pylist()
+        except (pyarrow.ArrowInvalid, KeyError, IndexError) as e:
+            raise ValueError(f"{path} can't be read as parquet with a column 'text' ({e}): fetch it again or leave it out") from e
+    elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as file:
+            try:
+                for number, line in enumerate(file, 1):
+                    yield text_of(line, f"{path}, line {number}")
+            except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+                raise ValueError(f"{path} is not whole ({e}): fetch it again or leave it out") from e
+    else:
+        yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def text_of(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+        if isinstance(text, str):
+            return text
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{where}: no JSON object with a field 'text' that is text: mend or remove it")
+
+
+def local_files(paths: list[Path]) -> list[Path]:
+    """Files as given; of a folder all readable ones below it, by name."""
+    files = []
+    for path in paths:
+        if path.is_file() and not path.name.endswith(READABLE):
+            raise ValueError(f"{path}: only {' '.join(READABLE)} files are read")
+        found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(READABLE)) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path} has no {' '.join(READABLE)} file in it")
+        files += found
+    return files
+
+
+def stdlib_files() -> list[Path]:
+    """The running Python's standard library, shuffled by name so that the val shard is a fair sample of it."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = (path.relative_to(root) for pattern in ("*.py", "*.txt") for path in root.rglob(pattern))
+    files = (path for path in files if not {"site-packages", "dist-packages", "__pycache__"} & set(path.parts))
+    return [root / path for path in sorted(files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())]
+
+
+class HubDocuments:
+    """A dataset streamed from the hub, one text column of it. Its state is the dataset's own."""
+
+    def __init__(self, repo: str, name: str, revision: str):
+        from huggingface_hub import HfApi
+
+        self.repo, self.name = repo, name
+        try:
+            self.revision = HfApi().dataset_info(repo, revision=revision or None).sha
+        except Exception as e:  # the hub's client raises a dozen kinds; each means the same to the user
+            raise ValueError(f"could not find {repo} on the hub ({type(e).__name__}): check the name, the revision and the network") from e
+        self.dataset = self.open()
+
+    def open(self):
+        from datasets import load_dataset
+
+        return load_dataset(self.repo, self.name or None, split="train", streaming=True, revision=self.revision, columns=["text"])
+
+    def state(self) -> dict:
+        return self.dataset.state_dict()
+
+    def load_state(self, state: dict):
+        self.dataset.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[str]:
+        failures = 0
+        while True:
+            try:
+                for row in self.dataset:
+                    yield row["text"]
+                    failures = 0
+                return
+            except (ValueError, KeyError, TypeError):  # not the network's fault
+                raise
+            except Exception as e:
+                failures += 1
+                if failures > 8:
+                    raise ValueError(f"{self.repo}: {e}: the connection failed {failures} times; give the command again later") from e
+                print(f"{self.repo}: {e}: trying again in {2**failures} s", file=sys.stderr)
+                time.sleep(2**failures)
+                state = self.state()
+                self.dataset = self.open()
+                self.load_state(state)
+
+
+def open_documents(config: PrepareConfig, revision: str):
+    """The documents that --dataset names. revision: the one recorded by a prep to go on with, or ''."""
+    if config.dataset == ("stdlib",):
+        return LocalDocuments(stdlib_files())
+    paths = [Path(name) for name in config.dataset]
+    missing = [str(path) for path in paths if not path.exists()]
+    if not missing:
+        return LocalDocuments(local_files(paths))
+    if len(paths) == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", missing[0]) and not missing[0].endswith(READABLE):
+        return HubDocuments(missing[0], config.name, revision or config.revision)
+    raise ValueError(f"--dataset: {', '.join(missing)} not found: give files, folders, 'stdlib', or one dataset of the hub")
+
+
+# ---- documents → shards ----
+
+
+def chunks(documents) -> Iterator[tuple[dict, list[str]]]:
+    """Documents in groups of about CHUNK_CHARS, each with the state to read it again from."""
+    state, texts, size = documents.state(), [], 0
+    for text in documents:
+        texts.append(text)
+        size += len(text)
+        if size >= CHUNK_CHARS:
+            yield state, texts
+            state, texts, size = documents.state(), [], 0
+    if texts:
+        yield state, texts
+
+
+def tokenized(documents, tokenizer_name: str, workers: int) -> Iterator[tuple[dict, np.ndarray]]:
+    """Each chunk's state and tokens, in order. One worker is this process; more are spawned, few chunks ahead of need."""
+    if workers == 1:
+        for state, texts in chunks(documents):
+            yield state, tokenize(tokenizer_name, texts)
+        return
+    # spawned, not forked: a fork copies the locks that the download's and the progress bar's threads may hold
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        pending = deque()
+        try:
+            for state, texts in chunks(documents):
+                pending.append((state, pool.submit(tokenize, tokenizer_name, texts)))
+                if len(pending) > 2 * workers:
+                    state, result = pending.popleft()
+                    yield state, result.result()
+            for state, result in pending:
+                yield state, result.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def prepare(config: PrepareConfig):
+    """Writes the shards and, last, the manifest. Given again after a kill, it goes on and ends with the same bytes.
+
+    Two shards are gathered in memory and written together, so that a corpus of less than two can still be divided:
+    a tenth for val, the rest for train. Anything larger has a whole shard for val.
+    """
+    out = Path(config.out_dir)
+    get_tokenizer(config.tokenizer)  # before anything is downloaded
+    progress = resume_point(out, config)
+    if progress is None:
+        return
+    documents = open_documents(config, progress["revision"])
+    if progress["revision"] not in ("", documents.revision):
+        raise ValueError(f"the files have changed since this prep of {out} began: delete the folder and begin again")
+    if progress["state"] is not None:
+        documents.load_state(progress["state"])
+    progress["revision"] = documents.revision
+    write_json(out / PROGRESS, progress)
+
+    size, shards, skip = config.shard_size, progress["shards"], progress["skip"]
+    prefix = re.sub(r"[^a-z0-9]", "", Path(config.dataset[0]).stem.lower()) or "documents"
+    budget = (config.max_tokens or sys.maxsize) - sum(shard["tokens"] for shard in shards)
+
+    def write(tokens: np.ndarray):
+        for start in range(0, len(tokens), size):
+            split = "train" if shards else "val"
+            shards.append(write_shard(out / f"{prefix}_{split}_{len(shards):06d}.npy", tokens[start : start + size]))
+
+    buffer, filled = np.empty(2 * size, np.uint16), 0
+    stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count())
+    with tqdm(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=config.max_tokens or None) as bar:
+        bar.update(sum(shard["tokens"] for shard in shards))
+        for state, tokens in stream:
+            taken, skip = skip, 0
+            while taken < len(tokens) and budget:
+                n = min(len(tokens) - taken, len(buffer) - filled, budget)
+                buffer[filled : filled + n] = tokens[taken : taken + n]
+                taken, filled, budget = taken + n, filled + n, budget - n
+                bar.update(n)
+                if filled == len(buffer):
+                    write(buffer)
+                    filled = 0
+                    write_json(out / PROGRESS, progress | {"state": state, "skip": taken})
+            if not budget:
+                stream.close()
+                break
+    if not shards:
+        if filled < 2:
+            raise ValueError(f"{' '.join(config.dataset)}: {filled} tokens are too few for a val and a train shard")
+        write(buffer[: max(1, filled // 10)])
+        write(buffer[max(1, filled // 10) : filled])
+    else:
+        write(buffer[:filled])
+    write_manifest(out, progress, shards)
+
+
+def resume_point(out: Path, config: PrepareConfig) -> dict | None:
+    """Where a prep in this folder stands: from the start, from its progress file, or None when it is complete.
+    ValueError when the folder holds something else."""
+    settings = {key: value for key, value in asdict(config).items() if key not in ("out_dir", "workers")}
+    settings["dataset"] = list(config.dataset)  # as JSON gives it back
+    if (out / MANIFEST).exists():
+        if read_json(out / MANIFEST).get("settings") != settings:
+            raise ValueError(f"{out} holds shards made with other settings: choose another --out-dir, or delete it")
+        print(f"{out} is complete already")
+        return None
+    if (out / PROGRESS).exists():
+        progress = read_json(out / PROGRESS)
+        if progress["settings"] != settings:
+            raise ValueError(f"{out} holds an unfinished prep with other settings: give the same ones, or delete it")
+        return progress
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out-dir {out} is a file: choose another")
+    if out.is_dir() and any(path.suffix in (".npy", ".bin") for path in out.iterdir()):
+        raise ValueError(f"{out} holds shards that this command did not make: choose another --out-dir")
+    out.mkdir(parents=True, exist_ok=True)
+    return {"settings": settings, "revision": "", "shards": [], "state": None, "skip": 0}
+
+
+def write_manifest(out: Path, progress: dict, shards: list[dict]):
+    """The last step of a prep: from here on the folder counts as complete."""
+    settings = progress["settings"]
+    manifest = {
+        "tokenizer": settings["tokenizer"],
+        "vocab_size": VOCAB_SIZES[settings["tokenizer"]],
+        "source": " ".join(settings["dataset"]),
+        "revision": progress["revision"],
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "settings": settings,
+        "shards": shards,
+    }
+    write_json(out / MANIFEST, manifest)
+    (out / PROGRESS).unlink()
+    print(f"{out}: {manifest['tokens']:,} tokens in {len(shards)} shards, {shards[0]['tokens']:,} of them for validation")
+
+
+# ---- ready shards ----
+
+
+def fetch_pretokenized(config: PrepareConfig):
+    """Downloads the hub's .bin shards, at least as many as hold --max-tokens; what is there already is not fetched again."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    out = Path(config.out_dir)
+    repo = PRETOKENIZED if config.dataset == (FINEWEB_EDU,) else config.dataset[0]
+    config = PrepareConfig(**asdict(config) | {"dataset": (repo,), "name": "", "tokenizer": "gpt2"})
+    progress = resume_point(out, config)
+    if progress is None:
+        return
+    try:
+        info = HfApi().dataset_info(repo, revision=progress["revision"] or config.revision or None)
+        progress["revision"] = info.sha
+        write_json(out / PROGRESS, progress)
+        files = sorted(file.rfilename for file in info.siblings if file.rfilename.endswith(".bin"))
+        files.sort(key=lambda file: "_val_" not in file)
+        shards, train_tokens = [], 0
+        for file in tqdm(files, f"downloading into {out}", unit="shard"):
+            if config.max_tokens and train_tokens >= config.max_tokens:
+                break
+            hf_hub_download(repo, file, repo_type="dataset", revision=info.sha, local_dir=out)
+            tokens = len(open_shard(out, {"file": file}))
+            shards.append({"file": file, "tokens": tokens, "sha256": sha256(out / file)})
+            train_tokens += tokens if "_val_" not in file else 0
+    except ValueError:
+        raise
+    except Exception as e:
+        raise ValueError(f"could not fetch {repo} from the hub ({type(e).__name__}): give the command again to go on") from e
+    write_manifest(out, progress, shards)
+
+
+def main():
+    with cli.one_line_errors():
+        config = cli.parse(PrepareConfig)
+        if config.shard_size < 1 or config.max_tokens < 0 or config.workers < 0:
+            raise ValueError("--shard-size must be at least 1, --max-tokens and --workers at least 0")
+        fetch_pretokenized(config) if config.pretokenized else prepare(config)
+
+
+if __name__ == "__main__":
+    main()

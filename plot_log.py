@@ -1,0 +1,127 @@
+"""Pictures of a run: loss and HellaSwag, side by side, from the log that train.py writes.
+
+python plot_log.py log/log.txt                               # one run
+python plot_log.py a/log.txt b/log.txt --x tokens --out ab.png    # two, over each other
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+import cli
+
+# HellaSwag acc_norm of OpenAI's models: GPT-2 in completion style, GPT-3 as its paper gives it (Brown et al., 2020,
+# table H.1). GPT-2's loss is that of the released 124M weights on FineWeb-Edu's val shard (build-nanogpt).
+GPT2_LOSS = {"124M": 3.2924}
+GPT2_HELLASWAG = {"124M": 0.294463, "350M": 0.375224, "774M": 0.431986, "1558M": 0.488946}
+GPT3_HELLASWAG = {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547}
+SIZES = tuple(GPT2_HELLASWAG)
+UNITS = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training", "epoch": "epochs"}
+
+
+@dataclass
+class PlotConfig:
+    """Draw one or more logs."""
+
+    logs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """log.txt files."""
+    out: str = "plots/log_plot.png"
+    """The picture; its ending chooses the format."""
+    x: Literal["step", "tokens", "seconds", "epoch"] = "step"
+    """The horizontal axis; all but step are read from the metrics.jsonl beside each log."""
+    size: Literal["124M", "350M", "774M", "1558M", "none"] = "124M"
+    """Which of OpenAI's models to draw as baselines; 'none' for other data or tokenizers."""
+
+
+def read_log(path: Path) -> dict[str, dict[int, float]]:
+    """Stream → step → value. A later line of the same step counts; a line that is no 'step stream value' is left out."""
+    if not path.is_file():
+        raise ValueError(f"no log {path}: give the log.txt in a run's folder")
+    streams = {}
+    bad = 0
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            step, stream, value = line.split()
+            streams.setdefault(stream, {})[int(step)] = float(value)
+        except ValueError:
+            bad += bool(line.strip())
+    if bad:
+        print(f"warning: {path}: {bad} lines are not 'step stream value' and are left out", file=sys.stderr)
+    if not streams:
+        raise ValueError(f"{path} has no line 'step stream value': is it a log.txt?")
+    return streams
+
+
+def read_axis(path: Path, x: str) -> dict[int, float]:
+    """Step → tokens, seconds or epoch, from the metrics beside a log."""
+    metrics = path.with_name("metrics.jsonl")
+    if not metrics.is_file():
+        raise ValueError(f"--x {x} needs {metrics}, which is not there: use --x step")
+    axis = {}
+    for line in metrics.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            axis[row["step"]] = row[x]
+        except (ValueError, KeyError, TypeError):
+            pass  # the line that a killed run was writing
+    return axis
+
+
+def points(values: dict[int, float], axis: dict[int, float] | None) -> tuple[list[float], list[float]]:
+    """Step → value as two lists in the order of steps, without what is not finite or has no place on the axis."""
+    steps = [step for step in sorted(values) if math.isfinite(values[step]) and (axis is None or step in axis)]
+    return [axis[step] if axis else step for step in steps], [values[step] for step in steps]
+
+
+def plot(logs: list[str], out: str, x: str = "step", size: str = "124M"):
+    """Draws the logs into the file `out`."""
+    from matplotlib.figure import Figure  # not pyplot: no window system is touched
+
+    figure = Figure(figsize=(14, 5.5), layout="constrained")
+    loss, hella = figure.subplots(1, 2)
+    for number, log in enumerate(logs):
+        streams = read_log(Path(log))
+        axis = read_axis(Path(log), x) if x != "step" else None
+        name = Path(log).parent.name or log
+        color = f"C{number}"
+        if "train" in streams:
+            loss.plot(*points(streams["train"], axis), color=color, alpha=0.35, linewidth=0.8, label=f"{name}: train")
+        if "val" in streams:
+            loss.plot(*points(streams["val"], axis), color=color, marker=".", label=f"{name}: val")
+        if "hella" in streams:
+            hella.plot(*points(streams["hella"], axis), color=color, marker=".", label=name)
+    if size in GPT2_LOSS:
+        loss.axhline(GPT2_LOSS[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size}), FineWeb-Edu val")
+    if size != "none":
+        hella.axhline(GPT2_HELLASWAG[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size})")
+        hella.axhline(GPT3_HELLASWAG[size], color="g", linestyle="--", label=f"OpenAI GPT-3 ({size})")
+    loss.set(title="Loss", xlabel=UNITS[x], ylabel="cross entropy, nats a token", yscale="log")
+    loss.yaxis.set_major_formatter("{x:.2f}")
+    loss.yaxis.set_minor_formatter("{x:.2f}")
+    hella.set(title="HellaSwag, completion style", xlabel=UNITS[x], ylabel="acc_norm")
+    for panel in (loss, hella):
+        panel.grid(alpha=0.3, which="both")
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend()
+        else:
+            panel.text(0.5, 0.5, "not measured in this run", ha="center", transform=panel.transAxes)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+
+
+def main():
+    with cli.one_line_errors():
+        config = cli.parse(PlotConfig)
+        if not config.logs:
+            raise ValueError("give at least one log.txt")
+        plot(list(config.logs), config.out, config.x, config.size)
+        print(config.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Text from a model.
+
+python sample.py -m log --prompt "Hello, I'm a language model,"
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+import cli
+from checkpoint import load_model
+from distributed import pick_device
+from fineweb import Tokenizer
+from model import GPT, KVCache
+
+
+@dataclass
+class SampleConfig:
+    """Generate text. The samples alone go to stdout."""
+
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
+    """A checkpoint.pt, a run's folder, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+    prompt: str = "Hello, I'm a language model,"
+    """The text to go on from; '' begins a new document."""
+    num_samples: int = 4
+    """How many continuations."""
+    max_new_tokens: int = 64
+    """Tokens to add; a sample ends earlier at <|endoftext|>."""
+    temperature: float = 1.0
+    """Below 1 sharpens the distribution, above 1 flattens it; 0 always takes the likeliest token."""
+    top_k: int = 50
+    """Sample among the k likeliest tokens; 0 among all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+    seed: int = 1337
+    """The same seed gives the same samples."""
+    device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
+    """auto, cpu, cuda or mps."""
+    kv_cache: bool = True
+    """Keep each position's keys and values instead of computing them again for every token."""
+
+    def validate(self):
+        faults = [
+            f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be {rule}"
+            for name, rule, holds in (
+                ("num_samples", "at least 1", self.num_samples >= 1),
+                ("max_new_tokens", "at least 0", self.max_new_tokens >= 0),
+                ("temperature", "at least 0", 0 <= self.temperature < float("inf")),
+                ("top_k", "at least 0", self.top_k >= 0),
+                ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+            )
+            if not holds
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+) -> Tensor:
+    """Continues each row of idx (B, T) by max_new_tokens ids → (B, T + max_new_tokens).
+
+    temperature 0 is greedy. top_k 0 and top_p 1.0 leave the distribution as it is. The model sees at most its last
+    seq_len ids; from there on every position shifts with each token, and the cache is of no use.
+    """
+    if idx.size(1) == 0:
+        raise ValueError("generate needs at least one id to go on from")
+    limit = model.config.seq_len
+    cache = KVCache(min(limit, idx.size(1) + max_new_tokens)) if use_cache and idx.size(1) <= limit else None
+    seen = 0  # positions the cache holds
+    for _ in range(max_new_tokens):
+        if idx.size(1) > limit:
+            cache = None
+        x = idx[:, -limit:] if cache is None else idx[:, seen:]  # (B, T), or with a cache (B, the new ones)
+        seen = idx.size(1)
+        logits = model.logits(model.hidden(x, cache)[:, -1])  # (B, V)
+        idx = torch.cat([idx, next_ids(logits.float(), temperature, top_k, top_p, generator)], dim=1)
+    return idx
+
+
+def next_ids(logits: Tensor, temperature: float, top_k: int, top_p: float, generator) -> Tensor:
+    """(B, V) → (B, 1). Temperature first, then top-k (Fan et al., 2018), then top-p (Holtzman et al., 2020)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V)
+    if top_k:
+        logits, ids = logits[:, :top_k], ids[:, :top_k]
+    probs = F.softmax(logits, dim=-1)
+    before = probs.cumsum(-1) - probs  # probability of all likelier ids: the likeliest always stays
+    probs = probs.masked_fill(before >= top_p, 0.0) if top_p < 1 else probs
+    return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
+
+
+def sample_texts(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    num_samples: int,
+    max_new_tokens: int,
+    seed: int,
+    **how,
+) -> list[str]:
+    """The prompt and its continuations as text, each up to its first <|endoftext|>. how: as generate has it."""
+    device = model.transformer.wte.weight.device
+    start = tokenizer.encode(prompt) or [tokenizer.eot]
+    idx = torch.tensor([start] * num_samples, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = generate(model, idx, max_new_tokens, generator=generator, **how)[:, len(start) :].tolist()
+    return [prompt + tokenizer.decode(row[: row.index(tokenizer.eot)] if tokenizer.eot in row else row) for row in rows]
+
+
+def main():
+    with cli.one_line_errors():
+        config = cli.parse(SampleConfig)
+        config.validate()
+        model, tokenizer = load_model(config.model, pick_device(config.device))
+        if tokenizer is None:
+            raise ValueError(f"{config.model}: no tokenizer known for its vocabulary of {model.config.vocab_size}")
+        texts = sample_texts(
+            model, tokenizer, config.prompt, config.num_samples, config.max_new_tokens, config.seed,
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, use_cache=config.kv_cache,
+        )  # fmt: skip
+        for number, text in enumerate(texts, 1):
+            print(f"--- sample {number} of {len(texts)}", file=sys.stderr, flush=True)
+            print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

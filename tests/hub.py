@@ -1,0 +1,91 @@
+"""A stand-in for the Hugging Face hub on localhost: one dataset repo at one commit, as much of the protocol as its clients use."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextmanager
+def serve(repo: str, files: dict[str, bytes], break_after: int = 0):
+    """Yields (url, requests). files: path → content. break_after: cut every such n-th file request short, like a bad line."""
+    requests, downloads = [], []
+
+    class Hub(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def answer(self, body: bytes, status: int = 200, headers: dict | None = None, send: int | None = None):
+            self.send_response(status)
+            for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body if send is None else body[:send])
+                if send is not None:
+                    self.close_connection = True
+
+        def answer_json(self, content, status: int = 200):
+            self.answer(json.dumps(content).encode(), status, {"Content-Type": "application/json"})
+
+        def entry(self, path):
+            return {"type": "file", "path": path, "size": len(files[path]), "oid": f"{hash(path) & 0xFFFFFFFF:040x}"}
+
+        def children(self, folder):
+            """Files and folders right below a folder of the repo."""
+            found = {}
+            for path in files:
+                if path.startswith(folder and folder + "/"):
+                    name, *deeper = path.removeprefix(folder).strip("/").split("/")
+                    child = f"{folder}/{name}".strip("/")
+                    found[child] = {"type": "directory", "path": child, "oid": "0" * 40, "size": 0} if deeper else self.entry(path)
+            return list(found.values())
+
+        def do_POST(self):
+            wanted = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}").get("paths", [])
+            requests.append(f"POST {self.path} {wanted}")
+            self.answer_json([self.entry(path) for path in wanted if path in files])
+
+        def do_GET(self):
+            path = unquote(urlsplit(self.path).path)
+            requests.append(f"{self.command} {path}")
+            api = f"/api/datasets/{repo}"
+            if path in (api, f"{api}/revision/main", f"{api}/revision/{SHA}"):
+                self.answer_json(
+                    {"id": repo, "sha": SHA, "siblings": [{"rfilename": name} for name in files], "tags": [], "private": False}
+                )
+            elif path.startswith(f"{api}/tree/{SHA}"):
+                folder = path.removeprefix(f"{api}/tree/{SHA}").strip("/")
+                self.answer_json(self.children(folder))
+            elif path.startswith(f"/datasets/{repo}/resolve/{SHA}/") and path.split(SHA + "/")[1] in files:
+                self.send_file(files[path.split(SHA + "/")[1]])
+            else:
+                self.answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
+
+        do_HEAD = do_GET
+
+        def send_file(self, body):
+            headers = {"ETag": f'"{hash(body) & 0xFFFFFFFF:08x}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
+            status = 200
+            if "Range" in self.headers:
+                first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+                first, last = int(first), min(int(last or len(body)), len(body) - 1)
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
+                body, status = body[first : last + 1], 206
+            if self.command == "GET":
+                downloads.append(len(body))
+            broken = break_after and self.command == "GET" and len(downloads) % break_after == 0
+            self.answer(body, status, headers, send=len(body) // 2 if broken else None)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        server.server_close()

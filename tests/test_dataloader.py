@@ -1,0 +1,203 @@
+"""The shard format against numpy.load and llm.c's layout, and the stream against counting every token of every epoch."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import write_shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataloader import Shards, TokenStream, find_shards, open_shard, permute, read_json, verify_shards, write_json, write_shard
+
+
+def folder_of(tmp_path, sizes):
+    """Shards whose tokens are all different: token i of the row is i."""
+    row, entries = np.arange(sum(sizes), dtype=np.uint16), []
+    for index, part in enumerate(np.split(row, np.cumsum(sizes)[:-1])):
+        entries.append(write_shard(tmp_path / f"count_train_{index:06d}.npy", part))
+    return Shards(tmp_path, vocab_size=65536, entries=entries)
+
+
+def llmc_bin(path, tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+# ---- the stream ----
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    seq_len=st.integers(1, 12),
+    processes=st.integers(1, 4),
+    micro_batch=st.integers(1, 3),
+    micro_steps=st.integers(1, 3),
+    shuffle=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_every_token_is_a_target_once_an_epoch(tmp_path_factory, sizes, seq_len, processes, micro_batch, micro_steps, shuffle, seed):
+    total = sum(sizes)
+    if total <= seq_len:
+        return
+    shards = folder_of(tmp_path_factory.mktemp("s"), sizes)
+    streams = [TokenStream(shards, "train", seq_len, shuffle, seed) for _ in range(processes)]
+    per_epoch = (total - 1) // seq_len
+    per_step = processes * micro_batch * micro_steps
+    inputs, targets = [], []
+    for step in range(-(-2 * per_epoch // per_step)):  # as Trainer.update deals the positions out
+        for micro_step in range(micro_steps):
+            for rank in range(processes):
+                start = ((step * micro_steps + micro_step) * processes + rank) * micro_batch
+                x, y = streams[rank].batch(range(start, start + micro_batch))
+                inputs += x.tolist()
+                targets += y.tolist()
+    for epoch in range(2):
+        rows = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
+        counts = Counter(token for row in targets[rows] for token in row)
+        assert counts == Counter(range(1, per_epoch * seq_len + 1))
+        counts = Counter(token for row in inputs[rows] for token in row)
+        assert counts == Counter(range(per_epoch * seq_len))
+    assert all(y == x + 1 for xs, ys in zip(inputs, targets, strict=True) for x, y in zip(xs, ys, strict=True))
+    if not shuffle:
+        assert [row[0] for row in inputs[:per_epoch]] == list(range(0, per_epoch * seq_len, seq_len))
+
+
+def test_a_sequence_runs_on_across_shards(tmp_path):
+    stream = TokenStream(folder_of(tmp_path, [5, 2, 1, 10]), "train", 8, shuffle=False)
+    x, y = stream.batch([0, 1])
+    assert x.dtype == y.dtype == np.int64
+    assert x.tolist() == [list(range(8)), list(range(8, 16))]
+    assert y.tolist() == [list(range(1, 9)), list(range(9, 17))]
+
+
+def test_epochs_have_different_orders_and_a_seed_its_own(tmp_path):
+    shards = folder_of(tmp_path, [1000])
+    first = TokenStream(shards, "train", 10, seed=1)
+    orders = [[first.sequence_at(e * 99 + i) for i in range(99)] for e in range(3)]
+    other = [TokenStream(shards, "train", 10, seed=2).sequence_at(i) for i in range(99)]
+    assert all(sorted(order) == list(range(99)) for order in [*orders, other])
+    assert len({tuple(order) for order in [*orders, other, list(range(99))]}) == 5
+
+
+@given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+@settings(max_examples=40, deadline=None)
+def test_permute_is_a_permutation(n, key):
+    assert sorted(permute(i, n, key) for i in range(n)) == list(range(n))
+
+
+def test_permute_mixes_well():
+    """Neighbours part: the displacement of a random permutation is n/3 on average, and no place is favoured."""
+    n = 1000
+    places = np.array([[permute(i, n, key) for i in range(n)] for key in range(100)])
+    assert abs(places - np.arange(n)).mean() == pytest.approx(n / 3, rel=0.03)
+    assert places.mean(0).std() == pytest.approx(n / 12**0.5 / 100**0.5, rel=0.15)
+    assert abs(np.diff(places, axis=1)).mean() == pytest.approx(n / 3, rel=0.03)
+
+
+def test_the_order_of_an_epoch_stays_as_it_was_released():
+    """A resumed run must meet the same order in every later version."""
+    assert [permute(i, 10, 1337) for i in range(10)] == [3, 6, 2, 0, 4, 9, 8, 1, 5, 7]
+
+
+def test_too_few_tokens_for_a_sequence_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"8 train tokens, fewer than one sequence of 8 \+ 1"):
+        TokenStream(folder_of(tmp_path, [8]), "train", 8)
+    assert TokenStream(folder_of(tmp_path, [9]), "train", 8).sequences_per_epoch == 1
+
+
+# ---- shards ----
+
+
+def test_a_shard_is_a_plain_npy_file(tmp_path):
+    tokens = np.array([50256, 1, 2], dtype=np.uint16)
+    entry = write_shard(tmp_path / "x_train_000001.npy", tokens)
+    loaded = np.load(tmp_path / "x_train_000001.npy")
+    assert loaded.dtype == np.uint16 and loaded.tolist() == [50256, 1, 2]
+    assert entry["tokens"] == 3 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_folders_of_build_nanogpt_and_llmc_are_read(tmp_path):
+    np.save(tmp_path / "edufineweb_val_000000.npy", np.arange(20, dtype=np.uint16))
+    llmc_bin(tmp_path / "fineweb_train_000001.bin", np.arange(100, 130))
+    shards = find_shards(tmp_path)
+    assert (shards.tokenizer, shards.vocab_size) == ("gpt2", 50257)
+    assert TokenStream(shards, "train", 4, shuffle=False).batch([1])[1].tolist() == [[105, 106, 107, 108]]
+    assert TokenStream(shards, "val", 4, shuffle=False).batch([0])[0].tolist() == [[0, 1, 2, 3]]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "is damaged"),
+        (flip, "sha256"),
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(b""), "is damaged"),
+        (lambda path: path.write_text("<html>404</html>"), "is damaged"),
+        (lambda path: np.save(path, np.arange(5003, dtype=np.int64)), "1-dimensional int64, expected 1-dimensional uint16"),
+        (lambda path: np.save(path, np.zeros((2, 3), dtype=np.uint16)), "2-dimensional uint16"),
+        (lambda path: np.save(path, np.array([{}], dtype=object), allow_pickle=True), "is damaged"),
+        (lambda path: np.save(path, np.zeros(9, dtype=np.uint16)), "has 9 tokens, the manifest says"),
+    ],
+)
+def test_a_damaged_shard_is_named(tmp_path, damage, message):
+    shards = find_shards(write_shards(tmp_path, [100, 5003]))
+    damage(tmp_path / "tiny_train_000001.npy")
+    with pytest.raises(ValueError, match=message) as error:
+        verify_shards(shards)
+    assert "tiny_train_000001.npy" in str(error.value) and "fineweb.py" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [({"magic": 1}, "magic 20240520"), ({"version": 2}, "version 1"), ({"count": 99}, "promises 1,222 bytes")]
+)
+def test_a_damaged_bin_is_named(tmp_path, kind, message):
+    llmc_bin(tmp_path / "a_train_000001.bin", range(10), **kind)
+    with pytest.raises(ValueError, match=message):
+        open_shard(tmp_path, {"file": "a_train_000001.bin"})
+
+
+def test_ids_beyond_the_vocabulary_are_named(tmp_path):
+    shards = folder_of(tmp_path, [300])
+    shards.vocab_size = 257
+    stream = TokenStream(shards, "train", 8, shuffle=False)
+    stream.batch([31])
+    with pytest.raises(ValueError, match=r"count_train_000000.npy holds id 264, the vocabulary has 257"):
+        stream.batch([32])
+
+
+def test_a_folder_without_one_split_is_refused(tmp_path):
+    np.save(tmp_path / "x_train_000001.npy", np.arange(20, dtype=np.uint16))
+    with pytest.raises(ValueError, match="no val shard in"):
+        find_shards(tmp_path)
+    with pytest.raises(ValueError, match="does not exist; make it: python fineweb.py"):
+        find_shards(tmp_path / "nowhere")
+
+
+def test_a_broken_manifest_is_refused(tmp_path):
+    write_shards(tmp_path, [100, 100])
+    manifest = read_json(tmp_path / "manifest.json")
+    del manifest["shards"]
+    write_json(tmp_path / "manifest.json", manifest)
+    with pytest.raises(ValueError, match="lacks 'shards'"):
+        find_shards(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        find_shards(tmp_path)
+
+
+def test_the_fingerprint_knows_the_data_and_not_the_folder(tmp_path):
+    a, b, c = (find_shards(write_shards(tmp_path / name, [100, 200], seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert a.fingerprint() == b.fingerprint() != c.fingerprint()

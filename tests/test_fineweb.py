@@ -1,0 +1,348 @@
+"""Documents to shards: against the plain concatenation of their tokens, through kills, and from a hub on localhost."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import REPO, run_main, script
+from hub import SHA, serve
+from test_dataloader import llmc_bin
+
+import fineweb
+from dataloader import find_shards, open_shard, read_json, verify_shards
+from fineweb import get_tokenizer, read_file
+
+TEXTS = [f"Document {i}: " + "naïve café, 日本語, \n\ttabs… " * (i % 7) + "<|endoftext|>" * (i % 2) for i in range(40)] + [""]
+
+
+def expected(texts, tokenizer="bytes") -> list[int]:
+    tokenizer = get_tokenizer(tokenizer)
+    return [token for text in texts for token in [tokenizer.eot, *tokenizer.encode(text)]]
+
+
+def row(folder) -> list[int]:
+    """All tokens of a finished folder, in order."""
+    shards = find_shards(folder)
+    verify_shards(shards)
+    return np.concatenate([open_shard(folder, entry) for entry in shards.entries]).tolist()
+
+
+def bytes_of(folder) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def prepare(*argv) -> int:
+    return run_main(fineweb.main, "--workers", 1, "--tokenizer", "bytes", *argv)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)))
+    return path
+
+
+# ---- tokenizers ----
+
+
+def test_bytes_are_utf8_and_end_of_text_is_the_last_id():
+    tokenizer = get_tokenizer("bytes")
+    assert (tokenizer.vocab_size, tokenizer.eot) == (257, 256)
+    assert tokenizer.encode("é\n") == [0xC3, 0xA9, 10]
+    assert tokenizer.decode([0xC3, 0xA9, 256, 10]) == "é\n"
+    assert tokenizer.decode([0xC3]) == "\N{REPLACEMENT CHARACTER}"
+    assert tokenizer.encode("\ud800") == [ord("?")]
+
+
+def test_gpt2_ids_are_the_published_ones(gpt2_tokenizer):
+    """The ids of 'Hello, I'm a language model,' as Hugging Face's documentation and build-nanogpt have them."""
+    assert gpt2_tokenizer.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert (gpt2_tokenizer.vocab_size, gpt2_tokenizer.eot) == (50257, 50256)
+    assert 50256 not in gpt2_tokenizer.encode("<|endoftext|>")
+    assert all(gpt2_tokenizer.decode(gpt2_tokenizer.encode(text)) == text for text in TEXTS)
+
+
+def test_a_vocabulary_that_cannot_be_had_is_one_line(tmp_path):
+    result = script(
+        "fineweb.py", "--dataset", "stdlib", "--out-dir", tmp_path / "x",
+        TIKTOKEN_CACHE_DIR=tmp_path / "none", HTTPS_PROXY="http://127.0.0.1:9",
+    )  # fmt: skip
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "TIKTOKEN_CACHE_DIR" in result.stderr and "--tokenizer bytes" in result.stderr
+
+
+# ---- formats ----
+
+
+def test_every_local_format_is_read(tmp_path):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pq.write_table(pa.table({"id": range(len(TEXTS)), "text": TEXTS}), tmp_path / "c.parquet", row_group_size=7)
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
+        assert list(read_file(tmp_path / name)) == TEXTS, name
+    for name in ("d.txt", "e.md", "f.py"):
+        (tmp_path / name).write_text("é\n", encoding="utf-8")
+        assert list(read_file(tmp_path / name)) == ["é\n"]
+    (tmp_path / "g.txt").write_bytes(b"caf\xe9")
+    assert list(read_file(tmp_path / "g.txt")) == ["caf\N{REPLACEMENT CHARACTER}"]
+
+
+def test_a_folder_is_read_by_name_and_below(tmp_path):
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    for name in ("c.txt", "a.md", "b/x.py", "ignored.png"):
+        (tmp_path / "in" / name).write_text(name * 10)
+    assert prepare("--dataset", tmp_path / "in", "--out-dir", tmp_path / "out") == 0
+    assert row(tmp_path / "out") == expected(name * 10 for name in ("a.md", "b/x.py", "c.txt"))
+
+
+def test_stdlib_is_the_running_pythons():
+    files = fineweb.stdlib_files()
+    assert files == fineweb.stdlib_files() and files != sorted(files)
+    assert json.__file__ in map(str, files) and not any("site-packages" in str(path) for path in files)
+    assert sum(path.stat().st_size for path in files) > 8_000_000
+
+
+# ---- shards ----
+
+
+@pytest.mark.parametrize("size", [100, 1000, 1777, 2000, 10**6])
+def test_shards_are_the_documents_tokens_in_order(tmp_path, corpus, size):
+    tokens = expected(TEXTS)
+    assert prepare("--dataset", corpus, "--out-dir", tmp_path / "out", "--shard-size", size) == 0
+    assert row(tmp_path / "out") == tokens
+    manifest = read_json(tmp_path / "out" / "manifest.json")
+    sizes = [shard["tokens"] for shard in manifest["shards"]]
+    assert max(sizes) <= size and sum(sizes) == manifest["tokens"] == len(tokens)
+    names = [shard["file"] for shard in manifest["shards"]]
+    assert names == [f"corpus_{'train' if i else 'val'}_{i:06d}.npy" for i in range(len(names))] and len(names) > 1
+    if len(tokens) >= 2 * size:
+        assert set(sizes[:-1]) == {size}  # as build-nanogpt cuts them
+    else:
+        assert sizes[0] == len(tokens) // 10
+    assert (manifest["tokenizer"], manifest["vocab_size"]) == ("bytes", 257)
+    assert not (tmp_path / "out" / "progress.json").exists()
+
+
+@pytest.mark.parametrize("limit", [2, 3, 150, 1000, 1999])
+def test_max_tokens_is_exact(tmp_path, corpus, limit):
+    assert prepare("--dataset", corpus, "--out-dir", tmp_path / "out", "--shard-size", 500, "--max-tokens", limit) == 0
+    assert row(tmp_path / "out") == expected(TEXTS)[:limit]
+
+
+def test_workers_change_nothing(tmp_path, corpus, monkeypatch):
+    prepare("--dataset", corpus, "--out-dir", tmp_path / "one", "--shard-size", 500)
+    monkeypatch.setattr(fineweb, "CHUNK_CHARS", 100)
+    prepare("--dataset", corpus, "--out-dir", tmp_path / "chunks", "--shard-size", 500)
+    result = script(
+        "fineweb.py", "--dataset", corpus, "--out-dir", tmp_path / "three", "--shard-size", 500, "--tokenizer", "bytes", "--workers", 3
+    )
+    assert result.returncode == 0, result.stderr
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "chunks") == bytes_of(tmp_path / "three")
+
+
+def test_one_document_longer_than_many_shards(tmp_path):
+    (tmp_path / "long.txt").write_text("abcdefghij" * 500)
+    assert prepare("--dataset", tmp_path / "long.txt", "--out-dir", tmp_path / "out", "--shard-size", 300) == 0
+    assert row(tmp_path / "out") == expected(["abcdefghij" * 500])
+
+
+def test_prep_in_gpt2s_vocabulary(tmp_path, corpus, gpt2_tokenizer):
+    assert prepare("--dataset", corpus, "--out-dir", tmp_path / "out", "--tokenizer", "gpt2", "--shard-size", 200) == 0
+    assert row(tmp_path / "out") == expected(TEXTS, "gpt2")
+
+
+def test_a_prep_killed_at_any_point_ends_with_the_same_bytes(tmp_path):
+    """SIGKILL at random moments, again and again, until one launch gets through."""
+    generator = random.Random(0)
+    lines = [json.dumps({"text": "".join(generator.choices("abcdé ", k=generator.randrange(60_000)))}) for _ in range(600)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    argv = ["--dataset", tmp_path / "in.jsonl", "--shard-size", 700_000, "--tokenizer", "bytes", "--workers", 2]
+    began = time.monotonic()
+    assert script("fineweb.py", *argv, "--out-dir", tmp_path / "whole").returncode == 0
+    takes = time.monotonic() - began
+    kills, resumed = 0, 0
+    for _ in range(40):
+        command = [sys.executable, REPO / "fineweb.py", *map(str, argv), "--out-dir", tmp_path / "killed"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            process.wait(generator.uniform(0.35, 0.95) * takes)
+            break
+        except subprocess.TimeoutExpired:
+            kills += 1
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if (tmp_path / "killed" / "progress.json").exists():
+                resumed += bool(read_json(tmp_path / "killed" / "progress.json")["shards"])
+    assert process.returncode == 0 and kills >= 1 and resumed >= 1
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "killed")
+
+
+def test_every_resume_point_ends_with_the_same_bytes(tmp_path, corpus, monkeypatch):
+    """The same without chance: each launch is stopped right after it has recorded its first new shards."""
+    argv = ["--dataset", corpus, "--shard-size", 150]
+    prepare(*argv, "--out-dir", tmp_path / "whole")
+    monkeypatch.setattr(fineweb, "CHUNK_CHARS", 70)
+    write_json = fineweb.write_json
+
+    def stop_at_second_progress(path, content):
+        write_json(path, content)
+        recorded.append(path.name)
+        if recorded.count("progress.json") == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fineweb, "write_json", stop_at_second_progress)
+    for launches in range(1, 100):  # noqa: B007
+        recorded = []
+        if prepare(*argv, "--out-dir", tmp_path / "stopped") == 0:
+            break
+    assert launches > 3
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "stopped")
+
+
+def test_a_finished_prep_is_left_alone(tmp_path, corpus, capsys):
+    argv = ["--dataset", corpus, "--out-dir", tmp_path / "out"]
+    prepare(*argv)
+    before = bytes_of(tmp_path / "out")
+    assert prepare(*argv) == 0 and "complete already" in capsys.readouterr().out
+    assert bytes_of(tmp_path / "out") == before
+    assert prepare(*argv, "--shard-size", 77) == 2 and "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "argv", "message"),
+    [
+        ({}, ["--dataset", "nowhere/at/all"], "not found"),
+        ({}, ["--dataset", "{}"], "has no .parquet"),
+        ({"a.pdf": b"x"}, ["--dataset", "{}/a.pdf"], "files are read"),
+        ({"a.txt": b""}, ["--dataset", "{}/a.txt"], "too few"),
+        ({"a.jsonl": b'{"text": "x"}\n{"txt": 1}\n'}, ["--dataset", "{}/a.jsonl"], "line 2: no JSON object with a field 'text'"),
+        ({"a.jsonl": b"not json"}, ["--dataset", "{}/a.jsonl"], "line 1"),
+        ({"a.jsonl": b'{"text": 5}'}, ["--dataset", "{}/a.jsonl"], "line 1"),
+        ({"a.jsonl.gz": b"not gzip"}, ["--dataset", "{}/a.jsonl.gz"], "a.jsonl.gz"),
+        ({"a.parquet": b"PAR1"}, ["--dataset", "{}/a.parquet"], "can't be read as parquet"),
+        ({"a.txt": b"hello"}, ["--dataset", "{}/a.txt", "--shard-size", "0"], "--shard-size must be at least 1"),
+        ({"a.txt": b"hello", "out/a_train_000001.npy": b""}, ["--dataset", "{}/a.txt"], "shards that this command did not make"),
+    ],
+)
+def test_what_cannot_be_prepared_is_one_line(tmp_path, capsys, files, argv, message):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert prepare(*[word.format(tmp_path) for word in argv], "--out-dir", tmp_path / "out") == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and message in error[0]
+
+
+def test_a_parquet_file_without_text_is_named(tmp_path, capsys):
+    pq.write_table(pa.table({"content": ["x"]}), tmp_path / "a.parquet")
+    assert prepare("--dataset", tmp_path / "a.parquet", "--out-dir", tmp_path / "out") == 2
+    assert "column 'text'" in capsys.readouterr().err
+
+
+# ---- the hub, on localhost ----
+
+CARD = b"---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
+
+
+@pytest.fixture
+def fineweb_edu(tmp_path) -> dict[str, bytes]:
+    """The layout of FineWeb-Edu: a card that names the sample's files, text among other columns, many row groups."""
+    files = {"README.md": CARD}
+    for index in range(3):
+        path = tmp_path / "part.parquet"
+        texts = TEXTS[index * 13 : index * 13 + 13]
+        pq.write_table(pa.table({"text": texts, "id": texts, "token_count": range(len(texts))}), path, row_group_size=4)
+        files[f"sample/10BT/{index:03d}_00000.parquet"] = path.read_bytes()
+    return files
+
+
+def hub_script(url, tmp_path, *argv):
+    return script(
+        "fineweb.py", "--tokenizer", "bytes", "--workers", 1, *argv, HF_ENDPOINT=url, HF_HOME=tmp_path / "hf", HF_HUB_DISABLE_XET=1
+    )
+
+
+def test_the_hubs_dataset_is_streamed_and_its_commit_recorded(tmp_path, fineweb_edu):
+    out = tmp_path / "out"
+    with serve("HuggingFaceFW/fineweb-edu", fineweb_edu) as (url, requests):
+        result = hub_script(url, tmp_path, "--out-dir", out, "--shard-size", 500)
+    assert result.returncode == 0, result.stderr
+    assert row(out) == expected(TEXTS[:39])
+    manifest = read_json(out / "manifest.json")
+    assert (manifest["source"], manifest["revision"]) == ("HuggingFaceFW/fineweb-edu", SHA)
+    assert not any("resolve/main" in request for request in requests)
+
+
+def test_dropped_connections_are_tried_again(tmp_path, fineweb_edu):
+    with serve("HuggingFaceFW/fineweb-edu", fineweb_edu, break_after=4) as (url, _):
+        result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--shard-size", 500)
+    assert result.returncode == 0, result.stderr
+    assert row(tmp_path / "out") == expected(TEXTS[:39])
+
+
+STOP_AFTER_TWO_SHARDS = """
+import sys, fineweb
+fineweb.CHUNK_CHARS, write = 60, fineweb.write_json
+def stop(path, content):
+    write(path, content)
+    if path.name == "progress.json" and content["shards"]:
+        sys.exit(9)
+fineweb.write_json = stop
+fineweb.main()
+"""
+
+
+def test_a_streamed_prep_goes_on_at_the_same_commit(tmp_path, fineweb_edu, monkeypatch):
+    with serve("HuggingFaceFW/fineweb-edu", fineweb_edu) as (url, requests):
+        argv = ["--shard-size", 400]
+        assert hub_script(url, tmp_path, *argv, "--out-dir", tmp_path / "whole").returncode == 0
+        stop = STOP_AFTER_TWO_SHARDS
+        env = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(REPO)}
+        command = ["--tokenizer", "bytes", "--workers", "1", "--shard-size", "400", "--out-dir", str(tmp_path / "stopped")]
+        assert subprocess.run([sys.executable, "-c", stop, *command], env=env, capture_output=True).returncode == 9
+        progress = read_json(tmp_path / "stopped" / "progress.json")
+        assert progress["revision"] == SHA and len(progress["shards"]) == 2
+        requests.clear()
+        result = hub_script(url, tmp_path, *argv, "--out-dir", tmp_path / "stopped")
+        assert result.returncode == 0, result.stderr
+        assert (
+            any(f"revision/{SHA}" in request for request in requests) and f"GET /api/datasets/{'HuggingFaceFW/fineweb-edu'}" not in requests
+        )
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "stopped")
+
+
+def test_a_dataset_the_hub_does_not_have_is_one_line(tmp_path, fineweb_edu):
+    with serve("HuggingFaceFW/fineweb-edu", fineweb_edu) as (url, _):
+        result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--dataset", "no/such")
+        assert result.returncode == 2 and "could not find no/such on the hub" in result.stderr and "Traceback" not in result.stderr
+        result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--revision", "v9")
+        assert result.returncode == 2 and "check the name, the revision and the network" in result.stderr
+        result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--name", "sample-9BT")
+        assert result.returncode == 2 and "sample-9BT" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_pretokenized_shards_are_fetched(tmp_path):
+    tokens = {f"fineweb_{'train' if i else 'val'}_{i:06d}.bin": np.arange(i, i + 50) for i in range(4)}
+    files = {"README.md": b""}
+    for name, values in tokens.items():
+        llmc_bin(tmp_path / name, values)
+        files[name] = (tmp_path / name).read_bytes()
+    with serve("kjj0/fineweb10B-gpt2", files) as (url, _):
+        argv = ["fineweb.py", "--pretokenized", "--out-dir", tmp_path / "out", "--max-tokens", 60]
+        result = script(*argv, HF_ENDPOINT=url, HF_HOME=tmp_path / "hf", HF_HUB_DISABLE_XET=1)
+    assert result.returncode == 0, result.stderr
+    manifest = read_json(tmp_path / "out" / "manifest.json")
+    assert [shard["file"] for shard in manifest["shards"]] == sorted(tokens, key=lambda name: "val" not in name)[:3]
+    assert (manifest["tokenizer"], manifest["vocab_size"], manifest["revision"]) == ("gpt2", 50257, SHA)
+    assert row(tmp_path / "out") == [*range(50), *range(1, 51), *range(2, 52)]

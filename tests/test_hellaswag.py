@@ -1,0 +1,321 @@
+"""Scores against lm-evaluation-harness on the same model, and against one plain forward pass a row."""
+
+import json
+import os
+import random
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_main, script
+
+import hellaswag
+from checkpoint import load_model
+from distributed import World
+from fineweb import get_tokenizer
+from hellaswag import clean, completion_rows, evaluate, harness_rows, load_tasks, log_probs
+from model import GPT, GPTConfig
+
+WORLD = World(torch.device("cpu"))
+
+
+def make_tasks(n: int) -> list[dict]:
+    """Tasks of random words in HellaSwag's layout, with WikiHow's marks, odd spaces and empty ctx_b among them."""
+    generator = random.Random(0)
+    words = "the a man woman she He runs [title] jumps [substeps] over café dog's and then, (slowly) into  water.".split(" ")
+
+    def sentence(n):
+        return " ".join(generator.choices(words, k=n))
+
+    tasks = []
+    for i in range(n):
+        a, b = sentence(generator.randrange(3, 12)), sentence(generator.randrange(0, 4))
+        endings = [sentence(generator.randrange(2, 9)) + generator.choice(["", ".", " "]) for _ in range(4)]
+        task = {"ind": i, "activity_label": sentence(2), "ctx_a": a, "ctx_b": b, "ctx": f"{a} {b}".strip(), "endings": endings}
+        tasks.append(task | {"label": generator.randrange(4), "split": "val", "split_type": "indomain", "source_id": "x"})
+    return tasks
+
+
+@pytest.fixture(scope="module")
+def tasks_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tasks") / "tasks.jsonl"
+    path.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(40)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    """Random weights large enough that the four endings differ."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(257, 320, 2, 2, 32))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    return model.eval()
+
+
+def harness_answers(folder: Path, tokenizer, tasks_file: Path) -> list[tuple[int, int, list[float]]]:
+    """lm-evaluation-harness's own task, requests and metrics, on a Hugging Face model from disk: (pred, pred_norm, log p)."""
+    import numpy as np
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.hellaswag.utils import process_docs
+    from transformers import GPT2LMHeadModel
+
+    lm = HFLM(pretrained=GPT2LMHeadModel.from_pretrained(folder), tokenizer=tokenizer, device="cpu", batch_size=8)
+    task = {
+        "task": "hellaswag_local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(tasks_file)}},
+        "output_type": "multiple_choice",
+        "validation_split": "validation",
+        "process_docs": process_docs,
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{label}}",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    samples = simple_evaluate(lm, tasks=[task], log_samples=True, bootstrap_iters=0)["samples"]["hellaswag_local"]
+    result = []
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        log_p = [response[0] for response in sample["filtered_resps"]]
+        per_char = [p / len(choice) for p, choice in zip(log_p, sample["doc"]["choices"], strict=True)]
+        pred, pred_norm = int(np.argmax(log_p)), int(np.argmax(per_char))
+        gold = sample["doc"]["gold"]
+        assert (sample["acc"], sample["acc_norm"]) == (pred == gold, pred_norm == gold)  # the harness's own verdicts
+        result.append((pred, pred_norm, log_p))
+    return result
+
+
+def byte_tokenizer(folder: Path):
+    """Our 'bytes' as a Hugging Face tokenizer: GPT-2's byte-level BPE without merges, byte b with id b."""
+    from transformers import GPT2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocab = {char: byte for byte, char in bytes_to_unicode().items()} | {"<|endoftext|>": 256}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return GPT2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+
+
+def bpe_tokenizer(folder: Path):
+    """GPT-2's BPE as a Hugging Face tokenizer, its merges recovered from tiktoken's ranks."""
+    import tiktoken
+    from transformers import GPT2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+    chars = bytes_to_unicode()
+
+    def text(token):
+        return "".join(chars[b] for b in token)
+
+    def parts(token, below):
+        """The two tokens that were merged into this one: what BPE makes of it without its own rank."""
+        pieces = [bytes([b]) for b in token]
+        while len(pieces) > 2:
+            best = min(range(len(pieces) - 1), key=lambda i: ranks.get(pieces[i] + pieces[i + 1], below))
+            pieces[best : best + 2] = [pieces[best] + pieces[best + 1]]
+        return pieces
+
+    vocab = {text(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": 50256}
+    merges = [" ".join(map(text, parts(token, rank))) for token, rank in ranks.items() if len(token) > 1]
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return GPT2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+
+
+def assert_equal_to_harness(folder: Path, tokenizer, tasks_file: Path):
+    theirs = harness_answers(folder, tokenizer, tasks_file)
+    model, our_tokenizer = load_model(str(folder))
+    ours = evaluate(model, our_tokenizer, load_tasks(tasks_file), WORLD)["tasks"]
+    assert len(ours) == len(theirs)
+    for task, (pred, pred_norm, log_p) in zip(ours, theirs, strict=True):
+        assert (task["harness"]["pred"], task["harness"]["pred_norm"]) == (pred, pred_norm)
+        assert task["harness"]["log_probs"] == pytest.approx(log_p, rel=1e-4, abs=1e-4)
+    assert len({pred for pred, *_ in theirs}) == 4  # the model does choose
+
+
+def test_answers_equal_lm_evaluation_harness(tmp_path, model, tasks_file):
+    model.save_pretrained(tmp_path)
+    assert_equal_to_harness(tmp_path, byte_tokenizer(tmp_path), tasks_file)
+
+
+@pytest.mark.slow
+def test_answers_equal_lm_evaluation_harness_on_real_tasks(tmp_path, gpt2_tokenizer):
+    """On real tasks and GPT-2's vocabulary: HELLASWAG_FILE names a file of at least 200 of them."""
+    if "HELLASWAG_FILE" not in os.environ:
+        pytest.skip("HELLASWAG_FILE does not name HellaSwag's validation set")
+    lines = Path(os.environ["HELLASWAG_FILE"]).read_text().splitlines()
+    (tmp_path / "tasks.jsonl").write_text("\n".join(lines[::8][:250]) + "\n")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(50257, 256, 2, 2, 64))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(tmp_path)
+    assert_equal_to_harness(tmp_path, bpe_tokenizer(tmp_path), tmp_path / "tasks.jsonl")
+
+
+# ---- the formula ----
+
+
+def test_log_probs_are_one_plain_forward_pass_a_row(model):
+    """Row by row, no padding, no sorting; completion style's acc_norm is the mean a token."""
+    tokenizer = get_tokenizer("bytes")
+    for task, scored in zip(make_tasks(6), evaluate(model, tokenizer, make_tasks(6), WORLD)["tasks"], strict=True):
+        context = tokenizer.encode(task["ctx"])
+        sums, means = [], []
+        for ending in task["endings"]:
+            completion = tokenizer.encode(" " + ending)
+            ids = torch.tensor([context + completion])
+            log_p = F.log_softmax(model(ids)[0][0], -1)[len(context) - 1 : -1]
+            picked = log_p[range(len(completion)), completion]
+            sums.append(picked.sum().item())
+            means.append(picked.mean().item())
+        assert scored["completion"]["log_probs"] == pytest.approx(sums, abs=1e-3)
+        assert scored["completion"]["pred"] == sums.index(max(sums))
+        assert scored["completion"]["pred_norm"] == means.index(max(means))
+
+
+def test_batch_size_changes_no_answer(model):
+    tokenizer, tasks = get_tokenizer("bytes"), make_tasks(20)
+    one, some, all_at_once = (evaluate(model, tokenizer, tasks, WORLD, batch_tokens) for batch_tokens in (1, 700, 10**6))
+    for a, b in ((one, some), (one, all_at_once)):
+        assert {name: score for name, score in a.items() if name != "tasks"} == {
+            name: score for name, score in b.items() if name != "tasks"
+        }
+        for p, q in zip(a["tasks"], b["tasks"], strict=True):
+            assert p["completion"]["log_probs"] == pytest.approx(q["completion"]["log_probs"], abs=1e-3)
+            assert p["completion"]["pred_norm"] == q["completion"]["pred_norm"]
+
+
+def test_rows_longer_than_the_model_lose_their_start():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(257, 16, 1, 2, 16)).eval()
+    rows = [row for task in make_tasks(3) for row in completion_rows(task, get_tokenizer("bytes"))]
+    for row, log_p in zip(rows, log_probs(model, rows, 4096), strict=True):
+        ids, n = row.ids[-17:], min(row.scored, 16)
+        expected = F.log_softmax(model(torch.tensor([ids[:-1]]))[0][0], -1)[torch.arange(16 - n, 16), ids[-n:]].sum()
+        assert log_p == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_losses_are_not_in_bf16(model):
+    """Under bf16 autocast, log-probabilities still have more digits than bf16's three."""
+    tasks, tokenizer = make_tasks(4), get_tokenizer("bytes")
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    scores = evaluate(model, tokenizer, tasks, WORLD, autocast=autocast)["tasks"]
+    values = [p for task in scores for p in task["completion"]["log_probs"]]
+    assert not all(torch.tensor(p).bfloat16().item() == p for p in values)
+    exact = [p for task in evaluate(model, tokenizer, tasks, WORLD)["tasks"] for p in task["completion"]["log_probs"]]
+    assert values == pytest.approx(exact, rel=0.02)
+
+
+def test_text_is_cleaned_as_the_harness_does():
+    assert clean(" How to boil [title] Take water. [step] Heat  it [substeps]") == "How to boil. Take water. Heat it "
+    row = harness_rows(
+        {**make_tasks(1)[0], "activity_label": "X", "ctx_a": "A man.", "ctx_b": "he", "endings": ["runs"] * 4}, get_tokenizer("bytes")
+    )[0]
+    assert bytes(row.ids) == b"X: A man. He runs" and (row.scored, row.length) == (5, 4)
+
+
+# ---- the script ----
+
+
+def test_the_script_reports_both_styles(model, tasks_file, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "hf")
+    argv = ["-m", tmp_path / "hf", "-d", "cpu", "--file", tasks_file, "--out", tmp_path / "out.jsonl"]
+    assert run_main(hellaswag.main, *argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+    def accuracy(style, pred):
+        return sum(row[style][pred] == row["label"] for row in rows) / 40
+
+    assert lines == [
+        f"40 acc: {accuracy('completion', 'pred'):.4f} acc_norm: {accuracy('completion', 'pred_norm'):.4f}",
+        f"40 harness_acc: {accuracy('harness', 'pred'):.4f} harness_acc_norm: {accuracy('harness', 'pred_norm'):.4f}",
+    ]
+    assert run_main(hellaswag.main, *argv, "--limit", 7) == 0
+    assert capsys.readouterr().out.startswith("7 acc: ")
+
+
+def test_two_processes_give_the_answers_of_one(model, tasks_file, tmp_path):
+    model.save_pretrained(tmp_path / "hf")
+    outs = []
+    for processes in (0, 2):
+        argv = [
+            "hellaswag.py",
+            "-m",
+            tmp_path / "hf",
+            "-d",
+            "cpu",
+            "--file",
+            tasks_file,
+            "--limit",
+            15,
+            "--out",
+            tmp_path / f"{processes}.jsonl",
+        ]
+        result = script(*argv, processes=processes)
+        assert result.returncode == 0, result.stderr
+        rows = [json.loads(line) for line in (tmp_path / f"{processes}.jsonl").read_text().splitlines()]
+        outs.append((result.stdout, [(row["ind"], row["harness"]["pred_norm"], row["completion"]["pred"]) for row in rows]))
+    assert outs[0] == outs[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no file"),
+        ("", "has no tasks"),
+        ("<html>404</html>\n", "line 1: not a HellaSwag task"),
+        (json.dumps({"ctx": "a", "endings": ["b"], "label": 0}) + "\n", "line 1: not a HellaSwag task"),
+        (json.dumps(make_tasks(1)[0] | {"label": 4}) + "\n", "line 1: not a HellaSwag task"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path, capsys, text, message):
+    path = tmp_path / "tasks.jsonl"
+    if text is not None:
+        path.write_text(text)
+    assert run_main(hellaswag.main, "-d", "cpu", "--file", path) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0]
+
+
+# ---- the download ----
+
+
+@pytest.mark.parametrize(("rows", "cut", "kept"), [(10_042, False, True), (10_041, False, False), (10_042, True, False)])
+def test_a_download_is_whole_or_not_kept(tmp_path, monkeypatch, rows, cut, kept):
+    body = json.dumps(make_tasks(1)[0]).encode() + b"\n"
+    body *= rows
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/hellaswag_val.jsonl")
+    path = tmp_path / "hellaswag_val.jsonl"
+    if kept:
+        assert len(load_tasks(path)) == 10_042
+    else:
+        with pytest.raises(ValueError, match=r"10041 rows instead of 10042|could not fetch|rows instead of 10042"):
+            load_tasks(path)
+    server.shutdown()
+    assert path.exists() == kept and len(list(tmp_path.iterdir())) == kept
+
+
+def test_an_unreachable_download_names_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/hellaswag_val.jsonl")
+    with pytest.raises(ValueError, match="put the file at"):
+        load_tasks(tmp_path / "hellaswag_val.jsonl")

@@ -1,0 +1,91 @@
+"""What holds for every script: importing does nothing, --help is quick, flags have two spellings, unknown ones are refused."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPO, script
+
+import train
+
+SCRIPTS = ["train", "fineweb", "hellaswag", "sample", "plot_log"]
+MODULES = [path.stem for path in sorted(REPO.glob("*.py"))]
+
+# the module's third-party imports are loaded first; after that every file opened, address looked up and process begun counts
+IMPORT_QUIETLY = """
+import ast, os, sys
+name, repo = sys.argv[1:3]
+sys.argv[1:] = ["--no-such-flag"]
+sys.path.insert(0, repo)
+for path in os.listdir(repo):
+    if path.endswith(".py"):
+        for node in ast.parse(open(os.path.join(repo, path)).read()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                for module in [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]:
+                    if module + ".py" not in os.listdir(repo):
+                        __import__(module)
+import torch.distributed, torch.utils.data
+events = []
+def hook(event, args):
+    mine = event == "open" and not str(args[0]).endswith((".py", ".pyc")) and not str(args[0]).startswith(sys.prefix)
+    if mine or event.startswith(("socket.", "subprocess.", "os.mkdir", "os.rename", "urllib.")):
+        events.append((event, args))
+sys.addaudithook(hook)
+before = dict(os.environ)
+__import__(name)
+import torch
+assert not events, events
+assert dict(os.environ) == before
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+"""
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_importing_does_nothing(name, tmp_path):
+    result = subprocess.run([sys.executable, "-c", IMPORT_QUIETLY, name, str(REPO)], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def seconds_of(*command) -> float:
+    """The best of three: what the machine does beside only ever adds."""
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        subprocess.run([sys.executable, *map(str, command)], capture_output=True, check=True)
+        seconds.append(time.monotonic() - began)
+    return min(seconds)
+
+
+@pytest.fixture(scope="module")
+def importing_torch() -> float:
+    return seconds_of("-c", "import torch")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_answers_in_two_seconds(name, importing_torch):
+    """On a machine so busy that torch alone takes more than 1.5 s, the script may add half a second."""
+    assert seconds_of(REPO / f"{name}.py", "--help") < max(2.0, importing_torch + 0.5)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_documents_every_flag(name):
+    result = script(f"{name}.py", "--help")
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("│ --") or line.startswith("│ -d") or line.startswith("│ -m"):
+            below = (line[30:] + lines[number + 1]).strip("│ ")
+            assert len(below.replace("(default", "").strip()) > 15, line
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_unknown_flag_exits_with_2(name):
+    assert script(f"{name}.py", "--no-such-flag").returncode == 2
+
+
+def test_both_spellings_of_a_flag():
+    a = train.parse_config(["--micro-batch-size", "7", "--out-dir", "nowhere"])
+    b = train.parse_config(["--micro_batch_size", "7", "--out_dir", "nowhere"])
+    assert a == b and a.micro_batch_size == 7

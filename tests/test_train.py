@@ -1,0 +1,463 @@
+"""The run: the same losses whatever the processes and the micro batch, an exact resume, and every way a user can err."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPO, TINY, read_stream, run_main, run_train, script, write_shards
+from test_hellaswag import make_tasks
+from test_model import random_hf
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+import checkpoint
+import train
+from dataloader import TokenStream, find_shards
+from model import GPT, GPTConfig
+from train import PRESETS, TrainConfig, learning_rate
+
+
+def final_weights(out_dir, step=20) -> dict:
+    return torch.load(out_dir / f"model_{step:05d}.pt", weights_only=True)["model"]
+
+
+def assert_same_weights(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# ---- what a run leaves behind ----
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    """An undisturbed run of 20 steps."""
+    out_dir = tmp_path_factory.mktemp("runs") / "finished"
+    torch.set_num_threads(1)
+    assert run_train(shards, out_dir, "--checkpoint-every", 5, "--keep", 2) == 0
+    return out_dir
+
+
+def test_a_run_leaves_log_metrics_checkpoints_and_plot(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "run.json", "log.txt", "metrics.jsonl", "log_plot.png",
+        *checkpoint.names(15), *checkpoint.names(20),
+    }  # fmt: skip
+    losses = {int(step): float(value) for step, value in read_stream(finished, "train").items()}
+    assert list(losses) == list(range(20)) and losses[19] < losses[0] - 1
+    assert list(read_stream(finished, "val")) == [0, 10, 20]
+    content = torch.load(finished / "model_00020.pt", weights_only=True)
+    assert content["step"] == 20 and content["tokenizer"] == "bytes" and content["config"]["vocab_size"] == 257
+    assert f"{content['val_loss']:.6f}" == read_stream(finished, "val")[20]
+
+
+def test_metrics_carry_everything(finished):
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if row["step"] == 7 and "loss" in row)
+    assert {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes", "tokens", "seconds", "epoch"} < set(row)
+    assert row["tokens"] == 7 * 256 and row["mfu"] is None and row["memory_bytes"] > 10**7
+    assert row["lr"] == learning_rate(train.read_run(finished / "run.json"), 7)
+    assert row["epoch"] == pytest.approx(7 * 256 / (8020 // 32 * 32))
+
+
+def test_a_run_can_be_repeated_from_its_folder(finished, shards, tmp_path):
+    run = json.loads((finished / "run.json").read_text())
+    assert run["config"]["model"]["n_embd"] == 32 and run["config"]["resume"] is False
+    launch = run["launches"][0]
+    assert launch["torch"] == torch.__version__ and launch["world_size"] == 1 and len(run["launches"]) == 1
+    assert run_train(shards, tmp_path / "again", "--checkpoint-every", 5) == 0
+    assert read_stream(tmp_path / "again", "train") == read_stream(finished, "train")
+    assert_same_weights(final_weights(tmp_path / "again"), final_weights(finished))
+
+
+def test_the_screen_shows_results_on_stdout_and_progress_on_stderr(shards, tmp_path, capsys):
+    assert run_train(shards, tmp_path / "run") == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"(step \d+: val loss \d\.\d{4}\n){3}", out)
+    line = r"step 19/20 \| loss \d\.\d{4} \| lr \S+ \| norm \d+\.\d\d \| [\d,]+ tok/s \| mfu n/a \| eta 0:00:00"
+    assert re.search(line, err)
+
+
+# ---- the formulas ----
+
+
+def test_the_update_is_the_plain_formula(finished, shards):
+    """Three steps by hand: the whole batch at once, torch's AdamW unfused, the clip written out."""
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(257, 32, 2, 2, 32))
+    stream = TokenStream(find_shards(shards), "train", 32)
+    decay = {p for p in model.parameters() if p.dim() >= 2}
+    groups = [{"params": [p for p in model.parameters() if (p in decay) == d], "weight_decay": 0.1 * d} for d in (True, False)]
+    optimizer = AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
+    for step in range(3):
+        x, y = map(torch.from_numpy, stream.batch(range(8 * step, 8 * step + 8)))
+        loss = torch.nn.functional.cross_entropy(model(x)[0].flatten(0, 1), y.flatten())
+        assert float(read_stream(finished, "train")[step]) == pytest.approx(loss.item(), abs=2e-6)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = sum((p.grad**2).sum() for p in model.parameters()) ** 0.5
+        for p in model.parameters():
+            p.grad *= min(1.0, 1.0 / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (step + 1) / 3
+        optimizer.step()
+
+
+def test_validation_is_the_mean_over_the_first_val_tokens(finished, shards):
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(257, 32, 2, 2, 32))
+    tokens = torch.from_numpy(TokenStream(find_shards(shards), "val", 32, shuffle=False).read(0, 641))
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(tokens[:-1].view(20, 32))[0].flatten(0, 1), tokens[1:])
+    assert float(read_stream(finished, "val")[0]) == pytest.approx(loss.item(), abs=2e-6)
+
+
+def test_the_learning_rate_is_torchs_warmup_and_cosine():
+    config = TrainConfig(max_steps=60, warmup_steps=10, max_lr=1.0, min_lr_ratio=0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    warmup = LinearLR(optimizer, start_factor=0.1, end_factor=1.0, total_iters=9)
+    schedule = SequentialLR(optimizer, [warmup, CosineAnnealingLR(optimizer, T_max=50, eta_min=0.1)], milestones=[10])
+    for step in range(60):
+        assert learning_rate(config, step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-9), step
+        optimizer.step()
+        schedule.step()
+    assert learning_rate(config, 60) == pytest.approx(0.1)
+
+
+# ---- the same whatever the processes and the micro batch ----
+
+
+@pytest.fixture(scope="module")
+def fifty_steps(shards, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("fifty") / "run"
+    torch.set_num_threads(1)
+    assert run_train(shards, out_dir, "--max-steps", 50, "--micro-batch-size", 8) == 0
+    return out_dir
+
+
+@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)])
+def test_losses_do_not_depend_on_processes_or_micro_batch(fifty_steps, shards, tmp_path, processes, micro_batch):
+    argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--max-steps", 50, "--micro-batch-size", micro_batch]
+    if processes == 1:
+        assert run_main(train.main, *argv) == 0
+    else:
+        result = script("train.py", *argv, processes=processes)
+        assert result.returncode == 0, result.stderr
+    for stream, count in (("train", 50), ("val", 6)):
+        here, there = read_stream(tmp_path / "run", stream), read_stream(fifty_steps, stream)
+        assert here.keys() == there.keys() and len(here) == count
+        assert max(abs(float(here[step]) - float(there[step])) for step in here) <= 1e-5
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_a_step_takes_the_same_token_ids(shards, processes, micro_batch, monkeypatch):
+    """The ids that Trainer.update asks for, over all ranks, as a set of sequences a step."""
+
+    def ids_of_step(processes, micro_batch, step):
+        config = TrainConfig(model=GPTConfig(257, 32, 1, 1, 8), total_batch_tokens=256, micro_batch_size=micro_batch, compile=False)
+        rows = []
+        for rank in range(processes):
+            # a world of this size whose sums and syncs do nothing: only what each rank reads is looked at
+            world = train.World(torch.device("cpu"), rank, 1)
+            trainer = train.Trainer(config, world, GPT(config.model), find_shards(shards), compiled=False)
+            trainer.world = train.World(torch.device("cpu"), rank, processes)
+            trainer.parallel.no_sync = train.nullcontext
+            read = trainer.train_stream.batch
+            trainer.train_stream.batch = lambda positions, read=read: rows.append(read(positions)) or rows[-1]
+            trainer.update(step)
+        return sorted(row for x, _ in rows for row in x.tolist())
+
+    for step in (0, 40):  # in the first epoch, and across the end of one
+        assert ids_of_step(processes, micro_batch, step) == ids_of_step(1, 8, step)
+
+
+# ---- resume ----
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ten_and_ten_steps_are_twenty(finished, shards, tmp_path, processes):
+    """Bit for bit: the losses of every step and the final weights."""
+
+    def launch(out_dir, *argv):
+        argv = [*argv, "--out-dir", out_dir]
+        if processes == 1:
+            return run_main(train.main, *argv)
+        result = script("train.py", *argv, processes=processes)
+        assert result.returncode == 0, result.stderr
+        return 0
+
+    start = [*TINY, "--data-dir", shards]
+    whole = finished
+    if processes == 2:
+        whole = tmp_path / "whole"
+        assert launch(whole, *start) == 0
+    # the schedule is that of 20 steps from the start: the run is stopped by a checkpoint's end, not by a shorter plan
+    assert launch(tmp_path / "parts", *start, "--checkpoint-every", 10) == 0
+    for name in checkpoint.names(20):
+        (tmp_path / "parts" / name).unlink()
+    log = tmp_path / "parts" / "log.txt"
+    kept = [line for line in log.read_text().splitlines() if int(line.split()[0]) < 10]
+    log.write_text("\n".join(kept) + "\n")
+    assert launch(tmp_path / "parts", "--resume") == 0
+    assert read_stream(tmp_path / "parts", "train") == read_stream(whole, "train")
+    assert read_stream(tmp_path / "parts", "val") == read_stream(whole, "val")
+    assert_same_weights(final_weights(tmp_path / "parts"), final_weights(whole))
+    state, other = (
+        torch.load(folder / "state_00020.pt", weights_only=True)["optimizer"]["state"] for folder in (whole, tmp_path / "parts")
+    )
+    assert all(torch.equal(state[i][key], other[i][key]) for i in state for key in state[i])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_exactly(finished, shards, tmp_path, number):
+    """20 steps equal some + a signal + the rest."""
+    command = [sys.executable, REPO / "train.py", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run"]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "run" / "log.txt").exists() or not read_stream(tmp_path / "run", "train"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    if process.returncode == 0:
+        pytest.skip("the run was over before the signal came")
+    assert process.returncode == 128 + number and "all saved" in err and "Traceback" not in err
+    step = checkpoint.newest_step(tmp_path / "run")
+    assert 0 < step < 20
+    assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run") == 0
+    assert read_stream(tmp_path / "run", "train") == read_stream(finished, "train")
+    assert_same_weights(final_weights(tmp_path / "run"), final_weights(finished))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [launch["step"] for launch in run["launches"]] == [0, step]
+
+
+def test_resume_with_another_world_and_micro_batch(finished, shards, tmp_path):
+    assert run_train(shards, tmp_path / "run", "--checkpoint-every", 10) == 0
+    for name in checkpoint.names(20):
+        (tmp_path / "run" / name).unlink()
+    result = script("train.py", "--resume", "--out-dir", tmp_path / "run", "--micro-batch-size", 2, "--sample-every", 5, processes=2)
+    assert result.returncode == 0, result.stderr
+    here, there = read_stream(tmp_path / "run", "train"), read_stream(finished, "train")
+    assert max(abs(float(here[step]) - float(there[step])) for step in there) <= 1e-5
+    assert "sample: " in result.stdout
+
+
+def test_more_steps_after_the_end(shards, tmp_path, capsys):
+    assert run_train(shards, tmp_path / "run", "--max-steps", 4) == 0
+    assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run") == 0
+    assert "finished already, at step 4: raise --max-steps" in capsys.readouterr().err
+    assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run", "--max-steps", 6) == 0
+    assert list(read_stream(tmp_path / "run", "train")) == list(range(6))
+
+
+def test_a_log_is_never_truncated(shards, tmp_path):
+    """build-nanogpt empties its log at every start."""
+    assert run_train(shards, tmp_path / "run", "--max-steps", 2) == 0
+    before = (tmp_path / "run" / "log.txt").read_text()
+    assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run", "--max-steps", 3) == 0
+    assert (tmp_path / "run" / "log.txt").read_text().startswith(before)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--n-layer", 3], "--n-layer 3: the run in"),
+        (["--total-batch-tokens", 512], "--total-batch-tokens 512"),
+        (["--max-lr", 1e-4], "--max-lr 0.0001"),
+        (["--seed", 1], "--seed 1"),
+        (["--no-shuffle"], "--shuffle False"),
+        (["--preset", "gpt2"], "--preset gpt2"),
+        (["--data-dir", "OTHER"], "holds other shards than this run began with"),
+    ],
+)
+def test_what_may_not_change_on_resume_is_named(finished, tmp_path, capsys, argv, message):
+    other = write_shards(tmp_path / "other", [1000, 5003, 17, 3001], seed=9)
+    argv = [other if word == "OTHER" else word for word in argv]
+    before = (finished / "run.json").read_text()
+    assert run_main(train.main, "--resume", "--out-dir", finished, "--max-steps", 30, *argv) == 2
+    assert message in capsys.readouterr().err and (finished / "run.json").read_text() == before
+
+
+# ---- beside training ----
+
+
+def test_hellaswag_and_samples_in_the_run(shards, tmp_path, capsys):
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(12)))
+    argv = ["--hellaswag-every", 10, "--hellaswag-file", tasks, "--sample-every", 10, "--sample-prompt", "the ca"]
+    assert run_train(shards, tmp_path / "run", *argv) == 0
+    out = capsys.readouterr().out
+    assert out.count("sample: the ca") == 8
+    values = read_stream(tmp_path / "run", "hella")
+    assert list(values) == [0, 10, 20]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if row["step"] == 20 and "hellaswag_acc_norm" in row)
+    assert f"{row['hellaswag_acc_norm']:.6f}" == values[20] and "hellaswag_harness_acc_norm" in row
+    from distributed import World
+    from hellaswag import evaluate
+
+    model, tokenizer = checkpoint.load_model(str(tmp_path / "run"))
+    assert evaluate(model, tokenizer, make_tasks(12), World(torch.device("cpu")))["acc_norm"] == row["hellaswag_acc_norm"]
+
+
+def test_a_missing_hellaswag_file_is_a_warning(shards, tmp_path, capsys):
+    assert run_train(shards, tmp_path / "run", "--max-steps", 2, "--hellaswag-every", 1, "--hellaswag-file", tmp_path / "none.jsonl") == 0
+    assert "warning: no HellaSwag in this run" in capsys.readouterr().err
+    assert read_stream(tmp_path / "run", "hella") == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
+def test_compile_together_with_everything_else(fifty_steps, shards, tmp_path, processes):
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(6)))
+    argv = ["--max-steps", 50, "--hellaswag-every", 25, "--hellaswag-file", tasks, "--sample-every", 25]
+    argv = ["train.py", *TINY, "--compile", "--data-dir", shards, "--out-dir", tmp_path / "run", *argv]
+    result = script(*argv, processes=processes, timeout=400)
+    assert result.returncode == 0, result.stderr
+    here, there = read_stream(tmp_path / "run", "train"), read_stream(fifty_steps, "train")
+    assert max(abs(float(here[step]) - float(there[step])) for step in there) <= 1e-3
+    assert list(read_stream(tmp_path / "run", "hella")) == [0, 25, 50] and result.stdout.count("sample: ") == 8
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_low_precision_trains_as_fp32_does(finished, shards, tmp_path, dtype):
+    assert run_train(shards, tmp_path / "run", "--dtype", dtype, "--attention", "manual") == 0
+    here, there = read_stream(tmp_path / "run", "train"), read_stream(finished, "train")
+    difference = max(abs(float(here[step]) - float(there[step])) for step in there)
+    assert 0 < difference < 0.05
+    scaler = torch.load(tmp_path / "run" / "state_00020.pt", weights_only=True)["scaler"]
+    assert bool(scaler) == (dtype == "fp16")
+    weights = final_weights(tmp_path / "run")
+    assert all(p.dtype == torch.float32 for p in weights.values())
+
+
+def test_dtype_and_device_are_chosen_by_what_there_is(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert train.pick_dtype("auto", cpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
+    assert train.pick_dtype("auto", cpu) == torch.float32
+    assert train.pick_dtype("auto", torch.device("mps")) == torch.float32
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert train.pick_dtype("auto", cuda) == dtype
+    assert train.pick_dtype("fp16", cpu) == torch.float16
+
+
+def test_mfu_is_the_share_of_the_data_sheets_peak(monkeypatch):
+    names = {"NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L40S": 362e12, "Unknown": None}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert train.peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    assert train.peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+# ---- fine-tuning ----
+
+
+def test_fine_tuning_starts_from_the_given_weights(shards, tmp_path):
+    hf = random_hf(257, 48, 2, 2, 32)
+    hf.save_pretrained(tmp_path / "hf")
+    tiny = TINY[6:]  # without the shape, which is the checkpoint's
+    argv = [*tiny, "--data-dir", shards, "--init-from", tmp_path / "hf", "--seq-len", 32, "--out-dir", tmp_path / "tuned", "--max-steps", 3]
+    assert run_main(train.main, *argv) == 0
+    stream = TokenStream(find_shards(shards), "train", 32)
+    x, y = map(torch.from_numpy, stream.batch(range(8)))
+    expected = torch.nn.functional.cross_entropy(hf(x).logits.flatten(0, 1), y.flatten()).item()
+    assert float(read_stream(tmp_path / "tuned", "train")[0]) == pytest.approx(expected, abs=1e-5)
+    again = [*tiny, "--data-dir", shards, "--init-from", tmp_path / "tuned" / "model_00003.pt", "--out-dir", tmp_path / "again"]
+    assert run_main(train.main, *again, "--max-steps", 1) == 0
+    assert float(read_stream(tmp_path / "again", "val")[0]) == pytest.approx(float(read_stream(tmp_path / "tuned", "val")[3]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--n-layer", 3], "--n-layer 3: "),
+        (["--seq-len", 64], "64 is longer than the 48 positions"),
+        (["--data-dir", "GPT2"], "the model's vocabulary is 257, that of the shards"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, message):
+    random_hf(257, 48, 2, 2, 32).save_pretrained(tmp_path / "hf")
+    gpt2 = write_shards(tmp_path / "gpt2", [1000, 5003])
+    (gpt2 / "manifest.json").unlink()
+    argv = [gpt2 if word == "GPT2" else word for word in argv]
+    argv = [*TINY[6:], "--data-dir", shards, "--init-from", tmp_path / "hf", "--total-batch-tokens", 6144, *argv]
+    assert run_main(train.main, *argv, "--out-dir", tmp_path / "run") == 2
+    assert message in capsys.readouterr().err
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data-dir", "nowhere"], "the folder nowhere does not exist; make it: python fineweb.py --out-dir nowhere"),
+        (["--micro-batch-size", 3], "--micro-batch-size 2 does"),
+        (["--total-batch-tokens", 100], "--total-batch-tokens 128 can be divided"),
+        (["--n-head", 5], "n_embd 32 is not a multiple of n_head 5"),
+        (["--max-steps", 0, "--max-lr", -1, "--keep", -1], "--max-steps is 0: it must be at least 1; --max-lr is -1.0"),
+        (["--max-lr", "nan"], "--max-lr is nan"),
+        (["--device", "cuda"], "--device cuda: this machine has none"),
+        (["--init-from", "gpt5"], "no model named 'gpt5'"),
+        (["--init-from", "none.pt"], "no checkpoint none.pt"),
+        (["--vocab-size", 300], "the model's vocabulary is 300, that of the shards"),
+        (["--n-embd", 400_000], "choose a smaller --n-layer or --n-embd"),
+        (["--seq-len", 8192, "--total-batch-tokens", 32768], "fewer than one sequence of 8192"),
+        (["--resume"], "--resume: there is no run in"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(shards, tmp_path, capsys, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    if torch.cuda.is_available() and "cuda" in argv:
+        pytest.skip("this machine has CUDA")
+    assert run_train(shards, tmp_path / "run", *argv) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and message in error[0]
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_an_existing_run_is_not_overwritten(finished, shards, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+    assert run_train(shards, finished) == 2
+    assert "holds a run already: add --resume" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
+def test_a_mistake_under_torchrun_names_the_remedy(shards, tmp_path):
+    argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--micro-batch-size", 8]
+    result = script("train.py", *argv, processes=2)
+    assert result.returncode != 0
+    assert "--micro-batch-size 4 does" in result.stderr and 'Traceback (most recent call last):\n  File "' + str(REPO) not in result.stderr
+
+
+def test_no_shards_is_said_within_five_seconds(tmp_path):
+    began = time.monotonic()
+    result = subprocess.run([sys.executable, REPO / "train.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "python fineweb.py" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert time.monotonic() - began < 5
+
+
+# ---- presets ----
+
+
+def test_presets_are_defaults_that_flags_override():
+    config = train.parse_config(["--preset", "gpt2-xl", "--n-layer", "2", "--out-dir", "nowhere"])
+    assert (config.model.n_layer, config.model.n_embd, config.max_lr) == (2, 1600, 2e-4)
+    default = train.parse_config(["--out-dir", "nowhere"])
+    assert (default.total_batch_tokens, default.max_steps, default.warmup_steps, default.max_lr) == (524288, 19073, 715, 6e-4)
+    for config in PRESETS.values():
+        config.validate(1)
+        assert config.preset == "none" or PRESETS[config.preset] is config
+    for world_size in (1, 2, 4, 8):
+        PRESETS["gpt2"].validate(world_size)

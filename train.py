@@ -1,0 +1,626 @@
+"""Trains a GPT.
+
+    python train.py --preset quickstart                    # a laptop, 3 minutes, no data to fetch
+    torchrun --standalone --nproc_per_node=8 train.py      # GPT-2 (124M) on the shards that fineweb.py made
+    torchrun --standalone --nproc_per_node=8 train.py --resume    # on from the newest checkpoint, with the run's settings
+
+Steps count updates: at step s, s updates are done. The train loss of a line is that of the batch of step s, before
+its update; validation, HellaSwag, samples and checkpoints of step s come before it too, and once more at the end.
+"""
+
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import cli
+import fineweb
+import hellaswag
+import plot_log
+from dataloader import MANIFEST, Shards, TokenStream, find_shards, read_json, verify_shards, write_json
+from distributed import World, join_world
+from model import GPT, SIZES, GPTConfig
+from sample import sample_texts
+
+
+@dataclass
+class TrainConfig:
+    """Train a GPT. The defaults are GPT-2 (124M) on 10 B tokens of FineWeb-Edu."""
+
+    preset: Literal["none", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "none"
+    """Defaults for all other flags; a flag beside it wins."""
+    data_dir: str = "edu_fineweb10B"
+    """Folder of shards from fineweb.py, or build-nanogpt's, or llm.c's .bin."""
+    out_dir: str = "log"
+    """The run's folder: log, metrics, checkpoints, plot."""
+    resume: bool = False
+    """Go on from the newest checkpoint of --out-dir, with that run's settings."""
+    init_from: str = ""
+    """Start from these weights (gpt2, gpt2-medium, …, a Hugging Face folder, a checkpoint) instead of random ones."""
+    model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
+
+    max_steps: int = 19073
+    """Updates in the whole run; the cosine ends here. 19,073 × 524,288 tokens are 10 B."""
+    total_batch_tokens: int = 524288
+    """Tokens of an update, over all processes; gradients are accumulated to reach it."""
+    micro_batch_size: int = 64
+    """Sequences a process puts through the model at a time: lower it when memory runs out; results stay the same."""
+    max_lr: float = 6e-4
+    """Learning rate at the end of the warmup."""
+    min_lr_ratio: float = 0.1
+    """The cosine ends at this fraction of --max-lr."""
+    warmup_steps: int = 715
+    """Steps of linear warmup."""
+    weight_decay: float = 0.1
+    """AdamW's (Loshchilov & Hutter, 2019), on tensors of 2 or more dimensions only."""
+    grad_clip: float = 1.0
+    """Largest norm of an update's gradient; 0 does not clip."""
+    shuffle: bool = True
+    """Take the sequences of an epoch in a seeded random order; --no-shuffle takes them as they lie in the shards."""
+    seed: int = 1337
+    """Of the initial weights, the order of the data and the samples."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the matrix products; auto is bf16 where the hardware has it, else fp16 on CUDA and fp32 elsewhere."""
+    compile: bool = True
+    """torch.compile the training step and validation."""
+    verify_shards: bool = True
+    """Compare the shards' sha256 with the manifest before the start."""
+
+    val_every: int = 250
+    """Steps between validations; here and below, 0 is never. The end of a run always validates and saves."""
+    val_tokens: int = 10_485_760
+    """Tokens of a validation: the first of the val split, the same ones each time."""
+    hellaswag_every: int = 250
+    """Steps between HellaSwag evaluations."""
+    hellaswag_file: str = hellaswag.HellaSwagConfig.file
+    """HellaSwag's tasks; the default is downloaded when it is not there."""
+    sample_every: int = 250
+    """Steps between samples."""
+    sample_prompt: str = "Hello, I'm a language model,"
+    """What the samples go on from."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Newest checkpoints to keep; 0 keeps all."""
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        """Forward and backward passes of a process in one update."""
+        return self.total_batch_tokens // (self.micro_batch_size * self.model.seq_len * world_size)
+
+    def validate(self, world_size: int):
+        """ValueError with every fault at once."""
+        faults = self.model.faults()
+        least = dict.fromkeys(("max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens"), 1)
+        least |= dict.fromkeys(("max_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "seed"), 0)
+        least |= dict.fromkeys(("val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep"), 0)
+        for name, limit in least.items():
+            if not limit <= getattr(self, name) < math.inf:
+                faults.append(f"{flag(name)} is {getattr(self, name)}: it must be at least {limit}")
+        if not faults and self.total_batch_tokens % (self.micro_batch_size * self.model.seq_len * world_size):
+            faults.append(self.batch_fault(world_size))
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def batch_fault(self, world_size: int) -> str:
+        """Says that the batch does not divide, and the nearest that does."""
+        sequences, rest = divmod(self.total_batch_tokens, self.model.seq_len * world_size)
+        if sequences and not rest:
+            fits = max(b for b in range(1, min(sequences, self.micro_batch_size) + 1) if sequences % b == 0)
+            remedy = f"--micro-batch-size {fits} does"
+        else:
+            per_pass = self.micro_batch_size * self.model.seq_len * world_size
+            remedy = f"--total-batch-tokens {max(1, round(self.total_batch_tokens / per_pass)) * per_pass} can be divided"
+        return (
+            f"--micro-batch-size {self.micro_batch_size} × --seq-len {self.model.seq_len} × {world_size} processes does not "
+            f"divide --total-batch-tokens {self.total_batch_tokens}: {remedy}"
+        )
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+PRESETS = {
+    "none": TrainConfig(),
+    "quickstart": TrainConfig(
+        preset="quickstart",
+        data_dir="stdlib_bytes",
+        out_dir="log/quickstart",
+        model=GPTConfig(vocab_size=257, seq_len=256, n_layer=4, n_head=4, n_embd=192),
+        max_steps=600,
+        total_batch_tokens=8192,
+        micro_batch_size=32,
+        max_lr=3e-3,
+        warmup_steps=30,
+        compile=False,
+        val_every=100,
+        val_tokens=65536,
+        hellaswag_every=0,
+        sample_every=200,
+        sample_prompt="def ",
+        checkpoint_every=200,
+        keep=1,
+    ),
+    # learning rates of the sizes: Brown et al., 2020, table 2.1
+    "gpt2": TrainConfig(preset="gpt2"),
+    "gpt2-medium": TrainConfig(preset="gpt2-medium", model=GPTConfig(**SIZES["gpt2-medium"]), max_lr=3e-4, micro_batch_size=32),
+    "gpt2-large": TrainConfig(preset="gpt2-large", model=GPTConfig(**SIZES["gpt2-large"]), max_lr=2.5e-4, micro_batch_size=16),
+    "gpt2-xl": TrainConfig(preset="gpt2-xl", model=GPTConfig(**SIZES["gpt2-xl"]), max_lr=2e-4, micro_batch_size=8),
+}
+
+
+# ---- the run ----
+
+
+def train(config: TrainConfig, world: World):
+    log, stop = Log(config, world), StopSignal()
+    trainer, start = build(config, world, log)
+    evaluation = Evaluation(trainer, log)
+    step, stopping = start, False
+    while True:
+        finished = step == config.max_steps
+        if not stopping:
+            evaluation.run(step, just_started=step == start)
+        if step > start and (finished or stopping or due(config.checkpoint_every, step)):
+            trainer.save(step, evaluation.val_loss)
+        if finished or stopping:
+            break
+
+        began = time.perf_counter()
+        loss, norm = trainer.update(step)
+        sums = world.sum(torch.stack([loss, loss.new_tensor(stop.received > 0)]))  # the one sync of a step
+        loss, stopping = sums[0].item() / world.size, sums[1].item() > 0
+        seconds = time.perf_counter() - began
+        trainer.seconds += seconds  # the run's clock stands still for all but its updates
+        log.train(step, loss, norm.item(), seconds, trainer)
+        step += 1
+    evaluation.plot()
+    if not finished:
+        log.progress(f"stopped by a signal after {step} steps, all saved; go on: --resume --out-dir {config.out_dir}")
+        sys.exit(128 + (stop.received or signal.SIGTERM))
+    log.progress(f"finished: log, plot and checkpoints are in {config.out_dir}")
+
+
+def due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C ask for an orderly end: the step is finished and saved. A second one ends at once."""
+
+    def __init__(self):
+        self.received = 0
+        signal.signal(signal.SIGTERM, self.handle)
+        signal.signal(signal.SIGINT, self.handle)
+
+    def handle(self, number, frame):
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int]:
+    """All that the loop needs, and the step to begin at. Every fault of a run that can be seen beforehand is seen here."""
+    out_dir = Path(config.out_dir)
+    shards = world.main_first(lambda: find_data(config))
+    if config.verify_shards:
+        world.main_first(lambda: world.is_main and verify_shards(shards))
+    fit_vocabulary(config, shards)
+    refuse_too_large(config.model, world.device)
+    resumed = world.main_first(lambda: checkpoint.newest_step(out_dir)) if config.resume else None
+    step = resumed or 0
+    if step >= config.max_steps:
+        log.progress(f"{out_dir} finished already, at step {step}: raise --max-steps to go on")
+        sys.exit(0)
+
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    if config.init_from and resumed is None:
+        model = world.main_first(lambda: checkpoint.load_model(config.init_from)[0])
+        model.shorten(config.model.seq_len)
+        model.config.attention = config.model.attention
+    else:
+        model = GPT(config.model)
+    trainer = Trainer(config, world, model, shards, config.compile and can_compile(world.device, log))
+    if resumed is not None:
+        trainer.load(step)
+    world.main_first(lambda: world.is_main and record_launch(config, world, shards, step))
+    log.progress(
+        f"{model.num_params():,} parameters, {str(trainer.dtype)[6:]} on {world.size} × {world.device.type}; a step is "
+        f"{config.total_batch_tokens:,} tokens, {config.grad_accum_steps(world.size)} passes of {config.micro_batch_size} × "
+        f"{config.model.seq_len} a process; an epoch is {trainer.train_stream.sequences_per_epoch * config.model.seq_len:,} tokens"
+    )
+    return trainer, step
+
+
+def find_data(config: TrainConfig) -> Shards:
+    """The shards of --data-dir; the quickstart makes its own at the first start."""
+    own = config.preset == "quickstart" and config.data_dir == PRESETS["quickstart"].data_dir
+    if own and not Path(config.data_dir, MANIFEST).exists():
+        fineweb.prepare(fineweb.PrepareConfig(dataset=("stdlib",), tokenizer="bytes", out_dir=config.data_dir, workers=1))
+    return find_shards(config.data_dir)
+
+
+def fit_vocabulary(config: TrainConfig, shards: Shards):
+    """A new model takes the shards' vocabulary; one that has weights, or a vocabulary by flag, must have it already."""
+    ours, theirs = config.model.vocab_size, shards.vocab_size
+    given = config.resume or config.init_from or ours != PRESETS[config.preset].model.vocab_size
+    if given and ours != theirs:
+        raise ValueError(f"the model's vocabulary is {ours}, that of the shards in {config.data_dir} {theirs}: use others")
+    config.model = replace(config.model, vocab_size=theirs)
+
+
+def refuse_too_large(config: GPTConfig, device: torch.device):
+    """ValueError when the weights, their gradients and AdamW's two moments, 16 bytes a parameter, can't fit."""
+    with torch.device("meta"):
+        need = 16 * sum(p.numel() for p in GPT(config).parameters())
+    if device.type == "cuda":
+        have = torch.cuda.get_device_properties(device).total_memory
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise ValueError(
+            f"weights, gradients and optimizer of this model need {need / 1e9:.1f} GB, {device.type} has {have / 1e9:.1f} GB: "
+            "choose a smaller --n-layer or --n-embd"
+        )
+
+
+def can_compile(device: torch.device, log: "Log") -> bool:
+    """torch.compile needs a C++ compiler on CPU and is not ready for MPS."""
+    if device.type == "cuda" or (device.type == "cpu" and any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))):
+        return True
+    log.progress(f"warning: running without torch.compile, which can't be used here on {device.type} (CPU: install g++)")
+    return False
+
+
+class Trainer:
+    """The model, what feeds it and what updates it."""
+
+    def __init__(self, config: TrainConfig, world: World, model: GPT, shards: Shards, compiled: bool):
+        self.config, self.world, self.device = config, world, world.device
+        self.tokenizer_name = shards.tokenizer
+        self.train_stream = TokenStream(shards, "train", config.model.seq_len, config.shuffle, config.seed)
+        self.val_stream = TokenStream(shards, "val", config.model.seq_len, shuffle=False)
+        self.dtype = pick_dtype(config.dtype, world.device)
+        # HellaSwag and sampling run self.model as it is, since their shapes change all the time; the weights are shared
+        self.model = model.to(world.device)
+        self.compiled = torch.compile(self.model) if compiled else self.model
+        self.parallel = DistributedDataParallel(self.compiled, gradient_as_bucket_view=True) if world.size > 1 else self.compiled
+        groups = self.model.param_groups(config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
+        self.seconds = 0.0  # spent in updates, over all launches of the run
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def update(self, step: int) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Returns the mean loss of this process's part of the batch, and the gradient's norm.
+
+        The batch of a step is the same sequences whatever the world: its positions are dealt out micro step by micro
+        step, and within one rank by rank.
+        """
+        config, world, B = self.config, self.world, self.config.micro_batch_size
+        micro_steps = config.grad_accum_steps(world.size)
+        total = torch.zeros((), device=self.device)
+        for micro_step in range(micro_steps):
+            start = ((step * micro_steps + micro_step) * world.size + world.rank) * B
+            x, y = self.to_device(self.train_stream.batch(range(start, start + B)))
+            last = micro_step == micro_steps - 1
+            # gradients are summed over the ranks once a step, in the last backward pass
+            with self.autocast(), nullcontext() if last or world.size == 1 else self.parallel.no_sync():
+                loss = self.parallel(x, y)[1] / micro_steps
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, norm
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss over the first val_tokens of the val split, whatever the number of processes and the micro batch."""
+        world, B, T = self.world, self.config.micro_batch_size, self.config.model.seq_len
+        sequences = max(1, min(self.val_stream.sequences_per_epoch, self.config.val_tokens // T))
+        mine = range(world.rank, sequences, world.size)
+        total = 0.0
+        for start in range(0, len(mine), B):
+            positions = list(mine[start : start + B])
+            x, y = self.val_stream.batch(positions + [0] * (B - len(positions)))  # always (B, T): nothing is compiled anew
+            y[len(positions) :] = -100
+            x, y = self.to_device((x, y))
+            with self.autocast():
+                total += self.compiled(x, y)[1].item() * len(positions)
+        return sum(world.gather(total)) / sequences
+
+    def to_device(self, arrays) -> list[Tensor]:
+        tensors = [torch.from_numpy(array) for array in arrays]
+        if self.device.type == "cuda":
+            tensors = [t.pin_memory() for t in tensors]
+        return [t.to(self.device, non_blocking=True) for t in tensors]
+
+    def where(self, step: int) -> dict:
+        """The axes that a value of this step can be drawn over."""
+        tokens = step * self.config.total_batch_tokens
+        epoch = tokens / (self.train_stream.sequences_per_epoch * self.config.model.seq_len)
+        return {"tokens": tokens, "seconds": self.seconds, "epoch": epoch}
+
+    def save(self, step: int, val_loss: float | None):
+        """A checkpoint. An exact resume needs no more than this: the data's order is a function of the step."""
+        if not self.world.is_main:
+            return
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "seconds": self.seconds}
+        out_dir = Path(self.config.out_dir)
+        checkpoint.save_checkpoint(out_dir, step, self.model, self.tokenizer_name, val_loss, state)
+        checkpoint.prune(out_dir, self.config.keep)
+
+    def load(self, step: int):
+        out_dir = Path(self.config.out_dir)
+        content, state = checkpoint.load_training(out_dir, step)
+        checkpoint.load_weights(self.model, content["model"], out_dir)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.seconds = state["seconds"]
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warmup to max_lr, then a cosine down to max_lr · min_lr_ratio at max_steps."""
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    low = config.max_lr * config.min_lr_ratio
+    return low + (config.max_lr - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies in it; else fp16 on CUDA (with a loss scaler), fp32 elsewhere."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        has = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+        name = "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+class Evaluation:
+    """What a run measures and shows beside training. Validation always; what HellaSwag and samples need may be missing."""
+
+    def __init__(self, trainer: Trainer, log: "Log"):
+        self.trainer, self.log = trainer, log
+        self.config, self.world = trainer.config, trainer.world
+        self.val_loss = None
+        self.tokenizer = self.tasks = None
+        try:
+            self.tokenizer = fineweb.get_tokenizer(trainer.tokenizer_name)
+            if self.config.hellaswag_every:
+                self.tasks = self.world.main_first(lambda: hellaswag.load_tasks(self.config.hellaswag_file))
+        except ValueError as e:
+            log.progress(f"warning: {'no HellaSwag' if self.tokenizer else 'no samples and no HellaSwag'} in this run: {e}")
+
+    def run(self, step: int, just_started: bool):
+        """Whatever is due at this step; at the end of the run all that is not switched off, and validation anyway."""
+        config, end = self.config, step == self.config.max_steps
+        if end or due(config.val_every, step):
+            self.val_loss = self.trainer.validate()
+            self.log.value(step, "val", self.val_loss, {"val_loss": self.val_loss, **self.trainer.where(step)})
+            self.log.result(f"step {step}: val loss {self.val_loss:.4f}")
+        if self.tasks and config.hellaswag_every and (end or due(config.hellaswag_every, step)):
+            self.hellaswag(step)
+        if self.tokenizer and config.sample_every and (end or due(config.sample_every, step)) and not just_started:
+            self.sample(step)
+
+    def hellaswag(self, step: int):
+        trainer = self.trainer
+        scores = hellaswag.evaluate(trainer.model, self.tokenizer, self.tasks, self.world, autocast=trainer.autocast())
+        named = {f"hellaswag_{name}": score for name, score in scores.items() if name != "tasks"}
+        self.log.value(step, "hella", scores["acc_norm"], {**named, **trainer.where(step)})
+        self.log.result(f"step {step}: HellaSwag acc_norm {scores['acc_norm']:.4f}, harness style {scores['harness_acc_norm']:.4f}")
+
+    def sample(self, step: int):
+        if not self.world.is_main:
+            return
+        with self.trainer.autocast():
+            texts = sample_texts(self.trainer.model, self.tokenizer, self.config.sample_prompt, 4, 64, self.config.seed + step)
+        for text in texts:
+            self.log.result(f"step {step}: sample: {text}")
+
+    def plot(self):
+        """OpenAI's baselines are drawn beside models of their sizes only."""
+        if self.world.is_main:
+            size = f"{self.trainer.model.num_params() / 1e6:.0f}M"
+            log = Path(self.config.out_dir, "log.txt")
+            plot_log.plot([str(log)], str(log.with_name("log_plot.png")), size=size if size in plot_log.SIZES else "none")
+
+
+# ---- what a run leaves behind and shows ----
+
+
+class Log:
+    """log.txt ('step stream value', as build-nanogpt writes it), metrics.jsonl beside it, results on stdout and
+    progress on stderr. The files are only ever appended to. Rank 0 alone writes."""
+
+    def __init__(self, config: TrainConfig, world: World):
+        self.config, self.world = config, world
+        self.recent = deque(maxlen=20)  # seconds of the last steps
+        self.shown = -math.inf  # when the last progress line was
+
+    def value(self, step: int, stream: str, value: float, metrics: dict):
+        if self.world.is_main:
+            for name, line in (("log.txt", f"{step} {stream} {value:.6f}"), ("metrics.jsonl", json.dumps({"step": step, **metrics}))):
+                with open(Path(self.config.out_dir, name), "a") as file:
+                    file.write(line + "\n")
+
+    def result(self, text: str):
+        if self.world.is_main:
+            print(text, flush=True)
+
+    def progress(self, text: str):
+        if self.world.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    def train(self, step: int, loss: float, norm: float, seconds: float, trainer: Trainer):
+        """A step's line in both files, and on the screen at most once a second."""
+        rate, lr, max_steps = self.config.total_batch_tokens / seconds, learning_rate(self.config, step), self.config.max_steps
+        peak = peak_flops(trainer.device, trainer.dtype)
+        mfu = rate * trainer.model.flops_per_token() / (peak * self.world.size) if peak else None
+        speed = {"tokens_per_second": rate, "mfu": mfu, "memory_bytes": peak_memory(trainer.device)}
+        self.value(step, "train", loss, {"loss": loss, "lr": lr, "grad_norm": norm, **speed, **trainer.where(step)})
+        self.recent.append(seconds)
+        if time.perf_counter() - self.shown > 1 or step + 1 == max_steps:
+            self.shown = time.perf_counter()
+            eta = timedelta(seconds=round(statistics.median(self.recent) * (max_steps - step - 1)))
+            self.progress(
+                f"step {step:{len(str(max_steps))}}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+                f"{rate:,.0f} tok/s | mfu {f'{mfu:.1%}' if mfu else 'n/a'} | eta {eta}"
+            )
+
+
+PEAK_FLOPS = (  # longer names first: the first part that a card's name contains counts
+    ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("A100", 312e12),
+    ("L40S", 362e12), ("L4", 121e12), ("A10", 125e12), ("V100", 125e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12),
+)  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """A card's dense bf16 or fp16 matrix rate by its data sheet, FLOP/s; None where it is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device's on CUDA, the process's elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def record_launch(config: TrainConfig, world: World, shards: Shards, step: int):
+    """run.json: settings, data, and what each launch of the run ran on. ValueError when the data has changed."""
+    path = Path(config.out_dir, "run.json")
+    before = read_json(path) if path.exists() else {"data": shards.fingerprint(), "launches": []}
+    if before["data"] != shards.fingerprint():
+        raise ValueError(f"--data-dir {config.data_dir} holds other shards than this run began with: bring those back")
+    launch = {
+        "step": step,
+        "command": sys.argv,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
+        "world_size": world.size,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = asdict(config) | {"resume": False}
+    write_json(path, {"config": config, "data": before["data"], "launches": [*before["launches"], launch]})
+
+
+def git_commit() -> str:
+    """The commit that train.py is at, '+' where files differ from it, '' without git."""
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+# ---- the command line ----
+
+# what a resumed run may change; all else decides the model, the data or the global batch
+MAY_CHANGE = {
+    "resume", "out_dir", "data_dir", "max_steps", "micro_batch_size", "device", "dtype", "compile", "verify_shards", "attention",
+    "val_every", "val_tokens", "hellaswag_every", "hellaswag_file", "sample_every", "sample_prompt", "checkpoint_every", "keep",
+}  # fmt: skip
+
+
+@dataclass
+class Which:
+    """The one flag that decides the defaults of the others."""
+
+    preset: str = "none"
+
+
+def parse_config(argv: list[str] | None = None) -> TrainConfig:
+    """Flags over the defaults of a preset, of the weights to start from, or of the run to go on with. ValueError when
+    they do not fit it, or would overwrite a run."""
+    which, _ = tyro.cli(Which, args=argv, return_unknown_args=True, add_help=False)
+    preset = PRESETS.get(which.preset, PRESETS["none"])  # a wrong name is for the full parser to refuse
+    config = cli.parse(TrainConfig, argv, preset)
+    run = Path(config.out_dir, "run.json")
+    if config.resume:
+        before = replace(read_run(run), out_dir=config.out_dir, resume=True)
+        config = cli.parse(TrainConfig, argv, before)
+        refuse_changes(before, config, MAY_CHANGE, f"the run in {config.out_dir}")
+    elif run.exists():
+        raise ValueError(f"{config.out_dir} holds a run already: add --resume to go on with it, or choose another --out-dir")
+    elif config.init_from:
+        before = replace(preset, model=checkpoint.load_model(config.init_from)[0].config)
+        config = cli.parse(TrainConfig, argv, before)
+        refuse_changes(before.model, config.model, {"seq_len", "attention"}, config.init_from)
+    return config
+
+
+def read_run(path: Path) -> TrainConfig:
+    if not path.exists():
+        raise ValueError(f"--resume: there is no run in {path.parent}; check --out-dir, or start one without --resume")
+    settings = read_json(path).get("config")
+    try:
+        return TrainConfig(**settings | {"model": GPTConfig(**settings["model"])})
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{path} was written by another version of train.py ({e}): resume with that one") from e
+
+
+def refuse_changes(before, now, allowed: set[str], source: str):
+    """ValueError for the first field that differs and may not."""
+    for f in fields(before):
+        old, new = getattr(before, f.name), getattr(now, f.name)
+        if f.name == "model":
+            refuse_changes(old, new, allowed, source)
+        elif f.name not in allowed and old != new:
+            raise ValueError(f"{flag(f.name)} {new}: {source} has {old}; leave the flag out")
+
+
+def main():
+    with cli.one_line_errors():
+        config = parse_config()
+        config.validate(int(os.environ.get("WORLD_SIZE", 1)))
+        try:
+            with join_world(config.device) as world:
+                train(config, world)
+        except torch.OutOfMemoryError as e:
+            print(f"error: out of memory ({e}): lower --micro-batch-size", file=sys.stderr)
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
