@@ -18,7 +18,7 @@ import torch
 
 from dataloader import read_json, sha256, write_atomically, write_json
 from fineweb import VOCAB_SIZES, Tokenizer, get_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, config_from_hf, hf_folder
 
 
 def names(step: int) -> tuple[str, str, str]:
@@ -142,28 +142,45 @@ def checkpoint_file(path: str) -> Path | None:
     return None
 
 
+def open_checkpoint(path: str) -> tuple[dict | None, GPTConfig, str | None]:
+    """A checkpoint's content (None: it is Hugging Face's), its config and the name of its tokenizer, if that is known."""
+    file = checkpoint_file(path)
+    if file is None:
+        config = config_from_hf(hf_folder(path))
+        return None, config, next((name for name, size in VOCAB_SIZES.items() if size == config.vocab_size), None)
+    step = re.fullmatch(r"model_(\d+)", file.stem)
+    if step and (file.parent / names(int(step[1]))[2]).exists() and (problem := fault(file.parent, int(step[1]))):
+        raise ValueError(f"{file.parent}: {problem}; use another checkpoint")
+    content = load_torch(file)
+    try:
+        return content, GPTConfig(**content["config"]), content["tokenizer"]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{file} is not a checkpoint of this project: {e}") from e
+
+
+def load_config(path: str) -> GPTConfig:
+    """The shape of the model that load_model would load."""
+    return open_checkpoint(path)[1]
+
+
+def load_gpt(path: str) -> tuple[GPT, str | None]:
+    """The model on the CPU, and the name of its tokenizer (None where the vocabulary is no known one)."""
+    content, config, tokenizer = open_checkpoint(path)
+    if content is None:
+        return GPT.from_pretrained(path), tokenizer
+    model = GPT(config)
+    load_weights(model, content["model"], path)
+    return model, tokenizer
+
+
 def load_model(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer | None]:
     """A model ready to use, in eval mode, and its tokenizer (None where the vocabulary is no known one).
 
     path: a checkpoint.pt, a run's folder, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl.
     Raises ValueError for what is missing, damaged or of another shape.
     """
-    file = checkpoint_file(str(path))
-    if file is None:
-        model = GPT.from_pretrained(str(path))
-        name = next((name for name, size in VOCAB_SIZES.items() if size == model.config.vocab_size), None)
-    else:
-        step = re.fullmatch(r"model_(\d+)", file.stem)
-        if step and (file.parent / names(int(step[1]))[2]).exists() and (problem := fault(file.parent, int(step[1]))):
-            raise ValueError(f"{file.parent}: {problem}; use another checkpoint")
-        content = load_torch(file)
-        try:
-            model = GPT(GPTConfig(**content["config"]))
-            name = content["tokenizer"]
-        except (KeyError, TypeError) as e:
-            raise ValueError(f"{file} is not a checkpoint of this project: {e}") from e
-        load_weights(model, content["model"], file)
-    return model.to(device).eval(), get_tokenizer(name) if name else None
+    model, tokenizer = load_gpt(str(path))
+    return model.to(device).eval(), get_tokenizer(tokenizer) if tokenizer else None
 
 
 def load_training(folder: Path, step: int) -> tuple[dict, dict]:

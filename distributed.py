@@ -33,18 +33,18 @@ class World:
             dist.all_gather_object(things, thing)
         return things
 
-    def main_first(self, function):
-        """Runs function on rank 0 before the others, so that it alone downloads or writes; its failure is everyone's."""
-        error = None
+    def on_main(self, function):
+        """Runs function on rank 0 alone. Its picklable result, or its error, is every process's."""
+        result = error = None
         if self.is_main:
             try:
                 result = function()
             except (ValueError, OSError) as e:
                 error = e
-        error = self.gather(error)[0]
+        result, error = self.gather((result, error))[0]
         if error is not None:
             raise error
-        return result if self.is_main else function()
+        return result
 
 
 def pick_device(name: str) -> torch.device:

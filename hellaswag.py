@@ -203,8 +203,8 @@ def main():
         if config.limit < 0 or config.batch_tokens < 1:
             raise ValueError("--limit must be at least 0 and --batch-tokens at least 1")
         with join_world(config.device) as world:
-            tasks = world.main_first(lambda: load_tasks(config.file, config.limit))
-            model, tokenizer = world.main_first(lambda: load_model(config.model, world.device))
+            tasks = world.on_main(lambda: load_tasks(config.file, config.limit))
+            model, tokenizer = load_model(config.model, world.device)
             if tokenizer is None:
                 raise ValueError(f"{config.model}: no tokenizer known for its vocabulary of {model.config.vocab_size}")
             scores = evaluate(model, tokenizer, tasks, world, config.batch_tokens)

@@ -100,6 +100,8 @@ class TrainConfig:
     """Steps between samples."""
     sample_prompt: str = "Hello, I'm a language model,"
     """What the samples go on from."""
+    sample_tokens: int = 64
+    """How long a sample goes on."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 3
@@ -112,7 +114,7 @@ class TrainConfig:
     def validate(self, world_size: int):
         """ValueError with every fault at once."""
         faults = self.model.faults()
-        least = dict.fromkeys(("max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens"), 1)
+        least = dict.fromkeys(("max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens"), 1)
         least |= dict.fromkeys(("max_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "seed"), 0)
         least |= dict.fromkeys(("val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep"), 0)
         for name, limit in least.items():
@@ -148,19 +150,22 @@ PRESETS = {
         preset="quickstart",
         data_dir="stdlib_bytes",
         out_dir="log/quickstart",
-        model=GPTConfig(vocab_size=257, seq_len=256, n_layer=4, n_head=4, n_embd=192),
-        max_steps=600,
-        total_batch_tokens=8192,
-        micro_batch_size=32,
-        max_lr=3e-3,
-        warmup_steps=30,
+        # on two CPU cores PyTorch's fused attention is slower backward than the plain products
+        model=GPTConfig(vocab_size=257, seq_len=128, n_layer=2, n_head=2, n_embd=128, attention="manual"),
+        max_steps=2500,
+        total_batch_tokens=2048,
+        micro_batch_size=16,
+        max_lr=6e-3,
+        min_lr_ratio=0.02,
+        warmup_steps=100,
         compile=False,
-        val_every=100,
-        val_tokens=65536,
+        val_every=500,
+        val_tokens=131072,
         hellaswag_every=0,
-        sample_every=200,
+        sample_every=1250,
         sample_prompt="def ",
-        checkpoint_every=200,
+        sample_tokens=200,
+        checkpoint_every=1250,
         keep=1,
     ),
     # learning rates of the sizes: Brown et al., 2020, table 2.1
@@ -175,9 +180,9 @@ PRESETS = {
 
 
 def train(config: TrainConfig, world: World):
-    log, stop = Log(config, world), StopSignal()
+    log = Log(config, world)
     trainer, start = build(config, world, log)
-    evaluation = Evaluation(trainer, log)
+    evaluation, stop = Evaluation(trainer, log), StopSignal()
     step, stopping = start, False
     while True:
         finished = step == config.max_steps
@@ -224,12 +229,12 @@ class StopSignal:
 def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int]:
     """All that the loop needs, and the step to begin at. Every fault of a run that can be seen beforehand is seen here."""
     out_dir = Path(config.out_dir)
-    shards = world.main_first(lambda: find_data(config))
+    shards = world.on_main(lambda: find_data(config))
     if config.verify_shards:
-        world.main_first(lambda: world.is_main and verify_shards(shards))
+        world.on_main(lambda: verify_shards(shards))
     fit_vocabulary(config, shards)
     refuse_too_large(config.model, world.device)
-    resumed = world.main_first(lambda: checkpoint.newest_step(out_dir)) if config.resume else None
+    resumed = world.on_main(lambda: checkpoint.newest_step(out_dir)) if config.resume else None
     step = resumed or 0
     if step >= config.max_steps:
         log.progress(f"{out_dir} finished already, at step {step}: raise --max-steps to go on")
@@ -238,7 +243,7 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     if config.init_from and resumed is None:
-        model = world.main_first(lambda: checkpoint.load_model(config.init_from)[0])
+        model = checkpoint.load_gpt(config.init_from)[0]
         model.shorten(config.model.seq_len)
         model.config.attention = config.model.attention
     else:
@@ -246,7 +251,7 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     trainer = Trainer(config, world, model, shards, config.compile and can_compile(world.device, log))
     if resumed is not None:
         trainer.load(step)
-    world.main_first(lambda: world.is_main and record_launch(config, world, shards, step))
+    world.on_main(lambda: record_launch(config, world, shards, step))
     log.progress(
         f"{model.num_params():,} parameters, {str(trainer.dtype)[6:]} on {world.size} × {world.device.type}; a step is "
         f"{config.total_batch_tokens:,} tokens, {config.grad_accum_steps(world.size)} passes of {config.micro_batch_size} × "
@@ -419,7 +424,7 @@ class Evaluation:
         try:
             self.tokenizer = fineweb.get_tokenizer(trainer.tokenizer_name)
             if self.config.hellaswag_every:
-                self.tasks = self.world.main_first(lambda: hellaswag.load_tasks(self.config.hellaswag_file))
+                self.tasks = self.world.on_main(lambda: hellaswag.load_tasks(self.config.hellaswag_file))
         except ValueError as e:
             log.progress(f"warning: {'no HellaSwag' if self.tokenizer else 'no samples and no HellaSwag'} in this run: {e}")
 
@@ -446,7 +451,8 @@ class Evaluation:
         if not self.world.is_main:
             return
         with self.trainer.autocast():
-            texts = sample_texts(self.trainer.model, self.tokenizer, self.config.sample_prompt, 4, 64, self.config.seed + step)
+            prompt, length, seed = self.config.sample_prompt, self.config.sample_tokens, self.config.seed + step
+            texts = sample_texts(self.trainer.model, self.tokenizer, prompt, 4, length, seed)
         for text in texts:
             self.log.result(f"step {step}: sample: {text}")
 
@@ -558,8 +564,8 @@ def git_commit() -> str:
 
 # what a resumed run may change; all else decides the model, the data or the global batch
 MAY_CHANGE = {
-    "resume", "out_dir", "data_dir", "max_steps", "micro_batch_size", "device", "dtype", "compile", "verify_shards", "attention",
-    "val_every", "val_tokens", "hellaswag_every", "hellaswag_file", "sample_every", "sample_prompt", "checkpoint_every", "keep",
+    "resume", "out_dir", "data_dir", "max_steps", "micro_batch_size", "attention", "device", "dtype", "compile", "verify_shards", "val_every",
+    "val_tokens", "hellaswag_every", "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep",
 }  # fmt: skip
 
 
@@ -584,7 +590,7 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     elif run.exists():
         raise ValueError(f"{config.out_dir} holds a run already: add --resume to go on with it, or choose another --out-dir")
     elif config.init_from:
-        before = replace(preset, model=checkpoint.load_model(config.init_from)[0].config)
+        before = replace(preset, model=checkpoint.load_config(config.init_from))
         config = cli.parse(TrainConfig, argv, before)
         refuse_changes(before.model, config.model, {"seq_len", "attention"}, config.init_from)
     return config

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on localhost: one dataset repo at one commit, as much of the protocol as its clients use."""
+"""A stand-in for the Hugging Face hub on localhost: repos at one commit, as much of the protocol as its clients use."""
 
 import json
 import threading
@@ -9,9 +9,22 @@ from urllib.parse import unquote, urlsplit
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
+def children(files: dict[str, bytes], folder: str) -> list[dict]:
+    """Files and folders right below a folder of a repo."""
+    found = {}
+    for path, content in files.items():
+        if path.startswith(folder and folder + "/"):
+            name, *deeper = path.removeprefix(folder).strip("/").split("/")
+            child = f"{folder}/{name}".strip("/")
+            kind = {"type": "directory", "size": 0} if deeper else {"type": "file", "size": len(content)}
+            found[child] = {"path": child, "oid": "0" * 40, **kind}
+    return list(found.values())
+
+
 @contextmanager
-def serve(repo: str, files: dict[str, bytes], break_after: int = 0):
-    """Yields (url, requests). files: path → content. break_after: cut every such n-th file request short, like a bad line."""
+def serve(repos: dict[str, dict[str, bytes]], break_after: int = 0):
+    """Yields (url, requests). repos: 'datasets/owner/name' or, for a model, 'owner/name' → path → content.
+    break_after: every such n-th download is cut short, as by a bad line."""
     requests, downloads = [], []
 
     class Hub(BaseHTTPRequestHandler):
@@ -33,39 +46,23 @@ def serve(repo: str, files: dict[str, bytes], break_after: int = 0):
         def answer_json(self, content, status: int = 200):
             self.answer(json.dumps(content).encode(), status, {"Content-Type": "application/json"})
 
-        def entry(self, path):
-            return {"type": "file", "path": path, "size": len(files[path]), "oid": f"{hash(path) & 0xFFFFFFFF:040x}"}
-
-        def children(self, folder):
-            """Files and folders right below a folder of the repo."""
-            found = {}
-            for path in files:
-                if path.startswith(folder and folder + "/"):
-                    name, *deeper = path.removeprefix(folder).strip("/").split("/")
-                    child = f"{folder}/{name}".strip("/")
-                    found[child] = {"type": "directory", "path": child, "oid": "0" * 40, "size": 0} if deeper else self.entry(path)
-            return list(found.values())
-
-        def do_POST(self):
-            wanted = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}").get("paths", [])
-            requests.append(f"POST {self.path} {wanted}")
-            self.answer_json([self.entry(path) for path in wanted if path in files])
-
         def do_GET(self):
             path = unquote(urlsplit(self.path).path)
             requests.append(f"{self.command} {path}")
-            api = f"/api/datasets/{repo}"
-            if path in (api, f"{api}/revision/main", f"{api}/revision/{SHA}"):
-                self.answer_json(
-                    {"id": repo, "sha": SHA, "siblings": [{"rfilename": name} for name in files], "tags": [], "private": False}
-                )
-            elif path.startswith(f"{api}/tree/{SHA}"):
-                folder = path.removeprefix(f"{api}/tree/{SHA}").strip("/")
-                self.answer_json(self.children(folder))
-            elif path.startswith(f"/datasets/{repo}/resolve/{SHA}/") and path.split(SHA + "/")[1] in files:
-                self.send_file(files[path.split(SHA + "/")[1]])
-            else:
-                self.answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
+            for repo, files in repos.items():
+                api = f"/api/{repo if repo.startswith('datasets/') else 'models/' + repo}"
+                if path in (api, f"{api}/revision/main", f"{api}/revision/{SHA}"):
+                    siblings = [{"rfilename": name} for name in files]
+                    return self.answer_json(
+                        {"id": repo.removeprefix("datasets/"), "sha": SHA, "siblings": siblings, "tags": [], "private": False}
+                    )
+                if path.startswith(f"{api}/tree/{SHA}"):
+                    return self.answer_json(children(files, path.removeprefix(f"{api}/tree/{SHA}").strip("/")))
+                for revision in (SHA, "main"):
+                    name = path.removeprefix(f"/{repo}/resolve/{revision}/")
+                    if name != path and name in files:
+                        return self.send_file(files[name])
+            self.answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
 
         do_HEAD = do_GET
 

@@ -275,7 +275,7 @@ def hub_script(url, tmp_path, *argv):
 
 def test_the_hubs_dataset_is_streamed_and_its_commit_recorded(tmp_path, fineweb_edu):
     out = tmp_path / "out"
-    with serve("HuggingFaceFW/fineweb-edu", fineweb_edu) as (url, requests):
+    with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}) as (url, requests):
         result = hub_script(url, tmp_path, "--out-dir", out, "--shard-size", 500)
     assert result.returncode == 0, result.stderr
     assert row(out) == expected(TEXTS[:39])
@@ -285,7 +285,7 @@ def test_the_hubs_dataset_is_streamed_and_its_commit_recorded(tmp_path, fineweb_
 
 
 def test_dropped_connections_are_tried_again(tmp_path, fineweb_edu):
-    with serve("HuggingFaceFW/fineweb-edu", fineweb_edu, break_after=4) as (url, _):
+    with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}, break_after=4) as (url, _):
         result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--shard-size", 500)
     assert result.returncode == 0, result.stderr
     assert row(tmp_path / "out") == expected(TEXTS[:39])
@@ -304,7 +304,7 @@ fineweb.main()
 
 
 def test_a_streamed_prep_goes_on_at_the_same_commit(tmp_path, fineweb_edu, monkeypatch):
-    with serve("HuggingFaceFW/fineweb-edu", fineweb_edu) as (url, requests):
+    with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}) as (url, requests):
         argv = ["--shard-size", 400]
         assert hub_script(url, tmp_path, *argv, "--out-dir", tmp_path / "whole").returncode == 0
         stop = STOP_AFTER_TWO_SHARDS
@@ -316,14 +316,12 @@ def test_a_streamed_prep_goes_on_at_the_same_commit(tmp_path, fineweb_edu, monke
         requests.clear()
         result = hub_script(url, tmp_path, *argv, "--out-dir", tmp_path / "stopped")
         assert result.returncode == 0, result.stderr
-        assert (
-            any(f"revision/{SHA}" in request for request in requests) and f"GET /api/datasets/{'HuggingFaceFW/fineweb-edu'}" not in requests
-        )
+        assert any(f"revision/{SHA}" in request for request in requests) and "GET /api/datasets/HuggingFaceFW/fineweb-edu" not in requests
     assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "stopped")
 
 
 def test_a_dataset_the_hub_does_not_have_is_one_line(tmp_path, fineweb_edu):
-    with serve("HuggingFaceFW/fineweb-edu", fineweb_edu) as (url, _):
+    with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}) as (url, _):
         result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--dataset", "no/such")
         assert result.returncode == 2 and "could not find no/such on the hub" in result.stderr and "Traceback" not in result.stderr
         result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--revision", "v9")
@@ -338,7 +336,7 @@ def test_pretokenized_shards_are_fetched(tmp_path):
     for name, values in tokens.items():
         llmc_bin(tmp_path / name, values)
         files[name] = (tmp_path / name).read_bytes()
-    with serve("kjj0/fineweb10B-gpt2", files) as (url, _):
+    with serve({"datasets/kjj0/fineweb10B-gpt2": files}) as (url, _):
         argv = ["fineweb.py", "--pretokenized", "--out-dir", tmp_path / "out", "--max-tokens", 60]
         result = script(*argv, HF_ENDPOINT=url, HF_HOME=tmp_path / "hf", HF_HUB_DISABLE_XET=1)
     assert result.returncode == 0, result.stderr

@@ -1,9 +1,14 @@
 """model.py against Hugging Face's GPT2LMHeadModel, a NumPy forward pass, published parameter counts and plain formulas."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import REPO
+from hub import serve
 from reference import gpt2_logits
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -231,6 +236,17 @@ def test_weights_in_several_files_load(tmp_path, hf_folder):
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
     one, parts = (GPT.from_pretrained(str(folder)) for folder in (hf_folder, tmp_path / "parts"))
     assert all((p == q).all() for p, q in zip(one.parameters(), parts.parameters(), strict=True))
+
+
+def test_the_hubs_names_are_fetched(tmp_path, hf_folder):
+    """GPT.from_pretrained("gpt2") against a hub on localhost that has a smaller model under that name."""
+    files = {path.name: path.read_bytes() for path in hf_folder.iterdir()}
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from model import GPT; print(GPT.from_pretrained('gpt2').num_params())"
+    with serve({"openai-community/gpt2": files}) as (url, requests):
+        env = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        result = subprocess.run([sys.executable, "-c", code, str(REPO)], env=env, capture_output=True, text=True)
+    assert result.stdout.strip() == str(GPT.from_pretrained(str(hf_folder)).num_params()), result.stderr
+    assert not any("bin" in request for request in requests)
 
 
 def test_pickled_weights_are_refused(hf_folder):

@@ -1,0 +1,104 @@
+"""Runs every command of README.md, in order, in a fresh copy of the repository: python tests/readme.py FOLDER
+
+What needs eight GPUs, days or the network runs small: on two processes, with a tiny model, against a hub on localhost.
+SMALL says what is added to which script; everything else is run word for word.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from hub import serve
+from test_dataloader import llmc_bin
+from test_fineweb import CARD
+
+REPO = Path(__file__).parent.parent
+SHAPE = "--n-layer 2 --n-head 2 --n-embd 32"
+STEPS = (
+    "--seq-len 64 --total-batch-tokens 512 --micro-batch-size 4 --max-steps 8 --warmup-steps 2 --val-tokens 1024 "
+    "--device cpu --no-compile --hellaswag-file tasks.jsonl --sample-every 4"
+)
+SMALL = (  # the first pattern that a command matches says what is added to it
+    (r"--preset quickstart|log/quickstart|plot_log|pytest", ""),
+    (r"train.py.*--resume", "--max-steps 12"),
+    (r"train.py.*--init-from", STEPS),
+    (r"train.py", f"{SHAPE} {STEPS}"),
+    (r"hellaswag.py", "--file tasks.jsonl -d cpu"),
+    (r"sample.py", "-d cpu"),
+    (r"fineweb.py", "--workers 2"),
+)
+
+
+def commands(readme: str) -> list[str]:
+    return [line for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) for line in block.splitlines() if line]
+
+
+def smaller(command: str) -> str:
+    command = command.replace("--nproc_per_node=8", "--nproc_per_node=2")
+    for pattern, flags in SMALL:
+        if re.search(pattern, command):
+            return f"{command} {flags}".strip()
+    raise SystemExit(f"README.md: no rule in tests/readme.py for {command!r}")
+
+
+def repos(folder: Path) -> dict[str, dict[str, bytes]]:
+    """What the commands fetch: a FineWeb-Edu, ready .bin shards and a gpt2, all of them small."""
+    from model import GPT, GPTConfig
+
+    pages = [path.read_text() for path in sorted(REPO.rglob("*.py"))] * 4
+    pq.write_table(pa.table({"text": pages}), folder / "pages.parquet")
+    edu = {"README.md": CARD, "sample/10BT/000_00000.parquet": (folder / "pages.parquet").read_bytes()}
+    bins = {}
+    for index in range(2):
+        name = f"fineweb_{'train' if index else 'val'}_{index:06d}.bin"
+        llmc_bin(folder / name, np.arange(20_000) % 50257)
+        bins[name] = (folder / name).read_bytes()
+    torch.manual_seed(0)
+    GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32)).save_pretrained(folder / "gpt2")
+    gpt2 = {path.name: path.read_bytes() for path in (folder / "gpt2").iterdir()}
+    return {"datasets/HuggingFaceFW/fineweb-edu": edu, "datasets/kjj0/fineweb10B-gpt2": bins, "openai-community/gpt2": gpt2}
+
+
+def main(folder: Path):
+    import json
+
+    from test_hellaswag import make_tasks
+
+    subprocess.run(["git", "clone", "--quiet", str(REPO), str(folder / "clone")], check=True)
+    clone = folder / "clone"
+    (clone / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(8)))
+    (clone / "docs").mkdir()
+    for path in [*REPO.glob("*.md"), *REPO.rglob("*.py")]:
+        (clone / "docs" / path.name).write_text(path.read_text() * 3)
+    with serve(repos(folder)) as (url, _):
+        env = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1"}
+        for command in map(smaller, commands((REPO / "README.md").read_text())):
+            print(f"$ {command}", flush=True)
+            began = time.monotonic()
+            subprocess.run(["bash", "-c", command], check=True, cwd=clone, env=env, stdin=subprocess.DEVNULL)
+            seconds = time.monotonic() - began
+            print(f"({seconds:.0f} s)", flush=True)
+            if command.endswith("--preset quickstart"):
+                check_quickstart(clone / "log" / "quickstart", seconds)
+
+
+def check_quickstart(run: Path, seconds: float):
+    losses = [float(line.split()[2]) for line in (run / "log.txt").read_text().splitlines() if line.split()[1] == "val"]
+    # the time is shown, not asserted: it is three minutes on two idle cores, and these may not be idle
+    print(f"quickstart: val loss {losses[-1]:.4f} nats a byte in {seconds:.0f} s", flush=True)
+    assert losses[-1] < 1.65
+    assert (run / "log_plot.png").stat().st_size > 20_000 and list(run.glob("model_*.pt"))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(REPO))
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True)
+    main(target)
