@@ -564,8 +564,9 @@ def git_commit() -> str:
 
 # what a resumed run may change; all else decides the model, the data or the global batch
 MAY_CHANGE = {
-    "resume", "out_dir", "data_dir", "max_steps", "micro_batch_size", "attention", "device", "dtype", "compile", "verify_shards", "val_every",
-    "val_tokens", "hellaswag_every", "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep",
+    "resume", "out_dir", "data_dir", "max_steps", "micro_batch_size", "attention", "device", "dtype", "compile", "verify_shards",
+    "val_every", "val_tokens", "hellaswag_every", "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens",
+    "checkpoint_every", "keep",
 }  # fmt: skip
 
 
