@@ -4,6 +4,7 @@ import sys
 from contextlib import contextmanager
 
 import tyro
+from tqdm import tqdm
 
 
 def parse(cls, argv: list[str] | None = None, default=None):
@@ -23,3 +24,8 @@ def one_line_errors():
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+
+
+def bar(iterable=None, **how) -> tqdm:
+    """A progress bar on stderr; where that is a file, a line every half minute instead of ten a second."""
+    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, **how)

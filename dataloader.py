@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+
+import cli
 
 MANIFEST = "manifest.json"
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4  # llm.c's header: 256 little-endian int32
@@ -138,7 +139,7 @@ def verify_shards(shards: Shards):
             raise ValueError(f"shard {path} is damaged (its sha256 is not the manifest's): {REMEDY}")
 
     with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
-        list(tqdm(pool.map(check, entries), "verifying shards", len(entries), unit="shard", disable=len(entries) < 10))
+        list(cli.bar(pool.map(check, entries), desc="verifying shards", total=len(entries), unit="shard", disable=len(entries) < 10))
 
 
 # ---- the stream ----

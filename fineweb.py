@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 import cli
 from dataloader import MANIFEST, open_shard, read_json, sha256, write_json, write_shard
@@ -319,7 +318,7 @@ def prepare(config: PrepareConfig):
 
     buffer, filled = np.empty(2 * size, np.uint16), 0
     stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count())
-    with tqdm(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=config.max_tokens or None) as bar:
+    with cli.bar(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=config.max_tokens or None) as bar:
         bar.update(sum(shard["tokens"] for shard in shards))
         for state, tokens in stream:
             taken, skip = skip, 0
@@ -405,7 +404,7 @@ def fetch_pretokenized(config: PrepareConfig):
         files = sorted(file.rfilename for file in info.siblings if file.rfilename.endswith(".bin"))
         files.sort(key=lambda file: "_val_" not in file)
         shards, train_tokens = [], 0
-        for file in tqdm(files, f"downloading into {out}", unit="shard"):
+        for file in cli.bar(files, desc=f"downloading into {out}", unit="shard"):
             if config.max_tokens and train_tokens >= config.max_tokens:
                 break
             hf_hub_download(repo, file, repo_type="dataset", revision=info.sha, local_dir=out)

@@ -21,7 +21,6 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import tyro
-from tqdm import tqdm
 
 import cli
 from checkpoint import load_model
@@ -145,7 +144,7 @@ def log_probs(model: GPT, rows: list[Row], batch_tokens: int, progress: bool = F
     """
     device = model.transformer.wte.weight.device
     result = [0.0] * len(rows)
-    with tqdm(total=len(rows), desc="HellaSwag", unit="ending", leave=False, disable=not progress) as bar:
+    with cli.bar(total=len(rows), desc="HellaSwag", unit="ending", leave=False, disable=not progress) as bar:
         for batch in batches(rows, batch_tokens):
             ids = [rows[i].ids[-(model.config.seq_len + 1) :] for i in batch]
             counts = [min(rows[i].scored, len(row) - 1) for i, row in zip(batch, ids, strict=True)]

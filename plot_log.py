@@ -79,13 +79,14 @@ def points(values: dict[int, float], axis: dict[int, float] | None) -> tuple[lis
 
 
 def plot(logs: list[str], out: str, x: str = "step", size: str = "124M"):
-    """Draws the logs into the file `out`."""
+    """Draws the logs into the file `out`: loss, and beside it HellaSwag where there is a score or a baseline of it."""
     from matplotlib.figure import Figure  # not pyplot: no window system is touched
 
-    figure = Figure(figsize=(14, 5.5), layout="constrained")
-    loss, hella = figure.subplots(1, 2)
-    for number, log in enumerate(logs):
-        streams = read_log(Path(log))
+    runs = [read_log(Path(log)) for log in logs]
+    panels = 2 if size != "none" or any("hella" in streams for streams in runs) else 1
+    figure = Figure(figsize=(7 * panels, 5.5), layout="constrained")
+    loss, *hella = figure.subplots(1, panels, squeeze=False)[0]
+    for number, (log, streams) in enumerate(zip(logs, runs, strict=True)):
         axis = read_axis(Path(log), x) if x != "step" else None
         name = Path(log).parent.name or log
         color = f"C{number}"
@@ -94,22 +95,20 @@ def plot(logs: list[str], out: str, x: str = "step", size: str = "124M"):
         if "val" in streams:
             loss.plot(*points(streams["val"], axis), color=color, marker=".", label=f"{name}: val")
         if "hella" in streams:
-            hella.plot(*points(streams["hella"], axis), color=color, marker=".", label=name)
+            hella[0].plot(*points(streams["hella"], axis), color=color, marker=".", label=name)
     if size in GPT2_LOSS:
         loss.axhline(GPT2_LOSS[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size}), FineWeb-Edu val")
     if size != "none":
-        hella.axhline(GPT2_HELLASWAG[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size})")
-        hella.axhline(GPT3_HELLASWAG[size], color="g", linestyle="--", label=f"OpenAI GPT-3 ({size})")
+        hella[0].axhline(GPT2_HELLASWAG[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size})")
+        hella[0].axhline(GPT3_HELLASWAG[size], color="g", linestyle="--", label=f"OpenAI GPT-3 ({size})")
     loss.set(title="Loss", xlabel=UNITS[x], ylabel="cross entropy, nats a token", yscale="log")
     loss.yaxis.set_major_formatter("{x:.2f}")
     loss.yaxis.set_minor_formatter("{x:.2f}")
-    hella.set(title="HellaSwag, completion style", xlabel=UNITS[x], ylabel="acc_norm")
-    for panel in (loss, hella):
+    for panel in hella:
+        panel.set(title="HellaSwag, completion style", xlabel=UNITS[x], ylabel="acc_norm")
+    for panel in (loss, *hella):
         panel.grid(alpha=0.3, which="both")
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend()
-        else:
-            panel.text(0.5, 0.5, "not measured in this run", ha="center", transform=panel.transAxes)
+        panel.legend()
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
 

@@ -91,7 +91,7 @@ class TrainConfig:
     val_every: int = 250
     """Steps between validations; here and below, 0 is never. The end of a run always validates and saves."""
     val_tokens: int = 10_485_760
-    """Tokens of a validation: the first of the val split, the same ones each time."""
+    """Tokens of a validation, spread evenly over the val split and the same ones each time."""
     hellaswag_every: int = 250
     """Steps between HellaSwag evaluations."""
     hellaswag_file: str = hellaswag.HellaSwagConfig.file
@@ -350,19 +350,20 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss over the first val_tokens of the val split, whatever the number of processes and the micro batch."""
+        """Mean loss over val_tokens spread evenly over the val split, whatever the number of processes and the micro batch."""
         world, B, T = self.world, self.config.micro_batch_size, self.config.model.seq_len
-        sequences = max(1, min(self.val_stream.sequences_per_epoch, self.config.val_tokens // T))
-        mine = range(world.rank, sequences, world.size)
+        there = self.val_stream.sequences_per_epoch
+        count = max(1, min(there, self.config.val_tokens // T))
+        mine = [i * there // count for i in range(world.rank, count, world.size)]
         total = 0.0
         for start in range(0, len(mine), B):
-            positions = list(mine[start : start + B])
+            positions = mine[start : start + B]
             x, y = self.val_stream.batch(positions + [0] * (B - len(positions)))  # always (B, T): nothing is compiled anew
             y[len(positions) :] = -100
             x, y = self.to_device((x, y))
             with self.autocast():
                 total += self.compiled(x, y)[1].item() * len(positions)
-        return sum(world.gather(total)) / sequences
+        return sum(world.gather(total)) / count
 
     def to_device(self, arrays) -> list[Tensor]:
         tensors = [torch.from_numpy(array) for array in arrays]
