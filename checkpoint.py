@@ -2,65 +2,43 @@
 
     model_{step:05d}.pt      weights_only: model (state dict), config (dict), step, val_loss, tokenizer (its name)
     state_{step:05d}.pt      what else an exact resume needs: optimizer, scaler, seconds
-    model_{step:05d}.json    size and sha256 of both, written last: without it, or unlike it, a checkpoint does not count
+    model_{step:05d}.json    the seal: size and sha256 of both, written last; without it, or unlike it, they do not count
 
 Each file is written under another name and renamed, so a kill at any moment leaves the checkpoints before it whole.
 """
 
-import hashlib
 import pickle
 import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from dataloader import read_json, sha256, write_atomically, write_json
+from files import read_json, sha256, write_atomically, write_json
 from fineweb import VOCAB_SIZES, Tokenizer, get_tokenizer
 from model import GPT, GPTConfig, config_from_hf, hf_folder
 
 
-def names(step: int) -> tuple[str, str, str]:
-    return f"model_{step:05d}.pt", f"state_{step:05d}.pt", f"model_{step:05d}.json"
+class Files(NamedTuple):
+    """A checkpoint's three files."""
+
+    model: Path
+    state: Path
+    seal: Path
+
+
+def files_of(folder: Path, step: int) -> Files:
+    return Files(folder / f"model_{step:05d}.pt", folder / f"state_{step:05d}.pt", folder / f"model_{step:05d}.json")
 
 
 # ---- writing ----
 
 
-class HashingFile:
-    """A file that hashes what is written to it, so that a checkpoint need not be read again to be summed."""
-
-    def __init__(self, file):
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def write(self, data) -> int:
-        self.sha256.update(data)
-        return self.file.write(data)
-
-    def flush(self):
-        self.file.flush()
-
-
-def write_torch(path: Path, content: dict) -> dict:
-    """Saves content atomically and returns what verifies it."""
-    digest = None
-
-    def write(file):
-        nonlocal digest
-        hashing = HashingFile(file)
-        torch.save(content, hashing)
-        digest = hashing.sha256.hexdigest()
-
-    write_atomically(path, write)
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
 def save_checkpoint(folder: Path, step: int, model: GPT, tokenizer: str, val_loss: float | None, state: dict) -> Path:
-    """Writes the checkpoint of a step, unless it stands there whole already, and returns the model file's path."""
-    model_name, state_name, seal_name = names(step)
-    if fault(folder, step) is None:
-        return folder / model_name
+    """Writes the checkpoint of a step and returns the model file's path. val_loss: None when not validated at this step."""
+    files = files_of(folder, step)
     content = {
         "model": model.state_dict(),
         "config": asdict(model.config),
@@ -68,16 +46,21 @@ def save_checkpoint(folder: Path, step: int, model: GPT, tokenizer: str, val_los
         "val_loss": val_loss,
         "tokenizer": tokenizer,
     }
-    seal = {model_name: write_torch(folder / model_name, content), state_name: write_torch(folder / state_name, state)}
-    write_json(folder / seal_name, seal)
-    return folder / model_name
+    files.seal.unlink(missing_ok=True)  # one that stands there was found damaged, or this run would not be at its step
+    for path, part in ((files.model, content), (files.state, state)):
+        write_atomically(path, lambda file, part=part: torch.save(part, file))
+    write_json(files.seal, {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in (files.model, files.state)})
+    return files.model
 
 
-def prune(folder: Path, keep: int):
-    """Deletes all but the newest `keep` sealed checkpoints (0 keeps all), the seal of each before its files."""
-    for step in sealed_steps(folder)[:-keep] if keep else []:
-        for name in reversed(names(step)):
-            (folder / name).unlink(missing_ok=True)
+def prune(folder: Path, keep: int, newest: int):
+    """Deletes all but the last `keep` sealed checkpoints up to `newest`, the one just saved (0 keeps all). Later ones
+    were found damaged by the resume that came to this step, and go too. The seal of each goes before its files."""
+    steps = sealed_steps(folder)
+    kept = [step for step in steps if step <= newest][-keep:]
+    for step in sorted(set(steps) - set(kept)) if keep else []:
+        for path in reversed(files_of(folder, step)):
+            path.unlink(missing_ok=True)
 
 
 # ---- finding and verifying ----
@@ -87,30 +70,29 @@ def sealed_steps(folder: Path) -> list[int]:
     return sorted(int(path.stem[6:]) for path in folder.glob("model_*.json") if path.stem[6:].isdigit())
 
 
-def fault(folder: Path, step: int) -> str | None:
-    """What is wrong with the checkpoint of a step, or None when it is whole, byte for byte."""
-    *_, seal_name = names(step)
-    if not (folder / seal_name).exists():
-        return f"{seal_name} is missing: its saving did not finish"
+def fault(folder: Path, step: int, weights_only: bool = False) -> str | None:
+    """What is wrong with the checkpoint of a step, or None when it is whole, byte for byte; weights_only: its model file."""
+    files = files_of(folder, step)
+    if not files.seal.exists():
+        return f"{files.seal.name} is missing: its saving did not finish"
     try:
-        seal = read_json(folder / seal_name)
-        for name, expected in seal.items():
-            path = folder / name
+        seal = read_json(files.seal, "")
+        for path in (files.model,) if weights_only else (files.model, files.state):
             if not path.exists():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
-                return f"{name} is damaged: not the bytes that were saved"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{seal_name} is damaged"
+                return f"{path.name} is missing"
+            if path.stat().st_size != seal[path.name]["bytes"] or sha256(path) != seal[path.name]["sha256"]:
+                return f"{path.name} is damaged: not the bytes that were saved"
+    except (ValueError, KeyError, TypeError):
+        return f"{files.seal.name} is damaged"
     return None
 
 
-def newest_step(folder: Path) -> int | None:
+def newest_step(folder: Path, weights_only: bool = False) -> int | None:
     """The newest step with a whole checkpoint; None when nothing was ever saved. Names those it passes over.
     ValueError when there are checkpoints and none is whole: a run must not silently begin again."""
     steps = sorted({int(m[1]) for path in folder.glob("model_*") if (m := re.fullmatch(r"model_(\d+)\.(pt|json)", path.name))})
     for step in reversed(steps):
-        problem = fault(folder, step)
+        problem = fault(folder, step, weights_only)
         if problem is None:
             return step
         print(f"warning: skipping the checkpoint of step {step} in {folder}: {problem}", file=sys.stderr)
@@ -137,8 +119,9 @@ def checkpoint_file(path: str) -> Path | None:
     folder = Path(path)
     if folder.suffix == ".pt":
         return folder
-    if folder.is_dir() and not (folder / "config.json").exists() and (step := newest_step(folder)) is not None:
-        return folder / names(step)[0]
+    if folder.is_dir() and not (folder / "config.json").exists():
+        step = newest_step(folder, weights_only=True)
+        return None if step is None else files_of(folder, step).model
     return None
 
 
@@ -148,14 +131,16 @@ def open_checkpoint(path: str) -> tuple[dict | None, GPTConfig, str | None]:
     if file is None:
         config = config_from_hf(hf_folder(path))
         return None, config, next((name for name, size in VOCAB_SIZES.items() if size == config.vocab_size), None)
-    step = re.fullmatch(r"model_(\d+)", file.stem)
-    if step and (file.parent / names(int(step[1]))[2]).exists() and (problem := fault(file.parent, int(step[1]))):
+    numbered = re.fullmatch(r"model_(\d+)", file.stem)
+    if numbered and file.with_suffix(".json").exists() and (problem := fault(file.parent, int(numbered[1]), weights_only=True)):
         raise ValueError(f"{file.parent}: {problem}; use another checkpoint")
     content = load_torch(file)
     try:
-        return content, GPTConfig(**content["config"]), content["tokenizer"]
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"{file} is not a checkpoint of this project: {e}") from e
+        if isinstance(content["model"], dict):
+            return content, GPTConfig(**content["config"]), content["tokenizer"]
+    except (KeyError, TypeError, IndexError, ValueError):
+        pass
+    raise ValueError(f"{file} is not a checkpoint of this project: it has no model, config and tokenizer")
 
 
 def load_config(path: str) -> GPTConfig:
@@ -183,18 +168,26 @@ def load_model(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Toke
     return model.to(device).eval(), get_tokenizer(tokenizer) if tokenizer else None
 
 
+def load_with_tokenizer(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
+    """load_model for what can't do without a tokenizer: ValueError where none is known."""
+    model, tokenizer = load_model(path, device)
+    if tokenizer is None:
+        raise ValueError(f"{path}: no tokenizer is known for a vocabulary of {model.config.vocab_size}; it can only be fine-tuned")
+    return model, tokenizer
+
+
 def load_training(folder: Path, step: int) -> tuple[dict, dict]:
     """Both files of a checkpoint that newest_step found whole: the model's and the state's."""
-    model_name, state_name, _ = names(step)
-    return load_torch(folder / model_name), load_torch(folder / state_name)
+    files = files_of(folder, step)
+    return load_torch(files.model), load_torch(files.state)
 
 
 @torch.no_grad()
 def load_weights(model: GPT, state: dict, source):
     """Copies a state dict into the model. ValueError names the first parameter that does not fit."""
     own = model.state_dict()
-    for name in sorted(own.keys() ^ state.keys()):
-        raise ValueError(f"{source} is of another shape: {name} is in one of the two models only")
+    if odd := sorted(own.keys() ^ state.keys()):
+        raise ValueError(f"{source} is of another shape: {odd[0]} is in one of the two models only")
     for name, p in own.items():
         if p.shape != state[name].shape:
             raise ValueError(f"{source} is of another shape: {name} is {tuple(state[name].shape)} there, {tuple(p.shape)} here")

@@ -1,5 +1,7 @@
 """What every script does with its command line and with a user's mistakes."""
 
+import errno
+import math
 import sys
 from contextlib import contextmanager
 
@@ -12,15 +14,36 @@ def parse(cls, argv: list[str] | None = None, default=None):
     return tyro.cli(cls, args=argv, default=tyro.MISSING_NONPROP if default is None else default)
 
 
+def flag(name: str) -> str:
+    """A field's flag as the user types it."""
+    return "--" + name.replace("_", "-")
+
+
+def at_least(limit: int, config, *names: str) -> list[str]:
+    """A fault for each of these fields that is below the limit, infinite or not a number."""
+    wrong = [name for name in names if not limit <= getattr(config, name) < math.inf]
+    return [f"{flag(name)} is {getattr(config, name)}: it must be at least {limit}" for name in wrong]
+
+
+def refuse(faults: list[str]):
+    """ValueError with all faults at once, if there are any."""
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
 @contextmanager
 def one_line_errors():
-    """A mistake that a user can mend (ValueError, a missing file) ends in one line and status 2, Ctrl-C in 130.
-    Anything else is a fault of the program and keeps its traceback."""
+    """A mistake that a user can mend (ValueError, a file that can't be used) ends in one line and status 2, a full or
+    broken disk in status 1, Ctrl-C in 130. Anything else is a fault of the program and keeps its traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as e:
+    except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+        print(f"error: {e}: {'free some space and give the command again' if full else 'check the path'}", file=sys.stderr)
+        sys.exit(1 if full else 2)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

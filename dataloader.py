@@ -8,7 +8,6 @@ A folder without a manifest is read as GPT-2 shards, .npy as build-nanogpt write
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import cli
+from files import read_json, sha256, write_atomically
 
 MANIFEST = "manifest.json"
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4  # llm.c's header: 256 little-endian int32
@@ -23,32 +23,6 @@ BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4  # llm.c's heade
 REMEDY = "delete the folder and make the shards again with fineweb.py"
 
 # ---- shards ----
-
-
-def write_atomically(path: Path, write):
-    """Calls write(file) on a temporary file, then renames it: path is either whole or as it was."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content):
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
-
-
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path} is not valid JSON ({e}): make the folder again") from e
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
@@ -114,11 +88,14 @@ def find_shards(folder: str | Path) -> Shards:
     if not folder.is_dir():
         raise ValueError(f"no shards: the folder {folder} does not exist; make it: python fineweb.py --out-dir {folder}")
     if (folder / MANIFEST).exists():
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST, REMEDY)
         try:
-            shards = Shards(folder, manifest["tokenizer"], manifest["vocab_size"], manifest["shards"])
-        except (KeyError, TypeError) as e:
-            raise ValueError(f"{folder / MANIFEST} lacks {e}: {REMEDY}") from e
+            entries = [
+                {"file": str(entry["file"]), "tokens": int(entry["tokens"]), "sha256": entry["sha256"]} for entry in manifest["shards"]
+            ]
+            shards = Shards(folder, str(manifest["tokenizer"]), int(manifest["vocab_size"]), entries)
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{folder / MANIFEST} is not a manifest of shards ({type(e).__name__}: {e}): {REMEDY}") from e
     else:
         files = sorted(path.name for path in folder.iterdir() if path.suffix in (".npy", ".bin"))
         shards = Shards(folder, entries=[{"file": name} for name in files])
@@ -170,10 +147,11 @@ class TokenStream:
             )
 
     def batch(self, positions) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in the stream (B of them) → inputs and targets, each (B, T) int64."""
+        """Positions in the stream (B of them) → inputs and targets, each (B, T) int64. ValueError for an id that the
+        vocabulary does not have."""
         T = self.seq_len
         rows = np.stack([self.read(self.sequence_at(p) * T, T + 1) for p in positions])  # (B, T + 1)
-        return rows[:, :-1].copy(), rows[:, 1:].copy()  # apart: a caller may write into its targets
+        return rows[:, :-1].copy(), rows[:, 1:].copy()  # two copies: validation writes into its targets
 
     def sequence_at(self, position: int) -> int:
         epoch, place = divmod(int(position), self.sequences_per_epoch)
@@ -192,6 +170,16 @@ class TokenStream:
             start += len(part)
             count -= len(part)
         return np.concatenate(parts)
+
+
+def share(step: int, batch: int, micro_batch: int, rank: int, world_size: int) -> list[range]:
+    """The positions that a rank takes in a step, a range for each micro step; batch and micro_batch in sequences.
+
+    A step is positions [step·batch, (step + 1)·batch) whatever the world: they are dealt out micro step by micro step,
+    and within one rank by rank.
+    """
+    starts = range(step * batch + rank * micro_batch, (step + 1) * batch, world_size * micro_batch)
+    return [range(start, start + micro_batch) for start in starts]
 
 
 def mix(a: int, b: int) -> int:

@@ -1,11 +1,14 @@
-"""Where a process runs: its device, its rank among the processes torchrun started, and what they do together."""
+"""A process among those that torchrun started, and what they do together."""
 
 import os
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from device import pick_device
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,12 @@ class World:
                 result = function()
             except (ValueError, OSError) as e:
                 error = e
-        result, error = self.gather((result, error))[0]
+        result, failed = self.gather((result, error is not None))[0]
         if error is not None:
             raise error
+        if failed:
+            sys.exit(2)  # rank 0 says why
         return result
-
-
-def pick_device(name: str) -> torch.device:
-    """'auto' is the fastest device there is. Raises ValueError for one this machine does not have."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in has.items() if there)
-    if not has.get(name.split(":")[0]):
-        raise ValueError(f"--device {name}: this machine has none that PyTorch can use; try --device auto")
-    return torch.device(name)
 
 
 @contextmanager

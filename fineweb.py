@@ -16,11 +16,13 @@ import re
 import signal
 import sys
 import sysconfig
+import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +31,8 @@ from typing import Literal
 import numpy as np
 
 import cli
-from dataloader import MANIFEST, open_shard, read_json, sha256, write_json, write_shard
+from dataloader import MANIFEST, open_shard, write_shard
+from files import hold, read_json, sha256, write_json
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
@@ -147,35 +150,41 @@ def read_file(path: Path) -> Iterator[str]:
 
         try:
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024, columns=["text"]):
-                yield from batch.column("text").to_pylist()
-        except (pyarrow.ArrowInvalid, KeyError, IndexError) as e:
+                for text in batch.column("text").to_pylist():
+                    yield the_text(text, str(path))
+        except (pyarrow.ArrowException, OSError, KeyError, IndexError) as e:
             raise ValueError(f"{path} can't be read as parquet with a column 'text' ({e}): fetch it again or leave it out") from e
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", errors="replace") as file:
             try:
                 for number, line in enumerate(file, 1):
-                    yield text_of(line, f"{path}, line {number}")
+                    if line.strip():
+                        yield the_text(parse_line(line), f"{path}, line {number}")
             except (gzip.BadGzipFile, EOFError, zlib.error) as e:
                 raise ValueError(f"{path} is not whole ({e}): fetch it again or leave it out") from e
     else:
         yield path.read_text(encoding="utf-8", errors="replace")
 
 
-def text_of(line: str, where: str) -> str:
+def parse_line(line: str):
+    """The field 'text' of a line of JSON, or None."""
     try:
-        text = json.loads(line)["text"]
-        if isinstance(text, str):
-            return text
+        return json.loads(line)["text"]
     except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"{where}: no JSON object with a field 'text' that is text: mend or remove it")
+        return None
+
+
+def the_text(text, where: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: a document without a field 'text' that is text: mend or remove it")
+    return text
 
 
 def local_files(paths: list[Path]) -> list[Path]:
     """Files as given; of a folder all readable ones below it, by name."""
     files = []
     for path in paths:
-        if path.is_file() and not path.name.endswith(READABLE):
+        if not path.is_dir() and not (path.is_file() and path.name.endswith(READABLE)):
             raise ValueError(f"{path}: only {' '.join(READABLE)} files are read")
         found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(READABLE)) if path.is_dir() else [path]
         if not found:
@@ -203,7 +212,10 @@ class HubDocuments:
             self.revision = HfApi().dataset_info(repo, revision=revision or None).sha
         except Exception as e:  # the hub's client raises a dozen kinds; each means the same to the user
             raise ValueError(f"could not find {repo} on the hub ({type(e).__name__}): check the name, the revision and the network") from e
-        self.dataset = self.open()
+        try:
+            self.dataset = self.open()
+        except Exception as e:
+            raise ValueError(f"{repo}: {str(e).splitlines()[0]}: check --name and the network") from e
 
     def open(self):
         from datasets import load_dataset
@@ -220,21 +232,21 @@ class HubDocuments:
         failures = 0
         while True:
             try:
+                if failures:  # the state outlives the connection
+                    state, self.dataset = self.state(), self.open()
+                    self.load_state(state)
                 for row in self.dataset:
-                    yield row["text"]
+                    yield the_text(row["text"], self.repo)
                     failures = 0
                 return
-            except (ValueError, KeyError, TypeError):  # not the network's fault
-                raise
+            except (ValueError, KeyError, TypeError) as e:  # not the network's fault
+                raise ValueError(f"{self.repo}: {str(e).splitlines()[0]}: choose a dataset of parquet files with a column 'text'") from e
             except Exception as e:
                 failures += 1
                 if failures > 8:
                     raise ValueError(f"{self.repo}: {e}: the connection failed {failures} times; give the command again later") from e
                 print(f"{self.repo}: {e}: trying again in {2**failures} s", file=sys.stderr)
                 time.sleep(2**failures)
-                state = self.state()
-                self.dataset = self.open()
-                self.load_state(state)
 
 
 def open_documents(config: PrepareConfig, revision: str):
@@ -274,7 +286,7 @@ def tokenized(documents, tokenizer_name: str, workers: int) -> Iterator[tuple[di
         return
     # spawned, not forked: a fork copies the locks that the download's and the progress bar's threads may hold
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(workers, spawn, initializer=begin_worker) as pool:
         pending = deque()
         try:
             for state, texts in chunks(documents):
@@ -284,15 +296,34 @@ def tokenized(documents, tokenizer_name: str, workers: int) -> Iterator[tuple[di
                     yield state, result.result()
             for state, result in pending:
                 yield state, result.result()
+        except BrokenProcessPool as e:
+            raise ValueError("a tokenizing process was killed, by want of memory as a rule: try fewer --workers") from e
         finally:
             pool.shutdown(cancel_futures=True)
 
 
+def begin_worker():
+    """Ctrl-C is the parent's to handle; and when the parent is gone, a worker goes too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
 def prepare(config: PrepareConfig):
+    """Fills --out-dir, as its only writer."""
+    with hold(Path(config.out_dir)):
+        fetch_pretokenized(config) if config.pretokenized else tokenize_documents(config)
+
+
+def tokenize_documents(config: PrepareConfig):
     """Writes the shards and, last, the manifest. Given again after a kill, it goes on and ends with the same bytes.
 
-    Two shards are gathered in memory and written together, so that a corpus of less than two can still be divided:
-    a tenth for val, the rest for train. Anything larger has a whole shard for val.
+    Two shards are gathered before they are written, so that a corpus of less than two can still be divided: a tenth of
+    it is for val, the rest for train. Of a larger one the first shard is for val.
     """
     out = Path(config.out_dir)
     get_tokenizer(config.tokenizer)  # before anything is downloaded
@@ -307,41 +338,49 @@ def prepare(config: PrepareConfig):
     progress["revision"] = documents.revision
     write_json(out / PROGRESS, progress)
 
-    size, shards, skip = config.shard_size, progress["shards"], progress["skip"]
+    shards, size = progress["shards"], config.shard_size
+    done = sum(shard["tokens"] for shard in shards)
+    budget = (config.max_tokens or sys.maxsize) - done
     prefix = re.sub(r"[^a-z0-9]", "", Path(config.dataset[0]).stem.lower()) or "documents"
-    budget = (config.max_tokens or sys.maxsize) - sum(shard["tokens"] for shard in shards)
-
-    def write(tokens: np.ndarray):
-        for start in range(0, len(tokens), size):
-            split = "train" if shards else "val"
-            shards.append(write_shard(out / f"{prefix}_{split}_{len(shards):06d}.npy", tokens[start : start + size]))
-
-    buffer, filled = np.empty(2 * size, np.uint16), 0
     stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count())
-    with cli.bar(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=config.max_tokens or None) as bar:
-        bar.update(sum(shard["tokens"] for shard in shards))
-        for state, tokens in stream:
-            taken, skip = skip, 0
-            while taken < len(tokens) and budget:
-                n = min(len(tokens) - taken, len(buffer) - filled, budget)
-                buffer[filled : filled + n] = tokens[taken : taken + n]
-                taken, filled, budget = taken + n, filled + n, budget - n
-                bar.update(n)
-                if filled == len(buffer):
-                    write(buffer)
-                    filled = 0
-                    write_json(out / PROGRESS, progress | {"state": state, "skip": taken})
-            if not budget:
-                stream.close()
-                break
-    if not shards:
-        if filled < 2:
-            raise ValueError(f"{' '.join(config.dataset)}: {filled} tokens are too few for a val and a train shard")
-        write(buffer[: max(1, filled // 10)])
-        write(buffer[max(1, filled // 10) : filled])
-    else:
-        write(buffer[:filled])
+    with cli.bar(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=config.max_tokens or None, initial=done) as bar:
+        for tokens, resume_from in pack(stream, 2 * size, budget, progress["skip"], bar.update):
+            first = size
+            if not shards and len(tokens) < 2 * size:  # this is the whole corpus
+                first = len(tokens) // 10 or 1
+            for part in (tokens[:first], *cut(tokens[first:], size)):
+                path = out / f"{prefix}_{'train' if shards else 'val'}_{len(shards):06d}.npy"
+                shards.append(write_shard(path, part))
+            write_json(out / PROGRESS, progress | {"shards": shards, **resume_from})
+    if len(shards) < 2:
+        raise ValueError(f"{' '.join(config.dataset)}: not enough tokens for a val and a train shard")
     write_manifest(out, progress, shards)
+
+
+def cut(tokens: np.ndarray, size: int) -> list[np.ndarray]:
+    return [tokens[start : start + size] for start in range(0, len(tokens), size)]
+
+
+def pack(stream, room: int, budget: int, skip: int, count: Callable[[int], None]) -> Iterator[tuple[np.ndarray, dict]]:
+    """The first `budget` tokens of the stream, after the `skip` first, in pieces of `room`, the last as long as it comes;
+    with each piece the point to resume after it. count: told of every tokens that went in."""
+    piece, filled, resume_from = np.empty(room, np.uint16), 0, {}
+    for state, tokens in stream:
+        taken, skip = skip, 0
+        while taken < len(tokens) and budget:
+            n = min(len(tokens) - taken, room - filled, budget)
+            piece[filled : filled + n] = tokens[taken : taken + n]
+            taken, filled, budget = taken + n, filled + n, budget - n
+            count(n)
+            resume_from = {"state": state, "skip": taken}
+            if filled == room:
+                yield piece, resume_from
+                filled = 0
+        if not budget:
+            stream.close()
+            break
+    if filled:
+        yield piece[:filled], resume_from
 
 
 def resume_point(out: Path, config: PrepareConfig) -> dict | None:
@@ -349,22 +388,25 @@ def resume_point(out: Path, config: PrepareConfig) -> dict | None:
     ValueError when the folder holds something else."""
     settings = {key: value for key, value in asdict(config).items() if key not in ("out_dir", "workers")}
     settings["dataset"] = list(config.dataset)  # as JSON gives it back
+    fresh = {"settings": settings, "revision": "", "shards": [], "state": None, "skip": 0}
+    remedy = "delete the folder and begin again"
     if (out / MANIFEST).exists():
-        if read_json(out / MANIFEST).get("settings") != settings:
+        if read_json(out / MANIFEST, remedy).get("settings") != settings:
             raise ValueError(f"{out} holds shards made with other settings: choose another --out-dir, or delete it")
         print(f"{out} is complete already")
         return None
     if (out / PROGRESS).exists():
-        progress = read_json(out / PROGRESS)
+        progress = read_json(out / PROGRESS, remedy)
+        if progress.keys() != fresh.keys():
+            raise ValueError(f"{out / PROGRESS} is damaged: {remedy}")
+        if not progress["shards"]:
+            return fresh  # nothing that could be lost
         if progress["settings"] != settings:
             raise ValueError(f"{out} holds an unfinished prep with other settings: give the same ones, or delete it")
         return progress
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out-dir {out} is a file: choose another")
-    if out.is_dir() and any(path.suffix in (".npy", ".bin") for path in out.iterdir()):
+    if any(path.suffix in (".npy", ".bin") for path in out.iterdir()):
         raise ValueError(f"{out} holds shards that this command did not make: choose another --out-dir")
-    out.mkdir(parents=True, exist_ok=True)
-    return {"settings": settings, "revision": "", "shards": [], "state": None, "skip": 0}
+    return fresh
 
 
 def write_manifest(out: Path, progress: dict, shards: list[dict]):
@@ -403,6 +445,8 @@ def fetch_pretokenized(config: PrepareConfig):
         write_json(out / PROGRESS, progress)
         files = sorted(file.rfilename for file in info.siblings if file.rfilename.endswith(".bin"))
         files.sort(key=lambda file: "_val_" not in file)
+        if not files:
+            raise ValueError(f"{repo} has no .bin shards: leave --dataset out, or --pretokenized")
         shards, train_tokens = [], 0
         for file in cli.bar(files, desc=f"downloading into {out}", unit="shard"):
             if config.max_tokens and train_tokens >= config.max_tokens:
@@ -421,9 +465,11 @@ def fetch_pretokenized(config: PrepareConfig):
 def main():
     with cli.one_line_errors():
         config = cli.parse(PrepareConfig)
-        if config.shard_size < 1 or config.max_tokens < 0 or config.workers < 0:
-            raise ValueError("--shard-size must be at least 1, --max-tokens and --workers at least 0")
-        fetch_pretokenized(config) if config.pretokenized else prepare(config)
+        faults = cli.at_least(1, config, "shard_size") + cli.at_least(0, config, "max_tokens", "workers")
+        if config.shard_size > 10**9:
+            faults.append(f"--shard-size is {config.shard_size}: two shards are held in memory, it must be at most 1,000,000,000")
+        cli.refuse(faults)
+        prepare(config)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 import tyro
 
 import cli
-from checkpoint import load_model
-from dataloader import write_atomically
+from checkpoint import load_with_tokenizer
 from distributed import World, join_world
+from files import write_atomically
 from fineweb import Tokenizer
 from model import GPT
 
@@ -59,23 +59,31 @@ def load_tasks(path: str | Path, limit: int = 0) -> list[dict]:
     path = Path(path)
     if not path.exists() and path.name == HellaSwagConfig.file:
         download(URL, path)
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"no file {path}: give HellaSwag's {HellaSwagConfig.file}")
     tasks = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if limit and len(tasks) == limit:
                 break
-            try:
-                task = json.loads(line)
-                assert len(task["endings"]) == 4 and 0 <= int(task["label"]) < 4
-                assert all(isinstance(task[key], str) for key in ("ctx", "ctx_a", "ctx_b", "activity_label"))
-            except (ValueError, KeyError, TypeError, AssertionError) as e:
-                raise ValueError(f"{path}, line {number}: not a HellaSwag task; delete the file to fetch it again") from e
+            task = read_task(line)
+            if task is None:
+                raise ValueError(f"{path}, line {number}: not a HellaSwag task; delete the file to fetch it again")
             tasks.append(task)
     if not tasks:
         raise ValueError(f"{path} has no tasks; delete the file to fetch it again")
     return tasks
+
+
+def read_task(line: str) -> dict | None:
+    """A line's task, or None when it is none."""
+    try:
+        task = json.loads(line)
+        texts = [task["ctx"], task["ctx_a"], task["ctx_b"], task["activity_label"], *task["endings"]]
+        whole = len(task["endings"]) == 4 and 0 <= int(task["label"]) < 4 and all(isinstance(text, str) for text in texts)
+        return task if whole else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def download(url: str, path: Path):
@@ -149,68 +157,69 @@ def log_probs(model: GPT, rows: list[Row], batch_tokens: int, progress: bool = F
             ids = [rows[i].ids[-(model.config.seq_len + 1) :] for i in batch]
             counts = [min(rows[i].scored, len(row) - 1) for i, row in zip(batch, ids, strict=True)]
             x = torch.zeros(len(batch), max(map(len, ids)) - 1, dtype=torch.long)  # (B, T), padded on the right
-            for j, row in enumerate(ids):
+            y = torch.full_like(x, -100)  # the endings' targets
+            for j, (row, n) in enumerate(zip(ids, counts, strict=True)):
                 x[j, : len(row) - 1] = torch.tensor(row[:-1])
-            at_row = [j for j, n in enumerate(counts) for _ in range(n)]
-            at_position = [p for row, n in zip(ids, counts, strict=True) for p in range(len(row) - 1 - n, len(row) - 1)]
-            targets = torch.tensor([t for row, n in zip(ids, counts, strict=True) for t in row[len(row) - n :]])
-            hidden = model.hidden(x.to(device))[at_row, at_position]  # (scored tokens of the batch, C): no other needs logits
-            log_p = -F.cross_entropy(model.logits(hidden).float(), targets.to(device), reduction="none")
+                y[j, len(row) - 1 - n : len(row) - 1] = torch.tensor(row[len(row) - n :])
+            scored = y != -100
+            hidden = model.hidden(x.to(device))[scored.to(device)]  # (scored tokens, C): no other position needs logits
+            log_p = -F.cross_entropy(model.logits(hidden).float(), y[scored].to(device), reduction="none")
             for i, part in zip(batch, log_p.cpu().double().split(counts), strict=True):
                 result[i] = part.sum().item()
             bar.update(len(batch))
     return result
 
 
-def answers(task: dict, rows: list[Row], log_p: list[float]) -> dict:
+def answers(rows: list[Row], log_p: list[float]) -> dict:
     """The most likely ending by sum and by mean: the first of equals, as argmax has it."""
     mean = [p / row.length if row.length else float("-inf") for p, row in zip(log_p, rows, strict=True)]
     return {"pred": log_p.index(max(log_p)), "pred_norm": mean.index(max(mean)), "log_probs": log_p}
 
 
-def evaluate(model: GPT, tokenizer: Tokenizer, tasks: list[dict], world: World, batch_tokens: int = 4096, autocast=None) -> dict:
-    """Scores tasks over all processes.
+def evaluate(
+    model: GPT, tokenizer: Tokenizer, tasks: list[dict], world: World, batch_tokens: int = 4096, autocast=None
+) -> tuple[dict[str, float], list[dict]]:
+    """Scores tasks over all processes. autocast: a context for the matrix products.
 
-    Returns the four accuracies, and under 'tasks' each task's answers. autocast: a context for the matrix products.
+    Returns the accuracies acc, acc_norm, harness_acc and harness_acc_norm, and each task's answers in both styles.
     """
     mine = range(world.rank, len(tasks), world.size)
     styles = {"completion": completion_rows, "harness": harness_rows}
     rows = {(i, style): build(tasks[i], tokenizer) for i in mine for style, build in styles.items()}
     with autocast or nullcontext():
         scores = log_probs(model, [row for group in rows.values() for row in group], batch_tokens, world.is_main)
-    scored = {}
+    scored = {i: {"ind": tasks[i].get("ind", i), "label": int(tasks[i]["label"])} for i in mine}
     for n, ((i, style), group) in enumerate(rows.items()):
-        task = scored.setdefault(i, {"ind": tasks[i].get("ind", i), "label": int(tasks[i]["label"])})
-        task[style] = answers(tasks[i], group, scores[4 * n : 4 * n + 4])
+        scored[i][style] = answers(group, scores[4 * n : 4 * n + 4])
     merged = {i: task for part in world.gather(scored) for i, task in part.items()}
 
     def accuracy(style, pred):
         return sum(task[style][pred] == task["label"] for task in merged.values()) / len(merged)
 
-    return {
+    accuracies = {
         "acc": accuracy("completion", "pred"),
         "acc_norm": accuracy("completion", "pred_norm"),
         "harness_acc": accuracy("harness", "pred"),
         "harness_acc_norm": accuracy("harness", "pred_norm"),
-        "tasks": [merged[i] for i in range(len(tasks))],
     }
+    return accuracies, [merged[i] for i in range(len(tasks))]
 
 
 def main():
     with cli.one_line_errors():
         config = cli.parse(HellaSwagConfig)
-        if config.limit < 0 or config.batch_tokens < 1:
-            raise ValueError("--limit must be at least 0 and --batch-tokens at least 1")
+        faults = cli.at_least(0, config, "limit") + cli.at_least(1, config, "batch_tokens")
+        if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
+            faults.append(f"--out {config.out}: give a file in a folder that exists")
+        cli.refuse(faults)
         with join_world(config.device) as world:
             tasks = world.on_main(lambda: load_tasks(config.file, config.limit))
-            model, tokenizer = load_model(config.model, world.device)
-            if tokenizer is None:
-                raise ValueError(f"{config.model}: no tokenizer known for its vocabulary of {model.config.vocab_size}")
-            scores = evaluate(model, tokenizer, tasks, world, config.batch_tokens)
+            model, tokenizer = load_with_tokenizer(config.model, world.device)
+            scores, answered = evaluate(model, tokenizer, tasks, world, config.batch_tokens)
             if not world.is_main:
                 return
             if config.out:
-                lines = "".join(json.dumps(task) + "\n" for task in scores["tasks"])
+                lines = "".join(json.dumps(task) + "\n" for task in answered)
                 write_atomically(Path(config.out), lambda file: file.write(lines.encode()))
             print(f"{len(tasks)} acc: {scores['acc']:.4f} acc_norm: {scores['acc_norm']:.4f}")
             print(f"{len(tasks)} harness_acc: {scores['harness_acc']:.4f} harness_acc_norm: {scores['harness_acc_norm']:.4f}")

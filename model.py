@@ -5,7 +5,7 @@ V ids of the vocabulary, S = T + the positions a KV cache already holds.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +34,8 @@ class GPTConfig:
     def faults(self) -> list[str]:
         """What is wrong with the shape, a line each."""
         sizes = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd")
-        faults = [f"{name} is {getattr(self, name)}: it must be at least 1" for name in sizes if getattr(self, name) < 1]
+        wrong = [name for name in sizes if not isinstance(getattr(self, name), int) or getattr(self, name) < 1]
+        faults = [f"{name} is {getattr(self, name)!r}: it must be a whole number of at least 1" for name in wrong]
         if not faults and self.n_embd % self.n_head:
             faults.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: change one of them")
         if self.attention not in ("flash", "manual"):
@@ -60,16 +61,16 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        if config.faults():
-            raise ValueError("; ".join(config.faults()))
+        if faults := config.faults():
+            raise ValueError("; ".join(faults))
         self.config = config
         self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.seq_len, config.n_embd),
-                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd),
-            )
+            {
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),  # tokens
+                "wpe": nn.Embedding(config.seq_len, config.n_embd),  # positions
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            }
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: Press & Wolf, 2017
@@ -77,8 +78,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Weights from N(0, 0.02), biases 0; what writes into the residual stream is scaled by (2·n_layer)^-0.5,
-        so that the sum of 2·n_layer contributions keeps its variance (Radford et al., 2019, section 2.3)."""
+        """Weights from N(0, 0.02) as in GPT-1 (Radford et al., 2018), biases 0. What writes into the residual stream is
+        scaled by (2·n_layer)^-0.5, so that 2·n_layer contributions add up to the variance of one (Radford et al., 2019)."""
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
@@ -91,6 +92,7 @@ class GPT(nn.Module):
 
         idx: (B, T) ids. targets: (B, T) ids, -100 where a position does not count. cache: the positions before idx.
         Returns (logits (B, T, V), None), or (None, mean cross entropy in nats a token) when targets are given.
+        ValueError when idx and the cache together are longer than seq_len.
         """
         x = self.hidden(idx, cache)  # (B, T, C)
         logits = self.logits(x)  # (B, T, V)
@@ -122,12 +124,11 @@ class GPT(nn.Module):
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
-    def flops_per_token(self, seq_len: int | None = None) -> int:
+    def flops_per_token(self) -> int:
         """Floating point operations a token costs in training, forward and backward: 6 N + 12 L C T
         (Chowdhery et al., 2022, appendix B), N without the position table; causality is not discounted."""
-        T = seq_len or self.config.seq_len
         n = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
-        return 6 * n + 12 * self.config.n_layer * self.config.n_embd * T
+        return 6 * n + 12 * self.config.n_layer * self.config.n_embd * self.config.seq_len
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         """Two groups for the optimizer: tensors of 2 or more dimensions decay; biases and norms do not."""
@@ -176,15 +177,15 @@ class GPT(nn.Module):
     def load_hf_state(self, hf: dict[str, Tensor], source):
         # the hub's own gpt2 has no prefix and carries masks as buffers; transformers writes the prefix and no masks
         hf = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": p for name, p in hf.items()}
-        for name, p in self.state_dict().items():
-            if name == "lm_head.weight":
-                continue
-            if name not in hf:
-                raise ValueError(f"{source} has no weights for {name}: is it a whole GPT-2?")
-            w = hf[name].t() if is_conv1d(name) else hf[name]
+        masks = {name for name in hf if name.endswith((".attn.bias", ".attn.masked_bias"))}
+        own = {name: p for name, p in self.state_dict().items() if name != "lm_head.weight"}
+        if odd := sorted(own.keys() ^ (hf.keys() - masks - {"lm_head.weight"})):
+            raise ValueError(f"{source}: {odd[0]} is in its weights or its config.json alone: is it a whole GPT-2?")
+        for name, p in own.items():
+            w = hf[name].t() if is_conv1d(name) and hf[name].dim() == 2 else hf[name]
             if name == "transformer.wte.weight":
-                p[len(w) :] = 0  # the padding rows
-                p = p[: len(w)]
+                p[self.config.vocab_size :] = 0  # the padding rows
+                p = p[: self.config.vocab_size]
             if p.shape != w.shape:
                 raise ValueError(f"{source}: {name} is {tuple(w.shape)}, its config.json says {tuple(p.shape)}")
             p.copy_(w)
@@ -273,7 +274,7 @@ class KVCache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v: (B, H, T, D) of the new positions → (B, H, S, D) of all. GPT.hidden moves `length` on."""
+        """k, v of the T new positions, (B, H, T, D) → of all S so far, (B, H, S, D). GPT.hidden moves `length` on."""
         if layer not in self.layers:
             B, H, _, D = k.shape
             self.layers[layer] = (k.new_empty(B, H, self.max_len, D), v.new_empty(B, H, self.max_len, D))
@@ -315,38 +316,42 @@ def config_from_hf(folder: Path) -> GPTConfig:
     if not path.exists():
         raise ValueError(f"{folder} has no config.json: give a checkpoint, a Hugging Face GPT-2 folder, or a run's folder")
     try:
-        hf = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path} is not valid JSON ({e}): fetch the folder again") from e
+        hf = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path} is not a JSON object ({e}): fetch the folder again") from e
     if hf.get("model_type") != "gpt2":
         raise ValueError(f"{path} describes a {hf.get('model_type')!r} model: only gpt2 can be loaded")
     missing = [key for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd") if key not in hf]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it does not describe a GPT-2")
-    computed_here = dict(
-        activation_function="gelu_new",
-        layer_norm_epsilon=1e-5,
-        n_inner=(None, 4 * hf["n_embd"]),
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-        tie_word_embeddings=True,
-        add_cross_attention=False,
-    )
-    for key, value in computed_here.items():
-        allowed = value if isinstance(value, tuple) else (value,)
-        if hf.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{path}: {key} is {hf[key]!r}, this model computes {allowed[0]!r} only")
-    return GPTConfig(hf["vocab_size"], hf["n_positions"], hf["n_layer"], hf["n_head"], hf["n_embd"])
+    config = GPTConfig(hf["vocab_size"], hf["n_positions"], hf["n_layer"], hf["n_head"], hf["n_embd"])
+    if faults := config.faults():
+        raise ValueError(f"{path}: {'; '.join(faults)}")
+    computed_here = {
+        "activation_function": ("gelu_new",),
+        "layer_norm_epsilon": (1e-5,),
+        "n_inner": (None, 4 * config.n_embd),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "tie_word_embeddings": (True,),
+        "add_cross_attention": (False,),
+    }
+    for key, values in computed_here.items():
+        if hf.get(key, values[0]) not in values:
+            raise ValueError(f"{path}: {key} is {hf[key]!r}, this model computes {values[0]!r} only")
+    return config
 
 
 def config_to_hf(config: GPTConfig) -> dict:
-    """<|endoftext|> is the last id in every tokenizer of this project, as in GPT-2's."""
-    shape = {key: value for key, value in asdict(config).items() if key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    """config.json for GPT2LMHeadModel. <|endoftext|> is the last id in every tokenizer of this project, as in GPT-2's."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **shape,
+        "vocab_size": config.vocab_size,
         "n_positions": config.seq_len,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "attn_pdrop": 0.0,
@@ -364,7 +369,8 @@ def load_safetensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    parts = json.loads(index.read_text()).get("weight_map", {}) if index.exists() else {}
+    files = sorted(set(parts.values())) or ["model.safetensors"]
     state = {}
     for file in files:
         if not (folder / file).exists():

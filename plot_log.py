@@ -15,12 +15,12 @@ import tyro
 
 import cli
 
-# HellaSwag acc_norm of OpenAI's models: GPT-2 in completion style, GPT-3 as its paper gives it (Brown et al., 2020,
-# table H.1). GPT-2's loss is that of the released 124M weights on FineWeb-Edu's val shard (build-nanogpt).
+# OpenAI's models, by the parameters of GPT-2's four sizes. GPT-2's HellaSwag is completion style acc_norm and its loss that
+# of FineWeb-Edu's val shard, as build-nanogpt measured both on the released weights; GPT-3's HellaSwag is zero-shot, from
+# Brown et al., 2020, table H.1, under the size that the paper gives it
 GPT2_LOSS = {"124M": 3.2924}
-GPT2_HELLASWAG = {"124M": 0.294463, "350M": 0.375224, "774M": 0.431986, "1558M": 0.488946}
-GPT3_HELLASWAG = {"124M": 0.337, "350M": 0.436, "774M": 0.510, "1558M": 0.547}
-SIZES = tuple(GPT2_HELLASWAG)
+GPT2_HELLASWAG = {"124M": 0.2955, "350M": 0.3752, "774M": 0.4320, "1558M": 0.4893}
+GPT3_HELLASWAG = {"124M": ("125M", 0.337), "350M": ("350M", 0.436), "774M": ("760M", 0.510), "1558M": ("1.3B", 0.547)}
 UNITS = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training", "epoch": "epochs"}
 
 
@@ -36,6 +36,11 @@ class PlotConfig:
     """The horizontal axis; all but step are read from the metrics.jsonl beside each log."""
     size: Literal["124M", "350M", "774M", "1558M", "none"] = "124M"
     """Which of OpenAI's models to draw as baselines; 'none' for other data or tokenizers."""
+
+
+def size_of(params: int) -> str:
+    """Which of OpenAI's sizes a model of so many parameters is, within 3%; 'none' for any other."""
+    return next((size for size in GPT2_HELLASWAG if abs(params / 1e6 / float(size[:-1]) - 1) < 0.03), "none")
 
 
 def read_log(path: Path) -> dict[str, dict[int, float]]:
@@ -100,7 +105,8 @@ def plot(logs: list[str], out: str, x: str = "step", size: str = "124M"):
         loss.axhline(GPT2_LOSS[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size}), FineWeb-Edu val")
     if size != "none":
         hella[0].axhline(GPT2_HELLASWAG[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size})")
-        hella[0].axhline(GPT3_HELLASWAG[size], color="g", linestyle="--", label=f"OpenAI GPT-3 ({size})")
+        gpt3, accuracy = GPT3_HELLASWAG[size]
+        hella[0].axhline(accuracy, color="g", linestyle="--", label=f"OpenAI GPT-3 ({gpt3})")
     loss.set(title="Loss", xlabel=UNITS[x], ylabel="cross entropy, nats a token", yscale="log")
     loss.yaxis.set_major_formatter("{x:.2f}")
     loss.yaxis.set_minor_formatter("{x:.2f}")
@@ -118,8 +124,9 @@ def main():
         config = cli.parse(PlotConfig)
         if not config.logs:
             raise ValueError("give at least one log.txt")
-        plot(list(config.logs), config.out, config.x, config.size)
-        print(config.out)
+        out = config.out if Path(config.out).suffix else config.out + ".png"
+        plot(list(config.logs), out, config.x, config.size)
+        print(out)
 
 
 if __name__ == "__main__":

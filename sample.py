@@ -13,8 +13,8 @@ import tyro
 from torch import Tensor
 
 import cli
-from checkpoint import load_model
-from distributed import pick_device
+from checkpoint import load_with_tokenizer
+from device import pick_device
 from fineweb import Tokenizer
 from model import GPT, KVCache
 
@@ -45,19 +45,13 @@ class SampleConfig:
     """Keep each position's keys and values instead of computing them again for every token."""
 
     def validate(self):
-        faults = [
-            f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be {rule}"
-            for name, rule, holds in (
-                ("num_samples", "at least 1", self.num_samples >= 1),
-                ("max_new_tokens", "at least 0", self.max_new_tokens >= 0),
-                ("temperature", "at least 0", 0 <= self.temperature < float("inf")),
-                ("top_k", "at least 0", self.top_k >= 0),
-                ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
-            )
-            if not holds
-        ]
-        if faults:
-            raise ValueError("; ".join(faults))
+        """ValueError with every fault at once."""
+        faults = cli.at_least(1, self, "num_samples") + cli.at_least(0, self, "max_new_tokens", "temperature", "top_k")
+        if self.num_samples > 10_000:
+            faults.append(f"--num-samples is {self.num_samples}: it must be at most 10,000")
+        if not 0 < self.top_p <= 1:
+            faults.append(f"--top-p is {self.top_p}: it must be above 0 and at most 1")
+        cli.refuse(faults)
 
 
 @torch.no_grad()
@@ -71,21 +65,19 @@ def generate(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
 ) -> Tensor:
-    """Continues each row of idx (B, T) by max_new_tokens ids → (B, T + max_new_tokens).
+    """Continues each row of idx by max_new_tokens ids: (B, T) int64 on the model's device → (B, T + max_new_tokens).
 
     temperature 0 is greedy. top_k 0 and top_p 1.0 leave the distribution as it is. The model sees at most its last
-    seq_len ids; from there on every position shifts with each token, and the cache is of no use.
+    seq_len ids; from there on every position shifts with each token, and the cache is of no use. ValueError when T is 0.
     """
     if idx.size(1) == 0:
         raise ValueError("generate needs at least one id to go on from")
     limit = model.config.seq_len
-    cache = KVCache(min(limit, idx.size(1) + max_new_tokens)) if use_cache and idx.size(1) <= limit else None
-    seen = 0  # positions the cache holds
+    cache = KVCache(min(limit, idx.size(1) + max_new_tokens)) if use_cache else None
     for _ in range(max_new_tokens):
         if idx.size(1) > limit:
             cache = None
-        x = idx[:, -limit:] if cache is None else idx[:, seen:]  # (B, T), or with a cache (B, the new ones)
-        seen = idx.size(1)
+        x = idx[:, -limit:] if cache is None else idx[:, cache.length :]  # (B, T), with a cache the new ones alone
         logits = model.logits(model.hidden(x, cache)[:, -1])  # (B, V)
         idx = torch.cat([idx, next_ids(logits.float(), temperature, top_k, top_p, generator)], dim=1)
     return idx
@@ -93,7 +85,7 @@ def generate(
 
 def next_ids(logits: Tensor, temperature: float, top_k: int, top_p: float, generator) -> Tensor:
     """(B, V) → (B, 1). Temperature first, then top-k (Fan et al., 2018), then top-p (Holtzman et al., 2020)."""
-    if temperature == 0:
+    if temperature < 1e-4:  # greedy, and no overflow below
         return logits.argmax(-1, keepdim=True)
     logits, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V)
     if top_k:
@@ -126,9 +118,7 @@ def main():
     with cli.one_line_errors():
         config = cli.parse(SampleConfig)
         config.validate()
-        model, tokenizer = load_model(config.model, pick_device(config.device))
-        if tokenizer is None:
-            raise ValueError(f"{config.model}: no tokenizer known for its vocabulary of {model.config.vocab_size}")
+        model, tokenizer = load_with_tokenizer(config.model, pick_device(config.device))
         texts = sample_texts(
             model, tokenizer, config.prompt, config.num_samples, config.max_new_tokens, config.seed,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, use_cache=config.kv_cache,

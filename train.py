@@ -12,8 +12,6 @@ import json
 import math
 import os
 import platform
-import resource
-import shutil
 import signal
 import statistics
 import subprocess
@@ -33,11 +31,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import cli
+import device
 import fineweb
 import hellaswag
 import plot_log
-from dataloader import MANIFEST, Shards, TokenStream, find_shards, read_json, verify_shards, write_json
+from dataloader import MANIFEST, Shards, TokenStream, find_shards, share, verify_shards
 from distributed import World, join_world
+from files import hold, read_json, write_json
 from model import GPT, SIZES, GPTConfig
 from sample import sample_texts
 
@@ -46,7 +46,7 @@ from sample import sample_texts
 class TrainConfig:
     """Train a GPT. The defaults are GPT-2 (124M) on 10 B tokens of FineWeb-Edu."""
 
-    preset: Literal["none", "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "none"
+    preset: Literal["quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
     """Defaults for all other flags; a flag beside it wins."""
     data_dir: str = "edu_fineweb10B"
     """Folder of shards from fineweb.py, or build-nanogpt's, or llm.c's .bin."""
@@ -59,17 +59,17 @@ class TrainConfig:
     model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
 
     max_steps: int = 19073
-    """Updates in the whole run; the cosine ends here. 19,073 × 524,288 tokens are 10 B."""
+    """Updates in the whole run, 19,073 × 524,288 tokens being 10 B. The cosine ends here, also when a resumed run moves it."""
     total_batch_tokens: int = 524288
     """Tokens of an update, over all processes; gradients are accumulated to reach it."""
     micro_batch_size: int = 64
-    """Sequences a process puts through the model at a time: lower it when memory runs out; results stay the same."""
+    """Sequences a process puts through the model at a time: lower it when memory runs out; only rounding changes."""
     max_lr: float = 6e-4
     """Learning rate at the end of the warmup."""
     min_lr_ratio: float = 0.1
     """The cosine ends at this fraction of --max-lr."""
     warmup_steps: int = 715
-    """Steps of linear warmup."""
+    """Steps of linear warmup; 715 × 524,288 tokens are GPT-3's 375 M (Brown et al., 2020, appendix B)."""
     weight_decay: float = 0.1
     """AdamW's (Loshchilov & Hutter, 2019), on tensors of 2 or more dimensions only."""
     grad_clip: float = 1.0
@@ -77,12 +77,12 @@ class TrainConfig:
     shuffle: bool = True
     """Take the sequences of an epoch in a seeded random order; --no-shuffle takes them as they lie in the shards."""
     seed: int = 1337
-    """Of the initial weights, the order of the data and the samples."""
+    """Seed of the initial weights, the order of the data and the samples."""
 
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of the matrix products; auto is bf16 where the hardware has it, else fp16 on CUDA and fp32 elsewhere."""
+    """Precision of the matrix products; auto is bf16 where the hardware has it, else fp16 on CUDA and fp32 elsewhere."""
     compile: bool = True
     """torch.compile the training step and validation."""
     verify_shards: bool = True
@@ -99,9 +99,9 @@ class TrainConfig:
     sample_every: int = 250
     """Steps between samples."""
     sample_prompt: str = "Hello, I'm a language model,"
-    """What the samples go on from."""
+    """Text that the samples continue."""
     sample_tokens: int = 64
-    """How long a sample goes on."""
+    """Tokens to add to it."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 3
@@ -114,16 +114,14 @@ class TrainConfig:
     def validate(self, world_size: int):
         """ValueError with every fault at once."""
         faults = self.model.faults()
-        least = dict.fromkeys(("max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens"), 1)
-        least |= dict.fromkeys(("max_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "seed"), 0)
-        least |= dict.fromkeys(("val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep"), 0)
-        for name, limit in least.items():
-            if not limit <= getattr(self, name) < math.inf:
-                faults.append(f"{flag(name)} is {getattr(self, name)}: it must be at least {limit}")
+        faults += cli.at_least(1, self, "max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens")
+        faults += cli.at_least(0, self, "max_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "seed")
+        faults += cli.at_least(0, self, "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
+        if self.seed >= 2**32:
+            faults.append(f"--seed is {self.seed}: it must be below 2^32")
         if not faults and self.total_batch_tokens % (self.micro_batch_size * self.model.seq_len * world_size):
             faults.append(self.batch_fault(world_size))
-        if faults:
-            raise ValueError("; ".join(faults))
+        cli.refuse(faults)
 
     def batch_fault(self, world_size: int) -> str:
         """Says that the batch does not divide, and the nearest that does."""
@@ -140,12 +138,14 @@ class TrainConfig:
         )
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
+# what a resumed run may change; all else decides the model, the data or the global batch
+MAY_CHANGE = {
+    "data_dir", "max_steps", "micro_batch_size", "attention", "device", "dtype", "compile", "verify_shards", "val_every", "val_tokens",
+    "hellaswag_every", "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep",
+}  # fmt: skip
 
 PRESETS = {
-    "none": TrainConfig(),
+    "gpt2": TrainConfig(),
     "quickstart": TrainConfig(
         preset="quickstart",
         data_dir="stdlib_bytes",
@@ -169,7 +169,6 @@ PRESETS = {
         keep=1,
     ),
     # learning rates of the sizes: Brown et al., 2020, table 2.1
-    "gpt2": TrainConfig(preset="gpt2"),
     "gpt2-medium": TrainConfig(preset="gpt2-medium", model=GPTConfig(**SIZES["gpt2-medium"]), max_lr=3e-4, micro_batch_size=32),
     "gpt2-large": TrainConfig(preset="gpt2-large", model=GPTConfig(**SIZES["gpt2-large"]), max_lr=2.5e-4, micro_batch_size=16),
     "gpt2-xl": TrainConfig(preset="gpt2-xl", model=GPTConfig(**SIZES["gpt2-xl"]), max_lr=2e-4, micro_batch_size=8),
@@ -182,25 +181,30 @@ PRESETS = {
 def train(config: TrainConfig, world: World):
     log = Log(config, world)
     trainer, start = build(config, world, log)
+    if start >= config.max_steps:
+        log.progress(f"{config.out_dir} finished already, at step {start}: raise --max-steps to go on")
+        return
     evaluation, stop = Evaluation(trainer, log), StopSignal()
     step, stopping = start, False
     while True:
         finished = step == config.max_steps
-        if not stopping:
-            evaluation.run(step, just_started=step == start)
+        val_loss = evaluation.run(step) if finished or not stopping else None
         if step > start and (finished or stopping or due(config.checkpoint_every, step)):
-            trainer.save(step, evaluation.val_loss)
+            trainer.save(step, val_loss)
         if finished or stopping:
             break
 
         began = time.perf_counter()
         loss, norm = trainer.update(step)
-        sums = world.sum(torch.stack([loss, loss.new_tensor(stop.received > 0)]))  # the one sync of a step
-        loss, stopping = sums[0].item() / world.size, sums[1].item() > 0
+        # one sync a step: the loss summed over the ranks, and whether any of them was told to stop
+        loss, stops = world.sum(torch.stack([loss, loss.new_tensor(stop.received > 0)])).tolist()
         seconds = time.perf_counter() - began
         trainer.seconds += seconds  # the run's clock stands still for all but its updates
-        log.train(step, loss, norm.item(), seconds, trainer)
-        step += 1
+        if not math.isfinite(loss):
+            log.progress(f"error: the loss of step {step} is {loss}: begin again with a lower --max-lr, or --resume from before it")
+            sys.exit(1)
+        log.train(step, trainer.metrics(step, loss / world.size, norm.item(), seconds), seconds)
+        step, stopping = step + 1, stops > 0
     evaluation.plot()
     if not finished:
         log.progress(f"stopped by a signal after {step} steps, all saved; go on: --resume --out-dir {config.out_dir}")
@@ -235,29 +239,28 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     fit_vocabulary(config, shards)
     refuse_too_large(config.model, world.device)
     resumed = world.on_main(lambda: checkpoint.newest_step(out_dir)) if config.resume else None
-    step = resumed or 0
-    if step >= config.max_steps:
-        log.progress(f"{out_dir} finished already, at step {step}: raise --max-steps to go on")
-        sys.exit(0)
 
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     if config.init_from and resumed is None:
-        model = checkpoint.load_gpt(config.init_from)[0]
+        model, _ = checkpoint.load_gpt(config.init_from)
         model.shorten(config.model.seq_len)
         model.config.attention = config.model.attention
     else:
         model = GPT(config.model)
-    trainer = Trainer(config, world, model, shards, config.compile and can_compile(world.device, log))
+    compiled = config.compile and device.can_compile(world.device)
+    if config.compile and not compiled:
+        log.progress(f"warning: running without torch.compile, which can't be used here on {world.device.type} (CPU: install g++)")
+    trainer = Trainer(config, world, model, shards, compiled)
     if resumed is not None:
-        trainer.load(step)
-    world.on_main(lambda: record_launch(config, world, shards, step))
+        trainer.load(resumed)
+    world.on_main(lambda: record_launch(config, world, shards, resumed or 0))
     log.progress(
         f"{model.num_params():,} parameters, {str(trainer.dtype)[6:]} on {world.size} × {world.device.type}; a step is "
         f"{config.total_batch_tokens:,} tokens, {config.grad_accum_steps(world.size)} passes of {config.micro_batch_size} × "
         f"{config.model.seq_len} a process; an epoch is {trainer.train_stream.sequences_per_epoch * config.model.seq_len:,} tokens"
     )
-    return trainer, step
+    return trainer, resumed or 0
 
 
 def find_data(config: TrainConfig) -> Shards:
@@ -277,27 +280,15 @@ def fit_vocabulary(config: TrainConfig, shards: Shards):
     config.model = replace(config.model, vocab_size=theirs)
 
 
-def refuse_too_large(config: GPTConfig, device: torch.device):
-    """ValueError when the weights, their gradients and AdamW's two moments, 16 bytes a parameter, can't fit."""
-    with torch.device("meta"):
-        need = 16 * sum(p.numel() for p in GPT(config).parameters())
-    if device.type == "cuda":
-        have = torch.cuda.get_device_properties(device).total_memory
-    else:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def refuse_too_large(config: GPTConfig, where: torch.device):
+    """ValueError when the matrices, their gradients and AdamW's two moments, 16 bytes a weight, can't fit."""
+    weights = 12 * config.n_layer * config.n_embd**2 + (config.padded_vocab_size + config.seq_len) * config.n_embd
+    need, have = 16 * weights, device.total_memory(where)
     if need > have:
         raise ValueError(
-            f"weights, gradients and optimizer of this model need {need / 1e9:.1f} GB, {device.type} has {have / 1e9:.1f} GB: "
+            f"weights, gradients and optimizer of this model need {need / 1e9:.1f} GB, {where.type} has {have / 1e9:.1f} GB: "
             "choose a smaller --n-layer or --n-embd"
         )
-
-
-def can_compile(device: torch.device, log: "Log") -> bool:
-    """torch.compile needs a C++ compiler on CPU and is not ready for MPS."""
-    if device.type == "cuda" or (device.type == "cpu" and any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))):
-        return True
-    log.progress(f"warning: running without torch.compile, which can't be used here on {device.type} (CPU: install g++)")
-    return False
 
 
 class Trainer:
@@ -308,12 +299,14 @@ class Trainer:
         self.tokenizer_name = shards.tokenizer
         self.train_stream = TokenStream(shards, "train", config.model.seq_len, config.shuffle, config.seed)
         self.val_stream = TokenStream(shards, "val", config.model.seq_len, shuffle=False)
-        self.dtype = pick_dtype(config.dtype, world.device)
+        self.dtype = device.pick_dtype(config.dtype, world.device)
+        self.peak_flops = device.peak_flops(world.device, self.dtype)
         # HellaSwag and sampling run self.model as it is, since their shapes change all the time; the weights are shared
         self.model = model.to(world.device)
         self.compiled = torch.compile(self.model) if compiled else self.model
         self.parallel = DistributedDataParallel(self.compiled, gradient_as_bucket_view=True) if world.size > 1 else self.compiled
         groups = self.model.param_groups(config.weight_decay)
+        # betas and eps: Brown et al., 2020, appendix B
         self.optimizer = torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.seconds = 0.0  # spent in updates, over all launches of the run
@@ -322,25 +315,20 @@ class Trainer:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def update(self, step: int) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Returns the mean loss of this process's part of the batch, and the gradient's norm.
-
-        The batch of a step is the same sequences whatever the world: its positions are dealt out micro step by micro
-        step, and within one rank by rank.
-        """
-        config, world, B = self.config, self.world, self.config.micro_batch_size
-        micro_steps = config.grad_accum_steps(world.size)
+        """One optimizer step. Returns the mean loss of this process's part of the batch, and the gradient's norm."""
+        config, world = self.config, self.world
+        mine = share(step, config.total_batch_tokens // config.model.seq_len, config.micro_batch_size, world.rank, world.size)
         total = torch.zeros((), device=self.device)
-        for micro_step in range(micro_steps):
-            start = ((step * micro_steps + micro_step) * world.size + world.rank) * B
-            x, y = self.to_device(self.train_stream.batch(range(start, start + B)))
-            last = micro_step == micro_steps - 1
-            # gradients are summed over the ranks once a step, in the last backward pass
-            with self.autocast(), nullcontext() if last or world.size == 1 else self.parallel.no_sync():
-                loss = self.parallel(x, y)[1] / micro_steps
-                self.scaler.scale(loss).backward()
+        for positions in mine:
+            x, y = self.to_device(self.train_stream.batch(positions))
+            last = positions == mine[-1]
+            with nullcontext() if last or world.size == 1 else self.parallel.no_sync():
+                with self.autocast():
+                    loss = self.parallel(x, y)[1] / len(mine)
+                self.scaler.scale(loss).backward()  # the last one sums the gradients over the ranks
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         self.scaler.step(self.optimizer)
@@ -371,11 +359,25 @@ class Trainer:
             tensors = [t.pin_memory() for t in tensors]
         return [t.to(self.device, non_blocking=True) for t in tensors]
 
-    def where(self, step: int) -> dict:
-        """The axes that a value of this step can be drawn over."""
+    def axes(self, step: int) -> dict:
+        """What a value of this step can be drawn over."""
         tokens = step * self.config.total_batch_tokens
         epoch = tokens / (self.train_stream.sequences_per_epoch * self.config.model.seq_len)
         return {"tokens": tokens, "seconds": self.seconds, "epoch": epoch}
+
+    def metrics(self, step: int, loss: float, norm: float, seconds: float) -> dict:
+        """A step's line of metrics.jsonl. mfu: the share of the cards' peak, None where that is not known."""
+        rate = self.config.total_batch_tokens / seconds
+        peak = self.peak_flops and self.peak_flops * self.world.size
+        return {
+            "loss": loss,
+            "lr": learning_rate(self.config, step),
+            "grad_norm": norm,
+            "tokens_per_second": rate,
+            "mfu": rate * self.model.flops_per_token() / peak if peak else None,
+            "memory_bytes": device.peak_memory(self.device),
+            **self.axes(step),
+        }
 
     def save(self, step: int, val_loss: float | None):
         """A checkpoint. An exact resume needs no more than this: the data's order is a function of the step."""
@@ -384,14 +386,15 @@ class Trainer:
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "seconds": self.seconds}
         out_dir = Path(self.config.out_dir)
         checkpoint.save_checkpoint(out_dir, step, self.model, self.tokenizer_name, val_loss, state)
-        checkpoint.prune(out_dir, self.config.keep)
+        checkpoint.prune(out_dir, self.config.keep, step)
 
     def load(self, step: int):
         out_dir = Path(self.config.out_dir)
         content, state = checkpoint.load_training(out_dir, step)
         checkpoint.load_weights(self.model, content["model"], out_dir)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty when the run was not in fp16 until now
+            self.scaler.load_state_dict(state["scaler"])
         self.seconds = state["seconds"]
 
 
@@ -404,65 +407,66 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return low + (config.max_lr - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies in it; else fp16 on CUDA (with a loss scaler), fp32 elsewhere."""
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif name == "auto":
-        has = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-        name = "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-
-
 class Evaluation:
     """What a run measures and shows beside training. Validation always; what HellaSwag and samples need may be missing."""
 
     def __init__(self, trainer: Trainer, log: "Log"):
         self.trainer, self.log = trainer, log
         self.config, self.world = trainer.config, trainer.world
-        self.val_loss = None
-        self.tokenizer = self.tasks = None
-        try:
-            self.tokenizer = fineweb.get_tokenizer(trainer.tokenizer_name)
-            if self.config.hellaswag_every:
-                self.tasks = self.world.on_main(lambda: hellaswag.load_tasks(self.config.hellaswag_file))
-        except ValueError as e:
-            log.progress(f"warning: {'no HellaSwag' if self.tokenizer else 'no samples and no HellaSwag'} in this run: {e}")
+        self.tokenizer = self.or_warn("samples and HellaSwag", self.get_tokenizer)
+        wanted = self.tokenizer and self.config.hellaswag_every
+        self.tasks = self.or_warn("HellaSwag", self.get_tasks) if wanted else None
 
-    def run(self, step: int, just_started: bool):
-        """Whatever is due at this step; at the end of the run all that is not switched off, and validation anyway."""
-        config, end = self.config, step == self.config.max_steps
+    def get_tokenizer(self) -> fineweb.Tokenizer:
+        name = self.trainer.tokenizer_name
+        self.world.on_main(lambda: fineweb.get_tokenizer(name) and None)  # fetched once, then there for all
+        return fineweb.get_tokenizer(name)
+
+    def get_tasks(self) -> list[dict]:
+        return self.world.on_main(lambda: hellaswag.load_tasks(self.config.hellaswag_file))
+
+    def or_warn(self, what: str, get):
+        """What get returns, or None and a warning: a run does not end for want of it."""
+        try:
+            return get()
+        except (ValueError, OSError) as e:
+            self.log.progress(f"warning: no {what} in this run: {e}")
+            return None
+
+    def run(self, step: int) -> float | None:
+        """Whatever is due at this step, at the end of the run all that is not switched off. Returns the validation loss,
+        which the end always has, or None when it was not due."""
+        config, end, val_loss = self.config, step == self.config.max_steps, None
         if end or due(config.val_every, step):
-            self.val_loss = self.trainer.validate()
-            self.log.value(step, "val", self.val_loss, {"val_loss": self.val_loss, **self.trainer.where(step)})
-            self.log.result(f"step {step}: val loss {self.val_loss:.4f}")
-        if self.tasks and config.hellaswag_every and (end or due(config.hellaswag_every, step)):
+            val_loss = self.trainer.validate()
+            self.log.value(step, "val", val_loss, {"val_loss": val_loss, **self.trainer.axes(step)})
+            self.log.result(f"step {step}: val loss {val_loss:.4f}")
+        if self.tasks and (end or due(config.hellaswag_every, step)):
             self.hellaswag(step)
-        if self.tokenizer and config.sample_every and (end or due(config.sample_every, step)) and not just_started:
+        if self.tokenizer and config.sample_every and (end or due(config.sample_every, step)):
             self.sample(step)
+        return val_loss
 
     def hellaswag(self, step: int):
         trainer = self.trainer
-        scores = hellaswag.evaluate(trainer.model, self.tokenizer, self.tasks, self.world, autocast=trainer.autocast())
-        named = {f"hellaswag_{name}": score for name, score in scores.items() if name != "tasks"}
-        self.log.value(step, "hella", scores["acc_norm"], {**named, **trainer.where(step)})
+        scores, _ = hellaswag.evaluate(trainer.model, self.tokenizer, self.tasks, self.world, autocast=trainer.autocast())
+        named = {f"hellaswag_{name}": score for name, score in scores.items()}
+        self.log.value(step, "hella", scores["acc_norm"], {**named, **trainer.axes(step)})
         self.log.result(f"step {step}: HellaSwag acc_norm {scores['acc_norm']:.4f}, harness style {scores['harness_acc_norm']:.4f}")
 
     def sample(self, step: int):
         if not self.world.is_main:
             return
+        prompt, length, seed = self.config.sample_prompt, self.config.sample_tokens, self.config.seed + step
         with self.trainer.autocast():
-            prompt, length, seed = self.config.sample_prompt, self.config.sample_tokens, self.config.seed + step
             texts = sample_texts(self.trainer.model, self.tokenizer, prompt, 4, length, seed)
         for text in texts:
             self.log.result(f"step {step}: sample: {text}")
 
     def plot(self):
-        """OpenAI's baselines are drawn beside models of their sizes only."""
         if self.world.is_main:
-            size = f"{self.trainer.model.num_params() / 1e6:.0f}M"
-            log = Path(self.config.out_dir, "log.txt")
-            plot_log.plot([str(log)], str(log.with_name("log_plot.png")), size=size if size in plot_log.SIZES else "none")
+            log, size = Path(self.config.out_dir, "log.txt"), plot_log.size_of(self.trainer.model.num_params())
+            plot_log.plot([str(log)], str(log.with_name("log_plot.png")), size=size)
 
 
 # ---- what a run leaves behind and shows ----
@@ -491,48 +495,27 @@ class Log:
         if self.world.is_main:
             print(text, file=sys.stderr, flush=True)
 
-    def train(self, step: int, loss: float, norm: float, seconds: float, trainer: Trainer):
+    def train(self, step: int, metrics: dict, seconds: float):
         """A step's line in both files, and on the screen at most once a second."""
-        rate, lr, max_steps = self.config.total_batch_tokens / seconds, learning_rate(self.config, step), self.config.max_steps
-        peak = peak_flops(trainer.device, trainer.dtype)
-        mfu = rate * trainer.model.flops_per_token() / (peak * self.world.size) if peak else None
-        speed = {"tokens_per_second": rate, "mfu": mfu, "memory_bytes": peak_memory(trainer.device)}
-        self.value(step, "train", loss, {"loss": loss, "lr": lr, "grad_norm": norm, **speed, **trainer.where(step)})
+        self.value(step, "train", metrics["loss"], metrics)
         self.recent.append(seconds)
+        max_steps = self.config.max_steps
         if time.perf_counter() - self.shown > 1 or step + 1 == max_steps:
             self.shown = time.perf_counter()
             eta = timedelta(seconds=round(statistics.median(self.recent) * (max_steps - step - 1)))
+            mfu = "n/a" if metrics["mfu"] is None else f"{metrics['mfu']:.1%}"
             self.progress(
-                f"step {step:{len(str(max_steps))}}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                f"{rate:,.0f} tok/s | mfu {f'{mfu:.1%}' if mfu else 'n/a'} | eta {eta}"
+                f"step {step:{len(str(max_steps))}}/{max_steps} | loss {metrics['loss']:.4f} | lr {metrics['lr']:.2e} | "
+                f"norm {metrics['grad_norm']:.2f} | {metrics['tokens_per_second']:,.0f} tok/s | mfu {mfu} | eta {eta}"
             )
-
-
-PEAK_FLOPS = (  # longer names first: the first part that a card's name contains counts
-    ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("A100", 312e12),
-    ("L40S", 362e12), ("L4", 121e12), ("A10", 125e12), ("V100", 125e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12),
-)  # fmt: skip
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """A card's dense bf16 or fp16 matrix rate by its data sheet, FLOP/s; None where it is not known."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's on CUDA, the process's elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def record_launch(config: TrainConfig, world: World, shards: Shards, step: int):
     """run.json: settings, data, and what each launch of the run ran on. ValueError when the data has changed."""
     path = Path(config.out_dir, "run.json")
-    before = read_json(path) if path.exists() else {"data": shards.fingerprint(), "launches": []}
+    before = {"data": shards.fingerprint(), "launches": []}
+    if path.exists():
+        before |= read_json(path, RUN_REMEDY)
     if before["data"] != shards.fingerprint():
         raise ValueError(f"--data-dir {config.data_dir} holds other shards than this run began with: bring those back")
     launch = {
@@ -541,12 +524,12 @@ def record_launch(config: TrainConfig, world: World, shards: Shards, step: int):
         "commit": git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": device.describe(world.device),
         "world_size": world.size,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    config = asdict(config) | {"resume": False}
-    write_json(path, {"config": config, "data": before["data"], "launches": [*before["launches"], launch]})
+    settings = asdict(config) | {"resume": False}
+    write_json(path, {"config": settings, "data": before["data"], "launches": [*before["launches"], launch]})
 
 
 def git_commit() -> str:
@@ -563,45 +546,43 @@ def git_commit() -> str:
 
 # ---- the command line ----
 
-# what a resumed run may change; all else decides the model, the data or the global batch
-MAY_CHANGE = {
-    "resume", "out_dir", "data_dir", "max_steps", "micro_batch_size", "attention", "device", "dtype", "compile", "verify_shards",
-    "val_every", "val_tokens", "hellaswag_every", "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens",
-    "checkpoint_every", "keep",
-}  # fmt: skip
-
 
 @dataclass
-class Which:
+class PresetFlag:
     """The one flag that decides the defaults of the others."""
 
-    preset: str = "none"
+    preset: str = TrainConfig.preset
 
 
 def parse_config(argv: list[str] | None = None) -> TrainConfig:
     """Flags over the defaults of a preset, of the weights to start from, or of the run to go on with. ValueError when
     they do not fit it, or would overwrite a run."""
-    which, _ = tyro.cli(Which, args=argv, return_unknown_args=True, add_help=False)
-    preset = PRESETS.get(which.preset, PRESETS["none"])  # a wrong name is for the full parser to refuse
+    first, _ = tyro.cli(PresetFlag, args=argv, return_unknown_args=True, add_help=False)
+    preset = PRESETS.get(first.preset, PRESETS["gpt2"])  # a wrong name is for the full parser to refuse
     config = cli.parse(TrainConfig, argv, preset)
-    run = Path(config.out_dir, "run.json")
+    out_dir = Path(config.out_dir)
     if config.resume:
-        before = replace(read_run(run), out_dir=config.out_dir, resume=True)
-        config = cli.parse(TrainConfig, argv, before)
-        refuse_changes(before, config, MAY_CHANGE, f"the run in {config.out_dir}")
-    elif run.exists():
-        raise ValueError(f"{config.out_dir} holds a run already: add --resume to go on with it, or choose another --out-dir")
+        previous = replace(read_run(out_dir), out_dir=config.out_dir, resume=True)
+        config = cli.parse(TrainConfig, argv, previous)
+        refuse_changes(previous, config, MAY_CHANGE, f"the run in {out_dir}")
+    elif any((out_dir / name).exists() for name in ("run.json", "log.txt", "config.json")) or any(out_dir.glob("model*")):
+        raise ValueError(f"{out_dir} holds a run or a model already: add --resume to go on with it, or choose another --out-dir")
     elif config.init_from:
-        before = replace(preset, model=checkpoint.load_config(config.init_from))
-        config = cli.parse(TrainConfig, argv, before)
-        refuse_changes(before.model, config.model, {"seq_len", "attention"}, config.init_from)
+        source = replace(preset, model=checkpoint.load_config(config.init_from))
+        config = cli.parse(TrainConfig, argv, source)
+        refuse_changes(source.model, config.model, {"seq_len", "attention"}, config.init_from)
     return config
 
 
-def read_run(path: Path) -> TrainConfig:
+RUN_REMEDY = "bring it back from a copy, or choose another --out-dir"
+
+
+def read_run(out_dir: Path) -> TrainConfig:
+    """The settings of the run in a folder."""
+    path = out_dir / "run.json"
     if not path.exists():
-        raise ValueError(f"--resume: there is no run in {path.parent}; check --out-dir, or start one without --resume")
-    settings = read_json(path).get("config")
+        raise ValueError(f"--resume: there is no run in {out_dir}; check --out-dir, or start one without --resume")
+    settings = read_json(path, RUN_REMEDY).get("config")
     try:
         return TrainConfig(**settings | {"model": GPTConfig(**settings["model"])})
     except (KeyError, TypeError) as e:
@@ -615,7 +596,7 @@ def refuse_changes(before, now, allowed: set[str], source: str):
         if f.name == "model":
             refuse_changes(old, new, allowed, source)
         elif f.name not in allowed and old != new:
-            raise ValueError(f"{flag(f.name)} {new}: {source} has {old}; leave the flag out")
+            raise ValueError(f"{f.name} {new!r} does not fit {source}, which has {old!r}: leave its flag out")
 
 
 def main():
@@ -623,7 +604,7 @@ def main():
         config = parse_config()
         config.validate(int(os.environ.get("WORLD_SIZE", 1)))
         try:
-            with join_world(config.device) as world:
+            with join_world(config.device) as world, hold(Path(config.out_dir)) if world.is_main else nullcontext():
                 train(config, world)
         except torch.OutOfMemoryError as e:
             print(f"error: out of memory ({e}): lower --micro-batch-size", file=sys.stderr)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import train
-from dataloader import write_json, write_shard
+from dataloader import write_shard
+from files import write_json
 from fineweb import get_tokenizer
 
 REPO = Path(__file__).parent.parent
 
-# a model of 30k parameters that sees 1,024 tokens a step
+# a model of 35k parameters that sees 256 tokens a step
 TINY = (
     "--n-layer 2 --n-head 2 --n-embd 32 --seq-len 32 --total-batch-tokens 256 --micro-batch-size 4 --max-lr 3e-3 --warmup-steps 3 "
     "--max-steps 20 --val-every 10 --val-tokens 640 --hellaswag-every 0 --sample-every 0 --checkpoint-every 0 "

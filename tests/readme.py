@@ -26,6 +26,7 @@ STEPS = (
     "--device cpu --no-compile --hellaswag-file tasks.jsonl --sample-every 4"
 )
 SMALL = (  # the first pattern that a command matches says what is added to it
+    (r"--preset quickstart --data-dir mine", "--max-steps 20"),
     (r"--preset quickstart|log/quickstart|plot_log|pytest", ""),
     (r"train.py.*--resume", "--max-steps 12"),
     (r"train.py.*--init-from", STEPS),
@@ -38,6 +39,10 @@ SMALL = (  # the first pattern that a command matches says what is added to it
 
 def commands(readme: str) -> list[str]:
     return [line for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) for line in block.splitlines() if line]
+
+
+def python_blocks(readme: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
 
 
 def smaller(command: str) -> str:
@@ -85,8 +90,11 @@ def main(folder: Path):
             subprocess.run(["bash", "-c", command], check=True, cwd=clone, env=env, stdin=subprocess.DEVNULL)
             seconds = time.monotonic() - began
             print(f"({seconds:.0f} s)", flush=True)
-            if command.endswith("--preset quickstart"):
+            if command.endswith("train.py --preset quickstart"):
                 check_quickstart(clone / "log" / "quickstart", seconds)
+        for code in python_blocks((REPO / "README.md").read_text()):
+            print(f"$ python -c '{code}'", flush=True)
+            subprocess.run([sys.executable, "-c", code], check=True, cwd=clone, env=env)
 
 
 def check_quickstart(run: Path, seconds: float):

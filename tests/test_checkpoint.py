@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import fault, load_model, newest_step, prune, save_checkpoint, sealed_steps
+from checkpoint import fault, files_of, load_model, newest_step, prune, save_checkpoint, sealed_steps
 from model import GPT, GPTConfig
 
 
@@ -49,21 +49,20 @@ def test_load_model_reads_hugging_face_folders(tmp_path, model):
 
 def test_every_flipped_byte_and_every_truncation_is_noticed(run):
     """At 40 places all over the three files."""
-    for name in checkpoint.names(15):
-        path = run / name
+    for path in files_of(run, 15):
         whole = path.read_bytes()
         for place in torch.linspace(0, len(whole) - 1, 14).long().tolist():
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-            assert fault(run, 15), (name, place)
+            assert fault(run, 15), (path.name, place)
             path.write_bytes(whole[: min(place, len(whole) - 2)])  # the seal's last byte is a newline
-            assert name.split(".")[0] in fault(run, 15)
+            assert path.stem in fault(run, 15)
         path.write_bytes(whole)
     assert fault(run, 15) is None
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_the_one_before_is_used_when_a_file_is_gone(run, capsys, index):
-    (run / checkpoint.names(15)[index]).unlink()
+    files_of(run, 15)[index].unlink()
     assert newest_step(run) == 10
     assert "skipping the checkpoint of step 15" in capsys.readouterr().err
 
@@ -77,22 +76,36 @@ def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(run, tmp_path):
 
 
 def test_keep_deletes_the_oldest_and_never_the_last(run):
-    prune(run, 0)
+    prune(run, 0, 15)
     assert sealed_steps(run) == [5, 10, 15]
-    prune(run, 2)
+    prune(run, 2, 15)
     assert sealed_steps(run) == [10, 15] and not list(run.glob("*_00005*"))
     (run / "model_00015.json").unlink()  # an unfinished one is not counted
-    prune(run, 1)
+    prune(run, 1, 10)
     assert sealed_steps(run) == [10] and newest_step(run) == 10
 
 
-def test_a_whole_checkpoint_is_not_written_again(run, model):
-    before = (run / "model_00015.pt").stat().st_mtime_ns
-    save_checkpoint(run, 15, model, "bytes", 0.0, {"seconds": 0.0})
-    assert (run / "model_00015.pt").stat().st_mtime_ns == before
-    (run / "model_00015.json").unlink()
-    save_checkpoint(run, 15, model, "bytes", 0.0, {"seconds": 0.0})
-    assert fault(run, 15) is None and (run / "model_00015.pt").stat().st_mtime_ns > before
+def test_keep_does_not_count_what_a_resume_passed_over(run, model):
+    """Step 15 is damaged; the run goes on from 10 and saves 12."""
+    (run / "model_00015.pt").write_bytes(b"x")
+    save_checkpoint(run, 12, model, "bytes", None, {})
+    prune(run, 1, 12)
+    assert sealed_steps(run) == [12] and newest_step(run) == 12
+
+
+def test_saving_a_step_again_replaces_it(run):
+    torch.manual_seed(1)
+    other = GPT(GPTConfig(257, 16, 1, 2, 16))
+    save_checkpoint(run, 15, other, "bytes", 0.5, {"seconds": 0.0})
+    assert fault(run, 15) is None
+    assert (load_model(str(run / "model_00015.pt"))[0].transformer.wpe.weight == other.transformer.wpe.weight).all()
+
+
+def test_a_kill_while_a_step_is_saved_again_leaves_the_one_before(run, model, monkeypatch):
+    monkeypatch.setattr(checkpoint, "write_json", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_checkpoint(run, 15, model, "bytes", 0.5, {})
+    assert newest_step(run) == 10
 
 
 class Trap:
@@ -108,6 +121,12 @@ def test_a_pickle_does_not_run(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="can't be loaded safely"):
             load_model(str(tmp_path / name))
     assert not (tmp_path / "fired").exists()
+
+
+def test_weights_can_be_used_without_their_training_state(run):
+    (run / "state_00015.pt").unlink()
+    assert load_model(str(run / "model_00015.pt")) and load_model(str(run))
+    assert newest_step(run) == 10  # but not resumed
 
 
 def test_wrong_checkpoints_are_named(tmp_path, run, model):

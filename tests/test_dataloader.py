@@ -8,7 +8,8 @@ from conftest import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataloader import Shards, TokenStream, find_shards, open_shard, permute, read_json, verify_shards, write_json, write_shard
+from dataloader import Shards, TokenStream, find_shards, open_shard, permute, share, verify_shards, write_shard
+from files import read_json, write_json
 
 
 def folder_of(tmp_path, sizes):
@@ -47,11 +48,11 @@ def test_every_token_is_a_target_once_an_epoch(tmp_path_factory, sizes, seq_len,
     per_epoch = (total - 1) // seq_len
     per_step = processes * micro_batch * micro_steps
     inputs, targets = [], []
-    for step in range(-(-2 * per_epoch // per_step)):  # as Trainer.update deals the positions out
+    for step in range(-(-2 * per_epoch // per_step)):
+        taken = [share(step, per_step, micro_batch, rank, processes) for rank in range(processes)]
         for micro_step in range(micro_steps):
             for rank in range(processes):
-                start = ((step * micro_steps + micro_step) * processes + rank) * micro_batch
-                x, y = streams[rank].batch(range(start, start + micro_batch))
+                x, y = streams[rank].batch(taken[rank][micro_step])
                 inputs += x.tolist()
                 targets += y.tolist()
     for epoch in range(2):
@@ -106,6 +107,13 @@ def test_too_few_tokens_for_a_sequence_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"8 train tokens, fewer than one sequence of 8 \+ 1"):
         TokenStream(folder_of(tmp_path, [8]), "train", 8)
     assert TokenStream(folder_of(tmp_path, [9]), "train", 8).sequences_per_epoch == 1
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 1), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)])
+def test_a_step_takes_the_same_positions_in_any_world(world_size, micro_batch):
+    parts = [share(5, 8, micro_batch, rank, world_size) for rank in range(world_size)]
+    assert len({len(part) for part in parts}) == 1  # as many passes on every rank
+    assert sorted(p for part in parts for positions in part for p in positions) == list(range(40, 48))
 
 
 # ---- shards ----
@@ -188,10 +196,10 @@ def test_a_folder_without_one_split_is_refused(tmp_path):
 
 def test_a_broken_manifest_is_refused(tmp_path):
     write_shards(tmp_path, [100, 100])
-    manifest = read_json(tmp_path / "manifest.json")
+    manifest = read_json(tmp_path / "manifest.json", "")
     del manifest["shards"]
     write_json(tmp_path / "manifest.json", manifest)
-    with pytest.raises(ValueError, match="lacks 'shards'"):
+    with pytest.raises(ValueError, match="not a manifest of shards"):
         find_shards(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

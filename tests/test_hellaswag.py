@@ -130,7 +130,7 @@ def bpe_tokenizer(folder: Path):
 def assert_equal_to_harness(folder: Path, tokenizer, tasks_file: Path):
     theirs = harness_answers(folder, tokenizer, tasks_file)
     model, our_tokenizer = load_model(str(folder))
-    ours = evaluate(model, our_tokenizer, load_tasks(tasks_file), WORLD)["tasks"]
+    ours = evaluate(model, our_tokenizer, load_tasks(tasks_file), WORLD)[1]
     assert len(ours) == len(theirs)
     for task, (pred, pred_norm, log_p) in zip(ours, theirs, strict=True):
         assert (task["harness"]["pred"], task["harness"]["pred_norm"]) == (pred, pred_norm)
@@ -164,7 +164,7 @@ def test_answers_equal_lm_evaluation_harness_on_real_tasks(tmp_path, gpt2_tokeni
 def test_log_probs_are_one_plain_forward_pass_a_row(model):
     """Row by row, no padding, no sorting; completion style's acc_norm is the mean a token."""
     tokenizer = get_tokenizer("bytes")
-    for task, scored in zip(make_tasks(6), evaluate(model, tokenizer, make_tasks(6), WORLD)["tasks"], strict=True):
+    for task, scored in zip(make_tasks(6), evaluate(model, tokenizer, make_tasks(6), WORLD)[1], strict=True):
         context = tokenizer.encode(task["ctx"])
         sums, means = [], []
         for ending in task["endings"]:
@@ -182,11 +182,9 @@ def test_log_probs_are_one_plain_forward_pass_a_row(model):
 def test_batch_size_changes_no_answer(model):
     tokenizer, tasks = get_tokenizer("bytes"), make_tasks(20)
     one, some, all_at_once = (evaluate(model, tokenizer, tasks, WORLD, batch_tokens) for batch_tokens in (1, 700, 10**6))
-    for a, b in ((one, some), (one, all_at_once)):
-        assert {name: score for name, score in a.items() if name != "tasks"} == {
-            name: score for name, score in b.items() if name != "tasks"
-        }
-        for p, q in zip(a["tasks"], b["tasks"], strict=True):
+    for (scores, tasks), (other_scores, other_tasks) in ((one, some), (one, all_at_once)):
+        assert scores == other_scores
+        for p, q in zip(tasks, other_tasks, strict=True):
             assert p["completion"]["log_probs"] == pytest.approx(q["completion"]["log_probs"], abs=1e-3)
             assert p["completion"]["pred_norm"] == q["completion"]["pred_norm"]
 
@@ -205,10 +203,10 @@ def test_losses_are_not_in_bf16(model):
     """Under bf16 autocast, log-probabilities still have more digits than bf16's three."""
     tasks, tokenizer = make_tasks(4), get_tokenizer("bytes")
     autocast = torch.autocast("cpu", torch.bfloat16)
-    scores = evaluate(model, tokenizer, tasks, WORLD, autocast=autocast)["tasks"]
+    scores = evaluate(model, tokenizer, tasks, WORLD, autocast=autocast)[1]
     values = [p for task in scores for p in task["completion"]["log_probs"]]
     assert not all(torch.tensor(p).bfloat16().item() == p for p in values)
-    exact = [p for task in evaluate(model, tokenizer, tasks, WORLD)["tasks"] for p in task["completion"]["log_probs"]]
+    exact = [p for task in evaluate(model, tokenizer, tasks, WORLD)[1] for p in task["completion"]["log_probs"]]
     assert values == pytest.approx(exact, rel=0.02)
 
 

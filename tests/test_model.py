@@ -264,7 +264,11 @@ def test_pickled_weights_are_refused(hf_folder):
         ("n_inner", 7, "n_inner is 7"),
         ("model_type", "llama", "'llama' model"),
         ("n_embd", 32, "config.json says"),
-        ("n_layer", 3, "no weights for"),
+        ("n_layer", 3, "alone: is it a whole GPT-2"),
+        ("n_layer", 1, "alone: is it a whole GPT-2"),
+        ("n_layer", "2", "n_layer is '2'"),
+        ("vocab_size", 90, "config.json says"),
+        ("vocab_size", 110, "config.json says"),
     ],
 )
 def test_a_folder_that_is_another_model_is_refused(hf_folder, key, value, message):

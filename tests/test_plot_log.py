@@ -60,7 +60,19 @@ def test_what_is_drawn_is_what_the_log_says(log, tmp_path, monkeypatch):
     train, val, baseline = loss.lines
     assert list(train.get_xdata())[:3] == [0, 10_000, 20_000] and list(train.get_ydata())[:2] == [4.0, 3.8]
     assert val.get_ydata()[-1] == 2.5 and baseline.get_ydata()[0] == 3.2924
-    assert [line.get_ydata()[0] for line in hella.lines] == [0.25, 0.294463, 0.337]
+    assert [line.get_ydata()[0] for line in hella.lines] == [0.25, 0.2955, 0.337]
+
+
+def test_a_models_baselines_are_those_of_its_size():
+    published = {
+        124_439_808: "124M",
+        354_823_168: "350M",
+        774_030_080: "774M",
+        1_557_611_200: "1558M",
+        446_080: "none",
+        200_000_000: "none",
+    }
+    assert {params: plot_log.size_of(params) for params in published} == published
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""The hardware a process runs on, and what it can do."""
+
+import os
+import re
+import resource
+import shutil
+import sys
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is the fastest device there is. Raises ValueError for one this machine does not have."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in has.items() if there)
+    if not has.get(name):
+        raise ValueError(f"--device {name}: this machine has none that PyTorch can use; try --device auto")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bf16 where the hardware multiplies in it; else fp16 on CUDA (with a loss scaler), fp32 elsewhere."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        has = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+        name = "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def can_compile(device: torch.device) -> bool:
+    """torch.compile needs a C++ compiler on CPU and is not ready for MPS."""
+    if device.type == "cpu":
+        return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    return device.type == "cuda"
+
+
+# dense bf16 or fp16 with fp32 accumulation, FLOP/s, from NVIDIA's data sheets; a row counts when the card's name has its words
+PEAK_FLOPS = (
+    ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12),
+    ("A100", 312e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("A10", 125e12), ("V100", 125e12),
+    ("RTX 4090", 165e12), ("RTX 3090", 71e12),
+)  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The card's matrix rate in FLOP/s; None where it is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for words, peak in PEAK_FLOPS if re.search(rf"\b{words}\b", name)), None)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes: the card's on CUDA, the machine's elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes used at most so far: of the card on CUDA, by the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.uname().machine}, {os.cpu_count()} cores"
