@@ -1,4 +1,4 @@
-"""Runs every command of README.md, in order, in a fresh copy of the repository: python tests/readme.py FOLDER
+"""Runs every command of README.md, in order, in a fresh copy of the repository: PYTHONPATH=. python tests/readme.py FOLDER
 
 What needs eight GPUs, days or the network runs small: on two processes, with a tiny model, against a hub on localhost.
 SMALL says what is added to which script; everything else is run word for word.
@@ -106,7 +106,7 @@ def check_quickstart(run: Path, seconds: float):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(REPO))
+    del os.environ["PYTHONPATH"]  # the commands must do without
     target = Path(sys.argv[1])
     target.mkdir(parents=True)
     main(target)
