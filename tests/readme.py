@@ -26,7 +26,7 @@ STEPS = (
     "--device cpu --no-compile --hellaswag-file tasks.jsonl --sample-every 4"
 )
 SMALL = (  # the first pattern that a command matches says what is added to it
-    (r"--preset quickstart --data-dir mine", "--max-steps 20"),
+    (r"--preset quickstart --data-dir mine_bytes", "--max-steps 20"),
     (r"--preset quickstart|log/quickstart|plot_log|pytest", ""),
     (r"train.py.*--resume", "--max-steps 12"),
     (r"train.py.*--init-from", STEPS),
