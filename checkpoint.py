@@ -46,7 +46,6 @@ def save_checkpoint(folder: Path, step: int, model: GPT, tokenizer: str, val_los
         "val_loss": val_loss,
         "tokenizer": tokenizer,
     }
-    files.seal.unlink(missing_ok=True)  # one that stands there was found damaged, or this run would not be at its step
     for path, part in ((files.model, content), (files.state, state)):
         write_atomically(path, lambda file, part=part: torch.save(part, file))
     write_json(files.seal, {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in (files.model, files.state)})
