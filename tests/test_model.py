@@ -20,7 +20,7 @@ SHAPES = [(97, 24, 2, 2, 16), (128, 16, 1, 1, 8), (257, 40, 3, 4, 64), (1000, 33
 
 
 def random_hf(vocab_size, n_positions, n_layer, n_head, n_embd, seed=0) -> GPT2LMHeadModel:
-    """Large random weights everywhere, biases and norms too, so that no term of the formula can hide."""
+    """Large random weights everywhere, biases and norms too, so that no term of the formula can hide, nor the kind of GELU."""
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -29,7 +29,7 @@ def random_hf(vocab_size, n_positions, n_layer, n_head, n_embd, seed=0) -> GPT2L
         )
     )  # fmt: skip
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+        torch.nn.init.normal_(p, std=0.2)
     return model.eval()
 
 
