@@ -430,11 +430,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(shards, tmp_path, capsys, monk
     assert not (tmp_path / "run").exists()
 
 
-def test_checkpoints_without_their_run_are_not_overwritten(shards, tmp_path, capsys):
-    assert run_train(shards, tmp_path / "run", "--max-steps", 1) == 0
-    (tmp_path / "run" / "run.json").unlink()
+@pytest.mark.parametrize("name", ["run.json", "log.txt", "config.json", "model_00005.pt"])
+def test_what_a_run_or_a_model_left_is_not_overwritten(shards, tmp_path, capsys, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("{}")
     assert run_train(shards, tmp_path / "run") == 2
-    assert "already: add --resume" in capsys.readouterr().err
+    assert "already: add --resume" in capsys.readouterr().err and (tmp_path / "run" / name).read_text() == "{}"
 
 
 def test_a_signal_in_the_last_step_still_validates(shards, tmp_path, monkeypatch):
