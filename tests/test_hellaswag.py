@@ -199,15 +199,18 @@ def test_rows_longer_than_the_model_lose_their_start():
         assert log_p == pytest.approx(expected.item(), abs=1e-3)
 
 
-def test_losses_are_not_in_bf16(model):
-    """Under bf16 autocast, log-probabilities still have more digits than bf16's three."""
-    tasks, tokenizer = make_tasks(4), get_tokenizer("bytes")
-    autocast = torch.autocast("cpu", torch.bfloat16)
-    scores = evaluate(model, tokenizer, tasks, WORLD, autocast=autocast)[1]
-    values = [p for task in scores for p in task["completion"]["log_probs"]]
-    assert not all(torch.tensor(p).bfloat16().item() == p for p in values)
-    exact = [p for task in evaluate(model, tokenizer, tasks, WORLD)[1] for p in task["completion"]["log_probs"]]
-    assert values == pytest.approx(exact, rel=0.02)
+def test_losses_are_not_in_bf16(model, monkeypatch):
+    """Under bf16 autocast the log-probabilities are those that fp64 makes of the same logits."""
+    cross_entropy, expected = F.cross_entropy, []
+
+    def recording(logits, targets, **how):
+        expected.append(F.log_softmax(logits.double(), -1)[range(len(targets)), targets].sum().item())
+        return cross_entropy(logits, targets, **how)
+
+    monkeypatch.setattr(F, "cross_entropy", recording)
+    scored = evaluate(model, get_tokenizer("bytes"), make_tasks(4), WORLD, autocast=torch.autocast("cpu", torch.bfloat16))[1]
+    values = [p for task in scored for style in ("completion", "harness") for p in task[style]["log_probs"]]
+    assert sum(values) == pytest.approx(sum(expected), rel=1e-6)
 
 
 def test_text_is_cleaned_as_the_harness_does():
