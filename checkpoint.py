@@ -96,7 +96,7 @@ def newest_step(folder: Path, weights_only: bool = False) -> int | None:
             return step
         print(f"warning: skipping the checkpoint of step {step} in {folder}: {problem}", file=sys.stderr)
     if steps:
-        raise ValueError(f"none of the {len(steps)} checkpoints in {folder} is whole: bring one back, or choose another --out-dir")
+        raise ValueError(f"none of the {len(steps)} checkpoints in {folder} is whole: bring one back, or use another folder")
     return None
 
 
@@ -135,9 +135,10 @@ def open_checkpoint(path: str) -> tuple[dict | None, GPTConfig, str | None]:
         raise ValueError(f"{file.parent}: {problem}; use another checkpoint")
     content = load_torch(file)
     try:
-        if isinstance(content["model"], dict):
-            return content, GPTConfig(**content["config"]), content["tokenizer"]
-    except (KeyError, TypeError, IndexError, ValueError):
+        weights, config, tokenizer = content["model"], GPTConfig(**content["config"]), content["tokenizer"]
+        if isinstance(tokenizer, str) and all(isinstance(p, torch.Tensor) for p in weights.values()):
+            return content, config, tokenizer
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError):
         pass
     raise ValueError(f"{file} is not a checkpoint of this project: it has no model, config and tokenizer")
 

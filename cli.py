@@ -1,7 +1,10 @@
 """What every script does with its command line and with a user's mistakes."""
 
 import errno
+import io
 import math
+import os
+import signal
 import sys
 from contextlib import contextmanager
 
@@ -35,18 +38,27 @@ def refuse(faults: list[str]):
 def one_line_errors():
     """A mistake that a user can mend (ValueError, a file that can't be used) ends in one line and status 2, a full or
     broken disk in status 1, Ctrl-C in 130. Anything else is a fault of the program and keeps its traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     try:
         yield
-    except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as e:
-        full = e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
-        print(f"error: {e}: {'free some space and give the command again' if full else 'check the path'}", file=sys.stderr)
+    except BrokenPipeError:
+        drop_stdout()
+        sys.exit(128 + signal.SIGPIPE)
+    except (ValueError, OSError) as e:
+        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+        remedy = ": free some space and give the command again" if full else ": check the path" if isinstance(e, OSError) else ""
+        if not getattr(e, "is_shared", False):
+            print(f"error: {e}{remedy}", file=sys.stderr)
         sys.exit(1 if full else 2)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+
+
+def drop_stdout():
+    """For a broken pipe, as `… | head` leaves it: whoever read the results has gone, so that they go nowhere from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def bar(iterable=None, **how) -> tqdm:

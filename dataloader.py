@@ -42,6 +42,8 @@ def open_shard(folder: Path, entry: dict) -> np.ndarray:
         tokens = open_bin(path) if path.suffix == ".bin" else np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as e:
         raise ValueError(f"shard {path} is damaged ({e}): {REMEDY}") from e
+    if not isinstance(tokens, np.ndarray):
+        raise ValueError(f"shard {path} is an archive of arrays, expected one array: {REMEDY}")
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise ValueError(f"shard {path} holds {tokens.ndim}-dimensional {tokens.dtype}, expected 1-dimensional uint16: {REMEDY}")
     if len(tokens) != entry.get("tokens", len(tokens)):

@@ -1,7 +1,6 @@
 """A process among those that torchrun started, and what they do together."""
 
 import os
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,18 +36,17 @@ class World:
         return things
 
     def on_main(self, function):
-        """Runs function on rank 0 alone. Its picklable result, or its error, is every process's."""
+        """Runs function on rank 0 alone. Its picklable result, or its ValueError or OSError, is every process's."""
         result = error = None
         if self.is_main:
             try:
                 result = function()
             except (ValueError, OSError) as e:
                 error = e
-        result, failed = self.gather((result, error is not None))[0]
+        result, error = self.gather((result, error))[0]
         if error is not None:
+            error.is_shared = not self.is_main  # for rank 0 alone to print
             raise error
-        if failed:
-            sys.exit(2)  # rank 0 says why
         return result
 
 

@@ -170,7 +170,7 @@ def parse_line(line: str):
     """The field 'text' of a line of JSON, or None."""
     try:
         return json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -211,7 +211,10 @@ class HubDocuments:
         try:
             self.revision = HfApi().dataset_info(repo, revision=revision or None).sha
         except Exception as e:  # the hub's client raises a dozen kinds; each means the same to the user
-            raise ValueError(f"could not find {repo} on the hub ({type(e).__name__}): check the name, the revision and the network") from e
+            raise ValueError(
+                f"there is no file or folder {repo} here, and it could not be found on the hub ({type(e).__name__}): "
+                "check the name, the revision and the network"
+            ) from e
         try:
             self.dataset = self.open()
         except Exception as e:
@@ -249,14 +252,20 @@ class HubDocuments:
                 time.sleep(2**failures)
 
 
+def local_documents(dataset: tuple[str, ...]) -> LocalDocuments | None:
+    """The documents that --dataset names when they are all here."""
+    if dataset == ("stdlib",):
+        return LocalDocuments(stdlib_files())
+    paths = [Path(name) for name in dataset]
+    return LocalDocuments(local_files(paths)) if all(path.exists() for path in paths) else None
+
+
 def open_documents(config: PrepareConfig, revision: str):
     """The documents that --dataset names. revision: the one recorded by a prep to go on with, or ''."""
-    if config.dataset == ("stdlib",):
-        return LocalDocuments(stdlib_files())
+    if documents := local_documents(config.dataset):
+        return documents
     paths = [Path(name) for name in config.dataset]
     missing = [str(path) for path in paths if not path.exists()]
-    if not missing:
-        return LocalDocuments(local_files(paths))
     if len(paths) == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", missing[0]) and not missing[0].endswith(READABLE):
         return HubDocuments(missing[0], config.name, revision or config.revision)
     raise ValueError(f"--dataset: {', '.join(missing)} not found: give files, folders, 'stdlib', or one dataset of the hub")
@@ -353,7 +362,9 @@ def tokenize_documents(config: PrepareConfig):
                 shards.append(write_shard(path, part))
             write_json(out / PROGRESS, progress | {"shards": shards, **resume_from})
     if len(shards) < 2:
-        raise ValueError(f"{' '.join(config.dataset)}: not enough tokens for a val and a train shard")
+        for name in (PROGRESS, *(shard["file"] for shard in shards)):
+            (out / name).unlink()
+        raise ValueError(f"{' '.join(config.dataset)}: not enough tokens for a val and a train shard: give more text")
     write_manifest(out, progress, shards)
 
 
@@ -391,16 +402,20 @@ def resume_point(out: Path, config: PrepareConfig) -> dict | None:
     fresh = {"settings": settings, "revision": "", "shards": [], "state": None, "skip": 0}
     remedy = "delete the folder and begin again"
     if (out / MANIFEST).exists():
-        if read_json(out / MANIFEST, remedy).get("settings") != settings:
+        manifest, documents = read_json(out / MANIFEST, remedy), local_documents(config.dataset)
+        if manifest.get("settings") != settings:
             raise ValueError(f"{out} holds shards made with other settings: choose another --out-dir, or delete it")
+        if documents and documents.revision != manifest["revision"]:
+            raise ValueError(f"the files have changed since {out} was made of them: choose another --out-dir, or delete it")
         print(f"{out} is complete already")
         return None
     if (out / PROGRESS).exists():
         progress = read_json(out / PROGRESS, remedy)
         if progress.keys() != fresh.keys():
             raise ValueError(f"{out / PROGRESS} is damaged: {remedy}")
-        if not progress["shards"]:
-            return fresh  # nothing that could be lost
+        if not progress["shards"]:  # nothing that could be lost; but a commit of the hub stays the one that was recorded
+            same = progress["settings"] == settings and not progress["revision"].startswith("files-")
+            return fresh | {"revision": progress["revision"]} if same else fresh
         if progress["settings"] != settings:
             raise ValueError(f"{out} holds an unfinished prep with other settings: give the same ones, or delete it")
         return progress
@@ -463,9 +478,12 @@ def fetch_pretokenized(config: PrepareConfig):
 
 
 def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the workers and their pool end in order
     with cli.one_line_errors():
         config = cli.parse(PrepareConfig)
         faults = cli.at_least(1, config, "shard_size") + cli.at_least(0, config, "max_tokens", "workers")
+        if not config.dataset:
+            faults.append("--dataset has no value: give files, folders, 'stdlib', or one dataset of the hub")
         if config.shard_size > 10**9:
             faults.append(f"--shard-size is {config.shard_size}: two shards are held in memory, it must be at most 1,000,000,000")
         cli.refuse(faults)

@@ -9,6 +9,7 @@ Two metrics that share a name and are two numbers (GPT-2 124M: 0.2955 and 0.3114
 """
 
 import json
+import math
 import re
 import urllib.request
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def load_tasks(path: str | Path, limit: int = 0) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"no file {path}: give HellaSwag's {HellaSwagConfig.file}")
     tasks = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if limit and len(tasks) == limit:
                 break
@@ -75,7 +76,7 @@ def load_tasks(path: str | Path, limit: int = 0) -> list[dict]:
     return tasks
 
 
-def read_task(line: str) -> dict | None:
+def read_task(line: bytes) -> dict | None:
     """A line's task, or None when it is none."""
     try:
         task = json.loads(line)
@@ -192,6 +193,8 @@ def evaluate(
     for n, ((i, style), group) in enumerate(rows.items()):
         scored[i][style] = answers(group, scores[4 * n : 4 * n + 4])
     merged = {i: task for part in world.gather(scored) for i, task in part.items()}
+    if any(math.isnan(p) for task in merged.values() for style in styles for p in task[style]["log_probs"]):
+        raise ValueError("the model's losses are not numbers: its training diverged, use an earlier checkpoint")
 
     def accuracy(style, pred):
         return sum(task[style][pred] == task["label"] for task in merged.values()) / len(merged)

@@ -182,6 +182,8 @@ class GPT(nn.Module):
         if odd := sorted(own.keys() ^ (hf.keys() - masks - {"lm_head.weight"})):
             raise ValueError(f"{source}: {odd[0]} is in its weights or its config.json alone: is it a whole GPT-2?")
         for name, p in own.items():
+            if not hf[name].is_floating_point():
+                raise ValueError(f"{source}: {name} is {hf[name].dtype}: quantized weights are not read")
             w = hf[name].t() if is_conv1d(name) and hf[name].dim() == 2 else hf[name]
             if name == "transformer.wte.weight":
                 p[self.config.vocab_size :] = 0  # the padding rows
@@ -338,7 +340,7 @@ def config_from_hf(folder: Path) -> GPTConfig:
     }
     for key, values in computed_here.items():
         if hf.get(key, values[0]) not in values:
-            raise ValueError(f"{path}: {key} is {hf[key]!r}, this model computes {values[0]!r} only")
+            raise ValueError(f"{path}: {key} is {hf[key]!r}, this model computes {values[-1]!r} only")
     return config
 
 
@@ -369,14 +371,17 @@ def load_safetensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     index = folder / "model.safetensors.index.json"
-    parts = json.loads(index.read_text()).get("weight_map", {}) if index.exists() else {}
-    files = sorted(set(parts.values())) or ["model.safetensors"]
+    try:
+        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        paths = sorted(folder / file for file in files)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{index} is not an index of weights: fetch the folder again") from e
     state = {}
-    for file in files:
-        if not (folder / file).exists():
-            raise ValueError(f"{folder} has no {file}: pickled weights are not read; save it with safe_serialization=True")
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{folder} has no {path.name}: pickled weights are not read; save it with safe_serialization=True")
         try:
-            state.update(load_file(folder / file))
+            state.update(load_file(path))
         except SafetensorError as e:
-            raise ValueError(f"{folder / file} is damaged ({e}): fetch it again") from e
+            raise ValueError(f"{path} is damaged ({e}): fetch it again") from e
     return state

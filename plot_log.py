@@ -21,6 +21,7 @@ import cli
 GPT2_LOSS = {"124M": 3.2924}
 GPT2_HELLASWAG = {"124M": 0.2955, "350M": 0.3752, "774M": 0.4320, "1558M": 0.4893}
 GPT3_HELLASWAG = {"124M": ("125M", 0.337), "350M": ("350M", 0.436), "774M": ("760M", 0.510), "1558M": ("1.3B", 0.547)}
+FORMATS = ("png", "svg", "pdf", "jpg", "webp")
 UNITS = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training", "epoch": "epochs"}
 
 
@@ -88,12 +89,14 @@ def plot(logs: list[str], out: str, x: str = "step", size: str = "124M"):
     from matplotlib.figure import Figure  # not pyplot: no window system is touched
 
     runs = [read_log(Path(log)) for log in logs]
+    if Path(out).suffix[1:] not in FORMATS:
+        raise ValueError(f"--out {out}: its ending chooses the format, one of {', '.join(FORMATS)}")
     panels = 2 if size != "none" or any("hella" in streams for streams in runs) else 1
     figure = Figure(figsize=(7 * panels, 5.5), layout="constrained")
     loss, *hella = figure.subplots(1, panels, squeeze=False)[0]
     for number, (log, streams) in enumerate(zip(logs, runs, strict=True)):
         axis = read_axis(Path(log), x) if x != "step" else None
-        name = Path(log).parent.name or log
+        name = (log if len({Path(path).parent.name for path in logs}) < len(logs) else Path(log).parent.name or log).replace("$", r"\$")
         color = f"C{number}"
         if "train" in streams:
             loss.plot(*points(streams["train"], axis), color=color, alpha=0.35, linewidth=0.8, label=f"{name}: train")
@@ -114,7 +117,8 @@ def plot(logs: list[str], out: str, x: str = "step", size: str = "124M"):
         panel.set(title="HellaSwag, completion style", xlabel=UNITS[x], ylabel="acc_norm")
     for panel in (loss, *hella):
         panel.grid(alpha=0.3, which="both")
-        panel.legend()
+        if panel.get_lines():
+            panel.legend()
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
 
@@ -124,7 +128,10 @@ def main():
         config = cli.parse(PlotConfig)
         if not config.logs:
             raise ValueError("give at least one log.txt")
-        out = config.out if Path(config.out).suffix else config.out + ".png"
+        out = Path(config.out)
+        if out.is_dir() or config.out.endswith("/"):
+            out = out / Path(PlotConfig.out).name
+        out = str(out if out.suffix else out.with_suffix(".png"))
         plot(list(config.logs), out, config.x, config.size)
         print(out)
 

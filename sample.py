@@ -46,7 +46,9 @@ class SampleConfig:
 
     def validate(self):
         """ValueError with every fault at once."""
-        faults = cli.at_least(1, self, "num_samples") + cli.at_least(0, self, "max_new_tokens", "temperature", "top_k")
+        faults = cli.at_least(1, self, "num_samples") + cli.at_least(0, self, "max_new_tokens", "temperature", "top_k", "seed")
+        if self.seed >= 2**63:
+            faults.append(f"--seed is {self.seed}: it must be below 2^63")
         if self.num_samples > 10_000:
             faults.append(f"--num-samples is {self.num_samples}: it must be at most 10,000")
         if not 0 < self.top_p <= 1:
@@ -74,11 +76,13 @@ def generate(
         raise ValueError("generate needs at least one id to go on from")
     limit = model.config.seq_len
     cache = KVCache(min(limit, idx.size(1) + max_new_tokens)) if use_cache else None
-    for _ in range(max_new_tokens):
+    for n in range(max_new_tokens):
         if idx.size(1) > limit:
             cache = None
         x = idx[:, -limit:] if cache is None else idx[:, cache.length :]  # (B, T), with a cache the new ones alone
         logits = model.logits(model.hidden(x, cache)[:, -1])  # (B, V)
+        if n == 0 and not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite numbers: its training diverged, use an earlier checkpoint")
         idx = torch.cat([idx, next_ids(logits.float(), temperature, top_k, top_p, generator)], dim=1)
     return idx
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -117,6 +117,8 @@ class TrainConfig:
         faults += cli.at_least(1, self, "max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens")
         faults += cli.at_least(0, self, "max_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "seed")
         faults += cli.at_least(0, self, "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
+        if self.max_steps > 10**9:
+            faults.append(f"--max-steps is {self.max_steps}: it must be at most 1,000,000,000")
         if self.seed >= 2**32:
             faults.append(f"--seed is {self.seed}: it must be below 2^32")
         if not faults and self.total_batch_tokens % (self.micro_batch_size * self.model.seq_len * world_size):
@@ -184,12 +186,14 @@ def train(config: TrainConfig, world: World):
     if start >= config.max_steps:
         log.progress(f"{config.out_dir} finished already, at step {start}: raise --max-steps to go on")
         return
+    world.on_main(lambda: record_launch(config, world, trainer.shards, start))
     evaluation, stop = Evaluation(trainer, log), StopSignal()
     step, stopping = start, False
     while True:
         finished = step == config.max_steps
         val_loss = evaluation.run(step) if finished or not stopping else None
         if step > start and (finished or stopping or due(config.checkpoint_every, step)):
+            log.refuse_divergence(f"a weight after {step} steps", trainer.largest_weight())
             trainer.save(step, val_loss)
         if finished or stopping:
             break
@@ -200,9 +204,7 @@ def train(config: TrainConfig, world: World):
         loss, stops = world.sum(torch.stack([loss, loss.new_tensor(stop.received > 0)])).tolist()
         seconds = time.perf_counter() - began
         trainer.seconds += seconds  # the run's clock stands still for all but its updates
-        if not math.isfinite(loss):
-            log.progress(f"error: the loss of step {step} is {loss}: begin again with a lower --max-lr, or --resume from before it")
-            sys.exit(1)
+        log.refuse_divergence(f"the loss of step {step}", loss)
         log.train(step, trainer.metrics(step, loss / world.size, norm.item(), seconds), seconds)
         step, stopping = step + 1, stops > 0
     evaluation.plot()
@@ -217,17 +219,19 @@ def due(every: int, step: int) -> bool:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C ask for an orderly end: the step is finished and saved. A second one ends at once."""
+    """SIGTERM and Ctrl-C ask for an orderly end: the step is finished and saved. A second one ends at once, unless it
+    comes within a second: torchrun passes on a signal that the scheduler sent to its processes too."""
 
     def __init__(self):
-        self.received = 0
+        self.received, self.at = 0, 0.0
         signal.signal(signal.SIGTERM, self.handle)
         signal.signal(signal.SIGINT, self.handle)
 
     def handle(self, number, frame):
-        if self.received:
+        if self.received and time.monotonic() - self.at > 1:
             raise KeyboardInterrupt
-        self.received = number
+        if not self.received:
+            self.received, self.at = number, time.monotonic()
 
 
 def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int]:
@@ -254,7 +258,8 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     trainer = Trainer(config, world, model, shards, compiled)
     if resumed is not None:
         trainer.load(resumed)
-    world.on_main(lambda: record_launch(config, world, shards, resumed or 0))
+    if config.warmup_steps >= config.max_steps:
+        log.progress(f"warning: --warmup-steps {config.warmup_steps} is not below --max-steps: the learning rate never comes to --max-lr")
     log.progress(
         f"{model.num_params():,} parameters, {str(trainer.dtype)[6:]} on {world.size} × {world.device.type}; a step is "
         f"{config.total_batch_tokens:,} tokens, {config.grad_accum_steps(world.size)} passes of {config.micro_batch_size} × "
@@ -276,7 +281,8 @@ def fit_vocabulary(config: TrainConfig, shards: Shards):
     ours, theirs = config.model.vocab_size, shards.vocab_size
     given = config.resume or config.init_from or ours != PRESETS[config.preset].model.vocab_size
     if given and ours != theirs:
-        raise ValueError(f"the model's vocabulary is {ours}, that of the shards in {config.data_dir} {theirs}: use others")
+        remedy = "leave --vocab-size out, or make shards with the tokenizer that the model has"
+        raise ValueError(f"the model's vocabulary is {ours}, that of the shards in {config.data_dir} {theirs}: {remedy}")
     config.model = replace(config.model, vocab_size=theirs)
 
 
@@ -296,7 +302,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, world: World, model: GPT, shards: Shards, compiled: bool):
         self.config, self.world, self.device = config, world, world.device
-        self.tokenizer_name = shards.tokenizer
+        self.shards, self.tokenizer_name = shards, shards.tokenizer
         self.train_stream = TokenStream(shards, "train", config.model.seq_len, config.shuffle, config.seed)
         self.val_stream = TokenStream(shards, "val", config.model.seq_len, shuffle=False)
         self.dtype = device.pick_dtype(config.dtype, world.device)
@@ -379,6 +385,10 @@ class Trainer:
             **self.axes(step),
         }
 
+    def largest_weight(self) -> float:
+        """The largest absolute value of any weight; nan or inf when one is."""
+        return torch.stack([p.detach().abs().max() for p in self.model.parameters()]).max().item()
+
     def save(self, step: int, val_loss: float | None):
         """A checkpoint. An exact resume needs no more than this: the data's order is a function of the step."""
         if not self.world.is_main:
@@ -413,9 +423,9 @@ class Evaluation:
     def __init__(self, trainer: Trainer, log: "Log"):
         self.trainer, self.log = trainer, log
         self.config, self.world = trainer.config, trainer.world
-        self.tokenizer = self.or_warn("samples and HellaSwag", self.get_tokenizer)
+        self.tokenizer = self.or_warn("samples and HellaSwag in this run", self.get_tokenizer)
         wanted = self.tokenizer and self.config.hellaswag_every
-        self.tasks = self.or_warn("HellaSwag", self.get_tasks) if wanted else None
+        self.tasks = self.or_warn("HellaSwag in this run", self.get_tasks) if wanted else None
 
     def get_tokenizer(self) -> fineweb.Tokenizer:
         name = self.trainer.tokenizer_name
@@ -430,7 +440,7 @@ class Evaluation:
         try:
             return get()
         except (ValueError, OSError) as e:
-            self.log.progress(f"warning: no {what} in this run: {e}")
+            self.log.progress(f"warning: no {what}: {e}")
             return None
 
     def run(self, step: int) -> float | None:
@@ -439,12 +449,13 @@ class Evaluation:
         config, end, val_loss = self.config, step == self.config.max_steps, None
         if end or due(config.val_every, step):
             val_loss = self.trainer.validate()
+            self.log.refuse_divergence(f"the validation loss of step {step}", val_loss)
             self.log.value(step, "val", val_loss, {"val_loss": val_loss, **self.trainer.axes(step)})
             self.log.result(f"step {step}: val loss {val_loss:.4f}")
         if self.tasks and (end or due(config.hellaswag_every, step)):
-            self.hellaswag(step)
+            self.or_warn(f"HellaSwag at step {step}", lambda: self.hellaswag(step))
         if self.tokenizer and config.sample_every and (end or due(config.sample_every, step)):
-            self.sample(step)
+            self.or_warn(f"samples at step {step}", lambda: self.sample(step))
         return val_loss
 
     def hellaswag(self, step: int):
@@ -489,11 +500,20 @@ class Log:
 
     def result(self, text: str):
         if self.world.is_main:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:
+                cli.drop_stdout()  # the run goes on, and its log has the results
 
     def progress(self, text: str):
         if self.world.is_main:
             print(text, file=sys.stderr, flush=True)
+
+    def refuse_divergence(self, what: str, number: float):
+        """Ends the run, on all ranks alike and with nothing saved, when a loss or a weight is not finite."""
+        if not math.isfinite(number):
+            self.progress(f"error: {what} is {number}: begin again with a lower --max-lr, in another --out-dir")
+            sys.exit(1)
 
     def train(self, step: int, metrics: dict, seconds: float):
         """A step's line in both files, and on the screen at most once a second."""
@@ -604,7 +624,8 @@ def main():
         config = parse_config()
         config.validate(int(os.environ.get("WORLD_SIZE", 1)))
         try:
-            with join_world(config.device) as world, hold(Path(config.out_dir)) if world.is_main else nullcontext():
+            with join_world(config.device) as world, ExitStack() as stack:
+                world.on_main(lambda: stack.enter_context(hold(Path(config.out_dir))))
                 train(config, world)
         except torch.OutOfMemoryError as e:
             print(f"error: out of memory ({e}): lower --micro-batch-size", file=sys.stderr)

@@ -139,6 +139,10 @@ def test_wrong_checkpoints_are_named(tmp_path, run, model):
     with pytest.raises(ValueError, match="model_00015.pt is damaged"):
         load_model(str(run / "model_00015.pt"))
     content = torch.load(run / "model_00010.pt", weights_only=True)
+    for part in ({"tokenizer": ["bytes"]}, {"model": {"a": 1}}, {"model": 5}):
+        torch.save(content | part, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match="not a checkpoint of this project"):
+            load_model(str(tmp_path / "other.pt"))
     content["config"]["n_embd"] = 32
     torch.save(content, tmp_path / "shape.pt")
     with pytest.raises(ValueError, match=r"of another shape: .* is \(320, 16\) there, \(320, 32\) here"):

@@ -140,6 +140,11 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def archive(path):
+    with open(path, "wb") as file:
+        np.savez(file, np.zeros(9))
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -157,6 +162,7 @@ def flip(path):
         (lambda path: np.save(path, np.arange(5003, dtype=np.int64)), "1-dimensional int64, expected 1-dimensional uint16"),
         (lambda path: np.save(path, np.zeros((2, 3), dtype=np.uint16)), "2-dimensional uint16"),
         (lambda path: np.save(path, np.array([{}], dtype=object), allow_pickle=True), "is damaged"),
+        (archive, "an archive of arrays"),
         (lambda path: np.save(path, np.zeros(9, dtype=np.uint16)), "has 9 tokens, the manifest says"),
     ],
 )

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,6 +221,25 @@ def test_a_finished_prep_is_left_alone(tmp_path, corpus, capsys):
     assert prepare(*argv, "--shard-size", 77) == 2 and "other settings" in capsys.readouterr().err
 
 
+def test_files_that_were_added_after_a_prep_are_noticed(tmp_path, corpus, capsys):
+    docs = shutil.copy(corpus, tmp_path / "copy.jsonl")
+    argv = ["--dataset", docs, "--out-dir", tmp_path / "out"]
+    prepare(*argv)
+    with open(docs, "a") as file:
+        file.write('{"text": "one more"}\n')
+    assert prepare(*argv) == 2 and "the files have changed" in capsys.readouterr().err
+    os.unlink(docs)  # the text may go once the shards are there
+    assert prepare(*argv) == 0
+
+
+def test_a_corpus_too_small_leaves_nothing_behind(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("")
+    argv = ["--dataset", tmp_path / "a.txt", "--out-dir", tmp_path / "out"]
+    assert prepare(*argv) == 2 and "give more text" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("enough")
+    assert prepare(*argv) == 0
+
+
 @pytest.mark.parametrize(
     ("files", "argv", "message"),
     [
@@ -229,6 +249,8 @@ def test_a_finished_prep_is_left_alone(tmp_path, corpus, capsys):
         ({"a.txt": b""}, ["--dataset", "{}/a.txt"], "not enough tokens"),
         ({"a.jsonl": b'{"text": "x"}\n{"txt": 1}\n'}, ["--dataset", "{}/a.jsonl"], "line 2: a document without a field 'text'"),
         ({"a.jsonl": b"not json"}, ["--dataset", "{}/a.jsonl"], "line 1"),
+        ({"a.jsonl": b"[" * 200_000}, ["--dataset", "{}/a.jsonl"], "line 1"),
+        ({}, ["--dataset"], "--dataset has no value"),
         ({"a.jsonl": b'{"text": 5}'}, ["--dataset", "{}/a.jsonl"], "line 1"),
         ({"a.jsonl": b'{"text": "x"}\n\n{"text": null}'}, ["--dataset", "{}/a.jsonl"], "line 3"),
         ({}, ["--dataset", "/dev/zero"], "files are read"),
@@ -383,11 +405,23 @@ def test_a_streamed_prep_goes_on_at_the_same_commit(tmp_path, fineweb_edu, monke
 def test_a_dataset_the_hub_does_not_have_is_one_line(tmp_path, fineweb_edu):
     with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}) as (url, _):
         result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--dataset", "no/such")
-        assert result.returncode == 2 and "could not find no/such on the hub" in result.stderr and "Traceback" not in result.stderr
+        assert (
+            result.returncode == 2
+            and "no/such here, and it could not be found on the hub" in result.stderr
+            and "Traceback" not in result.stderr
+        )
         result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--revision", "v9")
         assert result.returncode == 2 and "check the name, the revision and the network" in result.stderr
         result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--name", "sample-9BT")
         assert result.returncode == 2 and "sample-9BT" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("recorded", "kept"), [("abc", "abc"), ("files-abc", "")])
+def test_a_recorded_commit_outlives_a_kill_before_the_first_shard(tmp_path, recorded, kept):
+    config = fineweb.PrepareConfig(dataset=("owner/name",), out_dir=str(tmp_path))
+    progress = fineweb.resume_point(tmp_path, config)
+    fineweb.write_json(tmp_path / "progress.json", progress | {"revision": recorded})
+    assert fineweb.resume_point(tmp_path, config)["revision"] == kept
 
 
 def test_pretokenized_shards_are_fetched(tmp_path):

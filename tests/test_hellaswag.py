@@ -213,6 +213,14 @@ def test_losses_are_not_in_bf16(model, monkeypatch):
     assert sum(values) == pytest.approx(sum(expected), rel=1e-6)
 
 
+def test_a_model_that_diverged_is_not_scored():
+    model = GPT(GPTConfig(257, 320, 1, 1, 8))
+    with torch.no_grad():
+        model.transformer.wte.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="its training diverged"):
+        evaluate(model, get_tokenizer("bytes"), make_tasks(2), WORLD)
+
+
 def test_text_is_cleaned_as_the_harness_does():
     assert clean(" How to boil [title] Take water. [step] Heat  it [substeps]") == "How to boil. Take water. Heat it "
     row = harness_rows(

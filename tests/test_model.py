@@ -278,6 +278,21 @@ def test_a_folder_that_is_another_model_is_refused(hf_folder, key, value, messag
         GPT.from_pretrained(str(hf_folder))
 
 
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index_is_refused(hf_folder, index):
+    (hf_folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"index.json is not an index of weights"):
+        GPT.from_pretrained(str(hf_folder))
+
+
+def test_quantized_weights_are_refused(hf_folder):
+    state = load_file(hf_folder / "model.safetensors")
+    state["transformer.wpe.weight"] = state["transformer.wpe.weight"].to(torch.int8)
+    save_file(state, hf_folder / "model.safetensors")
+    with pytest.raises(ValueError, match="torch.int8: quantized"):
+        GPT.from_pretrained(str(hf_folder))
+
+
 def test_damaged_safetensors_are_refused(hf_folder):
     path = hf_folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

@@ -81,6 +81,7 @@ def test_a_models_baselines_are_those_of_its_size():
         (None, [], "no log"),
         ("hello\n", [], "no line 'step stream value'"),
         ("0 train 1.0\n", ["--x", "tokens"], "use --x step"),
+        ("0 train 1.0\n", ["--out", "v1.5"], "--out v1.5: its ending chooses the format, one of png"),
     ],
 )
 def test_a_log_that_cannot_be_drawn_is_one_line(tmp_path, capsys, text, argv, message):
@@ -89,3 +90,12 @@ def test_a_log_that_cannot_be_drawn_is_one_line(tmp_path, capsys, text, argv, me
     assert run_main(plot_log.main, tmp_path / "log.txt", "--out", tmp_path / "p.png", *argv) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_names_and_a_log_without_losses_are_drawn(tmp_path, capsys):
+    log = tmp_path / "$a^{$" / "log.txt"
+    log.parent.mkdir()
+    log.write_text("0 hella 0.25\n")
+    assert run_main(plot_log.main, log, log, "--out", f"{tmp_path}/pictures/") == 0
+    assert capsys.readouterr().out.strip() == f"{tmp_path}/pictures/log_plot.png" and (tmp_path / "pictures/log_plot.png").exists()

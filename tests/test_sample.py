@@ -105,11 +105,20 @@ def test_a_sample_ends_at_end_of_text(model, monkeypatch):
         (["--temperature", "-1", "--top-p", "0"], "--temperature is -1.0: it must be at least 0; --top-p is 0.0"),
         (["--num-samples", "0"], "--num-samples is 0"),
         (["--top-k", "-1"], "--top-k is -1"),
+        (["--seed", "99999999999999999999"], "--seed is 99999999999999999999: it must be below 2^63"),
     ],
 )
 def test_wrong_settings_are_one_line(capsys, argv, message):
     assert run_main(sample.main, "-m", "x.pt", *argv) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_that_diverged_is_named(model, temperature):
+    with torch.no_grad():
+        model.transformer.wte.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="its training diverged"):
+        generate(model, torch.zeros(1, 1, dtype=torch.long), 1, temperature)
 
 
 def test_nothing_to_go_on_from_is_refused(model):

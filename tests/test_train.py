@@ -239,6 +239,9 @@ def test_more_steps_after_the_end(shards, tmp_path, capsys):
     assert "finished already, at step 4: raise --max-steps" in capsys.readouterr().err
     assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run", "--max-steps", 6) == 0
     assert list(read_stream(tmp_path / "run", "train")) == list(range(6))
+    before = (tmp_path / "run" / "run.json").read_text()
+    assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run", "--max-steps", 5) == 0
+    assert (tmp_path / "run" / "run.json").read_text() == before  # a launch that does nothing changes no plan
 
 
 def test_a_log_is_never_truncated(shards, tmp_path):
@@ -291,11 +294,12 @@ def test_hellaswag_and_samples_in_the_run(shards, tmp_path, capsys):
     assert evaluate(model, tokenizer, make_tasks(12), World(torch.device("cpu")))[0]["acc_norm"] == row["hellaswag_acc_norm"]
 
 
-@pytest.mark.parametrize("name", ["none.jsonl", ""])
-def test_a_missing_hellaswag_file_is_a_warning(shards, tmp_path, capsys, name):
-    assert run_train(shards, tmp_path / "run", "--max-steps", 2, "--hellaswag-every", 1, "--hellaswag-file", tmp_path / name) == 0
-    assert "warning: no HellaSwag in this run" in capsys.readouterr().err
-    assert read_stream(tmp_path / "run", "hella") == {}
+@pytest.mark.parametrize(("name", "processes"), [("none.jsonl", 0), ("", 0), ("none.jsonl", 2)])
+def test_a_missing_hellaswag_file_is_a_warning(shards, tmp_path, name, processes):
+    argv = ["--max-steps", 2, "--hellaswag-every", 1, "--hellaswag-file", tmp_path / name]
+    result = script("train.py", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", *argv, processes=processes)
+    assert result.returncode == 0 and result.stderr.count("warning: no HellaSwag in this run") == 1
+    assert read_stream(tmp_path / "run", "hella") == {} and list(read_stream(tmp_path / "run", "val")) == [0, 2]
 
 
 @pytest.mark.slow
@@ -411,6 +415,7 @@ def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, messa
         (["--n-head", 5], "n_embd 32 is not a multiple of n_head 5"),
         (["--max-steps", 0, "--max-lr", -1, "--keep", -1], "--max-steps is 0: it must be at least 1; --max-lr is -1.0"),
         (["--max-lr", "nan"], "--max-lr is nan"),
+        (["--max-steps", 10**21], "it must be at most 1,000,000,000"),
         (["--device", "cuda"], "--device cuda: this machine has none"),
         (["--init-from", "gpt5"], "no model named 'gpt5'"),
         (["--init-from", "none.pt"], "no checkpoint none.pt"),
@@ -473,17 +478,41 @@ def test_no_shards_is_said_within_five_seconds(tmp_path):
     assert time.monotonic() - began < 5
 
 
-def test_two_launches_in_one_folder_are_refused(shards, tmp_path, capsys):
+@pytest.mark.parametrize("processes", [0, 2])
+def test_two_launches_in_one_folder_are_refused(shards, tmp_path, processes):
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert run_train(shards, tmp_path / "run") == 2
-    assert "another process is writing into" in capsys.readouterr().err
+        result = script("train.py", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", processes=processes)
+    assert result.returncode != 0 and result.stderr.count("another process is writing into") == 1
+    assert f'File "{REPO}' not in result.stderr
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_unsaved(shards, tmp_path, capsys):
-    assert run_train(shards, tmp_path / "run", "--max-lr", 1e30, "--warmup-steps", 0, "--grad-clip", 0) == 1
-    assert "error: the loss of step" in capsys.readouterr().err and not list((tmp_path / "run").glob("model_*"))
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "error: the loss of step 1 is nan"),
+        (["--max-steps", 1], "error: the validation loss of step 1 is nan"),
+        (["--checkpoint-every", 1, "--weight-decay", 1e30], "error: a weight after 1 steps is "),
+        (["--sample-every", 1, "--sample-prompt", "a"], "warning: no samples at step 1: the model's logits are not finite"),
+    ],
+)
+def test_a_run_that_diverges_ends_unsaved(shards, tmp_path, capsys, argv, message):
+    """At such a learning rate the first update already puts every weight out of range."""
+    assert run_train(shards, tmp_path / "run", "--max-lr", 1e30, "--warmup-steps", 0, "--grad-clip", 0, *argv) == 1
+    assert message in capsys.readouterr().err and not list((tmp_path / "run").glob("model_*"))
+
+
+def test_a_run_outlives_the_reader_of_its_results(shards, tmp_path):
+    """As after `train.py … | head -n 1`; and a terminal that can't show a letter does not end a run."""
+    command = [sys.executable, REPO / "train.py", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--val-every", 1]
+    command += ["--sample-every", 1, "--sample-prompt", "é"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    assert process.stdout.readline().startswith(b"step 0: val loss")
+    process.stdout.close()
+    assert process.wait(60) == 0, process.stderr.read()
+    assert list(read_stream(tmp_path / "run", "val")) == list(range(21))
 
 
 def test_a_damaged_shard_ends_the_run_before_it_trains(shards, tmp_path, capsys):
