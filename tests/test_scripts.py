@@ -49,24 +49,15 @@ def test_importing_does_nothing(name, tmp_path):
 
 
 def seconds_of(*command) -> float:
-    """The best of three: what the machine does beside only ever adds."""
-    seconds = []
-    for _ in range(3):
-        began = time.monotonic()
-        subprocess.run([sys.executable, *map(str, command)], capture_output=True, check=True)
-        seconds.append(time.monotonic() - began)
-    return min(seconds)
-
-
-@pytest.fixture(scope="module")
-def importing_torch() -> float:
-    return seconds_of("-c", "import torch")
+    began = time.monotonic()
+    subprocess.run([sys.executable, *map(str, command)], capture_output=True, check=True)
+    return time.monotonic() - began
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_answers_in_two_seconds(name, importing_torch):
-    """On a machine so busy that torch alone takes more than 1.5 s, the script may add half a second."""
-    assert seconds_of(REPO / f"{name}.py", "--help") < max(2.0, importing_torch + 0.5)
+def test_help_answers_in_two_seconds(name):
+    """On a machine so busy that torch alone takes more than 1.5 s, the script may add half a second; once in three tries."""
+    assert any(seconds_of(REPO / f"{name}.py", "--help") < max(2.0, seconds_of("-c", "import torch") + 0.5) for _ in range(3))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
