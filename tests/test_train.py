@@ -149,7 +149,7 @@ def fifty_steps(shards, tmp_path_factory):
     return out_dir
 
 
-@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 1), (1, 2), (1, 4), (2, 4), (4, 1)])
 def test_losses_do_not_depend_on_processes_or_micro_batch(fifty_steps, shards, tmp_path, processes, micro_batch):
     argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--max-steps", 50, "--micro-batch-size", micro_batch]
     if processes == 1:
@@ -294,12 +294,18 @@ def test_hellaswag_and_samples_in_the_run(shards, tmp_path, capsys):
     assert evaluate(model, tokenizer, make_tasks(12), World(torch.device("cpu")))[0]["acc_norm"] == row["hellaswag_acc_norm"]
 
 
-@pytest.mark.parametrize(("name", "processes"), [("none.jsonl", 0), ("", 0), ("none.jsonl", 2)])
-def test_a_missing_hellaswag_file_is_a_warning(shards, tmp_path, name, processes):
-    argv = ["--max-steps", 2, "--hellaswag-every", 1, "--hellaswag-file", tmp_path / name]
-    result = script("train.py", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", *argv, processes=processes)
+@pytest.mark.parametrize("name", ["none.jsonl", ""])
+def test_a_missing_hellaswag_file_is_a_warning(shards, tmp_path, capsys, name):
+    assert run_train(shards, tmp_path / "run", "--max-steps", 2, "--hellaswag-every", 1, "--hellaswag-file", tmp_path / name) == 0
+    assert "warning: no HellaSwag in this run" in capsys.readouterr().err
+    assert read_stream(tmp_path / "run", "hella") == {}
+
+
+def test_a_warning_on_two_processes_is_said_once_and_both_go_on(shards, tmp_path):
+    argv = ["--max-steps", 2, "--hellaswag-every", 1, "--hellaswag-file", tmp_path / "none.jsonl"]
+    result = script("train.py", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", *argv, processes=2)
     assert result.returncode == 0 and result.stderr.count("warning: no HellaSwag in this run") == 1
-    assert read_stream(tmp_path / "run", "hella") == {} and list(read_stream(tmp_path / "run", "val")) == [0, 2]
+    assert list(read_stream(tmp_path / "run", "val")) == [0, 2]
 
 
 @pytest.mark.slow
