@@ -17,18 +17,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 
 import cli
 from checkpoint import load_with_tokenizer
+from device import pick_dtype
 from distributed import World, join_world
 from files import write_atomically
 from fineweb import Tokenizer
-from model import GPT
+from model import GPT, causal_mask
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 VAL_TASKS = 10_042
@@ -46,8 +48,12 @@ class HellaSwagConfig:
     """The tasks; the default is downloaded when it is not there."""
     limit: int = 0
     """Score the first so many tasks; 0 scores all."""
-    batch_tokens: int = 4096
-    """Tokens of a forward pass: more is faster, takes more memory, and changes no answer."""
+    style: Literal["both", "completion", "harness"] = "both"
+    """Which of the two metrics; one takes half the time."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
+    """Precision of the matrix products; the losses are in fp32 in any case."""
+    batch_tokens: int = 0
+    """Tokens of a forward pass, 0 for what suits the device; changes no answer."""
     out: str = ""
     """Write a line of JSON per task here: its predictions and log-probabilities."""
 
@@ -136,38 +142,70 @@ def clean(text: str) -> str:
 # ---- scores ----
 
 
-def batches(rows: list[Row], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows in groups of like length, longest first, each padded to at most batch_tokens."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+@dataclass
+class Tree:
+    """A task's rows in one: the context that they share once, then each row's own rest, which sees the context and itself."""
+
+    ids: np.ndarray  # (L,)
+    positions: np.ndarray  # (L,) an id's place in its own row
+    branch: np.ndarray  # (L,) 0 in the context, then the number of the row
+    scored: np.ndarray  # (N,) where the endings' tokens are predicted, row after row
+    targets: np.ndarray  # (N,) those tokens
+    counts: list[int]  # how many of them each row has
+
+
+def grow(rows: list[Row], seq_len: int) -> Tree:
+    """A row longer than the model's sequence loses the start of its context; its last id predicts nothing and is left out."""
+    paths = [row.ids[-(seq_len + 1) :] for row in rows]
+    counts = [min(row.scored, len(path) - 1) for row, path in zip(rows, paths, strict=True)]
+    shared = min(len(path) - n for path, n in zip(paths, counts, strict=True))  # contexts, and as much of them as is alike
+    shared = next((i for i in range(shared) if len({path[i] for path in paths}) > 1), shared)
+    ids, positions, branch, scored, targets = paths[0][:shared], list(range(shared)), [0] * shared, [], []
+    for number, (path, n) in enumerate(zip(paths, counts, strict=True), 1):
+        offset = len(ids) - shared  # from a place in this row's own part to its place in the tree
+        scored += [i if i < shared else i + offset for i in range(len(path) - 1 - n, len(path) - 1)]
+        targets += path[len(path) - n :]
+        ids += path[shared:-1]
+        positions += range(shared, len(path) - 1)
+        branch += [number] * (len(path) - 1 - shared)
+    return Tree(*(np.array(part, np.int64) for part in (ids, positions, branch, scored, targets)), counts)
+
+
+def batches(trees: list[Tree], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of trees in groups of like length, longest first, each padded to at most batch_tokens."""
+    order = sorted(range(len(trees)), key=lambda i: -len(trees[i].ids))
     while order:
-        n = max(1, batch_tokens // len(rows[order[0]].ids))
+        n = max(1, batch_tokens // len(trees[order[0]].ids))
         yield order[:n]
         order = order[n:]
 
 
 @torch.no_grad()
-def log_probs(model: GPT, rows: list[Row], batch_tokens: int, progress: bool = False) -> list[float]:
-    """The log-probability in nats of each row's ending given its context; the softmax and the sum are not in bf16.
-
-    A row longer than the model's sequence loses the start of its context.
-    """
+def log_probs(model: GPT, tasks: list[list[Row]], batch_tokens: int, progress: bool = False) -> list[list[float]]:
+    """The log-probability in nats of each row's ending given its context; the softmax and the sum are not in bf16."""
     device = model.transformer.wte.weight.device
-    result = [0.0] * len(rows)
-    with cli.bar(total=len(rows), desc="HellaSwag", unit="ending", leave=False, disable=not progress) as bar:
-        for batch in batches(rows, batch_tokens):
-            ids = [rows[i].ids[-(model.config.seq_len + 1) :] for i in batch]
-            counts = [min(rows[i].scored, len(row) - 1) for i, row in zip(batch, ids, strict=True)]
-            x = torch.zeros(len(batch), max(map(len, ids)) - 1, dtype=torch.long)  # (B, T), padded on the right
-            y = torch.full_like(x, -100)  # the endings' targets
-            for j, (row, n) in enumerate(zip(ids, counts, strict=True)):
-                x[j, : len(row) - 1] = torch.tensor(row[:-1])
-                y[j, len(row) - 1 - n : len(row) - 1] = torch.tensor(row[len(row) - n :])
-            scored = y != -100
-            hidden = model.hidden(x.to(device))[scored.to(device)]  # (scored tokens, C): no other position needs logits
-            log_p = -F.cross_entropy(model.logits(hidden).float(), y[scored].to(device), reduction="none")
-            for i, part in zip(batch, log_p.cpu().double().split(counts), strict=True):
-                result[i] = part.sum().item()
-            bar.update(len(batch))
+    trees = [grow(rows, model.config.seq_len) for rows in tasks]
+    result = [[] for _ in tasks]
+    with cli.bar(total=len(tasks), desc="HellaSwag", unit="task", leave=False, disable=not progress) as bar:
+        for batch in batches(trees, batch_tokens):
+            B, L = len(batch), len(trees[batch[0]].ids)
+            ids, positions, branch = np.zeros((3, B, L), np.int64)  # padded on the right
+            for j, tree in enumerate(trees[i] for i in batch):
+                n = len(tree.ids)
+                ids[j, :n], positions[j, :n], branch[j, :n] = tree.ids, tree.positions, tree.branch
+            scored = np.concatenate([j * L + trees[i].scored for j, i in enumerate(batch)])
+            targets = np.concatenate([trees[i].targets for i in batch])
+            ids, positions, branch, scored, targets = (
+                torch.from_numpy(array).to(device) for array in (ids, positions, branch, scored, targets)
+            )
+            own = (branch[:, None, :, None] == branch[:, None, None, :]) | (branch[:, None, None, :] == 0)  # or the context
+            x = model.hidden(ids, positions=positions, mask=own & causal_mask(L, L, device))  # (B, L, C)
+            logits = model.logits(x.flatten(0, 1)[scored])  # (N, V): no other position needs any
+            log_p = -F.cross_entropy(logits.float(), targets, reduction="none")
+            sums = [part.sum().item() for part in log_p.cpu().double().split([n for i in batch for n in trees[i].counts])]
+            for i in batch:
+                result[i], sums = sums[: len(tasks[i])], sums[len(tasks[i]) :]
+            bar.update(B)
     return result
 
 
@@ -177,55 +215,59 @@ def answers(rows: list[Row], log_p: list[float]) -> dict:
     return {"pred": log_p.index(max(log_p)), "pred_norm": mean.index(max(mean)), "log_probs": log_p}
 
 
-def evaluate(
-    model: GPT, tokenizer: Tokenizer, tasks: list[dict], world: World, batch_tokens: int = 4096, autocast=None
-) -> tuple[dict[str, float], list[dict]]:
-    """Scores tasks over all processes. autocast: a context for the matrix products.
+# style → its rows, and what its metrics are called
+STYLES = {"completion": (completion_rows, ""), "harness": (harness_rows, "harness_")}
 
-    Returns the accuracies acc, acc_norm, harness_acc and harness_acc_norm, and each task's answers in both styles.
+
+def evaluate(
+    model: GPT, tokenizer: Tokenizer, tasks: list[dict], world: World, batch_tokens: int = 0, autocast=None, styles=tuple(STYLES)
+) -> tuple[dict[str, float], list[dict]]:
+    """Scores tasks over all processes. batch_tokens: 0 leaves it to the device. autocast: a context for the matrix products.
+
+    Returns the accuracies acc, acc_norm, harness_acc and harness_acc_norm, and each task's answers, of the styles asked for.
     """
     mine = range(world.rank, len(tasks), world.size)
-    styles = {"completion": completion_rows, "harness": harness_rows}
-    rows = {(i, style): build(tasks[i], tokenizer) for i in mine for style, build in styles.items()}
+    rows = {(i, style): STYLES[style][0](tasks[i], tokenizer) for i in mine for style in styles}
+    batch_tokens = batch_tokens or (1024 if world.device.type == "cpu" else 32768)  # a CPU's caches hold no more
     with autocast or nullcontext():
-        scores = log_probs(model, [row for group in rows.values() for row in group], batch_tokens, world.is_main)
+        scores = log_probs(model, list(rows.values()), batch_tokens, world.is_main)
     scored = {i: {"ind": tasks[i].get("ind", i), "label": int(tasks[i]["label"])} for i in mine}
-    for n, ((i, style), group) in enumerate(rows.items()):
-        scored[i][style] = answers(group, scores[4 * n : 4 * n + 4])
+    for ((i, style), group), log_p in zip(rows.items(), scores, strict=True):
+        scored[i][style] = answers(group, log_p)
     merged = {i: task for part in world.gather(scored) for i, task in part.items()}
     if any(math.isnan(p) for task in merged.values() for style in styles for p in task[style]["log_probs"]):
         raise ValueError("the model's losses are not numbers: its training diverged, use an earlier checkpoint")
 
-    def accuracy(style, pred):
-        return sum(task[style][pred] == task["label"] for task in merged.values()) / len(merged)
-
-    accuracies = {
-        "acc": accuracy("completion", "pred"),
-        "acc_norm": accuracy("completion", "pred_norm"),
-        "harness_acc": accuracy("harness", "pred"),
-        "harness_acc_norm": accuracy("harness", "pred_norm"),
-    }
+    accuracies = {}
+    for style in styles:
+        for metric, pred in (("acc", "pred"), ("acc_norm", "pred_norm")):
+            right = sum(task[style][pred] == task["label"] for task in merged.values())
+            accuracies[STYLES[style][1] + metric] = right / len(merged)
     return accuracies, [merged[i] for i in range(len(tasks))]
 
 
 def main():
     with cli.one_line_errors():
         config = cli.parse(HellaSwagConfig)
-        faults = cli.at_least(0, config, "limit") + cli.at_least(1, config, "batch_tokens")
+        faults = cli.at_least(0, config, "limit", "batch_tokens")
         if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
             faults.append(f"--out {config.out}: give a file in a folder that exists")
         cli.refuse(faults)
         with join_world(config.device) as world:
             tasks = world.on_main(lambda: load_tasks(config.file, config.limit))
             model, tokenizer = load_with_tokenizer(config.model, world.device)
-            scores, answered = evaluate(model, tokenizer, tasks, world, config.batch_tokens)
+            styles = tuple(STYLES) if config.style == "both" else (config.style,)
+            dtype = pick_dtype(config.dtype, world.device)
+            autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
+            scores, answered = evaluate(model, tokenizer, tasks, world, config.batch_tokens, autocast, styles)
             if not world.is_main:
                 return
             if config.out:
                 lines = "".join(json.dumps(task) + "\n" for task in answered)
                 write_atomically(Path(config.out), lambda file: file.write(lines.encode()))
-            print(f"{len(tasks)} acc: {scores['acc']:.4f} acc_norm: {scores['acc_norm']:.4f}")
-            print(f"{len(tasks)} harness_acc: {scores['harness_acc']:.4f} harness_acc_norm: {scores['harness_acc_norm']:.4f}")
+            for prefix in (STYLES[style][1] for style in styles):
+                acc, acc_norm = scores[f"{prefix}acc"], scores[f"{prefix}acc_norm"]
+                print(f"{len(tasks)} {prefix}acc: {acc:.4f} {prefix}acc_norm: {acc_norm:.4f}")
 
 
 if __name__ == "__main__":

@@ -101,16 +101,21 @@ class GPT(nn.Module):
         # float(): the softmax over V must not be summed in bf16
         return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
-    def hidden(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
-        """Ids (B, T) → the residual stream after the last norm (B, T, C)."""
-        start = cache.length if cache is not None else 0
-        end = start + idx.size(1)
-        if end > self.config.seq_len:
-            raise ValueError(f"{end} positions, but the model sees at most {self.config.seq_len}: shorten the input")
-        positions = torch.arange(start, end, device=idx.device)
+    def hidden(self, idx: Tensor, cache: "KVCache | None" = None, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Ids (B, T) → the residual stream after the last norm (B, T, C).
+
+        positions (B, T) and mask (B, 1, T, T), True where a query may look, are for what is not one sequence from left
+        to right; by default position t follows t - 1 and sees all before it.
+        """
+        if positions is None:
+            start = cache.length if cache is not None else 0
+            end = start + idx.size(1)
+            if end > self.config.seq_len:
+                raise ValueError(f"{end} positions, but the model sees at most {self.config.seq_len}: shorten the input")
+            positions = torch.arange(start, end, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
         for block in self.transformer.h:
-            x = block(x, cache)
+            x = block(x, cache, mask)
         if cache is not None:
             cache.length = end
         return self.transformer.ln_f(x)
@@ -203,8 +208,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: "KVCache | None" = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, cache: "KVCache | None" = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -218,14 +223,14 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, cache: "KVCache | None" = None, mask: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         H = self.config.n_head
         q, k, v = (y.view(B, T, H, C // H).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
         attend = flash_attention if self.config.attention == "flash" else manual_attention
-        y = attend(q, k, v)  # (B, H, T, D)
+        y = attend(q, k, v, mask)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -234,21 +239,23 @@ def causal_mask(T: int, S: int, device) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def manual_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v with the future masked out. q: (B, H, T, D); k, v: (B, H, S, D)."""
+def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √D) v with the future, or what the mask hides, left out. q: (B, H, T, D); k, v: (B, H, S, D)."""
     T, S, D = q.size(2), k.size(2), q.size(3)
     scores = q @ k.transpose(2, 3) / D**0.5  # (B, H, T, S)
-    scores = scores.masked_fill(~causal_mask(T, S, q.device), float("-inf"))
+    visible = causal_mask(T, S, q.device) if mask is None else mask
+    scores = scores.masked_fill(~visible, float("-inf"))
     weights = F.softmax(scores, dim=-1)
     return weights @ v
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same in one fused kernel that never stores the (T, S) scores (Dao et al., 2022)."""
     T, S = q.size(2), k.size(2)
-    if T == S:
+    if mask is None and T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    mask = causal_mask(T, S, q.device) if T > 1 else None  # one query, the last, sees everything
+    if mask is None and T > 1:  # one query, the last, sees everything
+        mask = causal_mask(T, S, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

@@ -192,8 +192,9 @@ def test_batch_size_changes_no_answer(model):
 def test_rows_longer_than_the_model_lose_their_start():
     torch.manual_seed(0)
     model = GPT(GPTConfig(257, 16, 1, 2, 16)).eval()
-    rows = [row for task in make_tasks(3) for row in completion_rows(task, get_tokenizer("bytes"))]
-    for row, log_p in zip(rows, log_probs(model, rows, 4096), strict=True):
+    rows = [completion_rows(task, get_tokenizer("bytes")) for task in make_tasks(3)]
+    scores = log_probs(model, rows, 4096)
+    for row, log_p in ((row, p) for group, ps in zip(rows, scores, strict=True) for row, p in zip(group, ps, strict=True)):
         ids, n = row.ids[-17:], min(row.scored, 16)
         expected = F.log_softmax(model(torch.tensor([ids[:-1]]))[0][0], -1)[torch.arange(16 - n, 16), ids[-n:]].sum()
         assert log_p == pytest.approx(expected.item(), abs=1e-3)
@@ -248,6 +249,13 @@ def test_the_script_reports_both_styles(model, tasks_file, tmp_path, capsys):
     ]
     assert run_main(hellaswag.main, *argv, "--limit", 7) == 0
     assert capsys.readouterr().out.startswith("7 acc: ")
+    assert run_main(hellaswag.main, *argv, "--style", "harness", "--batch-tokens", 300) == 0
+    assert capsys.readouterr().out.splitlines() == lines[1:]
+    assert run_main(hellaswag.main, *argv, "--dtype", "bf16") == 0
+    bf16 = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert bf16 != rows and all(
+        p["completion"]["log_probs"] == pytest.approx(q["completion"]["log_probs"], rel=0.05) for p, q in zip(bf16, rows, strict=True)
+    )
 
 
 def test_two_processes_give_the_answers_of_one(model, tasks_file, tmp_path):
