@@ -7,6 +7,7 @@
 A prep that was killed goes on where it stopped when the same command is given again.
 """
 
+import base64
 import gzip
 import hashlib
 import json
@@ -16,12 +17,13 @@ import re
 import signal
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -107,11 +109,57 @@ def get_tokenizer(name: str) -> Tokenizer:
     return Tokenizer(name, VOCAB_SIZES[name], bpe.encode_ordinary, bpe.decode)
 
 
+@lru_cache
+def fast_encode(name: str) -> Callable[[list[str]], list[np.ndarray]] | None:
+    """What get_tokenizer(name).encode makes of each document, many times as fast; None where gigatoken is not installed."""
+    if name == "bytes":
+        return lambda texts: [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts]
+    try:
+        import gigatoken
+    except ImportError:
+        return None
+    import tiktoken
+
+    bpe = tiktoken.get_encoding(name)
+    with tempfile.NamedTemporaryFile("wb", suffix=".tiktoken") as file:  # gigatoken reads ranks from a file in tiktoken's format
+        for rank in range(bpe.eot_token):
+            file.write(b"%s %d\n" % (base64.b64encode(bpe.decode_single_token_bytes(rank)), rank))
+        file.flush()
+        fast = gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer="gpt2")
+
+    def encode(texts):
+        rows = fast.encode_batch(texts, parallel=False).layout  # the chunks are what is done in parallel
+        return np.split(rows.content.data, rows.offsets.data[1:-1])
+
+    return encode
+
+
+SAMPLE_CHARS = 2000  # of each chunk, encoded both ways
+
+
 def tokenize(tokenizer_name: str, texts: list[str]) -> np.ndarray:
-    """Documents → one uint16 row, <|endoftext|> before each."""
+    """Documents → one uint16 row, <|endoftext|> before each. A chunk's tokens depend on nothing but its text."""
     tokenizer = get_tokenizer(tokenizer_name)
-    rows = [np.array([tokenizer.eot, *tokenizer.encode(text)], dtype=np.uint16) for text in texts]
-    return np.concatenate(rows)
+    rows = fast_rows(tokenizer, texts) or [tokenizer.encode(text) for text in texts]
+    tokens, filled = np.empty(sum(len(row) + 1 for row in rows), np.uint16), 0
+    for row in rows:
+        tokens[filled] = tokenizer.eot
+        tokens[filled + 1 : filled + 1 + len(row)] = row
+        filled += 1 + len(row)
+    return tokens
+
+
+def fast_rows(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray] | None:
+    """The documents by the fast encoder, held against the plain one on the first characters; None where that must do them."""
+    fast, sample = fast_encode(tokenizer.name), texts[0][:SAMPLE_CHARS]
+    try:
+        first, *rows = fast([sample, *texts]) if fast else [None]
+    except TypeError:  # gigatoken takes no half of a surrogate pair
+        return None
+    if fast and first.tolist() != tokenizer.encode(sample):
+        print(f"warning: gigatoken and tiktoken differ on {sample[:40]!r}…: tiktoken does this part of the text", file=sys.stderr)
+        return None
+    return rows
 
 
 # ---- documents ----
@@ -288,14 +336,13 @@ def chunks(documents) -> Iterator[tuple[dict, list[str]]]:
 
 
 def tokenized(documents, tokenizer_name: str, workers: int) -> Iterator[tuple[dict, np.ndarray]]:
-    """Each chunk's state and tokens, in order. One worker is this process; more are spawned, few chunks ahead of need."""
+    """Each chunk's state and tokens, in order. One worker is this thread. More are threads where the encoder runs without
+    Python's lock, else spawned processes; few chunks ahead of need."""
     if workers == 1:
         for state, texts in chunks(documents):
             yield state, tokenize(tokenizer_name, texts)
         return
-    # spawned, not forked: a fork copies the locks that the download's and the progress bar's threads may hold
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=begin_worker) as pool:
+    with ThreadPoolExecutor(workers) if fast_encode(tokenizer_name) else processes(workers) as pool:
         pending = deque()
         try:
             for state, texts in chunks(documents):
@@ -309,6 +356,11 @@ def tokenized(documents, tokenizer_name: str, workers: int) -> Iterator[tuple[di
             raise ValueError("a tokenizing process was killed, by want of memory as a rule: try fewer --workers") from e
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def processes(workers: int) -> ProcessPoolExecutor:
+    # spawned, not forked: a fork copies the locks that the download's and the progress bar's threads may hold
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=begin_worker)
 
 
 def begin_worker():

@@ -151,6 +151,39 @@ def test_workers_change_nothing(tmp_path, corpus, monkeypatch):
     )
     assert result.returncode == 0, result.stderr
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "chunks") == bytes_of(tmp_path / "three")
+    # processes, as where gigatoken is not installed
+    code = "import fineweb; fineweb.fast_encode = lambda name: None; fineweb.main()"
+    argv = ["--dataset", corpus, "--out-dir", tmp_path / "spawned", "--shard-size", "500", "--tokenizer", "bytes", "--workers", "2"]
+    result = subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "spawned")
+
+
+HARD = [
+    "", " ", "\n\n  \n\t x", "it's we'll I'M they'Re", "<|endoftext|>", "a" * 3000, " " * 500, "1234567 12 ½ Ⅷ ٣", "naïve café\u0301",
+    "你好，世界。こんにちは", "👩‍👩‍👧‍👦🏳️‍🌈", "\u200b\ufeff\x00\x1c\x85\xa0\u2028x", "zero\r\nwidth", "\ud800 half a pair", "ſK ΑΒΓ אבג",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_the_fast_encoder_gives_the_plain_ones_ids(name, gpt2_tokenizer):
+    pytest.importorskip("gigatoken")
+    texts = [*HARD, *TEXTS, *(path.read_text() for path in sorted(REPO.glob("*.py")))]
+    rng = random.Random(0)
+    texts += ["".join(rng.choices("".join(HARD), k=50)) for _ in range(300)]
+    tokenizer = get_tokenizer(name)
+    expected = [id for text in texts for id in (tokenizer.eot, *tokenizer.encode(text))]
+    assert fineweb.tokenize(name, texts).tolist() == expected
+    whole = [text for text in texts if "\ud800" not in text]
+    fast = fineweb.fast_encode(name)(whole)
+    assert [row.tolist() for row in fast] == [tokenizer.encode(text) for text in whole]
+
+
+def test_where_the_fast_encoder_differs_the_plain_one_does_the_part(monkeypatch, capsys):
+    plain = fineweb.tokenize("bytes", TEXTS)
+    monkeypatch.setattr(fineweb, "fast_encode", lambda name: lambda texts: [np.zeros(3, np.uint8)] * len(texts))
+    assert (fineweb.tokenize("bytes", TEXTS) == plain).all()
+    assert "warning: gigatoken and tiktoken differ on" in capsys.readouterr().err
 
 
 def test_one_document_longer_than_many_shards(tmp_path):
