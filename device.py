@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
@@ -63,6 +64,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes used at most so far: of the card on CUDA, by the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if os.path.exists("/proc/self/status"):  # Linux's getrusage also counts what the parent had before this process began
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -9,7 +9,7 @@ from conftest import REPO, script
 
 import train
 
-SCRIPTS = ["train", "fineweb", "hellaswag", "sample", "plot_log"]
+SCRIPTS = ["train", "fineweb", "hellaswag", "sample", "plot_log", "bench"]
 MODULES = [path.stem for path in sorted(REPO.glob("*.py"))]
 
 # the module's third-party imports are loaded first; after that every file opened, address looked up and process begun counts

@@ -1,0 +1,420 @@
+"""How fast is it? Training, generation, scoring, tokenizing and loading, each beside a peer in the same run.
+
+    python bench.py                                          # GPT-2 (124M) on whatever there is
+    python bench.py --what train --micro-batch-size 4        # the training step alone
+    python bench.py --device cuda --micro-batch-size 32 --json > bench.json
+
+The peers are what a user would take instead: Hugging Face transformers (compiled too, with the same fused AdamW), tiktoken
+document by document, a shard read whole. Each side is a process of its own, so that its peak memory is its own, and they
+take turns, so that a machine whose speed drifts is fair to both: a ratio is the median over the rounds.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+
+import cli
+import device as hardware
+import fineweb
+import hellaswag
+import train
+from dataloader import TokenStream, find_shards, write_shard
+from distributed import World
+from files import write_json
+from model import GPT, GPTConfig
+from sample import generate
+
+
+@dataclass
+class BenchConfig:
+    """Time this repository's work and its peers'."""
+
+    what: tuple[Literal["train", "generate", "score", "tokenize", "load"], ...] = ("train", "generate", "score", "tokenize", "load")
+    """What to time."""
+    model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Precision of the matrix products."""
+    compile: bool = True
+    """torch.compile the training step, on both sides."""
+    rounds: int = 5
+    """Turns that each side takes, after two that do not count."""
+    micro_batch_size: int = 1
+    """Sequences of a training step."""
+    new_tokens: int = 128
+    """Tokens to generate, greedily, after a prompt of 16."""
+    num_samples: int = 1
+    """Sequences to generate at a time."""
+    tasks: int = 16
+    """HellaSwag tasks to score, completion style."""
+    hellaswag_file: str = hellaswag.HellaSwagConfig.file
+    """The file they are taken from, evenly."""
+    documents: tuple[str, ...] = ("stdlib",)
+    """Text to tokenize, as fineweb.py takes it."""
+    megabytes: int = 30
+    """How much of it."""
+    shard_tokens: int = 100_000_000
+    """Tokens of the shard to open."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+# ---- the two sides of each work: set up, then a function that does one round and returns (amount, answer) ----
+
+
+class Bench:
+    """What the sides of a work share: the settings, and a folder with the inputs."""
+
+    def __init__(self, config: BenchConfig, folder: Path):
+        self.config, self.folder = config, folder
+        self.device = hardware.pick_device(config.device)
+        self.dtype = hardware.pick_dtype(config.dtype, self.device)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def shards(self):
+        return find_shards(self.folder / "shards")
+
+
+def train_ours(bench: Bench):
+    config, B, T = bench.config, bench.config.micro_batch_size, bench.config.model.seq_len
+    settings = train.TrainConfig(
+        model=config.model, data_dir=str(bench.folder / "shards"), out_dir=str(bench.folder / "run"), total_batch_tokens=B * T,
+        micro_batch_size=B, device=config.device, dtype=config.dtype, compile=config.compile, warmup_steps=0, max_lr=1e-4,
+    )  # fmt: skip
+    world = World(bench.device)
+    trainer, _ = train.build(settings, world, train.Log(settings, world))
+
+    def step(number):
+        loss, _ = trainer.update(number)
+        return B * T, loss.item()
+
+    return step
+
+
+def train_peer(bench: Bench):
+    B, T = bench.config.micro_batch_size, bench.config.model.seq_len
+    model = hugging_face(bench.config.model).to(bench.device)
+    forward = torch.compile(model) if bench.config.compile else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    stream = TokenStream(bench.shards(), "train", T)
+
+    def step(number):
+        x = torch.from_numpy(stream.batch(range(number * B, number * B + B))[0]).to(bench.device)
+        with bench.autocast():
+            loss = forward(input_ids=x, labels=x, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return B * T, loss.item()
+
+    return step
+
+
+def hugging_face(config: GPTConfig):
+    """A transformers model of the same shape."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size, n_positions=config.seq_len, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip
+
+
+def generate_ours(bench: Bench):
+    config = bench.config
+    model = GPT.from_pretrained(str(bench.folder / "model")).to(bench.device, bench.dtype).eval()
+    idx = prompt(config).to(bench.device)
+    return lambda number: (config.num_samples * config.new_tokens, generate(model, idx, config.new_tokens, temperature=0).tolist())
+
+
+def generate_peer(bench: Bench):
+    from transformers import GPT2LMHeadModel
+
+    config = bench.config
+    model = GPT2LMHeadModel.from_pretrained(bench.folder / "model", dtype=bench.dtype).to(bench.device).eval()
+    idx = prompt(config).to(bench.device)
+    how = dict(do_sample=False, use_cache=True, min_new_tokens=config.new_tokens, max_new_tokens=config.new_tokens, pad_token_id=0)
+
+    def run(number):
+        with torch.no_grad():
+            ids = model.generate(idx, attention_mask=torch.ones_like(idx), **how)
+        return config.num_samples * config.new_tokens, ids.tolist()
+
+    return run
+
+
+def prompt(config: BenchConfig) -> torch.Tensor:
+    return torch.arange(config.num_samples * 16).view(config.num_samples, 16) % config.model.vocab_size
+
+
+def score_ours(bench: Bench):
+    model = GPT.from_pretrained(str(bench.folder / "model")).to(bench.device).eval()
+    tasks, tokenizer, world = bench_tasks(bench), fineweb.get_tokenizer("gpt2"), World(bench.device, rank=0)
+
+    def run(number):
+        scored = hellaswag.evaluate(model, tokenizer, tasks, world, autocast=bench.autocast(), styles=("completion",))[1]
+        return len(tasks), [task["completion"]["pred_norm"] for task in scored]
+
+    return run
+
+
+def score_peer(bench: Bench):
+    """A task at a time: four padded rows, all their logits, the ending's mean loss."""
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(bench.folder / "model").to(bench.device).eval()
+    tasks, tokenizer = bench_tasks(bench), fineweb.get_tokenizer("gpt2")
+
+    @torch.no_grad()
+    def answer(task):
+        rows = hellaswag.completion_rows(task, tokenizer)
+        ids = torch.zeros(4, max(len(row.ids) for row in rows), dtype=torch.long)
+        scored = torch.zeros_like(ids, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row.ids)] = torch.tensor(row.ids)
+            scored[i, len(row.ids) - row.scored : len(row.ids)] = True
+        ids, scored = ids.to(bench.device), scored.to(bench.device)
+        with bench.autocast():
+            logits = model(ids).logits
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(4, -1)
+        return ((losses * scored[:, 1:]).sum(1) / scored[:, 1:].sum(1)).argmin().item()
+
+    return lambda number: (len(tasks), [answer(task) for task in tasks])
+
+
+def bench_tasks(bench: Bench) -> list[dict]:
+    tasks = hellaswag.load_tasks(bench.config.hellaswag_file)
+    return tasks[:: max(1, len(tasks) // bench.config.tasks)][: bench.config.tasks]
+
+
+def tokenize_ours(bench: Bench):
+    def run(number):
+        out = bench.folder / f"ours{number}"
+        fineweb.prepare(fineweb.PrepareConfig(dataset=(str(bench.folder / "text.parquet"),), out_dir=str(out)))
+        return bench.config.megabytes, tokens_of(out)
+
+    return run
+
+
+def tokenize_peer(bench: Bench):
+    """build-nanogpt's way: half of the cores, a document at a time through tiktoken."""
+    import pyarrow.parquet
+    import tiktoken
+
+    encoding = tiktoken.get_encoding("gpt2")
+
+    def run(number):
+        out = bench.folder / f"peer{number}"
+        out.mkdir()
+        texts = pyarrow.parquet.read_table(bench.folder / "text.parquet").column("text").to_pylist()
+        rows = [np.array([encoding.eot_token, *encoding.encode_ordinary(text)], dtype=np.uint16) for text in texts]
+        np.save(out / "text_train_000000.npy", np.concatenate(rows))
+        return bench.config.megabytes, tokens_of(out)
+
+    return run
+
+
+def tokens_of(folder: Path) -> str:
+    """What stands for the tokens of a folder, in order."""
+    tokens = [np.load(path) for path in sorted(folder.glob("*.npy"), key=lambda path: path.stem[-6:])]
+    return hashlib.sha256(np.concatenate(tokens).tobytes()).hexdigest()
+
+
+def load_ours(bench: Bench):
+    def run(number):
+        batch = TokenStream(bench.shards(), "train", bench.config.model.seq_len, shuffle=False).batch(range(4))
+        return 1, batch[0].sum().item()
+
+    return run
+
+
+def load_peer(bench: Bench):
+    """build-nanogpt's way: the whole shard, as int64."""
+
+    def run(number):
+        tokens = torch.from_numpy(np.load(bench.folder / "shards" / "bench_train_000001.npy").astype(np.int64))
+        return 1, tokens[: 4 * bench.config.model.seq_len].view(4, -1).sum().item()
+
+    return run
+
+
+# what is counted, both sides, the peer's name, and whether their answers must be the same
+WORK = {
+    "train": ("tokens/s", train_ours, train_peer, "transformers", False),
+    "generate": ("tokens/s", generate_ours, generate_peer, "transformers", True),
+    "score": ("tasks/s", score_ours, score_peer, "transformers", True),
+    "tokenize": ("MB/s", tokenize_ours, tokenize_peer, "tiktoken", True),
+    "load": ("1/s", load_ours, load_peer, "read whole", True),
+}
+WARMUP = 2  # rounds that do not count: the first compiles, the second fills the allocator's caches
+
+
+# ---- taking turns ----
+
+
+def side(connection, setup, config: BenchConfig, folder: Path):
+    """A process: sets up, then does a round whenever it is told to and sends (amount, seconds, answer, bytes)."""
+    sys.stdout = sys.stderr  # the table alone goes to stdout
+    before = hardware.peak_memory(torch.device("cpu"))
+    bench = Bench(config, folder)
+    torch.manual_seed(0)
+    try:
+        work = setup(bench)
+        while (number := connection.recv()) is not None:
+            began = time.perf_counter()
+            amount, answer = work(number)
+            if bench.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+            grown = hardware.peak_memory(bench.device) - (before if bench.device.type != "cuda" else 0)
+            connection.send((amount, seconds, answer, grown))
+    except Exception as e:
+        connection.send(e)
+
+
+class Side:
+    """The other end of a side's process."""
+
+    def __init__(self, setup, config: BenchConfig, folder: Path):
+        spawn = multiprocessing.get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=side, args=(theirs, setup, config, folder), daemon=True)
+        self.process.start()
+
+    def round(self, number: int):
+        self.connection.send(number)
+        result = self.connection.recv()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def end(self):
+        self.connection.send(None)
+        self.process.join()
+
+
+def compare(what: str, config: BenchConfig, folder: Path) -> dict:
+    """A row of the table: both sides in turn, the first to go alternating."""
+    unit, ours, peer, name, same_answers = WORK[what]
+    sides = [Side(ours, config, folder), Side(peer, config, folder)]
+    rounds = []
+    for number in range(WARMUP + config.rounds):
+        both = [None, None]
+        for i in (0, 1) if number % 2 else (1, 0):
+            both[i] = sides[i].round(number)
+        rounds.append(both)
+    for s in sides:
+        s.end()
+    rates = [[amount / seconds for amount, seconds, *_ in both] for both in rounds[WARMUP:]]
+    row = {
+        "work": what,
+        "unit": unit,
+        "ours": statistics.median(rate for rate, _ in rates),
+        "peer": statistics.median(rate for _, rate in rates),
+        "peer_name": name,
+        "ratio": statistics.median(a / b for a, b in rates),
+        "rounds": rates,
+        "memory_ours": rounds[-1][0][3],
+        "memory_peer": rounds[-1][1][3],
+    }
+    if same_answers:
+        row["same_answers"] = rounds[-1][0][2] == rounds[-1][1][2]
+    return row
+
+
+def make_inputs(config: BenchConfig, folder: Path):
+    """Random shards, random weights large enough that no two logits are alike, and real text."""
+    rng = np.random.default_rng(0)
+    if {"train", "load"} & set(config.what):
+        size = config.shard_tokens if "load" in config.what else 2_000_000
+        (folder / "shards").mkdir()
+        entries = []
+        for i, n in enumerate((10 * config.model.seq_len, max(size, 10 * config.micro_batch_size * config.model.seq_len))):
+            tokens = rng.integers(0, config.model.vocab_size, n, dtype=np.uint16)
+            entries.append(write_shard(folder / "shards" / f"bench_{'train' if i else 'val'}_{i:06d}.npy", tokens))
+        write_json(folder / "shards" / "manifest.json", {"tokenizer": "gpt2", "vocab_size": config.model.vocab_size, "shards": entries})
+    if {"generate", "score"} & set(config.what):
+        torch.manual_seed(0)
+        model = GPT(config.model)
+        for p in model.parameters():
+            if p.dim() >= 2:
+                torch.nn.init.normal_(p, std=0.05)
+        model.save_pretrained(str(folder / "model"))
+    if "tokenize" in config.what:
+        import pyarrow
+        import pyarrow.parquet
+
+        texts, size = [], 0
+        for text in fineweb.open_documents(fineweb.PrepareConfig(dataset=config.documents), ""):
+            texts.append(text)
+            size += len(text.encode())
+            if size >= config.megabytes * 1e6:
+                break
+        if size < config.megabytes * 1e6:
+            raise ValueError(f"--documents have {size / 1e6:.0f} MB only: lower --megabytes")
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "text.parquet")
+
+
+def environment(config: BenchConfig) -> dict:
+    where = hardware.pick_device(config.device)
+    return {
+        "command": sys.argv,
+        "commit": train.git_commit(),
+        "machine": hardware.describe(where),
+        "threads": torch.get_num_threads(),
+        "dtype": str(hardware.pick_dtype(config.dtype, where))[6:],
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "tiktoken")},
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, a line a work."""
+    lines = ["| work | ours | peer | ratio | memory, ours | memory, peer | |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        note = {True: "the same answers", False: "OTHER ANSWERS", None: ""}[row.get("same_answers")]
+        lines.append(
+            f"| {row['work']} | {row['ours']:,.1f} {row['unit']} | {row['peer']:,.1f} ({row['peer_name']}) | {row['ratio']:.2f} × | "
+            f"{row['memory_ours'] / 1e9:.2f} GB | {row['memory_peer'] / 1e9:.2f} GB | {note} |"
+        )
+    return "\n".join(lines)
+
+
+def main():
+    with cli.one_line_errors():
+        config = cli.parse(BenchConfig)
+        cli.refuse(
+            config.model.faults() + cli.at_least(1, config, "rounds", "micro_batch_size", "new_tokens", "num_samples", "tasks", "megabytes")
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            make_inputs(config, Path(folder))
+            rows = [compare(what, config, Path(folder)) for what in config.what]
+        if config.json:
+            print(json.dumps({**environment(config), "rows": rows}, indent=1))
+        else:
+            print(table(rows))
+            print("\n" + ", ".join(f"{key} {value}" for key, value in environment(config).items() if key != "command"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The benchmark: both sides of every work run, give the same answers and are measured."""
+
+import json
+
+import pytest
+from conftest import script
+from test_hellaswag import make_tasks
+
+import bench
+
+
+@pytest.mark.slow
+def test_every_work_is_timed_on_both_sides(tmp_path, gpt2_tokenizer):
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(6)))
+    shape = "--n-layer 2 --n-head 2 --n-embd 32 --seq-len 256 --dtype fp32 --no-compile --device cpu".split()
+    small = "--rounds 3 --tasks 6 --new-tokens 20 --megabytes 1 --shard-tokens 100000 --json".split()
+    result = script("bench.py", *shape, *small, "--hellaswag-file", tasks, timeout=300)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert [row["work"] for row in report["rows"]] == list(bench.WORK) and report["threads"] == 1
+    for row in report["rows"]:
+        assert row.get("same_answers", True) and len(row["rounds"]) == 3
+        assert min(rate for both in row["rounds"] for rate in both) > 0 and row["memory_peer"] > 0
+        low, high = (f(a / b for a, b in row["rounds"]) for f in (min, max))
+        assert low <= row["ratio"] <= high
+
+
+def test_a_side_that_fails_is_one_line(tmp_path):
+    result = script("bench.py", "--what", "tokenize", "--megabytes", 1, "--documents", tmp_path / "none.txt")
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: --dataset:")
+
+
+def test_the_table_says_when_answers_differ():
+    row = {
+        "work": "score",
+        "unit": "tasks/s",
+        "ours": 3.0,
+        "peer": 1.5,
+        "peer_name": "x",
+        "ratio": 2.0,
+        "memory_ours": 1e9,
+        "memory_peer": 2e9,
+    }
+    assert bench.table([row | {"same_answers": False}]).splitlines()[-1] == (
+        "| score | 3.0 tasks/s | 1.5 (x) | 2.00 × | 1.00 GB | 2.00 GB | OTHER ANSWERS |"
+    )
