@@ -27,8 +27,10 @@ def test_every_work_is_timed_on_both_sides(tmp_path, gpt2_tokenizer):
 
 
 def test_a_side_that_fails_is_one_line(tmp_path):
-    result = script("bench.py", "--what", "tokenize", "--megabytes", 1, "--documents", tmp_path / "none.txt")
-    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: --dataset:")
+    shape = "--n-layer 1 --n-head 1 --n-embd 8 --seq-len 16 --device cpu".split()
+    result = script("bench.py", "--what", "score", *shape, "--hellaswag-file", tmp_path / "none.jsonl")
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(f"error: no file {tmp_path}/none.jsonl")
+    assert "Traceback" not in result.stderr
 
 
 def test_the_table_says_when_answers_differ():
