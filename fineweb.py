@@ -61,7 +61,7 @@ class PrepareConfig:
     max_tokens: int = 0
     """Stop after so many tokens; 0 takes all."""
     workers: int = 0
-    """Processes that tokenize; 0 is one a core."""
+    """Threads (without gigatoken: processes) that tokenize; 0 is one a core."""
     pretokenized: bool = False
     """Download ready .bin shards (kjj0/fineweb10B-gpt2) instead of tokenizing."""
 
