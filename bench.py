@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -64,7 +65,7 @@ class BenchConfig:
     """HellaSwag tasks to score, completion style."""
     hellaswag_file: str = hellaswag.HellaSwagConfig.file
     """The file they are taken from, evenly."""
-    documents: tuple[str, ...] = ("stdlib",)
+    dataset: tuple[str, ...] = ("stdlib",)
     """Text to tokenize, as fineweb.py takes it."""
     megabytes: int = 30
     """How much of it."""
@@ -74,7 +75,8 @@ class BenchConfig:
     """Print JSON instead of a table."""
 
 
-# ---- the two sides of each work: set up, then a function that does one round and returns (amount, answer) ----
+# ---- the two sides of each work: set up, then a function that does one round and returns the amount of work and its answer,
+# or, where that takes time that is not the work's, a function that gives the answer ----
 
 
 class Bench:
@@ -211,13 +213,13 @@ def tokenize_ours(bench: Bench):
     def run(number):
         out = bench.folder / f"ours{number}"
         fineweb.prepare(fineweb.PrepareConfig(dataset=(str(bench.folder / "text.parquet"),), out_dir=str(out)))
-        return bench.config.megabytes, tokens_of(out)
+        return bench.config.megabytes, lambda: tokens_of(out)
 
     return run
 
 
 def tokenize_peer(bench: Bench):
-    """build-nanogpt's way: half of the cores, a document at a time through tiktoken."""
+    """A document at a time through tiktoken, in one process."""
     import pyarrow.parquet
     import tiktoken
 
@@ -229,7 +231,7 @@ def tokenize_peer(bench: Bench):
         texts = pyarrow.parquet.read_table(bench.folder / "text.parquet").column("text").to_pylist()
         rows = [np.array([encoding.eot_token, *encoding.encode_ordinary(text)], dtype=np.uint16) for text in texts]
         np.save(out / "text_train_000000.npy", np.concatenate(rows))
-        return bench.config.megabytes, tokens_of(out)
+        return bench.config.megabytes, lambda: tokens_of(out)
 
     return run
 
@@ -287,7 +289,7 @@ def side(connection, setup, config: BenchConfig, folder: Path):
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - began
             grown = hardware.peak_memory(bench.device) - (before if bench.device.type != "cuda" else 0)
-            connection.send((amount, seconds, answer, grown))
+            connection.send((amount, seconds, answer() if callable(answer) else answer, grown))
     except Exception as e:
         connection.send(e)
 
@@ -300,10 +302,14 @@ class Side:
         self.connection, theirs = spawn.Pipe()
         self.process = spawn.Process(target=side, args=(theirs, setup, config, folder), daemon=True)
         self.process.start()
+        theirs.close()  # so that the process's end is noticed
 
     def round(self, number: int):
-        self.connection.send(number)
-        result = self.connection.recv()
+        try:
+            self.connection.send(number)
+            result = self.connection.recv()
+        except (EOFError, ConnectionError):
+            raise ValueError("a side's process was killed, by want of memory as a rule: try a smaller model or batch") from None
         if isinstance(result, Exception):
             raise result
         return result
@@ -365,13 +371,13 @@ def make_inputs(config: BenchConfig, folder: Path):
         import pyarrow.parquet
 
         texts, size = [], 0
-        for text in fineweb.open_documents(fineweb.PrepareConfig(dataset=config.documents), ""):
+        for text in fineweb.open_documents(fineweb.PrepareConfig(dataset=config.dataset), ""):
             texts.append(text)
             size += len(text.encode())
             if size >= config.megabytes * 1e6:
                 break
         if size < config.megabytes * 1e6:
-            raise ValueError(f"--documents have {size / 1e6:.0f} MB only: lower --megabytes")
+            raise ValueError(f"--dataset has {size / 1e6:.0f} MB only: lower --megabytes")
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "text.parquet")
 
 
@@ -400,20 +406,33 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def faults_of(config: BenchConfig) -> list[str]:
+    faults = config.model.faults()
+    faults += cli.at_least(1, config, "rounds", "micro_batch_size", "new_tokens", "num_samples", "tasks", "megabytes", "shard_tokens")
+    if not config.what:
+        faults.append("--what has no value: give some of " + ", ".join(WORK))
+    if "generate" in config.what and 16 + config.new_tokens > config.model.seq_len:
+        faults.append(f"a prompt of 16 and --new-tokens {config.new_tokens} are more than --seq-len {config.model.seq_len}")
+    if not 50257 <= config.model.vocab_size <= 65536:
+        faults.append(f"--vocab-size is {config.model.vocab_size}: it must be 50257, GPT-2's, to 65536, what a shard can hold")
+    if find_spec("transformers") is None:
+        faults.append("the peers are not installed: pip install -r requirements-dev.txt")
+    return faults
+
+
 def main():
     with cli.one_line_errors():
         config = cli.parse(BenchConfig)
-        cli.refuse(
-            config.model.faults() + cli.at_least(1, config, "rounds", "micro_batch_size", "new_tokens", "num_samples", "tasks", "megabytes")
-        )
+        cli.refuse(faults_of(config))
+        where = environment(config)
         with tempfile.TemporaryDirectory() as folder:
             make_inputs(config, Path(folder))
             rows = [compare(what, config, Path(folder)) for what in config.what]
         if config.json:
-            print(json.dumps({**environment(config), "rows": rows}, indent=1))
+            print(json.dumps({**where, "rows": rows}, indent=1))
         else:
             print(table(rows))
-            print("\n" + ", ".join(f"{key} {value}" for key, value in environment(config).items() if key != "command"))
+            print("\n" + ", ".join(f"{key} {value}" for key, value in where.items() if key != "command"))
 
 
 if __name__ == "__main__":

@@ -152,11 +152,13 @@ def tokenize(tokenizer_name: str, texts: list[str]) -> np.ndarray:
 def fast_rows(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray] | None:
     """The documents by the fast encoder, held against the plain one on the first characters; None where that must do them."""
     fast, sample = fast_encode(tokenizer.name), texts[0][:SAMPLE_CHARS]
+    if fast is None:
+        return None
     try:
-        first, *rows = fast([sample, *texts]) if fast else [None]
+        first, *rows = fast([sample, *texts])
     except TypeError:  # gigatoken takes no half of a surrogate pair
         return None
-    if fast and first.tolist() != tokenizer.encode(sample):
+    if first.tolist() != tokenizer.encode(sample):
         print(f"warning: gigatoken and tiktoken differ on {sample[:40]!r}…: tiktoken does this part of the text", file=sys.stderr)
         return None
     return rows

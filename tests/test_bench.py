@@ -1,9 +1,11 @@
 """The benchmark: both sides of every work run, give the same answers and are measured."""
 
 import json
+import os
+import signal
 
 import pytest
-from conftest import script
+from conftest import run_main, script
 from test_hellaswag import make_tasks
 
 import bench
@@ -31,6 +33,31 @@ def test_a_side_that_fails_is_one_line(tmp_path):
     result = script("bench.py", "--what", "score", *shape, "--hellaswag-file", tmp_path / "none.jsonl")
     assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(f"error: no file {tmp_path}/none.jsonl")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--what", "generate", "--seq-len", 64], "--new-tokens 128 are more than --seq-len 64"),
+        (["--vocab-size", 257], "--vocab-size is 257"),
+        (["--what"], "--what has no value"),
+        (["--rounds", 0, "--shard-tokens", 0], "--rounds is 0: it must be at least 1; --shard-tokens is 0"),
+        (["--what", "tokenize", "--dataset", "none.txt"], "none.txt not found"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, argv, message):
+    assert run_main(bench.main, *argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]
+
+
+def kill_self(bench):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_side_that_is_killed_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="a side's process was killed"):
+        bench.Side(kill_self, bench.BenchConfig(device="cpu"), tmp_path).round(0)
 
 
 def test_the_table_says_when_answers_differ():

@@ -463,6 +463,17 @@ def test_a_signal_in_the_last_step_still_validates(shards, tmp_path, monkeypatch
     assert torch.load(tmp_path / "run" / "model_00003.pt", weights_only=True)["val_loss"] is not None
 
 
+def test_a_second_signal_ends_at_once_unless_it_is_the_first_one_passed_on(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    stop = train.StopSignal()
+    stop.handle(signal.SIGTERM, None)
+    stop.handle(signal.SIGTERM, None)
+    assert stop.received == signal.SIGTERM
+    stop.at -= 2
+    with pytest.raises(KeyboardInterrupt):
+        stop.handle(signal.SIGINT, None)
+
+
 def test_an_existing_run_is_not_overwritten(finished, shards, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
     assert run_train(shards, finished) == 2
