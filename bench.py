@@ -52,7 +52,7 @@ class BenchConfig:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Precision of the matrix products."""
     compile: bool = True
-    """torch.compile the training step, on both sides."""
+    """torch.compile the training step, on both sides, and our step of a token."""
     rounds: int = 5
     """Turns that each side takes, after two that do not count."""
     micro_batch_size: int = 1
@@ -146,7 +146,13 @@ def generate_ours(bench: Bench):
     config = bench.config
     model = GPT.from_pretrained(str(bench.folder / "model")).to(bench.device, bench.dtype).eval()
     idx = prompt(config).to(bench.device)
-    return lambda number: (config.num_samples * config.new_tokens, generate(model, idx, config.new_tokens, temperature=0).tolist())
+    compiled = config.compile and hardware.can_compile(bench.device)
+
+    def run(number):
+        ids = generate(model, idx, config.new_tokens, temperature=0, compile=compiled)
+        return config.num_samples * config.new_tokens, ids.tolist()
+
+    return run
 
 
 def generate_peer(bench: Bench):

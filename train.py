@@ -85,6 +85,8 @@ class TrainConfig:
     """Precision of the matrix products; auto is bf16 where the hardware has it, else fp16 on CUDA and fp32 elsewhere."""
     compile: bool = True
     """torch.compile the training step and validation."""
+    activation_memory: float = 1.0
+    """Share of what the backward pass needs that is kept for it; the rest is computed again. Needs --compile."""
     verify_shards: bool = True
     """Compare the shards' sha256 with the manifest before the start."""
 
@@ -117,6 +119,10 @@ class TrainConfig:
         faults += cli.at_least(1, self, "max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens")
         faults += cli.at_least(0, self, "max_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "seed")
         faults += cli.at_least(0, self, "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
+        if not 0 <= self.activation_memory <= 1:
+            faults.append(f"--activation-memory is {self.activation_memory}: it must be from 0 to 1")
+        elif self.activation_memory < 1 and not self.compile:
+            faults.append("--activation-memory below 1 needs a compiled run: leave --no-compile out, or give 1")
         if self.max_steps > 10**9:
             faults.append(f"--max-steps is {self.max_steps}: it must be at most 1,000,000,000")
         if self.seed >= 2**32:
@@ -142,8 +148,9 @@ class TrainConfig:
 
 # what a resumed run may change; all else decides the model, the data or the global batch
 MAY_CHANGE = {
-    "data_dir", "max_steps", "micro_batch_size", "attention", "device", "dtype", "compile", "verify_shards", "val_every", "val_tokens",
-    "hellaswag_every", "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep",
+    "data_dir", "max_steps", "micro_batch_size", "attention", "device", "dtype", "compile", "activation_memory", "verify_shards",
+    "val_every", "val_tokens", "hellaswag_every", "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens",
+    "checkpoint_every", "keep",
 }  # fmt: skip
 
 PRESETS = {
@@ -307,10 +314,10 @@ class Trainer:
         self.val_stream = TokenStream(shards, "val", config.model.seq_len, shuffle=False)
         self.dtype = device.pick_dtype(config.dtype, world.device)
         self.peak_flops = device.peak_flops(world.device, self.dtype)
-        # HellaSwag and sampling run self.model as it is, since their shapes change all the time; the weights are shared
         self.model = model.to(world.device)
-        self.compiled = torch.compile(self.model) if compiled else self.model
-        self.parallel = DistributedDataParallel(self.compiled, gradient_as_bucket_view=True) if world.size > 1 else self.compiled
+        if compiled:
+            self.model.compile_blocks(config.activation_memory)
+        self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if world.size > 1 else self.model
         groups = self.model.param_groups(config.weight_decay)
         # betas and eps: Brown et al., 2020, appendix B
         self.optimizer = torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
@@ -356,7 +363,7 @@ class Trainer:
             y[len(positions) :] = -100
             x, y = self.to_device((x, y))
             with self.autocast():
-                total += self.compiled(x, y)[1].item() * len(positions)
+                total += self.model(x, y)[1].item() * len(positions)
         return sum(world.gather(total)) / count
 
     def to_device(self, arrays) -> list[Tensor]:
@@ -452,10 +459,11 @@ class Evaluation:
             self.log.refuse_divergence(f"the validation loss of step {step}", val_loss)
             self.log.value(step, "val", val_loss, {"val_loss": val_loss, **self.trainer.axes(step)})
             self.log.result(f"step {step}: val loss {val_loss:.4f}")
-        if self.tasks and (end or due(config.hellaswag_every, step)):
-            self.or_warn(f"HellaSwag at step {step}", lambda: self.hellaswag(step))
-        if self.tokenizer and config.sample_every and (end or due(config.sample_every, step)):
-            self.or_warn(f"samples at step {step}", lambda: self.sample(step))
+        with torch.compiler.set_stance("force_eager"):  # their shapes change all the time
+            if self.tasks and (end or due(config.hellaswag_every, step)):
+                self.or_warn(f"HellaSwag at step {step}", lambda: self.hellaswag(step))
+            if self.tokenizer and config.sample_every and (end or due(config.sample_every, step)):
+                self.or_warn(f"samples at step {step}", lambda: self.sample(step))
         return val_loss
 
     def hellaswag(self, step: int):

@@ -11,9 +11,11 @@ from conftest import REPO
 from hub import serve
 from reference import gpt2_logits
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT, SIZES, GPTConfig, KVCache, flash_attention, manual_attention
+from model import GPT, SIZES, BlockwiseAttention, GPTConfig, KVCache, chunked_cross_entropy, flash_attention, manual_attention
 
 # vocabulary, positions, layers, heads, channels: padded and not, heads of odd size, one layer, one head
 SHAPES = [(97, 24, 2, 2, 16), (128, 16, 1, 1, 8), (257, 40, 3, 4, 64), (1000, 33, 2, 3, 33)]
@@ -90,9 +92,96 @@ def test_manual_attention_equals_flash_and_the_formula():
     expected = scores.softmax(-1) @ v
     assert (manual_attention(q, k, v) - expected).abs().max() < 1e-12
     assert (flash_attention(q, k, v) - expected).abs().max() < 1e-12
-    last = expected[:, :, 4:]  # the queries are the last of the positions, as with a cache
-    assert (manual_attention(q[:, :, 4:], k, v) - last).abs().max() < 1e-12
-    assert (flash_attention(q[:, :, 4:], k, v) - last).abs().max() < 1e-12
+    mask = torch.ones(3, 7).tril(4).bool()  # the queries are the last of the positions, as with a cache
+    assert (manual_attention(q[:, :, 4:], k, v, mask) - expected[:, :, 4:]).abs().max() < 1e-12
+    assert (flash_attention(q[:, :, 4:], k, v, mask) - expected[:, :, 4:]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("T", [1, 64, 65, 200, 513, 1024])  # one block, a short last one, blocks of 64, of half, of 256
+def test_blockwise_attention_equals_the_formula_and_its_gradients(T):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3))
+    dy = torch.randn(2, 3, T, 8)
+    plain, ours = manual_attention(q, k, v), BlockwiseAttention.apply(q, k, v)
+    assert (ours - plain).abs().max() <= 1e-5
+    for expected, grad in zip(torch.autograd.grad(plain, (q, k, v), dy), torch.autograd.grad(ours, (q, k, v), dy), strict=True):
+        assert (grad - expected).abs().max() <= 1e-5
+
+
+# ---- the loss in chunks ----
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20, 100])
+def test_the_loss_in_chunks_equals_the_plain_one_and_its_gradients(chunk):
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
+    targets = torch.randint(60, (50,)).index_fill(0, torch.tensor([0, 3, 8, 49]), -100)
+    plain = torch.nn.functional.cross_entropy((x @ weight.t())[:, :60], targets)
+    ours = chunked_cross_entropy(x, weight, targets, 60, chunk)
+    assert abs(plain - ours) <= 1e-6
+    for expected, grad in zip(torch.autograd.grad(3 * plain, (x, weight)), torch.autograd.grad(3 * ours, (x, weight)), strict=True):
+        assert (grad - expected).abs().max() <= 1e-6
+    with torch.no_grad():
+        assert chunked_cross_entropy(x, weight, targets, 60, chunk) == ours
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_in_chunks_keeps_small_gradients_in_low_precision(dtype):
+    """softmax / 4096 positions is too small for fp16: there the plain loss needs a scaler, and this one only for what follows."""
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(4096, 8), torch.randn(500, 8), torch.randint(500, (4096,))
+    grads = []
+    for enabled in (False, True):
+        w = weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            chunked_cross_entropy(x, w, targets, 500, 1024).backward()
+        assert w.grad.dtype == torch.float32
+        grads.append(w.grad)
+    assert 0 < (grads[1] - grads[0]).norm() / grads[0].norm() < 0.02
+
+
+def test_many_logits_never_stand_in_memory_together(monkeypatch):
+    monkeypatch.setattr("model.MAX_LOGITS", 1024 * 30)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(1024, 40, 1, 1, 8))
+    idx = ids_for(model.config, batch=4)
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+            return out
+
+    with Largest() as largest:
+        loss = model(idx, idx)[1]
+        loss.backward()
+    assert largest.elements <= 1024 * 30 < 4 * 40 * 1024
+    monkeypatch.undo()
+    assert abs(model(idx, idx)[1] - loss) <= 1e-6
+
+
+# ---- compiled ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation_memory", [1.0, 0.0])
+def test_compiled_blocks_have_the_loss_and_gradients_of_plain_ones(monkeypatch, activation_memory):
+    monkeypatch.setattr("model.MAX_LOGITS", 128 * 150)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(100, 200, 2, 2, 32))
+    idx = ids_for(model.config)
+    model(idx, idx)[1].backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    plain = model(idx, idx)[1].item()
+    model.zero_grad()
+    model.compile_blocks(activation_memory)
+    loss = model(idx, idx)[1]
+    loss.backward()
+    assert abs(loss.item() - plain) <= 1e-5
+    for name, p in model.named_parameters():
+        assert (p.grad - expected[name]).abs().max() <= 1e-5, name
 
 
 @pytest.mark.parametrize("attention", ["flash", "manual"])

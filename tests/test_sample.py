@@ -29,6 +29,17 @@ def test_greedy_tokens_are_the_same_with_and_without_cache(model, prompt, new):
     assert (cached == plain).all() and (cached[:, :prompt] == idx).all()
 
 
+@pytest.mark.slow
+def test_compiled_steps_give_the_same_tokens(model):
+    """One sequence, where the products have one row, and two; greedily and sampled; a second model, and past the positions."""
+    other = GPT(GPTConfig(257, 24, 2, 4, 32)).eval()
+    for net, batch, new in ((model, 1, 21), (model, 2, 30), (other, 1, 21)):
+        idx = torch.randint(257, (batch, 3), generator=torch.Generator().manual_seed(0))
+        assert (generate(net, idx, new, temperature=0, compile=True) == generate(net, idx, new, temperature=0)).all()
+        plain, compiled = (generate(net, idx, new, generator=torch.Generator().manual_seed(5), compile=c) for c in (False, True))
+        assert (plain == compiled).all()
+
+
 def test_greedy_tokens_equal_hugging_faces(tmp_path, model):
     model.save_pretrained(tmp_path)
     hf = GPT2LMHeadModel.from_pretrained(tmp_path)
@@ -91,6 +102,21 @@ def test_the_script_prints_the_samples_alone(model, tmp_path, capsys):
     assert len(capsys.readouterr().out) > 1
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_script_computes_in_the_dtype_asked_for(model, tmp_path, monkeypatch, dtype):
+    seen = []
+    monkeypatch.setattr(sample, "generate", lambda model, idx, n, **how: seen.append({p.dtype for p in model.parameters()}) or idx)
+    path = save_checkpoint(tmp_path, 1, model, "bytes", None, {})
+    assert run_main(sample.main, "-m", path, "-d", "cpu", "--dtype", dtype) == 0
+    assert seen == [{torch.bfloat16 if dtype == "bf16" else torch.float32}]
+
+
+def test_compile_without_a_compiler_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sample, "can_compile", lambda device: False)
+    assert run_main(sample.main, "-m", "x.pt", "-d", "cpu", "--compile") == 2
+    assert "--compile can't be used here on cpu (CPU: install g++): leave it out" in capsys.readouterr().err
+
+
 def test_a_sample_ends_at_end_of_text(model, monkeypatch):
     from fineweb import get_tokenizer
 
@@ -105,6 +131,7 @@ def test_a_sample_ends_at_end_of_text(model, monkeypatch):
         (["--temperature", "-1", "--top-p", "0"], "--temperature is -1.0: it must be at least 0; --top-p is 0.0"),
         (["--num-samples", "0"], "--num-samples is 0"),
         (["--top-k", "-1"], "--top-k is -1"),
+        (["--compile", "--no-kv-cache"], "--compile is for generation with a cache"),
         (["--seed", "99999999999999999999"], "--seed is 99999999999999999999: it must be below 2^63"),
     ],
 )
