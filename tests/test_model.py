@@ -171,6 +171,8 @@ def test_compiled_blocks_have_the_loss_and_gradients_of_plain_ones(monkeypatch, 
     monkeypatch.setattr("model.MAX_LOGITS", 128 * 150)
     torch.manual_seed(0)
     model = GPT(GPTConfig(100, 200, 2, 2, 32))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
     idx = ids_for(model.config)
     model(idx, idx)[1].backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
