@@ -113,9 +113,9 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor, cache: "KVCache | None" = None, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Ids (B, T) → the residual stream after the last norm (B, T, C).
 
-        positions (T,) or (B, T) and mask (B, 1, T, T), True where a query may look, are for what is not one sequence from
-        left to right; by default position t follows t - 1, or what the cache holds, and sees all before it. Who gives
-        positions with a cache also moves cache.length on.
+        positions (B, T) and mask (B, 1, T, T), True where a query may look, are for what is not one sequence from left to
+        right; by default position t follows t - 1, or what the cache holds, and sees all before it. With a cache there is no
+        mask to give, and positions (T,) are for compiled code, in which cache.length can't change: the caller moves it on.
         """
         if positions is None:
             start = cache.length if cache is not None else 0
@@ -139,7 +139,7 @@ class GPT(nn.Module):
     def compile_blocks(self, activation_memory: float = 1.0):
         """torch.compile, for training and validation: a graph for all blocks, which are alike, and one for the loss, made in
         a third of the time that the whole model's would take. activation_memory: the share of the activations that is kept
-        for the backward pass; what is computed again instead is chosen by cost."""
+        for the backward pass, in this process; what is computed again instead is chosen by cost."""
         from torch._functorch import config
 
         config.activation_memory_budget = activation_memory
@@ -350,7 +350,7 @@ class BlockwiseAttention(torch.autograd.Function):
         return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 
     @staticmethod
-    def hidden(block: slice, device) -> Tensor:
+    def future(block: slice, device) -> Tensor:
         """(block, block.stop), True where the key lies behind the query."""
         return ~causal_mask(block.stop - block.start, block.stop, device)
 
@@ -361,7 +361,7 @@ class BlockwiseAttention(torch.autograd.Function):
         blocks, y, log_norm = BlockwiseAttention.blocks(q.size(2)), [], []
         for block in blocks:
             scores = (q[:, :, block] @ k[:, :, : block.stop].transpose(2, 3)).float() / q.size(3) ** 0.5
-            scores = scores.masked_fill(BlockwiseAttention.hidden(block, q.device), float("-inf"))
+            scores = scores.masked_fill(BlockwiseAttention.future(block, q.device), float("-inf"))
             log_norm.append(scores.logsumexp(-1))  # (B, H, block)
             y.append((scores - log_norm[-1][..., None]).exp().to(v.dtype) @ v[:, :, : block.stop])
         y = torch.cat(y, dim=2)
@@ -377,7 +377,7 @@ class BlockwiseAttention(torch.autograd.Function):
             # transposed, (B, H, keys, queries), so that torch.compile does not see the forward pass's scores and keep them
             q_block, k_seen, v_seen, dy_block = q[:, :, block], k[:, :, : block.stop], v[:, :, : block.stop], dy[:, :, block]
             scores = (k_seen @ q_block.transpose(2, 3)).float() / q.size(3) ** 0.5
-            weights = (scores - log_norm[:, :, None, block]).exp().masked_fill(BlockwiseAttention.hidden(block, q.device).t(), 0)
+            weights = (scores - log_norm[:, :, None, block]).exp().masked_fill(BlockwiseAttention.future(block, q.device).t(), 0)
             dweights = (v_seen @ dy_block.transpose(2, 3)).float()
             dscores = (weights * (dweights - row_sum[..., block]) / q.size(3) ** 0.5).to(q.dtype)
             dq.append(dscores.transpose(2, 3) @ k_seen)
@@ -416,10 +416,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             log_norm = logits.logsumexp(-1, keepdim=True)
             total += ((log_norm - logits.gather(1, target)) * counts).sum()
             if needs_grad:
-                # not divided by the number of positions yet: fp16 could not hold that
+                # not divided by the number of positions yet: fp16 could not hold that, nor a sum over all of them
                 dlogits = (((logits - log_norm).exp() - (ids == target).float()) * counts).to(x.dtype)
                 dx[part] = dlogits @ w
-                dw += dlogits.t() @ x[part]
+                dw += (dlogits.t() @ (x[part] / 256)).float() * 256
         n = counted.sum()
         if needs_grad:
             ctx.save_for_backward(dx, dw, n)

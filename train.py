@@ -122,7 +122,7 @@ class TrainConfig:
         if not 0 <= self.activation_memory <= 1:
             faults.append(f"--activation-memory is {self.activation_memory}: it must be from 0 to 1")
         elif self.activation_memory < 1 and not self.compile:
-            faults.append("--activation-memory below 1 needs a compiled run: leave --no-compile out, or give 1")
+            faults.append("--activation-memory below 1 needs a compiled run: give --compile, or --activation-memory 1")
         if self.max_steps > 10**9:
             faults.append(f"--max-steps is {self.max_steps}: it must be at most 1,000,000,000")
         if self.seed >= 2**32:
@@ -261,7 +261,8 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
         model = GPT(config.model)
     compiled = config.compile and device.can_compile(world.device)
     if config.compile and not compiled:
-        log.progress(f"warning: running without torch.compile, which can't be used here on {world.device.type} (CPU: install g++)")
+        without = "without torch.compile" + (" and with all activations kept" if config.activation_memory < 1 else "")
+        log.progress(f"warning: running {without}: it can't be used here on {world.device.type} (CPU: install g++)")
     trainer = Trainer(config, world, model, shards, compiled)
     if resumed is not None:
         trainer.load(resumed)
