@@ -138,7 +138,7 @@ class GPT(nn.Module):
 
     def compile_blocks(self, activation_memory: float = 1.0):
         """torch.compile, for training and validation: a graph for all blocks, which are alike, and one for the loss, made in
-        a third of the time that the whole model's would take. activation_memory: the share of the activations that is kept
+        less than half the time that the whole model's would take. activation_memory: the share of the activations that is kept
         for the backward pass, in this process; what is computed again instead is chosen by cost."""
         from torch._functorch import config
 
