@@ -183,7 +183,8 @@ def batches(trees: list[Tree], batch_tokens: int) -> Iterator[list[int]]:
 @torch.no_grad()
 def log_probs(model: GPT, tasks: list[list[Row]], batch_tokens: int, progress: bool = False) -> list[list[float]]:
     """The log-probability in nats of each row's ending given its context; the softmax and the sum are not in bf16."""
-    device = model.transformer.wte.weight.device
+    model, device = model.for_scoring(), model.transformer.wte.weight.device
+    at_once = 128 if device.type == "cpu" else 8192  # positions whose logits fit into the caches of the one, the memory of the other
     trees = [grow(rows, model.config.seq_len) for rows in tasks]
     result = [[] for _ in tasks]
     with cli.bar(total=len(tasks), desc="HellaSwag", unit="task", leave=False, disable=not progress) as bar:
@@ -200,8 +201,9 @@ def log_probs(model: GPT, tasks: list[list[Row]], batch_tokens: int, progress: b
             )
             own = (branch[:, None, :, None] == branch[:, None, None, :]) | (branch[:, None, None, :] == 0)  # or the context
             x = model.hidden(ids, positions=positions, mask=own & causal_mask(L, L, device))  # (B, L, C)
-            logits = model.logits(x.flatten(0, 1)[scored])  # (N, V): no other position needs any
-            log_p = -F.cross_entropy(logits.float(), targets, reduction="none")
+            x = x.flatten(0, 1)[scored]  # (N, C): no other position needs logits
+            parts = zip(x.split(at_once), targets.split(at_once), strict=True)
+            log_p = torch.cat([-F.cross_entropy(model.logits(part).float(), ids, reduction="none") for part, ids in parts])  # (N,)
             sums = [part.sum().item() for part in log_p.cpu().double().split([n for i in batch for n in trees[i].counts])]
             for i in batch:
                 result[i], sums = sums[: len(tasks[i])], sums[len(tasks[i]) :]

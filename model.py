@@ -147,6 +147,23 @@ class GPT(nn.Module):
             block.compile()
         self.loss = torch.compile(self.loss)
 
+    def for_scoring(self) -> "GPT":
+        """A copy for forward passes alone, as fast as the hardware has it; this model itself where nothing is gained. The copy
+        computes in autocast's dtype with this model's weights of now: after a step of the optimizer it is out of date."""
+        weight = self.lm_head.weight
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        if weight.device.type != "cpu" or not OneDNNLinear.is_available(dtype):
+            return self
+        with torch.device("meta"):
+            copy = GPT(self.config)
+        copy.load_state_dict(self.state_dict(), assign=True)  # the same tensors
+        for block in copy.transformer.h:
+            block.attn.c_attn = OneDNNLinear(block.attn.c_attn, dtype)
+            block.attn.c_proj = OneDNNLinear(block.attn.c_proj, dtype)
+            block.mlp = nn.Sequential(OneDNNLinear(block.mlp.c_fc, dtype, gelu=True), OneDNNLinear(block.mlp.c_proj, dtype))
+        copy.lm_head = OneDNNLinear(copy.lm_head, dtype)
+        return copy.eval()
+
     def num_params(self) -> int:
         """Parameters, the rows that only pad the vocabulary left out."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
@@ -336,6 +353,29 @@ class Linear(nn.Linear):
             return super().forward(x)
         y = (self.weight * x.flatten()).sum(-1)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
+class OneDNNLinear(nn.Module):
+    """A linear layer, and the GELU after it, as one call of oneDNN, the library that torch.compile takes for it too. In fp32 its
+    product is up to 1.3 times as fast as MKL's, which nn.Linear calls, where the CPU is not Intel's. No gradients."""
+
+    @staticmethod
+    def is_available(dtype: torch.dtype) -> bool:
+        if not torch.backends.mkldnn.is_available():
+            return False
+        return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, gelu: bool = False):
+        super().__init__()
+        self.dtype, self.gelu = dtype, gelu
+        self.weight = linear.weight.detach().to(dtype)
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        if dtype != linear.weight.dtype:  # a second set of weights it is in any case: in the order in which they are read, then
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        after = "gelu" if self.gelu else "none"
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, after, [], "tanh")
 
 
 class BlockwiseAttention(torch.autograd.Function):

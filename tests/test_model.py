@@ -279,6 +279,38 @@ def test_flops_are_six_a_weight_and_the_attention_products():
     assert GPT(config).flops_per_token() == 6 * weights + 12 * 2 * 16 * 32
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_copy_for_scoring_computes_the_same(shape):
+    """The parts that for_scoring replaces against the model that has its weights, in fp32 and in autocast's bf16."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(*shape)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    idx = ids_for(model.config)
+    with torch.no_grad():
+        assert (model.for_scoring()(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, scored = model(idx)[0], model.for_scoring()(idx)[0]
+    assert scored.dtype == torch.bfloat16 and (scored - expected).float().norm() / expected.float().norm() < 0.02
+
+
+def test_the_copy_for_scoring_is_of_the_weights_there_are(monkeypatch):
+    """In fp32 it takes no memory; it leaves the model as it was, and is asked for anew after a step of training."""
+    model = GPT(GPTConfig(*SHAPES[0])).train()
+    idx = ids_for(model.config)
+    copy = model.for_scoring()
+    assert copy is not model and copy.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    model(idx, idx)[1].backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, scored = model(idx)[0], model.for_scoring()(idx)[0]
+    assert (scored - expected).float().norm() / expected.float().norm() < 0.02
+    assert model.training and all(p.requires_grad for p in model.parameters())
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # as in PyTorch for a Mac
+    assert model.for_scoring() is model
+
+
 def test_too_long_an_input_is_refused():
     with pytest.raises(ValueError, match="9 positions, but the model sees at most 8"):
         GPT(GPTConfig(97, 8, 1, 1, 8))(torch.zeros(1, 9, dtype=torch.long))
