@@ -77,6 +77,7 @@ class GPT(nn.Module):
         )
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: Press & Wolf, 2017
+        self.chunk_loss = chunk_loss
         self.init_weights()
 
     @torch.no_grad()
@@ -106,7 +107,11 @@ class GPT(nn.Module):
         """Mean cross entropy in nats a token. x: (N, C). targets: (N,), -100 where a position does not count."""
         chunks = -(-len(x) * self.config.padded_vocab_size // (MAX_LOGITS_CUDA if x.device.type == "cuda" else MAX_LOGITS))
         if chunks > 1:
-            return chunked_cross_entropy(x, self.lm_head.weight, targets, self.config.vocab_size, -(-len(x) // chunks))
+            chunk, vocab_size = -(-len(x) // chunks), self.config.vocab_size
+            return chunked_cross_entropy(x, self.lm_head.weight, targets, vocab_size, chunk, self.chunk_loss)
+        return self.whole_loss(x, targets)
+
+    def whole_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         # float(): the softmax over V must not be summed in bf16
         return F.cross_entropy(self.logits(x).float(), targets, ignore_index=-100)
 
@@ -145,7 +150,7 @@ class GPT(nn.Module):
         config.activation_memory_budget = activation_memory
         for block in self.transformer.h:
             block.compile()
-        self.loss = torch.compile(self.loss)
+        self.whole_loss, self.chunk_loss = torch.compile(self.whole_loss), torch.compile(self.chunk_loss)
 
     def for_scoring(self) -> "GPT":
         """A copy for forward passes alone, as fast as the hardware has it; this model itself where nothing is gained. The copy
@@ -432,13 +437,27 @@ class BlockwiseAttention(torch.autograd.Function):
         return torch.cat(dq, dim=2), over_queries(dk), over_queries(dv)
 
 
-def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int) -> Tensor:
+def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, chunk_loss) -> Tensor:
     """cross_entropy(x @ weight.T, targets), a chunk of positions at a time, so that the logits never stand in memory
-    together. x: (N, C); weight: (≥ vocab_size, C), in fp32 also under autocast; targets: (N,), -100 does not count."""
+    together. x: (N, C); weight: (≥ vocab_size, C), in fp32 also under autocast; targets: (N,), -100 does not count.
+    chunk_loss: the function below, or what torch.compile makes of it."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    return ChunkedCrossEntropy.apply(x, weight, targets, vocab_size, chunk, torch.is_grad_enabled())
+    return ChunkedCrossEntropy.apply(x, weight, targets, vocab_size, chunk, chunk_loss, torch.is_grad_enabled())
+
+
+def chunk_loss(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, dx: Tensor | None, dw: Tensor | None) -> Tensor:
+    """The sum of the cross entropies of n positions, (n, C). Its gradients are written into dx (n, C) and added to dw (V, C)."""
+    ids, counts, target = torch.arange(len(w), device=x.device), (targets != -100)[:, None], targets.clamp(min=0)[:, None]
+    logits = (x @ w.t()).float().masked_fill(ids >= vocab_size, float("-inf"))  # (n, V)
+    log_norm = logits.logsumexp(-1, keepdim=True)
+    if dx is not None:
+        # not divided by the number of positions yet: fp16 could not hold that, nor a sum over all of them
+        dlogits = (((logits - log_norm).exp() - (ids == target).float()) * counts).to(x.dtype)
+        dx.copy_(dlogits @ w)
+        dw += (dlogits.t() @ (x / 256)).float() * 256
+    return ((log_norm - logits.gather(1, target)) * counts).sum()
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -446,21 +465,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     logits are there, and only scaled in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, needs_grad: bool) -> Tensor:
-        w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, chunk_loss, needs_grad: bool) -> Tensor:
+        w, total, n = weight.to(x.dtype), torch.zeros((), device=x.device), (targets != -100).sum()
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if needs_grad else (None, None)
-        ids, counted = torch.arange(len(w), device=x.device), targets != -100
         for part in (slice(start, start + chunk) for start in range(0, len(x), chunk)):
-            logits = (x[part] @ w.t()).float().masked_fill(ids >= vocab_size, float("-inf"))  # (chunk, V)
-            counts, target = counted[part, None], targets[part, None].clamp(min=0)  # (chunk, 1)
-            log_norm = logits.logsumexp(-1, keepdim=True)
-            total += ((log_norm - logits.gather(1, target)) * counts).sum()
-            if needs_grad:
-                # not divided by the number of positions yet: fp16 could not hold that, nor a sum over all of them
-                dlogits = (((logits - log_norm).exp() - (ids == target).float()) * counts).to(x.dtype)
-                dx[part] = dlogits @ w
-                dw += (dlogits.t() @ (x[part] / 256)).float() * 256
-        n = counted.sum()
+            total += chunk_loss(x[part], w, targets[part], vocab_size, dx[part] if needs_grad else None, dw)
         if needs_grad:
             ctx.save_for_backward(dx, dw, n)
         return total / n
@@ -468,7 +477,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss: Tensor):
         dx, dw, n = ctx.saved_tensors
-        return dx * (dloss / n), dw * (dloss / n), None, None, None, None
+        return dx * (dloss / n), dw * (dloss / n), None, None, None, None, None
 
 
 # ---- Hugging Face's files ----
