@@ -10,6 +10,10 @@ import torch.distributed as dist
 from device import pick_device
 
 
+class Stopped(Exception):
+    """A signal asked for the end while there was still work to do: raised on all processes alike."""
+
+
 @dataclass(frozen=True)
 class World:
     """One process among `size`; a run without torchrun is a world of one."""
@@ -34,6 +38,13 @@ class World:
         if self.size > 1:
             dist.all_gather_object(things, thing)
         return things
+
+    def gather_unless(self, stopped: bool, thing) -> list:
+        """gather, for what a signal may cut short on some of the processes: Stopped on all of them when it did on any."""
+        things = self.gather((stopped, thing))
+        if any(stopped for stopped, _ in things):
+            raise Stopped
+        return [thing for _, thing in things]
 
     def on_main(self, function):
         """Runs function on rank 0 alone. Its picklable result, or its ValueError or OSError, is every process's."""

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -181,14 +181,19 @@ def batches(trees: list[Tree], batch_tokens: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def log_probs(model: GPT, tasks: list[list[Row]], batch_tokens: int, progress: bool = False) -> list[list[float]]:
-    """The log-probability in nats of each row's ending given its context; the softmax and the sum are not in bf16."""
+def log_probs(
+    model: GPT, tasks: list[list[Row]], batch_tokens: int, progress: bool = False, stopped: Callable[[], bool] = lambda: False
+) -> list[list[float]]:
+    """The log-probability in nats of each row's ending given its context; the softmax and the sum are not in bf16.
+    stopped: asked before each batch whether to leave the rest."""
     model, device = model.for_scoring(), model.transformer.wte.weight.device
     at_once = 128 if device.type == "cpu" else 8192  # positions whose logits fit into the caches of the one, the memory of the other
     trees = [grow(rows, model.config.seq_len) for rows in tasks]
     result = [[] for _ in tasks]
     with cli.bar(total=len(tasks), desc="HellaSwag", unit="task", leave=False, disable=not progress) as bar:
         for batch in batches(trees, batch_tokens):
+            if stopped():
+                break
             B, L = len(batch), len(trees[batch[0]].ids)
             ids, positions, branch = np.zeros((3, B, L), np.int64)  # padded on the right
             for j, tree in enumerate(trees[i] for i in batch):
@@ -222,9 +227,17 @@ STYLES = {"completion": (completion_rows, ""), "harness": (harness_rows, "harnes
 
 
 def evaluate(
-    model: GPT, tokenizer: Tokenizer, tasks: list[dict], world: World, batch_tokens: int = 0, autocast=None, styles=tuple(STYLES)
+    model: GPT,
+    tokenizer: Tokenizer,
+    tasks: list[dict],
+    world: World,
+    batch_tokens: int = 0,
+    autocast=None,
+    styles=tuple(STYLES),
+    stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], list[dict]]:
     """Scores tasks over all processes. batch_tokens: 0 leaves it to the device. autocast: a context for the matrix products.
+    stopped: whether to give up; when any process does, all raise Stopped.
 
     Returns the accuracies acc, acc_norm, harness_acc and harness_acc_norm, and each task's answers, of the styles asked for.
     """
@@ -232,11 +245,13 @@ def evaluate(
     rows = {(i, style): STYLES[style][0](tasks[i], tokenizer) for i in mine for style in styles}
     batch_tokens = batch_tokens or (1024 if world.device.type == "cpu" else 32768)  # a CPU's caches hold no more
     with autocast or nullcontext():
-        scores = log_probs(model, list(rows.values()), batch_tokens, world.is_main)
+        scores = log_probs(model, list(rows.values()), batch_tokens, world.is_main, stopped)
+    given_up = stopped()
     scored = {i: {"ind": tasks[i].get("ind", i), "label": int(tasks[i]["label"])} for i in mine}
-    for ((i, style), group), log_p in zip(rows.items(), scores, strict=True):
-        scored[i][style] = answers(group, log_p)
-    merged = {i: task for part in world.gather(scored) for i, task in part.items()}
+    if not given_up:
+        for ((i, style), group), log_p in zip(rows.items(), scores, strict=True):
+            scored[i][style] = answers(group, log_p)
+    merged = {i: task for part in world.gather_unless(given_up, scored) for i, task in part.items()}
     if any(math.isnan(p) for task in merged.values() for style in styles for p in task[style]["log_probs"]):
         raise ValueError("the model's losses are not numbers: its training diverged, use an earlier checkpoint")
 

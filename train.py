@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -36,7 +37,7 @@ import fineweb
 import hellaswag
 import plot_log
 from dataloader import MANIFEST, Shards, TokenStream, find_shards, share, verify_shards
-from distributed import World, join_world
+from distributed import Stopped, World, join_world
 from files import hold, read_json, write_json
 from model import GPT, SIZES, GPTConfig
 from sample import sample_texts
@@ -190,16 +191,21 @@ PRESETS = {
 def train(config: TrainConfig, world: World):
     log = Log(config, world)
     trainer, start = build(config, world, log)
-    if start >= config.max_steps:
+    if start > config.max_steps or (start == config.max_steps and trainer.val_loss is not None):
         log.progress(f"{config.out_dir} finished already, at step {start}: raise --max-steps to go on")
         return
     world.on_main(lambda: record_launch(config, world, trainer.shards, start))
-    evaluation, stop = Evaluation(trainer, log), StopSignal()
+    stop = StopSignal()
+    evaluation = Evaluation(trainer, log, stop)
     step, stopping = start, False
     while True:
-        finished = step == config.max_steps
-        val_loss = evaluation.run(step) if finished or not stopping else None
-        if step > start and (finished or stopping or due(config.checkpoint_every, step)):
+        finished, val_loss = step == config.max_steps, None
+        if not stopping:
+            try:
+                val_loss = evaluation.run(step)
+            except Stopped:  # the next launch evaluates this step
+                stopping = True
+        if finished or (step > start and (stopping or due(config.checkpoint_every, step))):
             log.refuse_divergence(f"a weight after {step} steps", trainer.largest_weight())
             trainer.save(step, val_loss)
         if finished or stopping:
@@ -209,13 +215,13 @@ def train(config: TrainConfig, world: World):
         loss, norm = trainer.update(step)
         # one sync a step: the loss summed over the ranks, and whether any of them was told to stop
         loss, stops = world.sum(torch.stack([loss, loss.new_tensor(stop.received > 0)])).tolist()
-        seconds = time.perf_counter() - began
+        seconds, stop.unsaved = time.perf_counter() - began, True
         trainer.seconds += seconds  # the run's clock stands still for all but its updates
         log.refuse_divergence(f"the loss of step {step}", loss)
         log.train(step, trainer.metrics(step, loss / world.size, norm.item(), seconds), seconds)
         step, stopping = step + 1, stops > 0
     evaluation.plot()
-    if not finished:
+    if stopping:
         log.progress(f"stopped by a signal after {step} steps, all saved; go on: --resume --out-dir {config.out_dir}")
         sys.exit(128 + (stop.received or signal.SIGTERM))
     log.progress(f"finished: log, plot and checkpoints are in {config.out_dir}")
@@ -226,19 +232,23 @@ def due(every: int, step: int) -> bool:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C ask for an orderly end: the step is finished and saved. A second one ends at once, unless it
-    comes within a second: torchrun passes on a signal that the scheduler sent to its processes too."""
+    """SIGTERM and Ctrl-C ask for an orderly end: the step is finished, an evaluation given up, and all saved. The end comes
+    at once while there is nothing to save, as in the first step's compilation, and on a second signal, unless that one comes
+    within a second: torchrun passes on a signal that the scheduler sent to its processes too."""
 
     def __init__(self):
-        self.received, self.at = 0, 0.0
+        self.received, self.at, self.unsaved = 0, 0.0, False
         signal.signal(signal.SIGTERM, self.handle)
         signal.signal(signal.SIGINT, self.handle)
 
     def handle(self, number, frame):
-        if self.received and time.monotonic() - self.at > 1:
-            raise KeyboardInterrupt
         if not self.received:
             self.received, self.at = number, time.monotonic()
+            if not self.unsaved:
+                os.write(2, b"stopped by a signal before the first step: nothing to save\n")  # print is not for signal handlers
+                sys.exit(128 + number)
+        elif time.monotonic() - self.at > 1:
+            raise KeyboardInterrupt
 
 
 def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int]:
@@ -324,6 +334,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.seconds = 0.0  # spent in updates, over all launches of the run
+        self.val_loss = None  # of the checkpoint that the run goes on from, if it was validated
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -351,21 +362,24 @@ class Trainer:
         return total, norm
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Mean loss over val_tokens spread evenly over the val split, whatever the number of processes and the micro batch."""
+    def validate(self, stopped: Callable[[], bool] = lambda: False) -> float:
+        """Mean loss over val_tokens spread evenly over the val split, whatever the number of processes and the micro batch.
+        stopped: asked before each batch whether to give up; when any process does, all raise Stopped."""
         world, B, T = self.world, self.config.micro_batch_size, self.config.model.seq_len
         there = self.val_stream.sequences_per_epoch
         count = max(1, min(there, self.config.val_tokens // T))
         mine = [i * there // count for i in range(world.rank, count, world.size)]
         total = 0.0
         for start in range(0, len(mine), B):
+            if stopped():
+                break
             positions = mine[start : start + B]
             x, y = self.val_stream.batch(positions + [0] * (B - len(positions)))  # always (B, T): nothing is compiled anew
             y[len(positions) :] = -100
             x, y = self.to_device((x, y))
             with self.autocast():
                 total += self.model(x, y)[1].item() * len(positions)
-        return sum(world.gather(total)) / count
+        return sum(world.gather_unless(stopped(), total)) / count
 
     def to_device(self, arrays) -> list[Tensor]:
         tensors = [torch.from_numpy(array) for array in arrays]
@@ -413,7 +427,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty when the run was not in fp16 until now
             self.scaler.load_state_dict(state["scaler"])
-        self.seconds = state["seconds"]
+        self.seconds, self.val_loss = state["seconds"], content["val_loss"]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -428,8 +442,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class Evaluation:
     """What a run measures and shows beside training. Validation always; what HellaSwag and samples need may be missing."""
 
-    def __init__(self, trainer: Trainer, log: "Log"):
-        self.trainer, self.log = trainer, log
+    def __init__(self, trainer: Trainer, log: "Log", stop: StopSignal):
+        self.trainer, self.log, self.stopped = trainer, log, lambda: stop.received > 0
         self.config, self.world = trainer.config, trainer.world
         self.tokenizer = self.or_warn("samples and HellaSwag in this run", self.get_tokenizer)
         wanted = self.tokenizer and self.config.hellaswag_every
@@ -453,10 +467,10 @@ class Evaluation:
 
     def run(self, step: int) -> float | None:
         """Whatever is due at this step, at the end of the run all that is not switched off. Returns the validation loss,
-        which the end always has, or None when it was not due."""
+        which the end always has, or None when it was not due. Stopped, on all processes, when a signal comes."""
         config, end, val_loss = self.config, step == self.config.max_steps, None
         if end or due(config.val_every, step):
-            val_loss = self.trainer.validate()
+            val_loss = self.trainer.validate(self.stopped)
             self.log.refuse_divergence(f"the validation loss of step {step}", val_loss)
             self.log.value(step, "val", val_loss, {"val_loss": val_loss, **self.trainer.axes(step)})
             self.log.result(f"step {step}: val loss {val_loss:.4f}")
@@ -469,13 +483,15 @@ class Evaluation:
 
     def hellaswag(self, step: int):
         trainer = self.trainer
-        scores, _ = hellaswag.evaluate(trainer.model, self.tokenizer, self.tasks, self.world, autocast=trainer.autocast())
+        scores, _ = hellaswag.evaluate(
+            trainer.model, self.tokenizer, self.tasks, self.world, autocast=trainer.autocast(), stopped=self.stopped
+        )
         named = {f"hellaswag_{name}": score for name, score in scores.items()}
         self.log.value(step, "hella", scores["acc_norm"], {**named, **trainer.axes(step)})
         self.log.result(f"step {step}: HellaSwag acc_norm {scores['acc_norm']:.4f}, harness style {scores['harness_acc_norm']:.4f}")
 
     def sample(self, step: int):
-        if not self.world.is_main:
+        if not self.world.is_main or self.stopped():
             return
         prompt, length, seed = self.config.sample_prompt, self.config.sample_tokens, self.config.seed + step
         with self.trainer.autocast():

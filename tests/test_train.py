@@ -452,23 +452,73 @@ def test_what_a_run_or_a_model_left_is_not_overwritten(shards, tmp_path, capsys,
     assert "already: add --resume" in capsys.readouterr().err and (tmp_path / "run" / name).read_text() == "{}"
 
 
-def test_a_signal_in_the_last_step_still_validates(shards, tmp_path, monkeypatch):
-    update = train.Trainer.update
+@pytest.mark.parametrize("where", ["first update", "update", "validation", "HellaSwag", "validation at the end", "samples at the end"])
+def test_a_signal_wherever_it_comes_loses_nothing(finished, shards, tmp_path, monkeypatch, capfd, where):
+    """An evaluation is given up there and then; the next launch makes up for it, also at the end of the run."""
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(3)))
+    argv = ["--val-every", 10, "--hellaswag-every", 10, "--hellaswag-file", tasks, "--sample-every", 10, "--sample-prompt", "a"]
+    owner, name, step = {
+        "first update": (train.Trainer, "update", 0),
+        "update": (train.Trainer, "update", 19),
+        "validation": (train.Trainer, "validate", 1),
+        "HellaSwag": (train.hellaswag, "log_probs", 1),
+        "validation at the end": (train.Trainer, "validate", 2),
+        "samples at the end": (train, "sample_texts", 2),
+    }[where]
+    plain, calls = getattr(owner, name), []
 
-    def update_and_stop(self, step):
-        if step == 2:
+    def signalled(*args, **how):
+        calls.append(args)
+        if len(calls) == step + 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(self, step)
+        return plain(*args, **how)
 
-    monkeypatch.setattr(train.Trainer, "update", update_and_stop)
-    assert run_train(shards, tmp_path / "run", "--max-steps", 3) == 0
-    assert list(read_stream(tmp_path / "run", "val")) == [0, 3]
-    assert torch.load(tmp_path / "run" / "model_00003.pt", weights_only=True)["val_loss"] is not None
+    monkeypatch.setattr(owner, name, signalled)
+    assert run_train(shards, tmp_path / "run", *argv) == (0 if "samples" in where else 128 + signal.SIGTERM)
+    assert ("nothing to save" in capfd.readouterr().err) == (where == "first update")
+    at = None if where == "first update" else 10 if where in ("validation", "HellaSwag") else 20
+    assert checkpoint.newest_step(tmp_path / "run") == at
+    done = [0] if where in ("validation", "first update") else [0, 10] if where != "samples at the end" else [0, 10, 20]
+    assert list(read_stream(tmp_path / "run", "val")) == done
+    assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run") == 0
+    assert ("finished already" in capfd.readouterr().err) == ("samples" in where)
+    assert list(read_stream(tmp_path / "run", "val")) == list(read_stream(tmp_path / "run", "hella")) == [0, 10, 20]
+    assert_same_weights(final_weights(tmp_path / "run"), final_weights(finished))
+    assert torch.load(tmp_path / "run" / "model_00020.pt", weights_only=True)["val_loss"] is not None
+
+
+@pytest.mark.parametrize("function", ["validate", "hellaswag"])
+def test_a_signal_to_one_process_ends_the_evaluation_of_all(shards, tmp_path, function):
+    """The second of two gets it, the first is told; the run goes on from there."""
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(3)))
+    (tmp_path / "signalled.py").write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(REPO)!r})\n"
+        "import train\n"
+        f"owner = train.Trainer if {function!r} == 'validate' else train.Evaluation\n"
+        f"plain, calls = owner.{function}, []\n"
+        "def signalled(self, *args):\n"
+        "    calls.append(args)\n"
+        "    if len(calls) == 2 and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return plain(self, *args)\n"
+        f"owner.{function} = signalled\n"
+        "train.main()\n"
+    )
+    argv = ["--val-every", 10, "--hellaswag-every", 10, "--hellaswag-file", tmp_path / "tasks.jsonl", "--checkpoint-every", 0]
+    run = tmp_path / "run"
+    result = script(tmp_path / "signalled.py", *TINY, "--data-dir", shards, "--out-dir", run, *argv, processes=2)
+    assert result.returncode != 0 and "stopped by a signal after 10 steps, all saved" in result.stderr
+    assert checkpoint.newest_step(run) == 10 and 10 not in read_stream(run, "hella")
+    assert script("train.py", "--resume", "--out-dir", run, processes=2).returncode == 0
+    assert list(read_stream(run, "hella")) == list(read_stream(run, "val")) == [0, 10, 20]
 
 
 def test_a_second_signal_ends_at_once_unless_it_is_the_first_one_passed_on(monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     stop = train.StopSignal()
+    stop.unsaved = True
     stop.handle(signal.SIGTERM, None)
     stop.handle(signal.SIGTERM, None)
     assert stop.received == signal.SIGTERM
