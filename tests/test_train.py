@@ -149,7 +149,7 @@ def fifty_steps(shards, tmp_path_factory):
     return out_dir
 
 
-@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 1), (1, 2), (1, 4), (2, 4), (4, 1)])
+@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 1), (1, 2), (1, 4), (2, 4), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_losses_do_not_depend_on_processes_or_micro_batch(fifty_steps, shards, tmp_path, processes, micro_batch):
     argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--max-steps", 50, "--micro-batch-size", micro_batch]
     if processes == 1:
@@ -166,7 +166,7 @@ def test_losses_do_not_depend_on_processes_or_micro_batch(fifty_steps, shards, t
 # ---- resume ----
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ten_and_ten_steps_are_twenty(finished, shards, tmp_path, processes):
     """Bit for bit: the losses of every step and the final weights."""
 
@@ -488,7 +488,7 @@ def test_a_signal_wherever_it_comes_loses_nothing(finished, shards, tmp_path, mo
     assert torch.load(tmp_path / "run" / "model_00020.pt", weights_only=True)["val_loss"] is not None
 
 
-@pytest.mark.parametrize("function", ["validate", "hellaswag"])
+@pytest.mark.parametrize("function", [pytest.param("validate", marks=pytest.mark.slow), "hellaswag"])
 def test_a_signal_to_one_process_ends_the_evaluation_of_all(shards, tmp_path, function):
     """The second of two gets it, the first is told; the run goes on from there."""
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(3)))
