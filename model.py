@@ -77,7 +77,7 @@ class GPT(nn.Module):
         )
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: Press & Wolf, 2017
-        self.chunk_loss = chunk_loss
+        self.chunk_loss = chunk_loss  # compile_blocks puts a compiled one here
         self.init_weights()
 
     @torch.no_grad()
@@ -153,8 +153,9 @@ class GPT(nn.Module):
         self.whole_loss, self.chunk_loss = torch.compile(self.whole_loss), torch.compile(self.chunk_loss)
 
     def for_scoring(self) -> "GPT":
-        """A copy for forward passes alone, as fast as the hardware has it; this model itself where nothing is gained. The copy
-        computes in autocast's dtype with this model's weights of now: after a step of the optimizer it is out of date."""
+        """A copy for hidden() and logits() without gradients, faster on a CPU; elsewhere, without oneDNN, or in fp16 this model
+        itself. Its matrix products are in autocast's dtype of now, or else the weights'. Take another one after a step of the
+        optimizer: weights in another dtype are of the moment the copy was made."""
         weight = self.lm_head.weight
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
         if weight.device.type != "cpu" or not OneDNNLinear.is_available(dtype):
@@ -361,8 +362,8 @@ class Linear(nn.Linear):
 
 
 class OneDNNLinear(nn.Module):
-    """A linear layer, and the GELU after it, as one call of oneDNN, the library that torch.compile takes for it too. On an AMD
-    CPU its product in fp32 is 1.2 to 1.4 times as fast as MKL's, which nn.Linear calls. No gradients."""
+    """A linear layer, and the GELU after it, as one call of oneDNN. On an AMD CPU its product in fp32 is 1.2 to
+    1.4 times as fast as MKL's, which nn.Linear calls. No gradients."""
 
     @staticmethod
     def is_available(dtype: torch.dtype) -> bool:
@@ -380,6 +381,7 @@ class OneDNNLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         after = "gelu" if self.gelu else "none"
+        # "tanh" is the form of GELU
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, after, [], "tanh")
 
 
@@ -448,12 +450,14 @@ def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size
 
 
 def chunk_loss(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, dx: Tensor | None, dw: Tensor | None) -> Tensor:
-    """The sum of the cross entropies of n positions, (n, C). Its gradients are written into dx (n, C) and added to dw (V, C)."""
+    """The sum of the cross entropies of n positions, x (n, C), w all rows of the table in x's dtype. Its gradients are written
+    into dx, like x, and added to dw, like the table; None for none. This is compiled, and not the loop that calls it: of a
+    loop torch.compile keeps each turn's part of dw until the end."""
     ids, counts, target = torch.arange(len(w), device=x.device), (targets != -100)[:, None], targets.clamp(min=0)[:, None]
     logits = (x @ w.t()).float().masked_fill(ids >= vocab_size, float("-inf"))  # (n, V)
     log_norm = logits.logsumexp(-1, keepdim=True)
     if dx is not None:
-        # not divided by the number of positions yet: fp16 could not hold that, nor a sum over all of them
+        # not divided by the number of positions yet, which fp16 could not hold, and the sum over them by 256, so that it can
         dlogits = (((logits - log_norm).exp() - (ids == target).float()) * counts).to(x.dtype)
         dx.copy_(dlogits @ w)
         dw += (dlogits.t() @ (x / 256)).float() * 256
@@ -466,7 +470,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, chunk_loss, needs_grad: bool) -> Tensor:
-        w, total, n = weight.to(x.dtype), torch.zeros((), device=x.device), (targets != -100).sum()
+        w, total, n = weight.to(x.dtype), torch.zeros((), dtype=torch.float32, device=x.device), (targets != -100).sum()
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if needs_grad else (None, None)
         for part in (slice(start, start + chunk) for start in range(0, len(x), chunk)):
             total += chunk_loss(x[part], w, targets[part], vocab_size, dx[part] if needs_grad else None, dw)
