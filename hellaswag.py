@@ -207,8 +207,8 @@ def log_probs(
             own = (branch[:, None, :, None] == branch[:, None, None, :]) | (branch[:, None, None, :] == 0)  # or the context
             x = model.hidden(ids, positions=positions, mask=own & causal_mask(L, L, device))  # (B, L, C)
             x = x.flatten(0, 1)[scored]  # (N, C): no other position needs logits
-            parts = zip(x.split(at_once), targets.split(at_once), strict=True)
-            log_p = torch.cat([-F.cross_entropy(model.logits(part).float(), ids, reduction="none") for part, ids in parts])  # (N,)
+            chunks = zip(x.split(at_once), targets.split(at_once), strict=True)
+            log_p = torch.cat([-F.cross_entropy(model.logits(some).float(), theirs, reduction="none") for some, theirs in chunks])  # (N,)
             sums = [part.sum().item() for part in log_p.cpu().double().split([n for i in batch for n in trees[i].counts])]
             for i in batch:
                 result[i], sums = sums[: len(tasks[i])], sums[len(tasks[i]) :]
