@@ -1,6 +1,8 @@
 """A process among those that torchrun started, and what they do together."""
 
+import gc
 import os
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -74,5 +76,9 @@ def join_world(device: str):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(device, dist.get_rank(), dist.get_world_size())
+    except BaseException as e:
+        traceback.clear_frames(e.__traceback__)  # they hold DDP, which must go before the group:
+        raise
     finally:
+        gc.collect()  # when DDP goes last, it waits with Python's lock for a gloo thread that waits for the lock (torch 2.13)
         dist.destroy_process_group()

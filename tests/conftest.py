@@ -1,8 +1,15 @@
 """What the tests share: tiny shards, a tiny model's flags, and ways to run the scripts as a user does."""
 
+import importlib
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +80,92 @@ def script(*argv, processes: int = 0, timeout: float = 120, **env) -> subprocess
     command = [sys.executable, *launcher, str(REPO / str(argv[0])), *map(str, argv[1:])]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **{key: str(value) for key, value in env.items()}}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+
+
+# ---- processes that begin in milliseconds: forked from a server that has PyTorch loaded already ----
+
+FORKS = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server():
+    FORKS.set_forkserver_preload(["conftest", "torch._dynamo", "matplotlib.pyplot"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), str(REPO / "tests")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+
+
+def in_fork(name: str, argv: list[str], env: dict[str, str], outputs: tuple[Path, Path], first: Callable | None):
+    for number, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    os.environ.update(env)
+    sys.argv = [name, *argv]
+    if first:
+        first()
+    importlib.import_module(name).main()
+
+
+class Forked:
+    """A script on its way in one process, or in as many as torchrun would start: without torchrun's watch over them."""
+
+    def __init__(self, folder: Path, name: str, *argv, processes: int = 0, first: Callable | None = None, **env):
+        """folder: for what they print. first: called in each process before the script's main."""
+        self.outputs = [(folder / f"{name}_{rank}.out", folder / f"{name}_{rank}.err") for rank in range(processes or 1)]
+        for path in sum(self.outputs, ()):
+            path.unlink(missing_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self.processes = []
+        for rank, outputs in enumerate(self.outputs):
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            both = {key: str(value) for key, value in {**(world if processes else {}), **env}.items()}
+            self.processes.append(FORKS.Process(target=in_fork, args=(name, [*map(str, argv)], both, outputs, first)))
+            self.processes[-1].start()
+
+    def wait(self, timeout: float = 60) -> subprocess.CompletedProcess:
+        """The exit status of the first rank that failed, what rank 0 wrote to stdout and what all wrote to stderr."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(deadline - time.monotonic())
+        late = [process.kill() for process in self.processes if process.exitcode is None]
+        out, err = self.outputs[0][0].read_text(), "".join(err.read_text() for _, err in self.outputs)
+        assert not late, f"still running after {timeout} s: {err}"
+        status = next((process.exitcode for process in self.processes if process.exitcode), 0)
+        return subprocess.CompletedProcess([], status, out, err)
+
+
+def forked(folder: Path, name: str, *argv, timeout: float = 60, **how) -> subprocess.CompletedProcess:
+    return Forked(folder, name, *argv, **how).wait(timeout)
+
+
+def kill_after(seconds: float):
+    """SIGKILL to this process, so much later."""
+
+    def kill():
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+
+
+def kill_at_write(folder: Path, number: int, delay: float = 0.0):
+    """SIGKILL `delay` seconds after the number-th time that this process opens a file below folder to write, or renames or
+    deletes one. Chance must not decide whether a kill comes: a machine may be quick."""
+    count = 0
+
+    def hook(event, args):
+        nonlocal count
+        if event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(str(folder)):
+            count += 1
+            if count == number:
+                kill_after(delay) if delay else os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
 
 
 def read_stream(out_dir: Path, stream: str) -> dict[int, str]:

@@ -10,7 +10,7 @@ from threading import Thread
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_main, script
+from conftest import forked, run_main
 
 import hellaswag
 from checkpoint import load_model
@@ -262,20 +262,8 @@ def test_two_processes_give_the_answers_of_one(model, tasks_file, tmp_path):
     model.save_pretrained(tmp_path / "hf")
     outs = []
     for processes in (0, 2):
-        argv = [
-            "hellaswag.py",
-            "-m",
-            tmp_path / "hf",
-            "-d",
-            "cpu",
-            "--file",
-            tasks_file,
-            "--limit",
-            15,
-            "--out",
-            tmp_path / f"{processes}.jsonl",
-        ]
-        result = script(*argv, processes=processes)
+        argv = ["-m", tmp_path / "hf", "-d", "cpu", "--file", tasks_file, "--limit", 15, "--out", tmp_path / f"{processes}.jsonl"]
+        result = forked(tmp_path, "hellaswag", *argv, processes=processes)
         assert result.returncode == 0, result.stderr
         rows = [json.loads(line) for line in (tmp_path / f"{processes}.jsonl").read_text().splitlines()]
         outs.append((result.stdout, [(row["ind"], row["harness"]["pred_norm"], row["completion"]["pred"]) for row in rows]))

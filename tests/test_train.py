@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
-from conftest import REPO, TINY, read_stream, run_main, run_train, script, write_shards
+from conftest import REPO, TINY, Forked, forked, read_stream, run_main, run_train, script, write_shards
 from test_hellaswag import make_tasks
 from test_model import random_hf
 from torch.optim import AdamW
@@ -149,13 +150,13 @@ def fifty_steps(shards, tmp_path_factory):
     return out_dir
 
 
-@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 1), (1, 2), (1, 4), (2, 4), pytest.param(4, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 1), (1, 2), (1, 4), (2, 4), (4, 1)])
 def test_losses_do_not_depend_on_processes_or_micro_batch(fifty_steps, shards, tmp_path, processes, micro_batch):
     argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--max-steps", 50, "--micro-batch-size", micro_batch]
     if processes == 1:
         assert run_main(train.main, *argv) == 0
     else:
-        result = script("train.py", *argv, processes=processes)
+        result = forked(tmp_path, "train", *argv, processes=processes)
         assert result.returncode == 0, result.stderr
     for stream, count in (("train", 50), ("val", 6)):
         here, there = read_stream(tmp_path / "run", stream), read_stream(fifty_steps, stream)
@@ -166,7 +167,7 @@ def test_losses_do_not_depend_on_processes_or_micro_batch(fifty_steps, shards, t
 # ---- resume ----
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_ten_and_ten_steps_are_twenty(finished, shards, tmp_path, processes):
     """Bit for bit: the losses of every step and the final weights."""
 
@@ -174,7 +175,7 @@ def test_ten_and_ten_steps_are_twenty(finished, shards, tmp_path, processes):
         argv = [*argv, "--out-dir", out_dir]
         if processes == 1:
             return run_main(train.main, *argv)
-        result = script("train.py", *argv, processes=processes)
+        result = forked(tmp_path, "train", *argv, processes=processes)
         assert result.returncode == 0, result.stderr
         return 0
 
@@ -200,19 +201,26 @@ def test_ten_and_ten_steps_are_twenty(finished, shards, tmp_path, processes):
     assert all(torch.equal(state[i][key], other[i][key]) for i in state for key in state[i])
 
 
+def slow_steps(seconds: float = 0.1):
+    """Each update takes so much longer."""
+    plain = train.Trainer.update
+
+    def update(self, step):
+        time.sleep(seconds)
+        return plain(self, step)
+
+    train.Trainer.update = update
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on_exactly(finished, shards, tmp_path, number):
     """20 steps equal some + a signal + the rest."""
-    command = [sys.executable, REPO / "train.py", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run"]
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run = Forked(tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", first=slow_steps)
     while not (tmp_path / "run" / "log.txt").exists() or not read_stream(tmp_path / "run", "train"):
-        assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
-    if process.returncode == 0:
-        pytest.skip("the run was over before the signal came")
-    assert process.returncode == 128 + number and "all saved" in err and "Traceback" not in err
+    os.kill(run.processes[0].pid, number)
+    result = run.wait(30)
+    assert result.returncode == 128 + number and "all saved" in result.stderr and "Traceback" not in result.stderr
     step = checkpoint.newest_step(tmp_path / "run")
     assert 0 < step < 20
     assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run") == 0
@@ -226,7 +234,8 @@ def test_resume_with_another_world_and_micro_batch(finished, shards, tmp_path):
     assert run_train(shards, tmp_path / "run", "--checkpoint-every", 10) == 0
     for path in checkpoint.files_of(tmp_path / "run", 20):
         path.unlink()
-    result = script("train.py", "--resume", "--out-dir", tmp_path / "run", "--micro-batch-size", 2, "--sample-every", 5, processes=2)
+    argv = ["--resume", "--out-dir", tmp_path / "run", "--micro-batch-size", 2, "--sample-every", 5]
+    result = forked(tmp_path, "train", *argv, processes=2)
     assert result.returncode == 0, result.stderr
     here, there = read_stream(tmp_path / "run", "train"), read_stream(finished, "train")
     assert max(abs(float(here[step]) - float(there[step])) for step in there) <= 1e-5
@@ -303,7 +312,7 @@ def test_a_missing_hellaswag_file_is_a_warning(shards, tmp_path, capsys, name):
 
 def test_a_warning_on_two_processes_is_said_once_and_both_go_on(shards, tmp_path):
     argv = ["--max-steps", 2, "--hellaswag-every", 1, "--hellaswag-file", tmp_path / "none.jsonl"]
-    result = script("train.py", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", *argv, processes=2)
+    result = forked(tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", *argv, processes=2)
     assert result.returncode == 0 and result.stderr.count("warning: no HellaSwag in this run") == 1
     assert list(read_stream(tmp_path / "run", "val")) == [0, 2]
 
@@ -488,30 +497,29 @@ def test_a_signal_wherever_it_comes_loses_nothing(finished, shards, tmp_path, mo
     assert torch.load(tmp_path / "run" / "model_00020.pt", weights_only=True)["val_loss"] is not None
 
 
-@pytest.mark.parametrize("function", [pytest.param("validate", marks=pytest.mark.slow), "hellaswag"])
-def test_a_signal_to_one_process_ends_the_evaluation_of_all(shards, tmp_path, function):
+def signal_rank_1(owner, function: str):
+    """SIGTERM to the second process alone, as its second call of the function begins."""
+    plain, calls = getattr(owner, function), []
+
+    def signalled(self, *args):
+        calls.append(args)
+        if len(calls) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *args)
+
+    setattr(owner, function, signalled)
+
+
+@pytest.mark.parametrize(("owner", "function"), [(train.Trainer, "validate"), (train.Evaluation, "hellaswag")])
+def test_a_signal_to_one_process_ends_the_evaluation_of_all(shards, tmp_path, owner, function):
     """The second of two gets it, the first is told; the run goes on from there."""
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(3)))
-    (tmp_path / "signalled.py").write_text(
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(REPO)!r})\n"
-        "import train\n"
-        f"owner = train.Trainer if {function!r} == 'validate' else train.Evaluation\n"
-        f"plain, calls = owner.{function}, []\n"
-        "def signalled(self, *args):\n"
-        "    calls.append(args)\n"
-        "    if len(calls) == 2 and os.environ['RANK'] == '1':\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return plain(self, *args)\n"
-        f"owner.{function} = signalled\n"
-        "train.main()\n"
-    )
     argv = ["--val-every", 10, "--hellaswag-every", 10, "--hellaswag-file", tmp_path / "tasks.jsonl", "--checkpoint-every", 0]
-    run = tmp_path / "run"
-    result = script(tmp_path / "signalled.py", *TINY, "--data-dir", shards, "--out-dir", run, *argv, processes=2)
-    assert result.returncode != 0 and "stopped by a signal after 10 steps, all saved" in result.stderr
+    run, first = tmp_path / "run", partial(signal_rank_1, owner, function)
+    result = forked(tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", run, *argv, processes=2, first=first)
+    assert result.returncode == 128 + signal.SIGTERM and "stopped by a signal after 10 steps, all saved" in result.stderr
     assert checkpoint.newest_step(run) == 10 and 10 not in read_stream(run, "hella")
-    assert script("train.py", "--resume", "--out-dir", run, processes=2).returncode == 0
+    assert forked(tmp_path, "train", "--resume", "--out-dir", run, processes=2).returncode == 0
     assert list(read_stream(run, "hella")) == list(read_stream(run, "val")) == [0, 10, 20]
 
 
@@ -553,9 +561,9 @@ def test_two_launches_in_one_folder_are_refused(shards, tmp_path, processes):
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        result = script("train.py", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", processes=processes)
-    assert result.returncode != 0 and result.stderr.count("another process is writing into") == 1
-    assert f'File "{REPO}' not in result.stderr
+        result = forked(tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", processes=processes)
+    assert result.returncode == 2 and result.stderr.count("another process is writing into") == 1
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
