@@ -1,22 +1,25 @@
 """Checkpoints: saving, verifying, finding and loading them. Every script loads a model through load_model.
 
     model_{step:05d}.pt      weights_only: model (state dict), config (dict), step, val_loss, tokenizer (its name)
-    state_{step:05d}.pt      what else an exact resume needs: optimizer, scaler, seconds
-    model_{step:05d}.json    the seal: size and sha256 of both, written last; without it, or unlike it, they do not count
+    state_{step:05d}.pt      what else an exact resume needs: optimizer, scaler, seconds, skipped steps, recent losses
+    model_{step:05d}.json    the seal: size and sha256 of both; without it, or unlike it, they do not count
 
-Each file is written under another name and renamed, so a kill at any moment leaves the checkpoints before it whole.
+Why a kill at any moment is safe stands at write_checkpoint.
 """
 
 import pickle
 import re
+import shutil
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from files import read_json, sha256, write_atomically, write_json
+from files import read_json, replace, sha256, write_json, write_temporary
 from fineweb import VOCAB_SIZES, Tokenizer, get_tokenizer
 from model import GPT, GPTConfig, config_from_hf, hf_folder
 
@@ -38,28 +41,137 @@ def files_of(folder: Path, step: int) -> Files:
 
 def save_checkpoint(folder: Path, step: int, model: GPT, tokenizer: str, val_loss: float | None, state: dict) -> Path:
     """Writes the checkpoint of a step and returns the model file's path. val_loss: None when not validated at this step."""
-    files = files_of(folder, step)
-    content = {
+    write_checkpoint(folder, step, content_of(step, model, tokenizer, val_loss), state)
+    return files_of(folder, step).model
+
+
+def content_of(step: int, model: GPT, tokenizer: str, val_loss: float | None) -> dict:
+    return {
         "model": model.state_dict(),
         "config": asdict(model.config),
         "step": step,
         "val_loss": val_loss,
         "tokenizer": tokenizer,
     }
-    for path, part in ((files.model, content), (files.state, state)):
-        write_atomically(path, lambda file, part=part: torch.save(part, file))
-    write_json(files.seal, {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in (files.model, files.state)})
-    return files.model
+
+
+def write_checkpoint(folder: Path, step: int, content: dict, state: dict):
+    """Both files lie on the disk under temporary names, then the seal, from which on the checkpoint counts, then come their own
+    names. So a kill leaves either nothing that counts, or what settle finishes: also where it replaces one of the same step."""
+    files = files_of(folder, step)
+    temporaries = []
+    try:
+        for path, part in ((files.model, content), (files.state, state)):
+            temporaries.append(write_temporary(path, lambda file, part=part: save_torch(part, file)))
+        write_json(files.seal, {path.stem: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in temporaries})
+    except BaseException:
+        for path in temporaries:
+            path.unlink()
+        raise
+    for path in temporaries:
+        replace(path, path.with_suffix(""))
+
+
+def settle(folder: Path):
+    """Finishes a save that a kill cut short after its seal, and removes what is left of one that had not come so far."""
+    for path in [*folder.glob("model_*.pt.tmp"), *folder.glob("state_*.pt.tmp")]:
+        seal = folder / f"model_{path.stem[6:-3]}.json"
+        try:
+            sealed = read_json(seal, "")[path.stem]["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            sealed = None
+        if sealed == sha256(path):
+            replace(path, path.with_suffix(""))
+        else:
+            path.unlink()
+
+
+def save_torch(content: dict, file):
+    try:
+        torch.save(content, file)
+    except RuntimeError as e:  # what torch's writer says when the disk is full
+        raise e.__context__ if isinstance(e.__context__, OSError) else e from None
 
 
 def prune(folder: Path, keep: int, newest: int):
-    """Deletes all but the last `keep` sealed checkpoints up to `newest`, the one just saved (0 keeps all). Later ones
-    were found damaged by the resume that came to this step, and go too. The seal of each goes before its files."""
-    steps = sealed_steps(folder)
-    kept = [step for step in steps if step <= newest][-keep:]
-    for step in sorted(set(steps) - set(kept)) if keep else []:
+    """Deletes all but the last `keep` whole checkpoints (0 keeps all), and never `newest`, the one just saved. What is not
+    whole is neither counted nor deleted. The seal of each goes before its files."""
+    whole = [step for step in sealed_steps(folder) if fault(folder, step) is None] if keep else []
+    for step in set(whole[:-keep]) - {newest}:
         for path in reversed(files_of(folder, step)):
-            path.unlink(missing_ok=True)
+            path.unlink()
+
+
+class SaveError(OSError):
+    """A checkpoint that could not be written, with what was in the way and what it needs."""
+
+    def __str__(self):
+        return self.strerror
+
+
+class Saver:
+    """Saves the checkpoints of a run. In the background: from a copy in main memory, in a thread, while training goes on;
+    else at once. A failure is kept until it is asked for."""
+
+    def __init__(self, folder: Path, keep: int, background: bool):
+        self.folder, self.keep, self.background = folder, keep, background
+        self.thread, self.error = None, None
+
+    def save(self, step: int, content: dict, state: dict):
+        self.wait()
+        if self.background:
+            copies = {place: tensor.to("cpu", copy=True) for place, tensor in tensors_in([content, state]).items()}
+            content, state = with_tensors([content, state], copies)
+        self.thread = threading.Thread(target=self.write, args=(step, content, state))
+        self.thread.start()
+        if not self.background:
+            self.wait()
+
+    def write(self, step: int, content: dict, state: dict):
+        try:
+            write_checkpoint(self.folder, step, content, state)
+            prune(self.folder, self.keep, step)
+            self.error = None
+        except OSError as e:
+            need = sum(tensor.nbytes for tensor in tensors_in([content, state]).values())
+            free = shutil.disk_usage(self.folder).free
+            self.error = SaveError(
+                e.errno,
+                f"the checkpoint of step {step} could not be saved ({e.strerror or e}): it needs {need / 1e6:,.1f} MB, "
+                f"{self.folder} has {free / 1e6:,.1f} MB free; those before it are untouched",
+            )
+
+    def wait(self):
+        if self.thread:
+            self.thread.join()
+
+    def failure(self) -> SaveError | None:
+        """Why the last one that was written failed, if it did; told once."""
+        error, self.error = self.error, None
+        return error
+
+    def finish(self):
+        """Raises SaveError when the last save failed."""
+        self.wait()
+        if self.error:
+            raise self.error
+
+
+def tensors_in(thing) -> dict[tuple, Tensor]:
+    """The tensors in nested dicts and lists by where they lie: one that stands twice, as the tied head does, is there once."""
+    if isinstance(thing, Tensor):
+        return {(thing.data_ptr(), thing.shape): thing}
+    parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list) else ()
+    return {place: tensor for part in parts for place, tensor in tensors_in(part).items()}
+
+
+def with_tensors(thing, tensors: dict[tuple, Tensor]):
+    """The same nested dicts and lists with other tensors in the places of its own."""
+    if isinstance(thing, Tensor):
+        return tensors[thing.data_ptr(), thing.shape]
+    if isinstance(thing, dict):
+        return {key: with_tensors(value, tensors) for key, value in thing.items()}
+    return [with_tensors(value, tensors) for value in thing] if isinstance(thing, list) else thing
 
 
 # ---- finding and verifying ----
@@ -80,16 +192,17 @@ def fault(folder: Path, step: int, weights_only: bool = False) -> str | None:
             if not path.exists():
                 return f"{path.name} is missing"
             if path.stat().st_size != seal[path.name]["bytes"] or sha256(path) != seal[path.name]["sha256"]:
-                return f"{path.name} is damaged: not the bytes that were saved"
+                return f"{path.name} is damaged: not the bytes that {files.seal.name} says were saved"
     except (ValueError, KeyError, TypeError):
         return f"{files.seal.name} is damaged"
     return None
 
 
-def newest_step(folder: Path, weights_only: bool = False) -> int | None:
-    """The newest step with a whole checkpoint; None when nothing was ever saved. Names those it passes over.
+def newest_step(folder: Path, at_most: int | None = None, weights_only: bool = False) -> int | None:
+    """The newest step, up to at_most, with a whole checkpoint; None when none was ever saved. Names those it passes over.
     ValueError when there are checkpoints and none is whole: a run must not silently begin again."""
     steps = sorted({int(m[1]) for path in folder.glob("model_*") if (m := re.fullmatch(r"model_(\d+)\.(pt|json)", path.name))})
+    steps = [step for step in steps if at_most is None or step <= at_most]
     for step in reversed(steps):
         problem = fault(folder, step, weights_only)
         if problem is None:

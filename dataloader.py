@@ -6,8 +6,6 @@
 A folder without a manifest is read as GPT-2 shards, .npy as build-nanogpt writes them or .bin as llm.c does.
 """
 
-import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,10 +76,21 @@ class Shards:
         """The entries of 'train' or 'val', in order."""
         return [entry for entry in self.entries if f"_{name}_" in entry["file"]]
 
-    def fingerprint(self) -> str:
-        """The same for the same shards, wherever the folder lies."""
-        parts = [[entry["file"], entry.get("sha256") or (self.folder / entry["file"]).stat().st_size] for entry in self.entries]
-        return hashlib.sha256(json.dumps([self.tokenizer, parts]).encode()).hexdigest()[:16]
+    def contents(self) -> dict[str, list]:
+        """File → its bytes and, where a manifest or verify_shards says it, its sha256."""
+        return {entry["file"]: [(self.folder / entry["file"]).stat().st_size, entry.get("sha256")] for entry in self.entries}
+
+
+def differences(before: dict[str, list], now: dict[str, list]) -> list[str]:
+    """What has happened to a folder's files between two of its contents()."""
+    gone = [f"{file} is missing" for file in before.keys() - now.keys()]
+    new = [f"{file} was added" for file in now.keys() - before.keys()]
+    both = before.keys() & now.keys()
+    return sorted(gone + new + [f"{file} has changed" for file in both if not same(before[file], now[file])])
+
+
+def same(a: list, b: list) -> bool:
+    return a[0] == b[0] and (a[1] == b[1] or None in (a[1], b[1]))
 
 
 def find_shards(folder: str | Path) -> Shards:
@@ -108,17 +117,25 @@ def find_shards(folder: str | Path) -> Shards:
 
 
 def verify_shards(shards: Shards):
-    """Compares every shard's bytes with the manifest's sha256. ValueError names the first that differs."""
-    entries = [entry for entry in shards.entries if "sha256" in entry]
+    """Reads every shard: the bytes must have the manifest's sha256 (without a manifest it is noted here) and every id must
+    be in the vocabulary. ValueError names the first that is at fault."""
 
     def check(entry):
         path = shards.folder / entry["file"]
-        open_shard(shards.folder, entry)
-        if sha256(path) != entry["sha256"]:
+        tokens, found = open_shard(shards.folder, entry), sha256(path)
+        if entry.setdefault("sha256", found) != found:
             raise ValueError(f"shard {path} is damaged (its sha256 is not the manifest's): {REMEDY}")
+        if len(tokens):
+            refuse_id(int(tokens.max()), shards.vocab_size, path)
 
+    entries = shards.entries
     with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
         list(cli.bar(pool.map(check, entries), desc="verifying shards", total=len(entries), unit="shard", disable=len(entries) < 10))
+
+
+def refuse_id(largest: int, vocab_size: int, path: Path):
+    if largest >= vocab_size:
+        raise ValueError(f"shard {path} holds id {largest}, the vocabulary has {vocab_size}: {REMEDY}")
 
 
 # ---- the stream ----
@@ -159,15 +176,23 @@ class TokenStream:
         epoch, place = divmod(int(position), self.sequences_per_epoch)
         return permute(place, self.sequences_per_epoch, mix(self.seed, epoch)) if self.shuffle else place
 
+    def place(self, position: int) -> str:
+        """Where the sequence at a position of the stream begins, for people."""
+        shard, offset = self.locate(self.sequence_at(position) * self.seq_len)
+        return f"{self.paths[shard].name} from token {offset:,}"
+
+    def locate(self, start: int) -> tuple[int, int]:
+        """The shard that a token of the row lies in, and its place there."""
+        shard = int(np.searchsorted(self.ends, start, side="right"))
+        return shard, start - int(self.ends[shard]) + len(self.tokens[shard])
+
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) of the row as int64, from as many shards as they lie in."""
         parts = []
         while count > 0:
-            shard = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - int(self.ends[shard]) + len(self.tokens[shard])
+            shard, offset = self.locate(start)
             part = self.tokens[shard][offset : offset + count].astype(np.int64)
-            if part.max() >= self.vocab_size:
-                raise ValueError(f"shard {self.paths[shard]} holds id {part.max()}, the vocabulary has {self.vocab_size}: {REMEDY}")
+            refuse_id(int(part.max()), self.vocab_size, self.paths[shard])  # a shard can change after it was verified, or not be
             parts.append(part)
             start += len(part)
             count -= len(part)

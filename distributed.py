@@ -5,6 +5,7 @@ import os
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,10 @@ from device import pick_device
 
 class Stopped(Exception):
     """A signal asked for the end while there was still work to do: raised on all processes alike."""
+
+
+class PeerLost(Exception):
+    """Another process died, or did not answer within the timeout."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,12 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def rows(self, row: torch.Tensor) -> list[list[float]]:
+        """Every process's row (N,), by rank, on every process."""
+        table = row.new_zeros(self.size, len(row))
+        table[self.rank] = row
+        return self.sum(table).tolist()
 
     def gather(self, thing) -> list:
         """Every process's picklable thing, by rank, on every process."""
@@ -64,8 +75,9 @@ class World:
 
 
 @contextmanager
-def join_world(device: str):
-    """The process group for as long as the block lasts: nccl on CUDA, gloo on CPU, none without torchrun."""
+def join_world(device: str, timeout_minutes: float = 10.0):
+    """The process group for as long as the block lasts: nccl on CUDA, gloo on CPU, none without torchrun. PeerLost when
+    another process ends, or does not come to what they do together within the timeout."""
     device = pick_device(device)
     if "RANK" not in os.environ:
         yield World(device)
@@ -73,11 +85,15 @@ def join_world(device: str):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    rank = dist.get_rank()
     try:
-        yield World(device, dist.get_rank(), dist.get_world_size())
+        yield World(device, rank, dist.get_world_size())
     except BaseException as e:
         traceback.clear_frames(e.__traceback__)  # they hold DDP, which must go before the group:
+        if isinstance(e, RuntimeError) and ("gloo" in str(e) or isinstance(e, dist.DistError)):
+            why = str(e).splitlines()[0]
+            raise PeerLost(f"rank {rank} lost touch with another, which died or hangs and may say why itself ({why})") from None
         raise
     finally:
         gc.collect()  # when DDP goes last, it waits with Python's lock for a gloo thread that waits for the lock (torch 2.13)

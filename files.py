@@ -1,5 +1,6 @@
 """Files that are either whole or not there, and their checksums."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -8,14 +9,43 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomically(path: Path, write):
-    """Calls write(file) on a temporary file, then renames it: a kill at any moment leaves path whole, or as it was."""
+def write_temporary(path: Path, write) -> Path:
+    """Calls write(file) on a temporary file beside path, puts it on disk and returns it; nothing stays of one that fails."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def replace(temporary: Path, path: Path):
+    """Renames, and returns when that is on disk: what is renamed later can't come there earlier."""
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_atomically(path: Path, write):
+    """A kill or a full disk at any moment leaves path whole, or as it was."""
+    replace(write_temporary(path, write), path)
+
+
+def append(path: Path, text: str):
+    """Adds text to a file, all of it or, with an OSError, nothing."""
+    with open(path, "ab", buffering=0) as file:
+        before, data = file.tell(), text.encode()
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def write_json(path: Path, content):

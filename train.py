@@ -23,7 +23,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import tyro
@@ -36,9 +36,9 @@ import device
 import fineweb
 import hellaswag
 import plot_log
-from dataloader import MANIFEST, Shards, TokenStream, find_shards, share, verify_shards
-from distributed import Stopped, World, join_world
-from files import hold, read_json, write_json
+from dataloader import MANIFEST, Shards, TokenStream, differences, find_shards, share, verify_shards
+from distributed import PeerLost, Stopped, World, join_world
+from files import append, hold, read_json, write_json
 from model import GPT, SIZES, GPTConfig
 from sample import sample_texts
 
@@ -54,7 +54,9 @@ class TrainConfig:
     out_dir: str = "log"
     """The run's folder: log, metrics, checkpoints, plot."""
     resume: bool = False
-    """Go on from the newest checkpoint of --out-dir, with that run's settings."""
+    """Go on from the newest whole checkpoint of --out-dir, with that run's settings. torchrun's own restarts do so unasked."""
+    replay_step: int | None = None
+    """Do this step of the run in --out-dir again, from the checkpoint before it, compare its loss with the log, and end."""
     init_from: str = ""
     """Start from these weights (gpt2, gpt2-medium, …, a Hugging Face folder, a checkpoint) instead of random ones."""
     model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
@@ -75,6 +77,10 @@ class TrainConfig:
     """AdamW's (Loshchilov & Hutter, 2019), on tensors of 2 or more dimensions only."""
     grad_clip: float = 1.0
     """Largest norm of an update's gradient; 0 does not clip."""
+    max_bad_steps: int = 10
+    """End the run when so many updates in a row were skipped; one whose loss or gradient is not finite always is."""
+    skip_spikes: float = 0.0
+    """Skip an update whose loss is so many standard deviations above the mean of the last 128; 0 skips none. OLMo takes 6."""
     shuffle: bool = True
     """Take the sequences of an epoch in a seeded random order; --no-shuffle takes them as they lie in the shards."""
     seed: int = 1337
@@ -108,7 +114,11 @@ class TrainConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 3
-    """Newest checkpoints to keep; 0 keeps all."""
+    """Newest whole checkpoints to keep; 0 keeps all."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """When a checkpoint can't be saved, as on a full disk: train on and try the next one, or end the run."""
+    timeout_minutes: float = 10.0
+    """How long the processes wait for one that hangs before all of them end."""
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Forward and backward passes of a process in one update."""
@@ -117,9 +127,14 @@ class TrainConfig:
     def validate(self, world_size: int):
         """ValueError with every fault at once."""
         faults = self.model.faults()
-        faults += cli.at_least(1, self, "max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens")
-        faults += cli.at_least(0, self, "max_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "seed")
+        faults += cli.at_least(
+            1, self, "max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens", "max_bad_steps"
+        )
+        faults += cli.at_least(0, self, "max_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "skip_spikes", "seed")
         faults += cli.at_least(0, self, "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
+        faults += cli.at_least(0.01, self, "timeout_minutes")
+        if self.replay_step is not None and not 0 <= self.replay_step < self.max_steps:
+            faults.append(f"--replay-step is {self.replay_step}: the run's steps are 0 to {self.max_steps - 1}")
         if not 0 <= self.activation_memory <= 1:
             faults.append(f"--activation-memory is {self.activation_memory}: it must be from 0 to 1")
         elif self.activation_memory < 1 and not self.compile:
@@ -149,9 +164,9 @@ class TrainConfig:
 
 # what a resumed run may change; all else decides the model, the data or the global batch
 MAY_CHANGE = {
-    "data_dir", "max_steps", "micro_batch_size", "attention", "device", "dtype", "compile", "activation_memory", "verify_shards",
-    "val_every", "val_tokens", "hellaswag_every", "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens",
-    "checkpoint_every", "keep",
+    "replay_step", "data_dir", "max_steps", "max_bad_steps", "skip_spikes", "micro_batch_size", "attention", "device", "dtype",
+    "compile", "activation_memory", "verify_shards", "val_every", "val_tokens", "hellaswag_every", "hellaswag_file",
+    "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep", "on_save_error", "timeout_minutes",
 }  # fmt: skip
 
 PRESETS = {
@@ -190,6 +205,7 @@ PRESETS = {
 
 def train(config: TrainConfig, world: World):
     log = Log(config, world)
+    world.on_main(lambda: checkpoint.settle(Path(config.out_dir)))
     trainer, start = build(config, world, log)
     if start > config.max_steps or (start == config.max_steps and trainer.val_loss is not None):
         log.progress(f"{config.out_dir} finished already, at step {start}: raise --max-steps to go on")
@@ -212,19 +228,44 @@ def train(config: TrainConfig, world: World):
             break
 
         began = time.perf_counter()
-        loss, norm = trainer.update(step)
-        # one sync a step: the loss summed over the ranks, and whether any of them was told to stop
-        loss, stops = world.sum(torch.stack([loss, loss.new_tensor(stop.received > 0)])).tolist()
+        update = trainer.update(step, stop=stop.received > 0 or trainer.save_failed(log))
         seconds, stop.unsaved = time.perf_counter() - began, True
         trainer.seconds += seconds  # the run's clock stands still for all but its updates
-        log.refuse_divergence(f"the loss of step {step}", loss)
-        log.train(step, trainer.metrics(step, loss / world.size, norm.item(), seconds), seconds)
-        step, stopping = step + 1, stops > 0
+        log.train(step, trainer.metrics(step, update, seconds), seconds)
+        if update.skipped:
+            log.skipped(step, update.skipped, trainer.bad_steps)
+        step, stopping = step + 1, update.stop
+    world.on_main(lambda: trainer.saver.finish())
     evaluation.plot()
     if stopping:
-        log.progress(f"stopped by a signal after {step} steps, all saved; go on: --resume --out-dir {config.out_dir}")
+        log.progress(f"stopped after {step} steps, all saved; go on: --resume --out-dir {config.out_dir}")
         sys.exit(128 + (stop.received or signal.SIGTERM))
     log.progress(f"finished: log, plot and checkpoints are in {config.out_dir}")
+
+
+def replay(config: TrainConfig, world: World):
+    """Does the steps from the last checkpoint before --replay-step again, up to that one, and changes nothing on disk."""
+    log = Log(config, world)
+    trainer, start = build(config, world, log)
+    for step in range(start, config.replay_step + 1):
+        update = trainer.update(step)
+    for rank, loss in enumerate(update.losses):
+        log.result(f"step {step}, rank {rank}: loss {loss!r}, first sequence {trainer.train_stream.place(trainer.share(step, rank)[0][0])}")
+    log.result(f"step {step}: loss {update.loss!r}, gradient norm {update.norm!r}{', skipped: ' if update.skipped else ''}{update.skipped}")
+    logged = world.on_main(lambda: logged_loss(Path(config.out_dir), step))
+    log.result("the same as in the log" if logged == update.loss else f"in the log: {logged!r}")
+    if logged is not None and logged != update.loss:
+        sys.exit(1)
+
+
+def logged_loss(out_dir: Path, step: int) -> float | None:
+    """What metrics.jsonl has as the loss of a step, every bit of it; None when it has none."""
+    loss = None
+    with open(out_dir / "metrics.jsonl") as file:
+        for line in file:
+            if line.startswith(f'{{"step": {step}, "loss"'):
+                loss = json.loads(line)["loss"]
+    return loss
 
 
 def due(every: int, step: int) -> bool:
@@ -255,11 +296,10 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     """All that the loop needs, and the step to begin at. Every fault of a run that can be seen beforehand is seen here."""
     out_dir = Path(config.out_dir)
     shards = world.on_main(lambda: find_data(config))
-    if config.verify_shards:
-        world.on_main(lambda: verify_shards(shards))
+    world.on_main(lambda: check_data(config, shards))
     fit_vocabulary(config, shards)
     refuse_too_large(config.model, world.device)
-    resumed = world.on_main(lambda: checkpoint.newest_step(out_dir)) if config.resume else None
+    resumed = world.on_main(lambda: checkpoint.newest_step(out_dir, config.replay_step)) if config.resume else None
 
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
@@ -315,6 +355,19 @@ def refuse_too_large(config: GPTConfig, where: torch.device):
         )
 
 
+SPIKE_WINDOW = 128  # losses that --skip-spikes judges one by, and half of them before it judges (as OLMo-core does)
+
+
+class Update(NamedTuple):
+    """How an update went, on every process the same."""
+
+    loss: float  # of the whole batch
+    losses: list[float]  # of each rank's part of it
+    norm: float  # of the gradient, before it is clipped
+    skipped: str  # why no weight was changed, or ''
+    stop: bool  # whether any rank asks for the end
+
+
 class Trainer:
     """The model, what feeds it and what updates it."""
 
@@ -335,31 +388,93 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.seconds = 0.0  # spent in updates, over all launches of the run
         self.val_loss = None  # of the checkpoint that the run goes on from, if it was validated
+        self.bad_steps = 0  # updates skipped in a row
+        self.recent_losses = deque(maxlen=SPIKE_WINDOW)
+        # a copy would cost a CPU's training the memory that it needs
+        self.saver = checkpoint.Saver(Path(config.out_dir), config.keep, background=self.device.type != "cpu")
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def update(self, step: int) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Returns the mean loss of this process's part of the batch, and the gradient's norm."""
-        config, world = self.config, self.world
-        mine = share(step, config.total_batch_tokens // config.model.seq_len, config.micro_batch_size, world.rank, world.size)
-        total = torch.zeros((), device=self.device)
+    def share(self, step: int, rank: int) -> list[range]:
+        """Positions of the stream that a rank takes in a step, a range for each micro step."""
+        config = self.config
+        return share(step, config.total_batch_tokens // config.model.seq_len, config.micro_batch_size, rank, self.world.size)
+
+    def update(self, step: int, stop: bool = False) -> Update:
+        """One optimizer step, or none where the loss or the gradient of any rank forbids it. stop: this rank asks for the end."""
+        mine = self.share(step, self.world.rank)
+        loss = torch.zeros((), device=self.device)
         for positions in mine:
-            x, y = self.to_device(self.train_stream.batch(positions))
             last = positions == mine[-1]
-            with nullcontext() if last or world.size == 1 else self.parallel.no_sync():
-                with self.autocast():
-                    loss = self.parallel(x, y)[1] / len(mine)
-                self.scaler.scale(loss).backward()  # the last one sums the gradients over the ranks
-            total += loss.detach()
+            with nullcontext() if last or self.world.size == 1 else self.parallel.no_sync():
+                part = self.loss(self.parallel, positions) / len(mine)
+                self.scaler.scale(part).backward()  # the last one sums the gradients over the ranks
+            loss += part.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        self.scaler.step(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        # the one sync of a step: a row of each rank's numbers, on which all ranks decide alike
+        losses, (norm, *_), stops = zip(*self.world.rows(torch.stack([loss, norm, loss.new_tensor(float(stop))])), strict=True)
+        mean = sum(losses) / len(losses)
+        if skipped := self.forbids(losses, mean, norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            skipped += self.where(step, losses) if not math.isfinite(mean + norm) else ""
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, step)
+            self.scaler.step(self.optimizer)
+            self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total, norm
+        self.bad_steps = self.bad_steps + 1 if skipped else 0
+        if math.isfinite(mean):
+            self.recent_losses.append(mean)
+        return Update(mean, list(losses), norm, skipped, any(stops))
+
+    def loss(self, model, positions) -> Tensor:
+        x, y = self.to_device(self.train_stream.batch(positions))
+        with self.autocast():
+            return model(x, y)[1]
+
+    def forbids(self, losses, mean: float, norm: float) -> str:
+        """Why this update must not reach the weights, or ''."""
+        wrong = [f"rank {rank}'s loss is {loss}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        # in fp16 a gradient out of range is for the scaler to skip, as long as it can go lower
+        if not wrong and not math.isfinite(norm) and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
+            wrong = [f"the gradient's norm is {norm}"]
+        if not wrong and self.config.skip_spikes and len(self.recent_losses) >= SPIKE_WINDOW // 2:
+            z = (mean - statistics.fmean(self.recent_losses)) / max(statistics.stdev(self.recent_losses), 1e-12)
+            if z > self.config.skip_spikes:
+                wrong = [f"the loss {mean:.4f} is {z:.1f} standard deviations above that of the last {len(self.recent_losses)} steps"]
+        return ", ".join(wrong)
+
+    def where(self, step: int, losses) -> str:
+        """The sequences that make a step's loss or gradient not finite: each rank does its share again and names its own."""
+        by_rank = self.world.gather(self.not_finite(step))
+        again = any(by_rank)
+        if not again:  # then all that the ranks with such a loss took, or all ranks where only the gradient was such
+            wrong = [not math.isfinite(loss) for loss in losses]
+            by_rank = [[p for part in self.share(step, r) for p in part] if wrong[r] or not any(wrong) else [] for r in range(len(losses))]
+        text = ""
+        for rank, positions in enumerate(by_rank):
+            if positions:
+                more = f" and {len(positions) - 4} more" if positions[4:] else ""
+                text += f"; sequences of rank {rank}: {', '.join(map(self.train_stream.place, positions[:4]))}{more}"
+        return text if again else f"{text}; done again all is finite, so that the hardware may be at fault"
+
+    def not_finite(self, step: int) -> list[int]:
+        """The positions of this rank's share of a step that give a loss, or else the first micro batch that gives a gradient,
+        which is not finite."""
+        for positions in self.share(step, self.world.rank):
+            loss = self.loss(self.model, positions)
+            if not math.isfinite(loss.item()):
+                with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                    return [p for p in positions if not math.isfinite(self.loss(self.model, [p]).item())] or list(positions)
+            loss.backward()
+            finite = all(p.grad.isfinite().all() for p in self.model.parameters())
+            self.optimizer.zero_grad(set_to_none=True)
+            if not finite:
+                return list(positions)
+        return []
 
     @torch.no_grad()
     def validate(self, stopped: Callable[[], bool] = lambda: False) -> float:
@@ -393,17 +508,18 @@ class Trainer:
         epoch = tokens / (self.train_stream.sequences_per_epoch * self.config.model.seq_len)
         return {"tokens": tokens, "seconds": self.seconds, "epoch": epoch}
 
-    def metrics(self, step: int, loss: float, norm: float, seconds: float) -> dict:
+    def metrics(self, step: int, update: Update, seconds: float) -> dict:
         """A step's line of metrics.jsonl. mfu: the share of the cards' peak, None where that is not known."""
         rate = self.config.total_batch_tokens / seconds
         peak = self.peak_flops and self.peak_flops * self.world.size
         return {
-            "loss": loss,
+            "loss": update.loss,
             "lr": learning_rate(self.config, step),
-            "grad_norm": norm,
+            "grad_norm": update.norm,
             "tokens_per_second": rate,
             "mfu": rate * self.model.flops_per_token() / peak if peak else None,
             "memory_bytes": device.peak_memory(self.device),
+            **({"skipped": update.skipped} if update.skipped else {}),
             **self.axes(step),
         }
 
@@ -415,10 +531,21 @@ class Trainer:
         """A checkpoint. An exact resume needs no more than this: the data's order is a function of the step."""
         if not self.world.is_main:
             return
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "seconds": self.seconds}
-        out_dir = Path(self.config.out_dir)
-        checkpoint.save_checkpoint(out_dir, step, self.model, self.tokenizer_name, val_loss, state)
-        checkpoint.prune(out_dir, self.config.keep, step)
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "seconds": self.seconds,
+            "bad_steps": self.bad_steps,
+            "recent_losses": list(self.recent_losses),
+        }
+        self.saver.save(step, checkpoint.content_of(step, self.model, self.tokenizer_name, val_loss), state)
+
+    def save_failed(self, log: "Log") -> bool:
+        """Warns when the last save failed; whether the run is to end for that."""
+        if error := self.saver.failure():
+            then = "the run ends" if self.config.on_save_error == "stop" else "training goes on, the next one is tried when it is due"
+            log.progress(f"warning: {error}; {then}")
+        return error is not None and self.config.on_save_error == "stop"
 
     def load(self, step: int):
         out_dir = Path(self.config.out_dir)
@@ -427,7 +554,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty when the run was not in fp16 until now
             self.scaler.load_state_dict(state["scaler"])
-        self.seconds, self.val_loss = state["seconds"], content["val_loss"]
+        self.seconds, self.val_loss, self.bad_steps = state["seconds"], content["val_loss"], state["bad_steps"]
+        self.recent_losses.extend(state["recent_losses"])
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -516,12 +644,22 @@ class Log:
         self.config, self.world = config, world
         self.recent = deque(maxlen=20)  # seconds of the last steps
         self.shown = -math.inf  # when the last progress line was
+        self.unwritten = {"log.txt": "", "metrics.jsonl": ""}  # what a full disk did not take yet
 
     def value(self, step: int, stream: str, value: float, metrics: dict):
-        if self.world.is_main:
-            for name, line in (("log.txt", f"{step} {stream} {value:.6f}"), ("metrics.jsonl", json.dumps({"step": step, **metrics}))):
-                with open(Path(self.config.out_dir, name), "a") as file:
-                    file.write(line + "\n")
+        if not self.world.is_main:
+            return
+        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in metrics.items()}
+        lines = {"log.txt": f"{step} {stream} {value:.6f}\n", "metrics.jsonl": json.dumps({"step": step, **finite}) + "\n"}
+        for name, line in lines.items():
+            late = self.unwritten[name] != ""
+            self.unwritten[name] += line
+            try:
+                append(Path(self.config.out_dir, name), self.unwritten[name])
+                self.unwritten[name] = ""
+            except OSError as e:
+                if not late:
+                    self.progress(f"warning: {e}: free some space; its lines are kept in memory until they can be written")
 
     def result(self, text: str):
         if self.world.is_main:
@@ -540,6 +678,17 @@ class Log:
             self.progress(f"error: {what} is {number}: begin again with a lower --max-lr, in another --out-dir")
             sys.exit(1)
 
+    def skipped(self, step: int, why: str, in_a_row: int):
+        """Says that an update was skipped, and ends the run, on all ranks alike and with nothing saved, after too many."""
+        limit, out_dir = self.config.max_bad_steps, self.config.out_dir
+        self.progress(f"warning: step {step} changes no weight ({in_a_row} in a row, {limit} end the run): {why}")
+        if in_a_row >= limit:
+            self.progress(
+                f"error: {in_a_row} updates in a row were skipped: begin again with a lower --max-lr in another --out-dir, or see what "
+                f"--replay-step {step} --out-dir {out_dir} shows; --resume with a higher --max-bad-steps goes on from the last checkpoint"
+            )
+            sys.exit(1)
+
     def train(self, step: int, metrics: dict, seconds: float):
         """A step's line in both files, and on the screen at most once a second."""
         self.value(step, "train", metrics["loss"], metrics)
@@ -555,14 +704,24 @@ class Log:
             )
 
 
+def check_data(config: TrainConfig, shards: Shards):
+    """ValueError when a shard is damaged, or when they are not those that the run in --out-dir began with."""
+    if config.verify_shards:
+        verify_shards(shards)
+    if config.resume:
+        before = read_json(Path(config.out_dir, RUN), RUN_REMEDY)["data"]
+        if changed := differences(before, shards.contents()):
+            more = f" and {len(changed) - 3} more" if changed[3:] else ""
+            raise ValueError(
+                f"--data-dir {config.data_dir} is not what the run in {config.out_dir} began with: {', '.join(changed[:3])}{more}; "
+                "bring the shards back as they were, or begin a new run in another --out-dir"
+            )
+
+
 def record_launch(config: TrainConfig, world: World, shards: Shards, step: int):
-    """run.json: settings, data, and what each launch of the run ran on. ValueError when the data has changed."""
-    path = Path(config.out_dir, "run.json")
-    before = {"data": shards.fingerprint(), "launches": []}
-    if path.exists():
-        before |= read_json(path, RUN_REMEDY)
-    if before["data"] != shards.fingerprint():
-        raise ValueError(f"--data-dir {config.data_dir} holds other shards than this run began with: bring those back")
+    """run.json: settings, data, and what each launch of the run ran on."""
+    path = Path(config.out_dir, RUN)
+    before = read_json(path, RUN_REMEDY) if path.exists() else {"data": shards.contents(), "launches": []}
     launch = {
         "step": step,
         "command": sys.argv,
@@ -571,10 +730,17 @@ def record_launch(config: TrainConfig, world: World, shards: Shards, step: int):
         "torch": torch.__version__,
         "device": device.describe(world.device),
         "world_size": world.size,
+        "torchrun": torchrun_id(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = asdict(config) | {"resume": False}
+    settings = asdict(config) | {"resume": False, "replay_step": None}
     write_json(path, {"config": settings, "data": before["data"], "launches": [*before["launches"], launch]})
+
+
+def torchrun_id() -> str:
+    """What tells one torchrun from another and is the same for all that it restarts; '' without torchrun."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{platform.node()} {os.getppid()}" if run_id == "none" else run_id
 
 
 def git_commit() -> str:
@@ -606,7 +772,7 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     preset = PRESETS.get(first.preset, PRESETS["gpt2"])  # a wrong name is for the full parser to refuse
     config = cli.parse(TrainConfig, argv, preset)
     out_dir = Path(config.out_dir)
-    if config.resume:
+    if config.resume or config.replay_step is not None or is_restart(out_dir):
         previous = replace(read_run(out_dir), out_dir=config.out_dir, resume=True)
         config = cli.parse(TrainConfig, argv, previous)
         refuse_changes(previous, config, MAY_CHANGE, f"the run in {out_dir}")
@@ -619,16 +785,25 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     return config
 
 
+def is_restart(out_dir: Path) -> bool:
+    """Whether torchrun --max-restarts starts this process again, to go on with what it began here itself."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or not (out_dir / RUN).exists():
+        return False
+    return read_json(out_dir / RUN, RUN_REMEDY)["launches"][-1].get("torchrun") == torchrun_id()
+
+
+RUN = "run.json"
 RUN_REMEDY = "bring it back from a copy, or choose another --out-dir"
 
 
 def read_run(out_dir: Path) -> TrainConfig:
     """The settings of the run in a folder."""
-    path = out_dir / "run.json"
+    path = out_dir / RUN
     if not path.exists():
         raise ValueError(f"--resume: there is no run in {out_dir}; check --out-dir, or start one without --resume")
-    settings = read_json(path, RUN_REMEDY).get("config")
+    run = read_json(path, RUN_REMEDY)
     try:
+        settings = run["config"] if isinstance(run["data"], dict) else {}
         return TrainConfig(**settings | {"model": GPTConfig(**settings["model"])})
     except (KeyError, TypeError) as e:
         raise ValueError(f"{path} was written by another version of train.py ({e}): resume with that one") from e
@@ -649,9 +824,15 @@ def main():
         config = parse_config()
         config.validate(int(os.environ.get("WORLD_SIZE", 1)))
         try:
-            with join_world(config.device) as world, ExitStack() as stack:
+            with join_world(config.device, config.timeout_minutes) as world, ExitStack() as stack:
+                if config.replay_step is not None:
+                    replay(config, world)
+                    return
                 world.on_main(lambda: stack.enter_context(hold(Path(config.out_dir))))
                 train(config, world)
+        except PeerLost as e:
+            print(f"error: {e}", file=sys.stderr)
+            sys.exit(1)
         except torch.OutOfMemoryError as e:
             print(f"error: out of memory ({e}): lower --micro-batch-size", file=sys.stderr)
             sys.exit(1)

@@ -1,12 +1,15 @@
 """A checkpoint is whole or does not count, loads without running code, and gives the model back."""
 
+import errno
+import os
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import checkpoint
-from checkpoint import fault, files_of, load_model, newest_step, prune, save_checkpoint, sealed_steps
+from checkpoint import Saver, content_of, fault, files_of, load_model, newest_step, prune, save_checkpoint, sealed_steps, settle
 from model import GPT, GPTConfig
 
 
@@ -47,15 +50,16 @@ def test_load_model_reads_hugging_face_folders(tmp_path, model):
     assert tokenizer.name == "bytes" and (loaded.transformer.wpe.weight == model.transformer.wpe.weight).all()
 
 
-def test_every_flipped_byte_and_every_truncation_is_noticed(run):
-    """At 40 places all over the three files."""
-    for path in files_of(run, 15):
+def test_every_flipped_bit_and_every_truncation_is_noticed(run, capsys):
+    """100 of each, spread over the three files; the one before is used instead."""
+    for path, count in zip(files_of(run, 15), (35, 35, 30), strict=True):
         whole = path.read_bytes()
-        for place in torch.linspace(0, len(whole) - 1, 14).long().tolist():
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-            assert fault(run, 15), (path.name, place)
-            path.write_bytes(whole[: min(place, len(whole) - 2)])  # the seal's last byte is a newline
-            assert path.stem in fault(run, 15)
+        for place in torch.linspace(0, len(whole) - 2, count).long().tolist():  # the seal's last byte is a newline
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+            assert path.name in fault(run, 15)
+            path.write_bytes(whole[:place])
+            assert path.name in fault(run, 15)
+        assert newest_step(run) == 10 and f"skipping the checkpoint of step 15 in {run}: {path.name}" in capsys.readouterr().err
         path.write_bytes(whole)
     assert fault(run, 15) is None
 
@@ -85,12 +89,57 @@ def test_keep_deletes_the_oldest_and_never_the_last(run):
     assert sealed_steps(run) == [10] and newest_step(run) == 10
 
 
-def test_keep_does_not_count_what_a_resume_passed_over(run, model):
-    """Step 15 is damaged; the run goes on from 10 and saves 12."""
-    (run / "model_00015.pt").write_bytes(b"x")
+def test_keep_neither_counts_nor_deletes_what_is_not_whole(run, model):
+    """Steps 15 and 5 are damaged, so a run goes on from 10 and saves 12 and 15."""
+    for step in (5, 15):
+        (run / f"state_{step:05d}.pt").write_bytes(b"x")
     save_checkpoint(run, 12, model, "bytes", None, {})
-    prune(run, 1, 12)
-    assert sealed_steps(run) == [12] and newest_step(run) == 12
+    prune(run, 2, 12)
+    assert sealed_steps(run) == [5, 10, 12, 15] and newest_step(run) == 12
+    save_checkpoint(run, 15, model, "bytes", None, {})
+    prune(run, 2, 15)
+    assert sealed_steps(run) == [5, 12, 15] and newest_step(run) == 15
+
+
+def test_a_save_in_the_background_is_of_its_own_moment(run, model):
+    """Training goes on meanwhile: the weights change, the file must not. The tied head is written once."""
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    state = {"optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1.0, "params": [0]}]}}
+    saver = Saver(run, 0, background=True)
+    saver.save(20, content_of(20, model, "bytes", None), state)
+    with torch.no_grad():
+        [p.add_(1) for p in model.parameters()]
+    state["optimizer"]["state"][0]["exp_avg"].add_(1)
+    saver.finish()
+    content, saved = checkpoint.load_training(run, 20)
+    assert all((content["model"][name] == p).all() for name, p in before.items())
+    assert (saved["optimizer"]["state"][0]["exp_avg"] == 1).all() and saved["optimizer"]["param_groups"] == [{"lr": 1.0, "params": [0]}]
+    assert abs((run / "model_00020.pt").stat().st_size - (run / "model_00010.pt").stat().st_size) < 1000
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("which", ["model", "state"])
+def test_a_save_that_fails_keeps_what_is_there(run, model, monkeypatch, background, which):
+    plain = checkpoint.save_torch
+
+    def save_torch(content, file):
+        if (which == "model") == ("model" in content):
+            file.write(b"some of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(content, file)
+
+    monkeypatch.setattr(checkpoint, "save_torch", save_torch)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    saver = Saver(run, 1, background)
+    saver.save(15, content_of(15, model, "bytes", 0.1), {"seconds": 1.0})
+    with pytest.raises(OSError, match=r"step 15 could not be saved \(No space left on device\): it needs 0.0 MB, .* free") as e:
+        saver.finish()
+    assert e.value.errno == errno.ENOSPC and {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert saver.failure() is e.value and saver.failure() is None
+    monkeypatch.undo()
+    saver.save(20, content_of(20, model, "bytes", 0.1), {})
+    saver.finish()
+    assert sealed_steps(run) == [20]
 
 
 def test_saving_a_step_again_replaces_it(run):
@@ -101,11 +150,40 @@ def test_saving_a_step_again_replaces_it(run):
     assert (load_model(str(run / "model_00015.pt"))[0].transformer.wpe.weight == other.transformer.wpe.weight).all()
 
 
-def test_a_kill_while_a_step_is_saved_again_leaves_the_one_before(run, model, monkeypatch):
-    monkeypatch.setattr(checkpoint, "write_json", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        save_checkpoint(run, 15, model, "bytes", 0.5, {})
-    assert newest_step(run) == 10
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("renames", range(4))
+def test_a_kill_while_saving_leaves_nothing_or_all_of_it(run, model, monkeypatch, renames, again):
+    """Stopped before each of the renames, of the seal, the model and the state: a new step, or one that is there already."""
+    step = 15 if again else 20
+    plain, done = os.replace, []
+
+    def replace(source, target):
+        if len(done) == renames:
+            os.link(source, f"{source}.kept")  # a kill would not have cleaned up
+            raise KeyboardInterrupt
+        done.append(target)
+        plain(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt) if renames < 3 else nullcontext():
+        save_checkpoint(run, step, model, "bytes", 0.5, {"seconds": 20.0})
+    monkeypatch.undo()
+    for path in run.glob("*.kept"):
+        os.replace(path, path.with_suffix(""))
+    settle(run)
+    settle(run)
+    assert newest_step(run) == (15 if renames == 0 else step) and not list(run.glob("*.pt.tmp"))
+    content, state = checkpoint.load_training(run, newest_step(run))
+    assert (content["val_loss"], state["seconds"]) == ((1.5, 15.0) if renames == 0 else (0.5, 20.0))
+
+
+def test_a_first_save_that_was_killed_is_no_checkpoint(tmp_path, model):
+    """Nothing was ever saved, so that the run may begin again."""
+    content = content_of(5, model, "bytes", None)
+    checkpoint.write_temporary(tmp_path / "model_00005.pt", lambda file: torch.save(content, file))
+    assert newest_step(tmp_path) is None
+    settle(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 class Trap:

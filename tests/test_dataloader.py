@@ -8,7 +8,7 @@ from conftest import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataloader import Shards, TokenStream, find_shards, open_shard, permute, share, verify_shards, write_shard
+from dataloader import Shards, TokenStream, differences, find_shards, open_shard, permute, share, verify_shards, write_shard
 from files import read_json, write_json
 
 
@@ -212,6 +212,39 @@ def test_a_broken_manifest_is_refused(tmp_path):
         find_shards(tmp_path)
 
 
-def test_the_fingerprint_knows_the_data_and_not_the_folder(tmp_path):
+def test_what_has_happened_to_a_folder_is_named(tmp_path):
+    """With the manifest's sha256, with those that verify_shards noted, and by sizes alone where neither is there."""
     a, b, c = (find_shards(write_shards(tmp_path / name, [100, 200], seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
-    assert a.fingerprint() == b.fingerprint() != c.fingerprint()
+    assert differences(a.contents(), b.contents()) == []
+    assert differences(a.contents(), c.contents()) == ["tiny_train_000001.npy has changed", "tiny_val_000000.npy has changed"]
+    (tmp_path / "b" / "manifest.json").unlink()
+    unknown, noted = find_shards(tmp_path / "b"), find_shards(tmp_path / "b")
+    verify_shards(noted)
+    assert unknown.contents() == {name: [size, None] for name, (size, _) in a.contents().items()}
+    assert noted.contents() == a.contents() and differences(unknown.contents(), noted.contents()) == []
+    before = noted.contents()
+    flip(tmp_path / "b" / "tiny_train_000001.npy")
+    again = find_shards(tmp_path / "b")
+    verify_shards(again)
+    assert differences(before, again.contents()) == ["tiny_train_000001.npy has changed"]
+    (tmp_path / "b" / "tiny_train_000001.npy").rename(tmp_path / "b" / "tiny_train_000002.npy")
+    renamed = differences(before, find_shards(tmp_path / "b").contents())
+    assert renamed == ["tiny_train_000001.npy is missing", "tiny_train_000002.npy was added"]
+    truncate(tmp_path / "b" / "tiny_val_000000.npy")
+    before = {name: [size, None] for name, (size, _) in before.items()}
+    assert "tiny_val_000000.npy has changed" in differences(before, find_shards(tmp_path / "b").contents())
+
+
+def test_ids_beyond_the_vocabulary_are_found_before_training(tmp_path):
+    shards = folder_of(tmp_path, [300])
+    shards.vocab_size = 257
+    with pytest.raises(ValueError, match=r"count_train_000000.npy holds id 299, the vocabulary has 257: .*fineweb.py"):
+        verify_shards(shards)
+
+
+def test_the_place_of_a_sequence_is_its_first_token(tmp_path):
+    stream = TokenStream(folder_of(tmp_path, [5, 2, 1, 1010]), "train", 8, shuffle=False)
+    assert [stream.place(i) for i in (0, 1, 126)] == [
+        "count_train_000000.npy from token 0", "count_train_000003.npy from token 0", "count_train_000003.npy from token 1,000"
+    ]  # fmt: skip
+    assert stream.batch([126])[0][0, 0] == 8 + 1000

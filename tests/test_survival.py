@@ -1,0 +1,279 @@
+"""What may befall a run: kills while it saves, a rank that dies or hangs, a full disk, a loss that is not finite, silent drift."""
+
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from conftest import REPO, TINY, Forked, forked, kill_at_write, read_stream, run_main, run_train
+
+import checkpoint
+import train
+from checkpoint import newest_step
+from dataloader import TokenStream, find_shards
+
+
+def weights(out_dir, step) -> dict:
+    return torch.load(out_dir / f"model_{step:05d}.pt", weights_only=True)["model"]
+
+
+def same_weights(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rows_of(out_dir) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    torch.set_num_threads(1)
+    assert run_train(shards, out_dir, "--checkpoint-every", 5, "--keep", 0) == 0
+    return out_dir
+
+
+# ---- kills ----
+
+
+def test_fifty_kills_while_saving(undisturbed, shards, tmp_path):
+    """Each SIGKILL comes at a random write of a checkpoint, or up to 2 ms later. The relaunch finds the newest whole one, and
+    the run that gets through has the losses and the weights of the undisturbed one."""
+    generator, run = random.Random(0), tmp_path / "run"
+    argv = [*TINY, "--data-dir", shards, "--out-dir", run, "--checkpoint-every", 1, "--keep", 2, "--val-every", 0]
+    kills, newest = 0, 0
+    while kills < 50:
+        # nine writes make a checkpoint: model, state, seal, a rename each, and the three that --keep deletes
+        kill = partial(kill_at_write, run, generator.randint(3, 12), generator.choice([0, 0.0003, 0.002]))
+        result = forked(tmp_path, "train", *argv, first=kill)
+        if result.returncode == 0:  # near its end a launch has fewer writes left than the kill waits for: begin again
+            newest, argv = 0, [*TINY, "--data-dir", shards, "--out-dir", run, *argv[-6:]]
+            [path.unlink() for path in run.iterdir()]
+            continue
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        kills += 1
+        checkpoint.settle(run)  # as the relaunch will
+        found = newest_step(run) or 0
+        assert found >= newest, f"kill {kills}: the checkpoint of step {newest} is lost"
+        newest = found
+        argv = ["--resume", "--out-dir", run, "--checkpoint-every", 1, "--keep", 2, "--val-every", 0]
+    assert forked(tmp_path, "train", "--resume", "--out-dir", run).returncode == 0
+    assert read_stream(run, "train") == read_stream(undisturbed, "train")
+    assert same_weights(weights(run, 20), weights(undisturbed, 20))
+    assert not list(run.glob("*.tmp"))
+
+
+def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(undisturbed, shards, tmp_path):
+    """The same command, without --resume; a finished run says so and ends well; another torchrun must ask."""
+    (tmp_path / "killed.py").write_text(
+        "import os, sys, signal\n"
+        f"sys.path.insert(0, {str(REPO)!r})\n"
+        "import train\n"
+        "plain = train.Trainer.update\n"
+        "def update(self, step, *args, **how):\n"
+        "    if step == 12 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return plain(self, step, *args, **how)\n"
+        "train.Trainer.update = update\n"
+        "train.main()\n"
+    )
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
+    command += [tmp_path / "killed.py", *TINY, "--data-dir", shards, "--out-dir", run, "--checkpoint-every", 5]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=100, env=env)
+    assert result.returncode == 0, result.stderr
+    launches = json.loads((run / "run.json").read_text())["launches"]
+    assert [launch["step"] for launch in launches] == [0, 10] and launches[0]["torchrun"] == launches[1]["torchrun"] != ""
+    here, there = read_stream(run, "train"), read_stream(undisturbed, "train")
+    assert here.keys() == there.keys() and max(abs(float(here[step]) - float(there[step])) for step in there) <= 1e-5
+
+
+@pytest.mark.parametrize(("count", "run_id", "goes_on"), [(1, "a", True), (0, "a", False), (1, "b", False)])
+def test_only_the_same_torchrun_resumes_unasked(shards, tmp_path, monkeypatch, capsys, count, run_id, goes_on):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    assert run_train(shards, tmp_path / "run", "--max-steps", 2) == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+    assert run_train(shards, tmp_path / "run", "--max-steps", 2) == (0 if goes_on else 2)
+    assert ("finished already" if goes_on else "already: add --resume") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_one_rank_that_fails_ends_them_all(shards, tmp_path, how):
+    """One line on the other rank, within the timeout of 3 seconds; the rank that dies says why."""
+    run = Forked(
+        tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--timeout-minutes", 0.05,
+        processes=2, first=partial(fail_rank_1, how),
+    )  # fmt: skip
+    began = time.monotonic()
+    run.processes[0].join(40)
+    assert run.processes[0].exitcode == 1 and time.monotonic() - began < 30
+    if how == "dies":
+        run.processes[1].join(20)
+        assert run.processes[1].exitcode == 2
+        assert run.outputs[1][1].read_text().count("error: shard x is damaged") == 1
+    else:
+        run.processes[1].kill()
+    err = [line for line in run.outputs[0][1].read_text().splitlines() if not line.startswith(("[W", "[E"))]
+    assert err[-1].startswith("error: rank 0 lost touch with another") and "Traceback" not in "".join(err)
+
+
+def fail_rank_1(how: str):
+    plain = train.Trainer.update
+
+    def update(self, step, *args, **rest):
+        if step == 5 and self.world.rank == 1:
+            if how == "hangs":
+                time.sleep(100)
+            raise ValueError("shard x is damaged")
+        return plain(self, step, *args, **rest)
+
+    train.Trainer.update = update
+
+
+# ---- a full disk ----
+
+
+def limit_files(size: int):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("choice", ["continue", "stop"])
+def test_a_disk_that_is_full_while_saving(undisturbed, shards, tmp_path, choice):
+    """No file may pass 200 kB: the model has 140, the optimizer's state 280."""
+    run, argv = tmp_path / "run", ["--checkpoint-every", 5, "--on-save-error", choice]
+    assert run_main(train.main, *TINY, "--data-dir", shards, "--out-dir", run, "--max-steps", 20, "--checkpoint-every", 5) == 0
+    for step in (10, 15, 20):
+        [path.unlink(missing_ok=True) for path in checkpoint.files_of(run, step)]
+    (run / "log.txt").unlink()
+    save = checkpoint.files_of(undisturbed, 5)
+    [(run / path.name).write_bytes(path.read_bytes()) for path in save]
+    result = forked(tmp_path, "train", "--resume", "--out-dir", run, *argv, first=partial(limit_files, 200_000))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    warning = re.search(r"warning: the checkpoint of step 10 could not be saved \(.*\): it needs 0.4 MB, .* MB free; .*", result.stderr)
+    assert ("the run ends" if choice == "stop" else "training goes on") in warning[0]
+    assert re.search(
+        r"\nerror: the checkpoint of step \d+ could not be saved .*: free some space and give the command again", result.stderr
+    )
+    assert max(read_stream(run, "train")) == (19 if choice == "continue" else 10)
+    assert newest_step(run) == 5 and not list(run.glob("*.tmp"))
+    assert forked(tmp_path, "train", "--resume", "--out-dir", run).returncode == 0
+    assert same_weights(weights(run, 20), weights(undisturbed, 20))
+
+
+def test_the_log_waits_for_space(undisturbed, shards, tmp_path, monkeypatch, capsys):
+    plain, calls = train.append, []
+
+    def append(path, text):
+        calls.append(path)
+        if 7 < len(calls) < 30:
+            raise OSError(28, "No space left on device", str(path))
+        plain(path, text)
+
+    monkeypatch.setattr(train, "append", append)
+    assert run_train(shards, tmp_path / "run") == 0
+    assert capsys.readouterr().err.count("its lines are kept in memory until they can be written") == 2
+    for stream in ("train", "val"):
+        assert read_stream(tmp_path / "run", stream) == read_stream(undisturbed, stream)
+    assert len(rows_of(tmp_path / "run")) == len(rows_of(undisturbed))
+
+
+# ---- what is not finite, and spikes ----
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("cause", ["hardware", "data"])
+def test_what_is_not_finite_on_one_rank_reaches_no_weight(shards, tmp_path, what, cause):
+    run = tmp_path / "run"
+    first = partial(bad_update, what, cause)
+    argv = [*TINY, "--data-dir", shards, "--out-dir", run, "--checkpoint-every", 1, "--keep", 0]
+    result = forked(tmp_path, "train", *argv, processes=2, first=first)
+    assert result.returncode == 0, result.stderr
+    assert same_weights(weights(run, 5), weights(run, 6)) and not same_weights(weights(run, 6), weights(run, 7))
+    state = [torch.load(run / f"state_{step:05d}.pt", weights_only=True) for step in (5, 6)]
+    assert all(torch.equal(state[0]["optimizer"]["state"][0][key], state[1]["optimizer"]["state"][0][key]) for key in ("step", "exp_avg"))
+    assert all(p.isfinite().all() for p in weights(run, 20).values())
+    why = next(row for row in rows_of(run) if row["step"] == 5 and "loss" in row)["skipped"]
+    assert f"warning: step 5 changes no weight (1 in a row, 10 end the run): {why}" in result.stderr
+    assert ("rank 1's loss is nan" if what == "loss" else "the gradient's norm is nan") in why
+    stream = TokenStream(find_shards(shards), "train", 32)
+    # rank 1 takes positions 44 to 47 of step 5; where the data is at fault, by its loss, the one sequence is named
+    positions = [45] if (what, cause) == ("loss", "data") else [44, 45, 46, 47]
+    assert "sequences of rank 1: " + ", ".join(map(stream.place, positions)) in why
+    assert ("hardware may be at fault" in why) == (cause == "hardware")
+
+
+def bad_update(what: str, cause: str):
+    """In step 5 the loss of rank 1, or its gradient alone, becomes nan: once, or whenever position 45 is in the batch."""
+    plain, calls = train.Trainer.loss, []
+
+    def loss(self, model, positions):
+        value = plain(self, model, positions)
+        if 45 not in positions or (cause == "hardware" and calls):
+            return value
+        calls.append(positions)
+        if what == "loss":
+            return value * math.nan
+        value.register_hook(lambda gradient: gradient * math.nan)
+        return value
+
+    train.Trainer.loss = loss
+
+
+def test_a_spike_is_skipped_when_asked_and_a_resume_judges_alike(shards, tmp_path, monkeypatch, capsys):
+    plain = train.Trainer.loss
+
+    def loss(self, model, positions):
+        return plain(self, model, positions) * (10 if 90 * 8 <= positions[0] < 91 * 8 else 1)
+
+    monkeypatch.setattr(train.Trainer, "loss", loss)
+    argv = ["--max-steps", 100, "--val-every", 0, "--checkpoint-every", 30, "--keep", 0]
+    for name, flags in (("plain", []), ("skips", ["--skip-spikes", 6])):
+        assert run_train(shards, tmp_path / name, *argv, *flags) == 0
+    assert capsys.readouterr().err.count("standard deviations above that of the last") == 1
+    skipped = [row["step"] for row in rows_of(tmp_path / "skips") if "skipped" in row]
+    assert skipped == [90] and not any("skipped" in row for row in rows_of(tmp_path / "plain"))
+    assert read_stream(tmp_path / "plain", "train")[90] == read_stream(tmp_path / "skips", "train")[90]
+    assert read_stream(tmp_path / "plain", "train")[91] != read_stream(tmp_path / "skips", "train")[91]
+    before = weights(tmp_path / "skips", 100)
+    for path in checkpoint.files_of(tmp_path / "skips", 90) + checkpoint.files_of(tmp_path / "skips", 100):
+        path.unlink()
+    assert run_main(train.main, "--resume", "--out-dir", tmp_path / "skips") == 0
+    assert same_weights(weights(tmp_path / "skips", 100), before)
+
+
+# ---- drift ----
+
+
+def test_a_step_can_be_done_again(undisturbed, capsys):
+    """The same bits from the checkpoint before it, or from the start; on the disk nothing changes."""
+    before = {path.name: path.read_bytes() for path in undisturbed.iterdir()}
+    for step in (3, 12, 15):
+        assert run_main(train.main, "--replay-step", step, "--out-dir", undisturbed) == 0
+        out = capsys.readouterr().out
+        loss = next(row["loss"] for row in rows_of(undisturbed) if row["step"] == step and "loss" in row)
+        assert f"step {step}: loss {loss!r}, gradient norm " in out and "the same as in the log" in out
+        assert re.search(rf"step {step}, rank 0: loss {loss!r}, first sequence tiny_train_\d+.npy from token [\d,]+", out)
+    assert {path.name: path.read_bytes() for path in undisturbed.iterdir()} == before
+    assert run_main(train.main, "--replay-step", 20, "--out-dir", undisturbed) == 2
+    assert "the run's steps are 0 to 19" in capsys.readouterr().err
+
+
+def test_a_step_that_is_not_what_the_log_says_is_told(undisturbed, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    [(copy / path.name).write_bytes(path.read_bytes()) for path in undisturbed.iterdir()]
+    row = next(line for line in (copy / "metrics.jsonl").read_text().splitlines() if line.startswith('{"step": 7, "loss"'))
+    (copy / "metrics.jsonl").write_text(re.sub(r'"loss": [\d.]+', '"loss": 4.25', row) + "\n")
+    assert run_main(train.main, "--replay-step", 7, "--out-dir", copy) == 1
+    assert "in the log: 4.25" in capsys.readouterr().out
