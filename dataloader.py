@@ -26,7 +26,12 @@ REMEDY = "delete the folder and make the shards again with fineweb.py"
 def write_shard(path: Path, tokens: np.ndarray) -> dict:
     """Writes tokens (N,) as uint16 and returns the shard's entry for the manifest."""
     assert tokens.dtype == np.uint16 and tokens.ndim == 1
-    write_atomically(path, lambda file: np.save(file, tokens))
+
+    def write(file):  # not np.save, which says nothing when the disk is too full for the last 4096 bytes
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
+        file.write(tokens)
+
+    write_atomically(path, write)
     return {"file": path.name, "tokens": len(tokens), "sha256": sha256(path)}
 
 
