@@ -34,6 +34,10 @@ def refuse(faults: list[str]):
         raise ValueError("; ".join(faults))
 
 
+def disk_failed(e: Exception) -> bool:
+    return isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+
+
 @contextmanager
 def one_line_errors():
     """A mistake that a user can mend (ValueError, a file that can't be used) ends in one line and status 2, a full or
@@ -46,7 +50,7 @@ def one_line_errors():
         drop_stdout()
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as e:
-        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+        full = disk_failed(e)
         remedy = ": free some space and give the command again" if full else ": check the path" if isinstance(e, OSError) else ""
         if not getattr(e, "is_shared", False):
             print(f"error: {e}{remedy}", file=sys.stderr)

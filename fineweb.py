@@ -10,10 +10,12 @@ A prep that was killed goes on where it stopped when the same command is given a
 import base64
 import gzip
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import sysconfig
@@ -33,7 +35,7 @@ from typing import Literal
 import numpy as np
 
 import cli
-from dataloader import MANIFEST, open_shard, write_shard
+from dataloader import MANIFEST, REMEDY, open_shard, write_shard
 from files import hold, read_json, sha256, write_json
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -102,6 +104,8 @@ def get_tokenizer(name: str) -> Tokenizer:
     try:
         bpe = tiktoken.get_encoding("gpt2")
     except Exception as e:  # whatever the HTTP client raises
+        if cli.disk_failed(e):
+            raise
         raise ValueError(
             f"could not fetch GPT-2's vocabulary ({type(e).__name__}): check the network, "
             "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bytes"
@@ -251,24 +255,61 @@ def stdlib_files() -> list[Path]:
     return [root / path for path in sorted(files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())]
 
 
+HUB_TIMEOUT = 30  # seconds without a byte, for a call of the hub's client that has no limit of its own
+
+
+def hub_info(repo: str, revision: str, problem: str, remedy: str, **how):
+    """What the hub says of a dataset at a revision, or '' for its newest: commit and files."""
+    from huggingface_hub import HfApi
+
+    return patiently(problem, remedy, busy, HfApi().dataset_info, repo, revision=revision or None, timeout=HUB_TIMEOUT, **how)
+
+
+def patiently(problem: str, remedy: str, passes: Callable[[Exception], bool], call: Callable, *args, **how):
+    """What the call gives in the end, however often it fails with what passes. The hub's client raises dozens of kinds."""
+    for failures in itertools.count(1):
+        try:
+            return call(*args, **how)
+        except Exception as e:
+            if cli.disk_failed(e):
+                raise
+            if not passes(e):
+                raise ValueError(f"{problem} ({brief(e)}): {remedy}") from e
+            wait(problem, e, failures)
+
+
+def wait(problem: str, e: Exception, failures: int):
+    """Until the next attempt, unless there were enough. The hub's client itself has tried several times before, no sooner
+    than Retry-After says."""
+    if failures > 8:
+        raise ValueError(f"{problem} ({brief(e)}), {failures} times: give the command again later to go on") from e
+    print(f"{problem} ({brief(e)}): trying again in {2**failures} s", file=sys.stderr)
+    time.sleep(2**failures)
+
+
+def brief(e: Exception) -> str:
+    return f"{type(e).__name__}: {str(e).strip()}".splitlines()[0]
+
+
+def busy(e: Exception) -> bool:
+    """Whether the hub answered, but not yet: with 429 or 5xx."""
+    status = getattr(getattr(e, "response", None), "status_code", 0)
+    return status in (408, 429) or status >= 500
+
+
+def busy_or_away(e: Exception) -> bool:
+    """The same, or there was no answer."""
+    return busy(e) or (getattr(e, "response", None) is None and not isinstance(e, ValueError))
+
+
 class HubDocuments:
     """A dataset streamed from the hub, one text column of it. Its state is the dataset's own."""
 
     def __init__(self, repo: str, name: str, revision: str):
-        from huggingface_hub import HfApi
-
         self.repo, self.name = repo, name
-        try:
-            self.revision = HfApi().dataset_info(repo, revision=revision or None).sha
-        except Exception as e:  # the hub's client raises a dozen kinds; each means the same to the user
-            raise ValueError(
-                f"there is no file or folder {repo} here, and it could not be found on the hub ({type(e).__name__}): "
-                "check the name, the revision and the network"
-            ) from e
-        try:
-            self.dataset = self.open()
-        except Exception as e:
-            raise ValueError(f"{repo}: {str(e).splitlines()[0]}: check --name and the network") from e
+        problem = f"there is no file or folder {repo} here, and it could not be found on the hub"
+        self.revision = hub_info(repo, revision, problem, "check the name, the revision and the network").sha
+        self.dataset = patiently(f"{repo} could not be opened", "check --name and the network", busy, self.open)
 
     def open(self):
         from datasets import load_dataset
@@ -293,13 +334,14 @@ class HubDocuments:
                     failures = 0
                 return
             except (ValueError, KeyError, TypeError) as e:  # not the network's fault
-                raise ValueError(f"{self.repo}: {str(e).splitlines()[0]}: choose a dataset of parquet files with a column 'text'") from e
+                raise ValueError(
+                    f"{self.repo} could not be read ({brief(e)}): choose a dataset of parquet files with a column 'text'"
+                ) from e
             except Exception as e:
+                if cli.disk_failed(e):
+                    raise
                 failures += 1
-                if failures > 8:
-                    raise ValueError(f"{self.repo}: {e}: the connection failed {failures} times; give the command again later") from e
-                print(f"{self.repo}: {e}: trying again in {2**failures} s", file=sys.stderr)
-                time.sleep(2**failures)
+                wait(f"{self.repo} could not be read", e, failures)
 
 
 def local_documents(dataset: tuple[str, ...]) -> LocalDocuments | None:
@@ -378,8 +420,15 @@ def begin_worker():
 
 def prepare(config: PrepareConfig):
     """Fills --out-dir, as its only writer."""
-    with hold(Path(config.out_dir)):
-        fetch_pretokenized(config) if config.pretokenized else tokenize_documents(config)
+    out = Path(config.out_dir)
+    with hold(out):
+        try:
+            fetch_pretokenized(config) if config.pretokenized else tokenize_documents(config)
+        except OSError as e:
+            if not cli.disk_failed(e):
+                raise
+            free = shutil.disk_usage(out).free / 1e6
+            raise OSError(e.errno, f"{e.strerror}: {out} has {free:,.0f} MB free, a token takes two bytes") from e
 
 
 def tokenize_documents(config: PrepareConfig):
@@ -461,6 +510,7 @@ def resume_point(out: Path, config: PrepareConfig) -> dict | None:
             raise ValueError(f"{out} holds shards made with other settings: choose another --out-dir, or delete it")
         if documents and documents.revision != manifest["revision"]:
             raise ValueError(f"the files have changed since {out} was made of them: choose another --out-dir, or delete it")
+        (out / PROGRESS).unlink(missing_ok=True)  # of a kill between the last two steps
         print(f"{out} is complete already")
         return None
     if (out / PROGRESS).exists():
@@ -500,7 +550,7 @@ def write_manifest(out: Path, progress: dict, shards: list[dict]):
 
 def fetch_pretokenized(config: PrepareConfig):
     """Downloads the hub's .bin shards, at least as many as hold --max-tokens; what is there already is not fetched again."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     out = Path(config.out_dir)
     repo = PRETOKENIZED if config.dataset == (FINEWEB_EDU,) else config.dataset[0]
@@ -508,27 +558,38 @@ def fetch_pretokenized(config: PrepareConfig):
     progress = resume_point(out, config)
     if progress is None:
         return
-    try:
-        info = HfApi().dataset_info(repo, revision=progress["revision"] or config.revision or None)
-        progress["revision"] = info.sha
-        write_json(out / PROGRESS, progress)
-        files = sorted(file.rfilename for file in info.siblings if file.rfilename.endswith(".bin"))
-        files.sort(key=lambda file: "_val_" not in file)
-        if not files:
-            raise ValueError(f"{repo} has no .bin shards: leave --dataset out, or --pretokenized")
-        shards, train_tokens = [], 0
-        for file in cli.bar(files, desc=f"downloading into {out}", unit="shard"):
-            if config.max_tokens and train_tokens >= config.max_tokens:
-                break
-            hf_hub_download(repo, file, repo_type="dataset", revision=info.sha, local_dir=out)
-            tokens = len(open_shard(out, {"file": file}))
-            shards.append({"file": file, "tokens": tokens, "sha256": sha256(out / file)})
-            train_tokens += tokens if "_val_" not in file else 0
-    except ValueError:
-        raise
-    except Exception as e:
-        raise ValueError(f"could not fetch {repo} from the hub ({type(e).__name__}): give the command again to go on") from e
+    for orphan in (out / ".cache").rglob("*.incomplete"):  # of a kill: the hub's client leaves them, and begins anew
+        orphan.unlink()
+    problem, remedy = f"could not fetch {repo} from the hub", "check the name and the network, and give the command again to go on"
+    info = hub_info(repo, progress["revision"] or config.revision, problem, remedy, files_metadata=True)
+    progress["revision"] = info.sha
+    write_json(out / PROGRESS, progress)
+    files = {file.rfilename: file.lfs for file in info.siblings if file.rfilename.endswith(".bin")}
+    if not files:
+        raise ValueError(f"{repo} has no .bin shards: leave --dataset out, or --pretokenized")
+    shards, train_tokens = [], 0
+    for file in cli.bar(sorted(files, key=lambda file: ("_val_" not in file, file)), desc=f"downloading into {out}", unit="shard"):
+        if config.max_tokens and train_tokens >= config.max_tokens:
+            break
+        problem = f"could not fetch {file} of {repo} from the hub"
+        patiently(problem, remedy, busy_or_away, hf_hub_download, repo, file, repo_type="dataset", revision=info.sha, local_dir=out)
+        shards.append(check_download(out, file, files[file] and files[file].sha256))
+        train_tokens += shards[-1]["tokens"] if "_val_" not in file else 0
     write_manifest(out, progress, shards)
+
+
+def check_download(out: Path, file: str, expected: str | None) -> dict:
+    """The manifest's entry of a file that was fetched. One that is not whole is deleted: the client would keep it for good.
+    expected: its sha256 as the hub has it, where it does."""
+    try:
+        entry = {"file": file, "tokens": len(open_shard(out, {"file": file})), "sha256": sha256(out / file)}
+        if expected not in (None, entry["sha256"]):
+            raise ValueError(f"shard {out / file} is damaged (its sha256 is not the hub's)")
+        return entry
+    except ValueError as e:
+        (out / file).unlink()
+        fault = str(e).removesuffix(f": {REMEDY}")
+        raise ValueError(f"{fault}: it was deleted, give the command again to fetch it again") from e
 
 
 def main():

@@ -1,7 +1,9 @@
 """A stand-in for the Hugging Face hub on localhost: repos at one commit, as much of the protocol as its clients use."""
 
+import hashlib
 import json
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -21,10 +23,15 @@ def children(files: dict[str, bytes], folder: str) -> list[dict]:
     return list(found.values())
 
 
+def lfs(content: bytes) -> dict:
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 134}
+
+
 @contextmanager
-def serve(repos: dict[str, dict[str, bytes]], break_after: int = 0):
+def serve(repos: dict[str, dict[str, bytes]], break_after: int = 0, fault: Callable[[str], tuple | None] = lambda request: None):
     """Yields (url, requests). repos: 'datasets/owner/name' or, for a model, 'owner/name' → path → content.
-    break_after: every such n-th download is cut short, as by a bad line."""
+    break_after: every such n-th download is cut short, as by a bad line. fault: asked at each request, 'GET /path'; the
+    (body, status, headers) that it gives are the answer."""
     requests, downloads = [], []
 
     class Hub(BaseHTTPRequestHandler):
@@ -49,10 +56,12 @@ def serve(repos: dict[str, dict[str, bytes]], break_after: int = 0):
         def do_GET(self):
             path = unquote(urlsplit(self.path).path)
             requests.append(f"{self.command} {path}")
+            if refusal := fault(requests[-1]):
+                return self.answer(*refusal)
             for repo, files in repos.items():
                 api = f"/api/{repo if repo.startswith('datasets/') else 'models/' + repo}"
                 if path in (api, f"{api}/revision/main", f"{api}/revision/{SHA}"):
-                    siblings = [{"rfilename": name} for name in files]
+                    siblings = [{"rfilename": name, "lfs": lfs(content)} for name, content in files.items()]
                     return self.answer_json(
                         {"id": repo.removeprefix("datasets/"), "sha": SHA, "siblings": siblings, "tags": [], "private": False}
                     )

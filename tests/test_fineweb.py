@@ -1,15 +1,20 @@
 """Documents to shards: against the plain concatenation of their tokens, through kills, and from a hub on localhost."""
 
+import errno
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -42,6 +47,13 @@ def row(folder) -> list[int]:
 
 def bytes_of(folder) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def the_error(text: str) -> str:
+    """The one line of it that is an error."""
+    lines = [line for line in text.splitlines() if "error: " in line]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
 
 
 def prepare(*argv) -> int:
@@ -97,8 +109,14 @@ def test_every_local_format_is_read(tmp_path):
     for name in ("d.txt", "e.md", "f.py"):
         (tmp_path / name).write_text("é\n", encoding="utf-8")
         assert list(read_file(tmp_path / name)) == ["é\n"]
+    broken, read = b'{"text": "caf\xe9 \\ud800"}\n\n{"text": ""}\n{"text": "b"}', ["caf\N{REPLACEMENT CHARACTER} \ud800", "", "b"]
     (tmp_path / "g.txt").write_bytes(b"caf\xe9")
     assert list(read_file(tmp_path / "g.txt")) == ["caf\N{REPLACEMENT CHARACTER}"]
+    (tmp_path / "h.jsonl").write_bytes(broken)
+    (tmp_path / "i.jsonl.gz").write_bytes(gzip.compress(broken))
+    assert list(read_file(tmp_path / "h.jsonl")) == list(read_file(tmp_path / "i.jsonl.gz")) == read
+    assert prepare("--dataset", tmp_path / "h.jsonl", "--out-dir", tmp_path / "out") == 0
+    assert row(tmp_path / "out") == expected(read)
 
 
 def test_a_folder_is_read_by_name_and_below(tmp_path):
@@ -275,6 +293,11 @@ def test_a_corpus_too_small_leaves_nothing_behind(tmp_path, capsys):
         ({"a.jsonl": b"not json"}, ["--dataset", "{}/a.jsonl"], "line 1"),
         ({"a.jsonl": b"[" * 200_000}, ["--dataset", "{}/a.jsonl"], "line 1"),
         ({}, ["--dataset"], "--dataset has no value"),
+        ({"a.jsonl": b'{"text": "x"}\n{"text": "cut off he'}, ["--dataset", "{}/a.jsonl"], "line 2"),
+        ({"a.jsonl": b'["text"]'}, ["--dataset", "{}/a.jsonl"], "line 1"),
+        ({"a.jsonl": b'{"text": ["x", {"y": 1}]}'}, ["--dataset", "{}/a.jsonl"], "line 1"),
+        ({"a.jsonl": b'[{"text": "x"}, {"text": "y"}]'}, ["--dataset", "{}/a.jsonl"], "line 1"),
+        ({"a.jsonl.gz": gzip.compress(b'{"text": "x"}\n' * 9)[:-9]}, ["--dataset", "{}/a.jsonl.gz"], "is not whole"),
         ({"a.jsonl": b'{"text": 5}'}, ["--dataset", "{}/a.jsonl"], "line 1"),
         ({"a.jsonl": b'{"text": "x"}\n\n{"text": null}'}, ["--dataset", "{}/a.jsonl"], "line 3"),
         ({}, ["--dataset", "/dev/zero"], "files are read"),
@@ -299,6 +322,74 @@ def test_a_parquet_file_without_text_is_named(tmp_path, capsys):
     assert "column 'text'" in capsys.readouterr().err
 
 
+# ---- a full disk ----
+
+
+@contextmanager
+def disk_of(room: int):
+    """No file can grow beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("room", [50, 1000, 4000, 4127])  # a progress file has some 900 bytes, a shard 4128
+def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(tmp_path, capsys, corpus, room):
+    argv = ["--dataset", corpus, "--shard-size", 2000, "--out-dir"]
+    assert prepare(*argv, tmp_path / "whole") == 0
+    with disk_of(room):
+        assert prepare(*argv, tmp_path / "full") == 1
+    assert "MB free, a token takes two bytes: free some space and give the command again" in the_error(capsys.readouterr().err)
+    assert not [path for path in (tmp_path / "full").glob("*") if path.suffix in (".npy", ".tmp")]
+    assert prepare(*argv, tmp_path / "full") == 0
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "full")
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_disk_that_fills_at_any_write(tmp_path, monkeypatch, capsys, corpus, name):
+    argv = ["--dataset", corpus, "--shard-size", 1000, "--out-dir"]
+    assert prepare(*argv, tmp_path / "whole") == 0
+    real = getattr(os, name)
+    for number in itertools.count(1):
+        left = [number]
+
+        def fail(*args, left=left):
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError(errno.ENOSPC, "No space left on device", str(args[0]))
+            return real(*args)
+
+        capsys.readouterr()
+        monkeypatch.setattr(os, name, fail)
+        status = prepare(*argv, tmp_path / str(number))
+        monkeypatch.setattr(os, name, real)
+        if status == 0:
+            break
+        assert status == 1 and "free some space" in the_error(capsys.readouterr().err)
+        assert prepare(*argv, tmp_path / str(number)) == 0
+        assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / str(number))
+    assert number > 8
+
+
+def test_a_disk_too_full_for_what_is_fetched_is_not_the_networks_fault(monkeypatch):
+    def full(*args, **how):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def no_sleep(seconds):
+        raise AssertionError("it waits")
+
+    monkeypatch.setattr("tiktoken.get_encoding", full)
+    monkeypatch.setattr(fineweb.time, "sleep", no_sleep)
+    monkeypatch.setattr(fineweb.HubDocuments, "__init__", lambda self: setattr(self, "repo", "x/y"))
+    documents = fineweb.HubDocuments()
+    documents.dataset = map(full, [1])
+    for fetch in (lambda: get_tokenizer.__wrapped__("gpt2"), lambda: next(iter(documents))):
+        with pytest.raises(OSError, match="No space left"):
+            fetch()
+
+
 # ---- the hub, on localhost ----
 
 CARD = b"---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
@@ -316,16 +407,15 @@ def fineweb_edu(tmp_path) -> dict[str, bytes]:
     return files
 
 
-def hub_script(url, tmp_path, *argv):
-    return script(
-        "fineweb.py", "--tokenizer", "bytes", "--workers", 1, *argv, HF_ENDPOINT=url, HF_HOME=tmp_path / "hf", HF_HUB_DISABLE_XET=1
-    )
+def from_hub(url, tmp_path, *argv, **how):
+    env = {"HF_ENDPOINT": url, "HF_HOME": tmp_path / "hf", "HF_HUB_DISABLE_XET": 1, "HF_HUB_DISABLE_TELEMETRY": 1}
+    return forked(tmp_path, "fineweb", "--tokenizer", "bytes", "--workers", 1, *argv, **env | how)
 
 
 def test_the_hubs_dataset_is_streamed_and_its_commit_recorded(tmp_path, fineweb_edu):
     out = tmp_path / "out"
     with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}) as (url, requests):
-        result = hub_script(url, tmp_path, "--out-dir", out, "--shard-size", 500)
+        result = from_hub(url, tmp_path, "--out-dir", out, "--shard-size", 500)
     assert result.returncode == 0, result.stderr
     assert row(out) == expected(TEXTS[:39])
     manifest = read_json(out / "manifest.json", "")
@@ -335,21 +425,108 @@ def test_the_hubs_dataset_is_streamed_and_its_commit_recorded(tmp_path, fineweb_
 
 def test_dropped_connections_are_tried_again(tmp_path, fineweb_edu):
     with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}, break_after=4) as (url, _):
-        result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--shard-size", 500)
+        result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--shard-size", 500)
     assert result.returncode == 0, result.stderr
     assert row(tmp_path / "out") == expected(TEXTS[:39])
 
 
-STOP_AFTER_TWO_SHARDS = """
-import sys, fineweb
-fineweb.CHUNK_CHARS, write = 60, fineweb.write_json
-def stop(path, content):
-    write(path, content)
-    if path.name == "progress.json" and content["shards"]:
-        sys.exit(9)
-fineweb.write_json = stop
-fineweb.main()
-"""
+def tell_sleeps():
+    """Says on stderr how long this process would have waited, and does not."""
+    time.sleep = lambda seconds: print("waits", int(seconds), file=sys.stderr)
+
+
+@pytest.fixture
+def pretokenized(tmp_path) -> dict[str, bytes]:
+    files = {}
+    for i in range(20):
+        name = f"fineweb_{'train' if i else 'val'}_{i:06d}.bin"
+        llmc_bin(tmp_path / name, np.arange(i, i + 20_000))
+        files[name] = (tmp_path / name).read_bytes()
+    return files
+
+
+def test_a_busy_hub_is_waited_for(tmp_path, fineweb_edu, pretokenized):
+    """Whatever is asked for is refused three times: with 429, with and without a time to come again, and with 503."""
+    repos = {"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu, "datasets/kjj0/fineweb10B-gpt2": pretokenized}
+    refusals = [(b"", 503, {}), (b"", 429, {}), (b"", 429, {"Retry-After": "77"})]
+    left = {}
+    with serve(repos, fault=lambda request: (left.setdefault(request, refusals.copy()) or [None]).pop()) as (url, _):
+        result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--shard-size", 500, first=tell_sleeps)
+        assert result.returncode == 0 and "waits 78\n" in result.stderr, result.stderr
+        assert row(tmp_path / "out") == expected(TEXTS[:39])
+        result = from_hub(url, tmp_path, "--pretokenized", "--out-dir", tmp_path / "bins", "--max-tokens", 50_000, first=tell_sleeps)
+        assert result.returncode == 0 and "waits 78\n" in result.stderr, result.stderr
+    assert bins(tmp_path / "bins").items() <= pretokenized.items()
+    row(tmp_path / "bins")
+
+
+@pytest.mark.parametrize("argv", [["--shard-size", 400], ["--pretokenized"]])
+def test_a_hub_that_stays_busy_is_one_line_and_the_same_command_goes_on(tmp_path, fineweb_edu, pretokenized, argv):
+    repos = {"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu, "datasets/kjj0/fineweb10B-gpt2": pretokenized}
+    answers = []
+
+    def fault(request):
+        return (b"", 429, {}) if request.endswith(("001_00000.parquet", "_000007.bin")) and not answers else None
+
+    with serve(repos, fault=fault) as (url, requests):
+        result = from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "out", first=few_documents_at_once)
+        assert result.returncode == 2 and ", 9 times: give the command again later to go on" in the_error(result.stderr)
+        assert (
+            len(read_json(tmp_path / "out" / "progress.json", "")["shards"]) > 1 or (tmp_path / "out" / "fineweb_train_000006.bin").exists()
+        )
+        answers.append(True)
+        requests.clear()
+        assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "out", first=few_documents_at_once).returncode == 0
+        assert not any(request.endswith("000006.bin") for request in requests)
+        assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "whole").returncode == 0
+    shutil.rmtree(tmp_path / "out" / ".cache", ignore_errors=True)
+    shutil.rmtree(tmp_path / "whole" / ".cache", ignore_errors=True)
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "out")
+
+
+def few_documents_at_once():
+    import datasets
+
+    datasets.config.STREAMING_READ_MAX_RETRIES = 2
+    fineweb.CHUNK_CHARS = 60
+    tell_sleeps()
+
+
+def test_a_hub_that_says_nothing_is_asked_again(tmp_path, fineweb_edu):
+    """A file that hangs once is had in the end; where the first question hangs, it is over."""
+    over, asked = threading.Event(), set()
+
+    def hang(request):
+        if request.endswith(("002_00000.parquet", "no/such")) and request not in asked:
+            asked.add(request)
+            over.wait(20)
+
+    how = {"HF_HUB_DOWNLOAD_TIMEOUT": 1, "first": no_patience, "timeout": 15}
+    with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}, fault=hang) as (url, _):
+        result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", **how)
+        assert result.returncode == 0, result.stderr
+        result = from_hub(url, tmp_path, "--dataset", "no/such", "--out-dir", tmp_path / "none", **how)
+        assert result.returncode == 2 and "(ReadTimeout: timed out): check the name, the revision and the network" in the_error(
+            result.stderr
+        )
+        over.set()
+    assert row(tmp_path / "out") == expected(TEXTS[:39]) and len(asked) == 2
+
+
+def no_patience():
+    fineweb.HUB_TIMEOUT = 1
+    tell_sleeps()
+
+
+def stop_after_two_shards():
+    write = fineweb.write_json
+
+    def stop(path, content):
+        write(path, content)
+        if path.name == "progress.json" and content["shards"]:
+            sys.exit(9)
+
+    fineweb.CHUNK_CHARS, fineweb.write_json = 60, stop
 
 
 def test_a_connection_that_stays_away_for_a_while(monkeypatch):
@@ -412,15 +589,12 @@ def test_workers_go_with_their_parent(tmp_path):
 def test_a_streamed_prep_goes_on_at_the_same_commit(tmp_path, fineweb_edu, monkeypatch):
     with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}) as (url, requests):
         argv = ["--shard-size", 400]
-        assert hub_script(url, tmp_path, *argv, "--out-dir", tmp_path / "whole").returncode == 0
-        stop = STOP_AFTER_TWO_SHARDS
-        env = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(REPO)}
-        command = ["--tokenizer", "bytes", "--workers", "1", "--shard-size", "400", "--out-dir", str(tmp_path / "stopped")]
-        assert subprocess.run([sys.executable, "-c", stop, *command], env=env, capture_output=True).returncode == 9
+        assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "whole").returncode == 0
+        assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "stopped", first=stop_after_two_shards).returncode == 9
         progress = read_json(tmp_path / "stopped" / "progress.json", "")
         assert progress["revision"] == SHA and len(progress["shards"]) == 2
         requests.clear()
-        result = hub_script(url, tmp_path, *argv, "--out-dir", tmp_path / "stopped")
+        result = from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "stopped")
         assert result.returncode == 0, result.stderr
         assert any(f"revision/{SHA}" in request for request in requests) and "GET /api/datasets/HuggingFaceFW/fineweb-edu" not in requests
     assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "stopped")
@@ -428,15 +602,15 @@ def test_a_streamed_prep_goes_on_at_the_same_commit(tmp_path, fineweb_edu, monke
 
 def test_a_dataset_the_hub_does_not_have_is_one_line(tmp_path, fineweb_edu):
     with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}) as (url, _):
-        result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--dataset", "no/such")
+        result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--dataset", "no/such")
         assert (
             result.returncode == 2
             and "no/such here, and it could not be found on the hub" in result.stderr
             and "Traceback" not in result.stderr
         )
-        result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--revision", "v9")
+        result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--revision", "v9")
         assert result.returncode == 2 and "check the name, the revision and the network" in result.stderr
-        result = hub_script(url, tmp_path, "--out-dir", tmp_path / "out", "--name", "sample-9BT")
+        result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--name", "sample-9BT")
         assert result.returncode == 2 and "sample-9BT" in result.stderr and "Traceback" not in result.stderr
 
 
@@ -448,17 +622,78 @@ def test_a_recorded_commit_outlives_a_kill_before_the_first_shard(tmp_path, reco
     assert fineweb.resume_point(tmp_path, config)["revision"] == kept
 
 
-def test_pretokenized_shards_are_fetched(tmp_path):
-    tokens = {f"fineweb_{'train' if i else 'val'}_{i:06d}.bin": np.arange(i, i + 50) for i in range(4)}
-    files = {"README.md": b""}
-    for name, values in tokens.items():
-        llmc_bin(tmp_path / name, values)
-        files[name] = (tmp_path / name).read_bytes()
-    with serve({"datasets/kjj0/fineweb10B-gpt2": files}) as (url, _):
-        argv = ["fineweb.py", "--pretokenized", "--out-dir", tmp_path / "out", "--max-tokens", 60]
-        result = script(*argv, HF_ENDPOINT=url, HF_HOME=tmp_path / "hf", HF_HUB_DISABLE_XET=1)
+def test_pretokenized_shards_are_fetched(tmp_path, pretokenized):
+    with serve({"datasets/kjj0/fineweb10B-gpt2": pretokenized}) as (url, _):
+        result = from_hub(url, tmp_path, "--pretokenized", "--out-dir", tmp_path / "out", "--max-tokens", 20_001)
     assert result.returncode == 0, result.stderr
     manifest = read_json(tmp_path / "out" / "manifest.json", "")
-    assert [shard["file"] for shard in manifest["shards"]] == sorted(tokens, key=lambda name: "val" not in name)[:3]
+    assert [shard["file"] for shard in manifest["shards"]] == [
+        f"fineweb_{name}.bin" for name in ("val_000000", "train_000001", "train_000002")
+    ]
     assert (manifest["tokenizer"], manifest["vocab_size"], manifest["revision"]) == ("gpt2", 50257, SHA)
-    assert row(tmp_path / "out") == [*range(50), *range(1, 51), *range(2, 52)]
+    assert row(tmp_path / "out") == [*range(20_000), *range(1, 20_001), *range(2, 20_002)]
+
+
+def test_a_download_killed_at_any_point_ends_with_the_same_bytes(tmp_path, pretokenized):
+    generator, out = random.Random(0), tmp_path / "out"
+    with serve({"datasets/kjj0/fineweb10B-gpt2": pretokenized}) as (url, _):
+        argv = (url, tmp_path, "--pretokenized", "--out-dir", out)
+        kill = partial(kill_at_write, out / ".cache" / "huggingface" / "download", 6)  # after its locks, at a file half there
+        assert from_hub(*argv, first=kill).returncode == -signal.SIGKILL and list(out.rglob("*.incomplete"))
+        for _ in range(9):
+            kill = partial(kill_at_write, out, generator.randint(2, 36), generator.choice([0, 0.0005, 0.002]))
+            assert from_hub(*argv, first=kill).returncode == -signal.SIGKILL
+        assert 3 < len(list(out.glob("*.bin"))) < 20
+        result = from_hub(*argv)
+        assert result.returncode == 0, result.stderr
+    assert not list(out.rglob("*.incomplete")) + list(out.rglob("*.tmp"))
+    assert bins(out) == pretokenized
+    row(out)
+
+
+def bins(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+
+
+BAD = "fineweb_train_000003.bin"
+ETAG = {"ETag": '"x"', "X-Repo-Commit": SHA}
+
+
+def test_what_is_no_shard_is_named_and_fetched_again(tmp_path, pretokenized):
+    """As the hub delivers it for a while; and one that was whole and, by the disk's doing, is not any more."""
+    out, content = tmp_path / "out", pretokenized[BAD]
+    answers = {
+        "is damaged (its header is not": (b"<html>", 200, ETAG),
+        "is damaged (its header promises": (content[:-2], 200, ETAG),
+        "is damaged (its sha256 is not the hub's)": (content[:-2] + b"xx", 200, ETAG),
+        "RemoteEntryNotFoundError: 404": (b"", 404, {"X-Error-Code": "EntryNotFound"}),
+        "shard": None,
+    }
+    with serve({"datasets/kjj0/fineweb10B-gpt2": pretokenized}, fault=lambda request: answer if request.endswith(BAD) else None) as (
+        url,
+        _,
+    ):
+        argv = (url, tmp_path, "--pretokenized", "--out-dir", out)
+        for message, answer in answers.items():
+            if answer is None:
+                damaged, before = out / "fineweb_train_000001.bin", (out / "fineweb_train_000001.bin").stat()
+                os.truncate(damaged, 5000)
+                os.utime(damaged, ns=(before.st_atime_ns, before.st_mtime_ns))  # by a change that shows the client fetches anew
+            result = from_hub(*argv)
+            error = the_error(result.stderr)
+            assert result.returncode == 2 and message in error and (BAD if answer else "000001.bin") in error, error
+            assert "give the command again to" in error and not (out / BAD).exists()
+        assert not (out / "fineweb_train_000001.bin").exists()
+        assert from_hub(*argv).returncode == 0
+    assert bins(out) == pretokenized
+
+
+def test_a_download_that_fills_the_disk(tmp_path, pretokenized):
+    out = tmp_path / "out"
+    with serve({"datasets/kjj0/fineweb10B-gpt2": pretokenized}) as (url, _):
+        argv = (url, tmp_path, "--pretokenized", "--out-dir", out)
+        result = from_hub(*argv, first=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY)))
+        assert result.returncode == 1 and "free some space and give the command again" in the_error(result.stderr)
+        assert not list(out.rglob("*.bin")) + list(out.rglob("*.incomplete"))
+        assert from_hub(*argv).returncode == 0
+    row(out)
