@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import forked, run_main
+from test_fineweb import disk_of, the_error
 
 import hellaswag
 from checkpoint import load_model
@@ -292,8 +294,8 @@ def test_a_wrong_file_is_one_line(tmp_path, capsys, text, message):
 # ---- the download ----
 
 
-@pytest.mark.parametrize(("rows", "cut", "kept"), [(10_042, False, True), (10_041, False, False), (10_042, True, False)])
-def test_a_download_is_whole_or_not_kept(tmp_path, monkeypatch, rows, cut, kept):
+@contextmanager
+def served(monkeypatch, rows: int, cut: bool = False):
     body = json.dumps(make_tasks(1)[0]).encode() + b"\n"
     body *= rows
 
@@ -310,14 +312,30 @@ def test_a_download_is_whole_or_not_kept(tmp_path, monkeypatch, rows, cut, kept)
     server = HTTPServer(("127.0.0.1", 0), Server)
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/hellaswag_val.jsonl")
-    path = tmp_path / "hellaswag_val.jsonl"
-    if kept:
-        assert len(load_tasks(path)) == 10_042
-    else:
-        with pytest.raises(ValueError, match=r"10041 rows instead of 10042|could not fetch|rows instead of 10042"):
-            load_tasks(path)
+    yield
     server.shutdown()
+
+
+@pytest.mark.parametrize(("rows", "cut", "kept"), [(10_042, False, True), (10_041, False, False), (10_042, True, False)])
+def test_a_download_is_whole_or_not_kept(tmp_path, monkeypatch, rows, cut, kept):
+    path = tmp_path / "hellaswag_val.jsonl"
+    with served(monkeypatch, rows, cut):
+        if kept:
+            assert len(load_tasks(path)) == 10_042
+        else:
+            with pytest.raises(ValueError, match=r"10041 rows instead of 10042|could not fetch|rows instead of 10042"):
+                load_tasks(path)
     assert path.exists() == kept and len(list(tmp_path.iterdir())) == kept
+
+
+def test_a_download_that_fills_the_disk(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "hellaswag_val.jsonl"
+    with served(monkeypatch, 10_042):
+        with disk_of(1_000_000):
+            assert run_main(hellaswag.main, "-d", "cpu", "--file", path) == 1
+        assert "free some space and give the command again" in the_error(capsys.readouterr().err)
+        assert not list(tmp_path.iterdir())
+        assert len(load_tasks(path)) == 10_042
 
 
 def test_an_unreachable_download_names_the_remedy(tmp_path, monkeypatch):
