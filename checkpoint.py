@@ -237,11 +237,11 @@ def checkpoint_file(path: str) -> Path | None:
     return None
 
 
-def open_checkpoint(path: str) -> tuple[dict | None, GPTConfig, str | None]:
+def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, GPTConfig, str | None]:
     """A checkpoint's content (None: it is Hugging Face's), its config and the name of its tokenizer, if that is known."""
     file = checkpoint_file(path)
     if file is None:
-        config = config_from_hf(hf_folder(path))
+        config = config_from_hf(hf_folder(path, revision or None))
         return None, config, next((name for name, size in VOCAB_SIZES.items() if size == config.vocab_size), None)
     numbered = re.fullmatch(r"model_(\d+)", file.stem)
     if numbered and file.with_suffix(".json").exists() and (problem := fault(file.parent, int(numbered[1]), weights_only=True)):
@@ -256,16 +256,21 @@ def open_checkpoint(path: str) -> tuple[dict | None, GPTConfig, str | None]:
     raise ValueError(f"{file} is not a checkpoint of this project: it has no model, config and tokenizer")
 
 
-def load_config(path: str) -> GPTConfig:
+def load_config(path: str, revision: str = "") -> GPTConfig:
     """The shape of the model that load_model would load."""
-    return open_checkpoint(path)[1]
+    return open_checkpoint(path, revision)[1]
 
 
-def load_gpt(path: str) -> tuple[GPT, str | None]:
+def hub_commit(path: str, revision: str) -> str:
+    """The commit of the hub that a name such as gpt2 stands for at a revision, '' being its newest; '' for what is local."""
+    return "" if checkpoint_file(path) or Path(path).is_dir() else hf_folder(path, revision or None).name
+
+
+def load_gpt(path: str, revision: str = "") -> tuple[GPT, str | None]:
     """The model on the CPU, and the name of its tokenizer (None where the vocabulary is no known one)."""
-    content, config, tokenizer = open_checkpoint(path)
+    content, config, tokenizer = open_checkpoint(path, revision)
     if content is None:
-        return GPT.from_pretrained(path), tokenizer
+        return GPT.from_pretrained(path, revision or None), tokenizer
     model = GPT(config)
     load_weights(model, content["model"], path)
     return model, tokenizer

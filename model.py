@@ -493,7 +493,8 @@ def is_conv1d(name: str) -> bool:
 
 
 def hf_folder(name_or_dir: str, revision: str | None = None) -> Path:
-    """A local folder as it is, or one of OpenAI's four sizes, downloaded once into the hub's cache."""
+    """A local folder as it is, or one of OpenAI's four sizes, downloaded once into the hub's cache, in a folder that has the
+    commit as its name."""
     if Path(name_or_dir).is_dir():
         return Path(name_or_dir)
     if name_or_dir not in SIZES:

@@ -59,6 +59,8 @@ class TrainConfig:
     """Do this step of the run in --out-dir again, from the checkpoint before it, compare its loss with the log, and end."""
     init_from: str = ""
     """Start from these weights (gpt2, gpt2-medium, …, a Hugging Face folder, a checkpoint) instead of random ones."""
+    init_revision: str = ""
+    """Branch, tag or commit on the hub of --init-from gpt2, …; the commit it resolves to is recorded and kept."""
     model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
 
     max_steps: int = 19073
@@ -304,7 +306,7 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     if config.init_from and resumed is None:
-        model, _ = checkpoint.load_gpt(config.init_from)
+        model, _ = checkpoint.load_gpt(config.init_from, config.init_revision)
         model.shorten(config.model.seq_len)
         model.config.attention = config.model.attention
     else:
@@ -779,8 +781,9 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     elif any((out_dir / name).exists() for name in ("run.json", "log.txt", "config.json")) or any(out_dir.glob("model*")):
         raise ValueError(f"{out_dir} holds a run or a model already: add --resume to go on with it, or choose another --out-dir")
     elif config.init_from:
-        source = replace(preset, model=checkpoint.load_config(config.init_from))
+        source = replace(preset, model=checkpoint.load_config(config.init_from, config.init_revision))
         config = cli.parse(TrainConfig, argv, source)
+        config.init_revision = checkpoint.hub_commit(config.init_from, config.init_revision)
         refuse_changes(source.model, config.model, {"seq_len", "attention"}, config.init_from)
     return config
 

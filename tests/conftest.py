@@ -31,6 +31,10 @@ TINY = (
 ).split()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--renew-golden", action="store_true", help="write the losses that test_the_golden_run holds the code to anew")
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Two tiny matrices are slower on two threads, and a fixed order of summation makes runs comparable bit for bit."""

@@ -15,11 +15,13 @@ from functools import partial
 import pytest
 import torch
 from conftest import REPO, TINY, Forked, forked, kill_at_write, read_stream, run_main, run_train
+from test_hellaswag import make_tasks
 
 import checkpoint
 import train
 from checkpoint import newest_step
 from dataloader import TokenStream, find_shards
+from files import read_json, write_json
 
 
 def weights(out_dir, step) -> dict:
@@ -106,6 +108,65 @@ def test_only_the_same_torchrun_resumes_unasked(shards, tmp_path, monkeypatch, c
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
     assert run_train(shards, tmp_path / "run", "--max-steps", 2) == (0 if goes_on else 2)
     assert ("finished already" if goes_on else "already: add --resume") in capsys.readouterr().err
+
+
+def note_positions(folder):
+    """Each process writes down which sequences it takes."""
+    plain = train.TokenStream.batch
+
+    def batch(self, positions):
+        with open(folder / "positions", "a") as file:
+            file.write("".join(f"{self.sequence_at(p)}\n" for p in positions) if "train" in self.paths[0].name else "")
+        return plain(self, positions)
+
+    train.TokenStream.batch = batch
+
+
+@pytest.mark.parametrize(("processes", "micro_batch"), [(0, 8), (4, 1)])
+def test_a_run_saved_by_two_goes_on_with_one_or_four(undisturbed, shards, tmp_path, processes, micro_batch):
+    """The same sequences in each step, and the losses of the undisturbed run."""
+    run, first = tmp_path / "run", partial(note_positions, tmp_path)
+    argv = [*TINY, "--data-dir", shards, "--out-dir", run, "--val-every", 0, "--checkpoint-every", 10]
+    assert forked(tmp_path, "train", *argv, processes=2, first=first).returncode == 0
+    [path.unlink() for path in checkpoint.files_of(run, 20)]
+    taken = [int(line) for line in (tmp_path / "positions").read_text().split()]
+    assert len(taken) == 20 * 8
+    (tmp_path / "positions").unlink()
+    argv = ["--resume", "--out-dir", run, "--micro-batch-size", micro_batch]
+    assert forked(tmp_path, "train", *argv, processes=processes, first=first).returncode == 0
+    again = [int(line) for line in (tmp_path / "positions").read_text().split()]
+    for step in range(10):
+        assert sorted(again[8 * step : 8 * step + 8]) == sorted(taken[80 + 8 * step : 88 + 8 * step])
+    here, there = read_stream(run, "train"), read_stream(undisturbed, "train")
+    assert max(abs(float(here[step]) - float(there[step])) for step in there) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("where", ["step", "HellaSwag", "compilation"])
+def test_a_signal_to_torchrun_ends_within_30_seconds(shards, tmp_path, number, where):
+    """Two processes, all saved; in the compilation of the first step there is nothing to save yet."""
+    run, tasks = tmp_path / "run", tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(2000)))
+    argv = [*TINY, "--max-steps", 10**6, "--hellaswag-file", tasks, "--hellaswag-every", 5 if where == "HellaSwag" else 0]
+    argv += ["--val-every", 0, *(["--compile"] if where == "compilation" else [])]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", REPO / "train.py"]
+    with open(tmp_path / "err", "w") as err:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        process = subprocess.Popen([*map(str, [*command, *argv, "--data-dir", shards, "--out-dir", run])], stderr=err, env=env)
+    sign = "an epoch is" if where == "compilation" else "HellaSwag:   0%" if where == "HellaSwag" else "step "
+    while (tmp_path / "err").read_text().count(sign) < (2 if where == "HellaSwag" else 1):
+        assert process.poll() is None
+        time.sleep(0.05)
+    if where == "compilation":
+        time.sleep(1)
+    began = time.monotonic()
+    process.send_signal(number)
+    process.wait(40)
+    assert time.monotonic() - began < 30
+    err = (tmp_path / "err").read_text()
+    assert ("nothing to save" if where == "compilation" else "all saved") in err
+    assert (newest_step(run) is None) == (where == "compilation") and (where != "HellaSwag" or newest_step(run) == 5)
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
@@ -253,6 +314,19 @@ def test_a_spike_is_skipped_when_asked_and_a_resume_judges_alike(shards, tmp_pat
 
 
 # ---- drift ----
+
+GOLDEN = REPO / "tests" / "golden.json"
+
+
+def test_the_golden_run(undisturbed, request):
+    """The losses of 20 steps and three validations as they were when last renewed, on purpose: pytest -k golden --renew-golden"""
+    losses = {stream: read_stream(undisturbed, stream) for stream in ("train", "val")}
+    if request.config.getoption("--renew-golden"):
+        write_json(GOLDEN, losses)
+    golden = read_json(GOLDEN, "")
+    for stream, expected in golden.items():
+        found = {str(step): float(loss) for step, loss in losses[stream].items()}
+        assert found == pytest.approx({step: float(loss) for step, loss in expected.items()}, abs=2e-5)
 
 
 def test_a_step_can_be_done_again(undisturbed, capsys):

@@ -402,6 +402,28 @@ def test_fine_tuning_starts_from_the_given_weights(shards, tmp_path):
     assert float(read_stream(tmp_path / "again", "val")[0]) == pytest.approx(float(read_stream(tmp_path / "tuned", "val")[3]), abs=1e-5)
 
 
+def test_the_commit_of_the_hubs_weights_is_recorded_and_held(shards, tmp_path):
+    """Also when the run goes on before its first checkpoint, and the hub's main is another one by then."""
+    from hub import SHA, serve
+
+    random_hf(257, 48, 2, 2, 32).save_pretrained(tmp_path / "hf")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    run, env = tmp_path / "run", {"HF_HOME": tmp_path / "home", "HF_HUB_DISABLE_XET": 1}
+    with serve({"openai-community/gpt2": files}) as (url, requests):
+        argv = [*TINY[6:], "--data-dir", shards, "--init-from", "gpt2", "--seq-len", 32, "--out-dir", run, "--max-steps", 1]
+        result = forked(tmp_path, "train", *argv, HF_ENDPOINT=url, **env)
+        assert result.returncode == 0, result.stderr
+        assert json.loads((run / "run.json").read_text())["config"]["init_revision"] == SHA
+        for path in checkpoint.files_of(run, 1):
+            path.unlink()
+        requests.clear()
+        result = forked(tmp_path, "train", "--resume", "--out-dir", run, HF_ENDPOINT=url, **env | {"HF_HOME": tmp_path / "empty"})
+        assert result.returncode == 0, result.stderr
+        assert requests and not any("main" in request for request in requests)
+    result = forked(tmp_path, "train", "--resume", "--out-dir", run, "--max-steps", 2, "--init-revision", "other")
+    assert result.returncode == 2 and "init_revision 'other' does not fit" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
