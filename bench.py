@@ -1,11 +1,11 @@
-"""How fast is it? Training, generation, scoring, tokenizing and loading, each beside a peer in the same run.
+"""How fast is it? Training, generation, scoring, tokenizing, loading and saving, each beside a peer in the same run.
 
     python bench.py                                          # GPT-2 (124M) on whatever there is
     python bench.py --what train --micro-batch-size 4        # the training step alone
     python bench.py --device cuda --micro-batch-size 32 --json > bench.json
 
 The peers are what a user would take instead: Hugging Face transformers (compiled too, with the same fused AdamW), tiktoken
-document by document, a shard read whole. Each side is a process of its own, so that its peak memory is its own, and they
+document by document, a shard read whole, torch.save. Each side is a process of its own, so that its peak memory is its own, and they
 take turns, so that a machine whose speed drifts is fair to both: a ratio is the median over the rounds.
 """
 
@@ -44,7 +44,9 @@ from sample import generate
 class BenchConfig:
     """Time this repository's work and its peers'."""
 
-    what: tuple[Literal["train", "generate", "score", "tokenize", "load"], ...] = ("train", "generate", "score", "tokenize", "load")
+    what: tuple[Literal["train", "generate", "score", "tokenize", "load", "save"], ...] = (
+        "train", "generate", "score", "tokenize", "load", "save"
+    )  # fmt: skip
     """What to time."""
     model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
     device: str = "auto"
@@ -94,20 +96,19 @@ class Bench:
         return find_shards(self.folder / "shards")
 
 
-def train_ours(bench: Bench):
+def trainer_of(bench: Bench) -> train.Trainer:
     config, B, T = bench.config, bench.config.micro_batch_size, bench.config.model.seq_len
     settings = train.TrainConfig(
         model=config.model, data_dir=str(bench.folder / "shards"), out_dir=str(bench.folder / "run"), total_batch_tokens=B * T,
-        micro_batch_size=B, device=config.device, dtype=config.dtype, compile=config.compile, warmup_steps=0, max_lr=1e-4,
+        micro_batch_size=B, device=config.device, dtype=config.dtype, compile=config.compile, warmup_steps=0, max_lr=1e-4, keep=1,
     )  # fmt: skip
     world = World(bench.device)
-    trainer, _ = train.build(settings, world, train.Log(settings, world))
+    return train.build(settings, world, train.Log(settings, world))[0]
 
-    def step(number):
-        loss, _ = trainer.update(number)
-        return B * T, loss.item()
 
-    return step
+def train_ours(bench: Bench):
+    trainer, tokens = trainer_of(bench), bench.config.micro_batch_size * bench.config.model.seq_len
+    return lambda number: (tokens, trainer.update(number).loss)
 
 
 def train_peer(bench: Bench):
@@ -266,6 +267,35 @@ def load_peer(bench: Bench):
     return run
 
 
+def save_ours(bench: Bench):
+    """How long training stands still for a checkpoint: on an accelerator for the copy, on a CPU until it is on the disk."""
+    trainer = trainer_of(bench)
+    trainer.update(0)
+    (bench.folder / "run").mkdir()
+
+    def run(number):
+        trainer.save(number, None)
+        return saved_megabytes(trainer), trainer.saver.finish
+
+    return run
+
+
+def save_peer(bench: Bench):
+    """The same tensors by torch.save: no checksum, and no wait for the disk."""
+    trainer = trainer_of(bench)
+    trainer.update(0)
+
+    def run(number):
+        torch.save({"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}, bench.folder / "peer.pt")
+        return saved_megabytes(trainer), None
+
+    return run
+
+
+def saved_megabytes(trainer: train.Trainer) -> float:
+    return 12 * trainer.model.num_params() / 1e6  # weights and AdamW's two moments, in fp32
+
+
 # what is counted, both sides, the peer's name, and whether their answers must be the same
 WORK = {
     "train": ("tokens/s", train_ours, train_peer, "transformers", False),
@@ -273,6 +303,7 @@ WORK = {
     "score": ("tasks/s", score_ours, score_peer, "transformers", True),
     "tokenize": ("MB/s", tokenize_ours, tokenize_peer, "tiktoken", True),
     "load": ("1/s", load_ours, load_peer, "read whole", True),
+    "save": ("MB/s", save_ours, save_peer, "torch.save", False),
 }
 WARMUP = 2  # rounds that do not count: the first compiles, the second fills the allocator's caches
 
@@ -357,7 +388,7 @@ def compare(what: str, config: BenchConfig, folder: Path) -> dict:
 def make_inputs(config: BenchConfig, folder: Path):
     """Random shards, random weights large enough that no two logits are alike, and real text."""
     rng = np.random.default_rng(0)
-    if {"train", "load"} & set(config.what):
+    if {"train", "load", "save"} & set(config.what):
         size = config.shard_tokens if "load" in config.what else 2_000_000
         (folder / "shards").mkdir()
         entries = []

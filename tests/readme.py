@@ -26,6 +26,7 @@ STEPS = (
     "--device cpu --no-compile --hellaswag-file tasks.jsonl --sample-every 4"
 )
 SMALL = (  # the first pattern that a command matches says what is added to it
+    (r"^until", ""),  # the run in log is finished by then: it says so
     (r"--preset quickstart --data-dir mine_bytes", "--max-steps 20"),
     (r"--preset quickstart|log/quickstart|plot_log|pytest", ""),
     (r"train.py.*--resume", "--max-steps 12"),

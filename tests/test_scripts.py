@@ -1,5 +1,6 @@
 """What holds for every script: importing does nothing, --help is quick, flags have two spellings, unknown ones are refused."""
 
+import re
 import subprocess
 import sys
 import time
@@ -74,6 +75,12 @@ def test_help_documents_every_flag(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_unknown_flag_exits_with_2(name):
     assert script(f"{name}.py", "--no-such-flag").returncode == 2
+
+
+def test_the_tests_that_the_readme_names_are_there():
+    defined = {name for path in (REPO / "tests").glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    named = set(re.findall(r"`(test_\w+)`", (REPO / "README.md").read_text()))
+    assert len(named) > 10 and named <= defined
 
 
 def test_both_spellings_of_a_flag():
