@@ -185,7 +185,7 @@ def fault(folder: Path, step: int, weights_only: bool = False) -> str | None:
     """What is wrong with the checkpoint of a step, or None when it is whole, byte for byte; weights_only: its model file."""
     files = files_of(folder, step)
     if not files.seal.exists():
-        return f"{files.seal.name} is missing: its saving did not finish"
+        return f"{files.seal.name} is missing"
     try:
         seal = read_json(files.seal, "")
         for path in (files.model,) if weights_only else (files.model, files.state):

@@ -836,6 +836,10 @@ def main():
         except PeerLost as e:
             print(f"error: {e}", file=sys.stderr)
             sys.exit(1)
+        except checkpoint.SaveError as e:
+            if not getattr(e, "is_shared", False):
+                print(f"error: {e}: free some space and go on with --resume --out-dir {config.out_dir}", file=sys.stderr)
+            sys.exit(1)
         except torch.OutOfMemoryError as e:
             print(f"error: out of memory ({e}): lower --micro-batch-size", file=sys.stderr)
             sys.exit(1)

@@ -223,9 +223,7 @@ def test_a_disk_that_is_full_while_saving(undisturbed, shards, tmp_path, choice)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     warning = re.search(r"warning: the checkpoint of step 10 could not be saved \(.*\): it needs 0.4 MB, .* MB free; .*", result.stderr)
     assert ("the run ends" if choice == "stop" else "training goes on") in warning[0]
-    assert re.search(
-        r"\nerror: the checkpoint of step \d+ could not be saved .*: free some space and give the command again", result.stderr
-    )
+    assert re.search(r"\nerror: the checkpoint of step \d+ could not be saved .*: free some space and go on with --resume", result.stderr)
     assert max(read_stream(run, "train")) == (19 if choice == "continue" else 10)
     assert newest_step(run) == 5 and not list(run.glob("*.tmp"))
     assert forked(tmp_path, "train", "--resume", "--out-dir", run).returncode == 0
@@ -247,6 +245,20 @@ def test_the_log_waits_for_space(undisturbed, shards, tmp_path, monkeypatch, cap
     for stream in ("train", "val"):
         assert read_stream(tmp_path / "run", stream) == read_stream(undisturbed, stream)
     assert len(rows_of(tmp_path / "run")) == len(rows_of(undisturbed))
+
+
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from files import append\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        "append(Path(sys.argv[2]), 'fifteen letters')\n"
+        "try: append(Path(sys.argv[2]), 'ten letters')\n"
+        "except OSError as e: print(e)\n"
+        "append(Path(sys.argv[2]), 'five.')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(REPO), str(tmp_path / "log")], capture_output=True, text=True)
+    assert "log" in result.stdout and result.stderr == ""
+    assert (tmp_path / "log").read_text() == "fifteen lettersfive."
 
 
 # ---- what is not finite, and spikes ----
