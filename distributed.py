@@ -85,16 +85,26 @@ def join_world(device: str, timeout_minutes: float = 10.0):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
-    rank = dist.get_rank()
     try:
-        yield World(device, rank, dist.get_world_size())
+        begin_group("nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes))
+        yield World(device, dist.get_rank(), dist.get_world_size())
     except BaseException as e:
         traceback.clear_frames(e.__traceback__)  # they hold DDP, which must go before the group:
         if isinstance(e, RuntimeError) and ("gloo" in str(e) or isinstance(e, dist.DistError)):
-            why = str(e).splitlines()[0]
+            rank, why = os.environ["RANK"], str(e).splitlines()[0]
             raise PeerLost(f"rank {rank} lost touch with another, which died or hangs and may say why itself ({why})") from None
         raise
     finally:
         gc.collect()  # when DDP goes last, it waits with Python's lock for a gloo thread that waits for the lock (torch 2.13)
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def begin_group(backend: str, timeout: timedelta):
+    """init_process_group, also in a process that torchrun --max-restarts starts again: torchrun keeps the store where ranks leave
+    their addresses for each other (pytorch/pytorch#135712), and those of the attempt before must not be found in it. Over
+    several nodes the attempts are not counted alike: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun does it."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
