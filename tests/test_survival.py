@@ -284,6 +284,8 @@ def test_what_is_not_finite_on_one_rank_reaches_no_weight(shards, tmp_path, what
     positions = [45] if (what, cause) == ("loss", "data") else [44, 45, 46, 47]
     assert "sequences of rank 1: " + ", ".join(map(stream.place, positions)) in why
     assert ("hardware may be at fault" in why) == (cause == "hardware")
+    # whose gradient it was is not known when it was so only once
+    assert ("sequences of rank 0" in why) == ((what, cause) == ("gradient", "hardware"))
 
 
 def bad_update(what: str, cause: str):
@@ -301,6 +303,20 @@ def bad_update(what: str, cause: str):
         return value
 
     train.Trainer.loss = loss
+
+
+@pytest.mark.parametrize(("bad", "status"), [((3, 5), 0), ((3, 4), 1)])
+def test_only_bad_steps_in_a_row_end_a_run(shards, tmp_path, monkeypatch, capsys, bad, status):
+    plain = train.Trainer.loss
+
+    def loss(self, model, positions):
+        return plain(self, model, positions) * (math.nan if positions[0] // 8 in bad else 1)
+
+    monkeypatch.setattr(train.Trainer, "loss", loss)
+    assert run_train(shards, tmp_path / "run", "--max-bad-steps", 2, "--checkpoint-every", 2) == status
+    assert ("error: 2 updates in a row were skipped" in capsys.readouterr().err) == bool(status)
+    assert newest_step(tmp_path / "run") == (4 if status else 20)  # step 4 is saved before its update
+    assert all(p.isfinite().all() for p in weights(tmp_path / "run", newest_step(tmp_path / "run")).values())
 
 
 def test_a_spike_is_skipped_when_asked_and_a_resume_judges_alike(shards, tmp_path, monkeypatch, capsys):
