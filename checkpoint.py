@@ -115,7 +115,7 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int, background: bool):
         self.folder, self.keep, self.background = folder, keep, background
-        self.thread, self.error = None, None
+        self.thread, self.error, self.fault = None, None, None
 
     def save(self, step: int, content: dict, state: dict):
         self.wait()
@@ -134,16 +134,20 @@ class Saver:
             self.error = None
         except OSError as e:
             need = sum(tensor.nbytes for tensor in tensors_in([content, state]).values())
-            free = shutil.disk_usage(self.folder).free
+            free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
             self.error = SaveError(
                 e.errno,
                 f"the checkpoint of step {step} could not be saved ({e.strerror or e}): it needs {need / 1e6:,.1f} MB, "
                 f"{self.folder} has {free / 1e6:,.1f} MB free; those before it are untouched",
             )
+        except Exception as e:  # a fault of the program, which must not die with the thread
+            self.fault = e
 
     def wait(self):
         if self.thread:
             self.thread.join()
+        if self.fault:
+            raise self.fault
 
     def failure(self) -> SaveError | None:
         """Why the last one that was written failed, if it did; told once."""

@@ -62,6 +62,13 @@ def shards(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards"), [1000, 5003, 17, 3001])
 
 
+class Trap:
+    """Whoever unpickles one leaves a file 'fired'."""
+
+    def __reduce__(self):
+        return (open, ("fired", "w"))
+
+
 def run_main(main, *argv) -> int:
     """Calls a script's main in this process with a command line. Returns its exit status."""
     before, sys.argv = sys.argv, ["script", *map(str, argv)]

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import Trap
 
 import checkpoint
 from checkpoint import Saver, content_of, fault, files_of, load_model, newest_step, prune, save_checkpoint, sealed_steps, settle
@@ -152,6 +153,14 @@ def test_saving_a_step_again_replaces_it(run):
     assert (load_model(str(run / "model_00015.pt"))[0].transformer.wpe.weight == other.transformer.wpe.weight).all()
 
 
+def test_a_fault_of_the_program_does_not_die_with_the_thread(run, model, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save_torch", lambda content, file: 1 / 0)
+    saver = Saver(run, 1, background=True)
+    saver.save(20, content_of(20, model, "bytes", 0.1), {})
+    with pytest.raises(ZeroDivisionError):
+        saver.finish()
+
+
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("renames", range(4))
 def test_a_kill_while_saving_leaves_nothing_or_all_of_it(run, model, monkeypatch, renames, again):
@@ -186,11 +195,6 @@ def test_a_first_save_that_was_killed_is_no_checkpoint(tmp_path, model):
     assert newest_step(tmp_path) is None
     settle(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-class Trap:
-    def __reduce__(self):
-        return (open, ("fired", "w"))
 
 
 def test_a_pickle_does_not_run(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import write_shards
+from conftest import Trap, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,17 +161,19 @@ def flip(path):
         (lambda path: path.write_text("<html>404</html>"), "is damaged"),
         (lambda path: np.save(path, np.arange(5003, dtype=np.int64)), "1-dimensional int64, expected 1-dimensional uint16"),
         (lambda path: np.save(path, np.zeros((2, 3), dtype=np.uint16)), "2-dimensional uint16"),
-        (lambda path: np.save(path, np.array([{}], dtype=object), allow_pickle=True), "is damaged"),
+        (lambda path: np.save(path, np.array([Trap()], dtype=object), allow_pickle=True), "is damaged"),
         (archive, "an archive of arrays"),
         (lambda path: np.save(path, np.zeros(9, dtype=np.uint16)), "has 9 tokens, the manifest says"),
     ],
 )
-def test_a_damaged_shard_is_named(tmp_path, damage, message):
+def test_a_damaged_shard_is_named(tmp_path, damage, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     shards = find_shards(write_shards(tmp_path, [100, 5003]))
     damage(tmp_path / "tiny_train_000001.npy")
     with pytest.raises(ValueError, match=message) as error:
         verify_shards(shards)
     assert "tiny_train_000001.npy" in str(error.value) and "fineweb.py" in str(error.value)
+    assert not (tmp_path / "fired").exists()
 
 
 @pytest.mark.parametrize(

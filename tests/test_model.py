@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, Trap
 from hub import serve
 from reference import gpt2_logits
 from safetensors.torch import load_file, save_file
@@ -382,11 +382,13 @@ def test_the_hubs_names_are_fetched(tmp_path, hf_folder):
     assert not any("bin" in request for request in requests)
 
 
-def test_pickled_weights_are_refused(hf_folder):
-    torch.save({}, hf_folder / "pytorch_model.bin")
+def test_pickled_weights_are_refused(hf_folder, monkeypatch):
+    monkeypatch.chdir(hf_folder)
+    torch.save({"x": Trap()}, hf_folder / "pytorch_model.bin")
     (hf_folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="pickled weights are not read"):
         GPT.from_pretrained(str(hf_folder))
+    assert not (hf_folder / "fired").exists()
 
 
 @pytest.mark.parametrize(
