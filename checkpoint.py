@@ -74,11 +74,13 @@ def write_checkpoint(folder: Path, step: int, content: dict, state: dict):
 
 def settle(folder: Path):
     """Finishes a save that a kill cut short after its seal, and removes what is left of one that had not come so far."""
+    for path in folder.glob("model_*.json.tmp"):
+        path.unlink()
     for path in [*folder.glob("model_*.pt.tmp"), *folder.glob("state_*.pt.tmp")]:
         seal = folder / f"model_{path.stem[6:-3]}.json"
         try:
             sealed = read_json(seal, "")[path.stem]["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             sealed = None
         if sealed == sha256(path):
             replace(path, path.with_suffix(""))
@@ -134,12 +136,11 @@ class Saver:
             self.error = None
         except OSError as e:
             need = sum(tensor.nbytes for tensor in tensors_in([content, state]).values())
-            free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
-            self.error = SaveError(
-                e.errno,
-                f"the checkpoint of step {step} could not be saved ({e.strerror or e}): it needs {need / 1e6:,.1f} MB, "
-                f"{self.folder} has {free / 1e6:,.1f} MB free; those before it are untouched",
-            )
+            there = f"{self.folder} is gone"
+            if self.folder.exists():
+                there = f"{self.folder} has {shutil.disk_usage(self.folder).free / 1e6:,.1f} MB free; those before it are untouched"
+            why = f"the checkpoint of step {step} could not be saved ({e.strerror or e}): it needs {need / 1e6:,.1f} MB, {there}"
+            self.error = SaveError(e.errno, why)
         except Exception as e:  # a fault of the program, which must not die with the thread
             self.fault = e
 

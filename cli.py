@@ -47,7 +47,7 @@ def one_line_errors():
     try:
         yield
     except BrokenPipeError:
-        drop_stdout()
+        drop(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as e:
         full = disk_failed(e)
@@ -60,9 +60,9 @@ def one_line_errors():
         sys.exit(130)
 
 
-def drop_stdout():
-    """For a broken pipe, as `… | head` leaves it: whoever read the results has gone, so that they go nowhere from now on."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def drop(stream):
+    """For a broken pipe, as `… | head` leaves it, or a full disk: what is written there goes nowhere from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def bar(iterable=None, **how) -> tqdm:

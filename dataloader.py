@@ -91,7 +91,8 @@ def differences(before: dict[str, list], now: dict[str, list]) -> list[str]:
     gone = [f"{file} is missing" for file in before.keys() - now.keys()]
     new = [f"{file} was added" for file in now.keys() - before.keys()]
     both = before.keys() & now.keys()
-    return sorted(gone + new + [f"{file} has changed" for file in both if not same(before[file], now[file])])
+    found = sorted(gone + new + [f"{file} has changed" for file in both if not same(before[file], now[file])])
+    return found or ([] if list(before) == list(now) else ["the manifest has the shards in another order"])
 
 
 def same(a: list, b: list) -> bool:
@@ -125,17 +126,19 @@ def verify_shards(shards: Shards):
     """Reads every shard: the bytes must have the manifest's sha256 (without a manifest it is noted here) and every id must
     be in the vocabulary. ValueError names the first that is at fault."""
 
-    def check(entry):
+    def check(entry, tokens):
         path = shards.folder / entry["file"]
-        tokens, found = open_shard(shards.folder, entry), sha256(path)
+        found = sha256(path)
         if entry.setdefault("sha256", found) != found:
             raise ValueError(f"shard {path} is damaged (its sha256 is not the manifest's): {REMEDY}")
         if len(tokens):
             refuse_id(int(tokens.max()), shards.vocab_size, path)
 
     entries = shards.entries
+    opened = [open_shard(shards.folder, entry) for entry in entries]  # not in the threads: Python 3.11 parses headers in one at a time
     with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
-        list(cli.bar(pool.map(check, entries), desc="verifying shards", total=len(entries), unit="shard", disable=len(entries) < 10))
+        checks = pool.map(check, entries, opened)
+        list(cli.bar(checks, desc="verifying shards", total=len(entries), unit="shard", disable=len(entries) < 10))
 
 
 def refuse_id(largest: int, vocab_size: int, path: Path):

@@ -59,19 +59,22 @@ class World:
             raise Stopped
         return [thing for _, thing in things]
 
-    def on_main(self, function):
-        """Runs function on rank 0 alone. Its picklable result, or its ValueError or OSError, is every process's."""
+    def on_all(self, function) -> list:
+        """Runs function on every process. Their picklable results by rank; or the first ValueError or OSError, on all alike."""
         result = error = None
-        if self.is_main:
-            try:
-                result = function()
-            except (ValueError, OSError) as e:
-                error = e
-        result, error = self.gather((result, error))[0]
-        if error is not None:
+        try:
+            result = function()
+        except (ValueError, OSError) as e:
+            error = e
+        results, errors = zip(*self.gather((result, error)), strict=True)
+        for error in filter(None, errors):
             error.is_shared = not self.is_main  # for rank 0 alone to print
             raise error
-        return result
+        return list(results)
+
+    def on_main(self, function):
+        """Runs function on rank 0 alone. Its picklable result, or its ValueError or OSError, is every process's."""
+        return self.on_all(lambda: function() if self.is_main else None)[0]
 
 
 @contextmanager
@@ -92,7 +95,10 @@ def join_world(device: str, timeout_minutes: float = 10.0):
         traceback.clear_frames(e.__traceback__)  # they hold DDP, which must go before the group:
         if isinstance(e, RuntimeError) and ("gloo" in str(e) or isinstance(e, dist.DistError)):
             rank, why = os.environ["RANK"], str(e).splitlines()[0]
-            raise PeerLost(f"rank {rank} lost touch with another, which died or hangs and may say why itself ({why})") from None
+            raise PeerLost(
+                f"rank {rank} lost touch with another, which died or hangs, as it may say itself; if it only was slow, raise "
+                f"--timeout-minutes ({why})"
+            ) from None
         raise
     finally:
         gc.collect()  # when DDP goes last, it waits with Python's lock for a gloo thread that waits for the lock (torch 2.13)

@@ -212,7 +212,8 @@ def train(config: TrainConfig, world: World):
     if start > config.max_steps or (start == config.max_steps and trainer.val_loss is not None):
         log.progress(f"{config.out_dir} finished already, at step {start}: raise --max-steps to go on")
         return
-    world.on_main(lambda: record_launch(config, world, trainer.shards, start))
+    torchruns = world.gather(torchrun_id())
+    world.on_main(lambda: record_launch(config, world, trainer.shards, start, torchruns))
     stop = StopSignal()
     evaluation = Evaluation(trainer, log, stop)
     step, stopping = start, False
@@ -237,7 +238,8 @@ def train(config: TrainConfig, world: World):
         if update.skipped:
             log.skipped(step, update.skipped, trainer.bad_steps)
         step, stopping = step + 1, update.stop
-    world.on_main(lambda: trainer.saver.finish())
+    world.on_main(trainer.saver.finish)
+    world.on_main(log.finish)
     evaluation.plot()
     if stopping:
         log.progress(f"stopped after {step} steps, all saved; go on: --resume --out-dir {config.out_dir}")
@@ -248,25 +250,31 @@ def train(config: TrainConfig, world: World):
 def replay(config: TrainConfig, world: World):
     """Does the steps from the last checkpoint before --replay-step again, up to that one, and changes nothing on disk."""
     log = Log(config, world)
+    logged = world.on_main(lambda: logged_loss(Path(config.out_dir), config.replay_step))
     trainer, start = build(config, world, log)
+    log.progress(f"steps {start} to {config.replay_step}, from {f'the checkpoint of step {start}' if start else 'the beginning'}")
     for step in range(start, config.replay_step + 1):
         update = trainer.update(step)
     for rank, loss in enumerate(update.losses):
         log.result(f"step {step}, rank {rank}: loss {loss!r}, first sequence {trainer.train_stream.place(trainer.share(step, rank)[0][0])}")
     log.result(f"step {step}: loss {update.loss!r}, gradient norm {update.norm!r}{', skipped: ' if update.skipped else ''}{update.skipped}")
-    logged = world.on_main(lambda: logged_loss(Path(config.out_dir), step))
-    log.result("the same as in the log" if logged == update.loss else f"in the log: {logged!r}")
-    if logged is not None and logged != update.loss:
+    if logged is None:
+        log.result("the log has no such step")
+    elif logged == update.loss or not (math.isfinite(logged) or math.isfinite(update.loss)):
+        log.result("the same as in the log")
+    else:
+        log.result(f"in the log: {logged!r}; the same bits need the processes, micro batch, hardware and torch of then: see {RUN}")
         sys.exit(1)
 
 
 def logged_loss(out_dir: Path, step: int) -> float | None:
-    """What metrics.jsonl has as the loss of a step, every bit of it; None when it has none."""
+    """What metrics.jsonl has as the loss of a step, every bit of it; nan for what was not finite, None for no such step."""
     loss = None
-    with open(out_dir / "metrics.jsonl") as file:
-        for line in file:
-            if line.startswith(f'{{"step": {step}, "loss"'):
-                loss = json.loads(line)["loss"]
+    path = out_dir / "metrics.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        if line.startswith(f'{{"step": {step}, "loss": ') and line.endswith("}"):
+            loss = json.loads(line)["loss"]
+            loss = math.nan if loss is None else loss
     return loss
 
 
@@ -416,7 +424,8 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         # the one sync of a step: a row of each rank's numbers, on which all ranks decide alike
-        losses, (norm, *_), stops = zip(*self.world.rows(torch.stack([loss, norm, loss.new_tensor(float(stop))])), strict=True)
+        losses, norms, stops = zip(*self.world.rows(torch.stack([loss, norm, loss.new_tensor(float(stop))])), strict=True)
+        norm = next((n for n in norms if not math.isfinite(n)), norms[0])  # as a rule they are the same
         mean = sum(losses) / len(losses)
         if skipped := self.forbids(losses, mean, norm):
             self.optimizer.zero_grad(set_to_none=True)
@@ -428,7 +437,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         self.bad_steps = self.bad_steps + 1 if skipped else 0
-        if math.isfinite(mean):
+        if not skipped:
             self.recent_losses.append(mean)
         return Update(mean, list(losses), norm, skipped, any(stops))
 
@@ -526,8 +535,9 @@ class Trainer:
         }
 
     def largest_weight(self) -> float:
-        """The largest absolute value of any weight; nan or inf when one is."""
-        return torch.stack([p.detach().abs().max() for p in self.model.parameters()]).max().item()
+        """The largest absolute value of any weight on any process; nan or inf when one is."""
+        largest = torch.stack([p.detach().abs().max() for p in self.model.parameters()]).max()
+        return torch.tensor(self.world.rows(largest[None])).max().item()
 
     def save(self, step: int, val_loss: float | None):
         """A checkpoint. An exact resume needs no more than this: the data's order is a function of the step."""
@@ -582,6 +592,7 @@ class Evaluation:
     def get_tokenizer(self) -> fineweb.Tokenizer:
         name = self.trainer.tokenizer_name
         self.world.on_main(lambda: fineweb.get_tokenizer(name) and None)  # fetched once, then there for all
+        self.world.on_all(lambda: fineweb.get_tokenizer(name) and None)
         return fineweb.get_tokenizer(name)
 
     def get_tasks(self) -> list[dict]:
@@ -657,22 +668,33 @@ class Log:
             late = self.unwritten[name] != ""
             self.unwritten[name] += line
             try:
-                append(Path(self.config.out_dir, name), self.unwritten[name])
-                self.unwritten[name] = ""
+                self.write(name)
             except OSError as e:
                 if not late:
-                    self.progress(f"warning: {e}: free some space; its lines are kept in memory until they can be written")
+                    self.progress(f"warning: {e}: its lines are kept in memory until they can be written")
+
+    def write(self, name: str):
+        append(Path(self.config.out_dir, name), self.unwritten[name])
+        self.unwritten[name] = ""
+
+    def finish(self):
+        """Raises OSError when lines are left that can't be written."""
+        for name in self.unwritten:
+            self.write(name)
 
     def result(self, text: str):
         if self.world.is_main:
-            try:
-                print(text, flush=True)
-            except BrokenPipeError:
-                cli.drop_stdout()  # the run goes on, and its log has the results
+            self.show(text, sys.stdout)
 
     def progress(self, text: str):
         if self.world.is_main:
-            print(text, file=sys.stderr, flush=True)
+            self.show(text, sys.stderr)
+
+    def show(self, text: str, stream):
+        try:
+            print(text, file=stream, flush=True)
+        except OSError:  # the reader has gone, or the disk is full: the run goes on, and its log has the results
+            cli.drop(stream)
 
     def refuse_divergence(self, what: str, number: float):
         """Ends the run, on all ranks alike and with nothing saved, when a loss or a weight is not finite."""
@@ -720,22 +742,23 @@ def check_data(config: TrainConfig, shards: Shards):
             )
 
 
-def record_launch(config: TrainConfig, world: World, shards: Shards, step: int):
+def record_launch(config: TrainConfig, world: World, shards: Shards, step: int, torchruns: list[str]):
     """run.json: settings, data, and what each launch of the run ran on."""
     path = Path(config.out_dir, RUN)
-    before = read_json(path, RUN_REMEDY) if path.exists() else {"data": shards.contents(), "launches": []}
+    before = {"data": shards.contents(), "launches": []} | (read_json(path, RUN_REMEDY) if path.exists() else {})
+    settings = asdict(config) | {"resume": False, "replay_step": None}
     launch = {
         "step": step,
+        "config": settings,
         "command": sys.argv,
         "commit": git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": device.describe(world.device),
         "world_size": world.size,
-        "torchrun": torchrun_id(),
+        "torchrun": torchruns,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = asdict(config) | {"resume": False, "replay_step": None}
     write_json(path, {"config": settings, "data": before["data"], "launches": [*before["launches"], launch]})
 
 
@@ -775,8 +798,8 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     config = cli.parse(TrainConfig, argv, preset)
     out_dir = Path(config.out_dir)
     if config.resume or config.replay_step is not None or is_restart(out_dir):
-        previous = replace(read_run(out_dir), out_dir=config.out_dir, resume=True)
-        config = cli.parse(TrainConfig, argv, previous)
+        previous = replace(read_run(out_dir, config.replay_step), out_dir=config.out_dir, resume=True)
+        config = replace(cli.parse(TrainConfig, argv, previous), init_revision=previous.init_revision)
         refuse_changes(previous, config, MAY_CHANGE, f"the run in {out_dir}")
     elif any((out_dir / name).exists() for name in ("run.json", "log.txt", "config.json")) or any(out_dir.glob("model*")):
         raise ValueError(f"{out_dir} holds a run or a model already: add --resume to go on with it, or choose another --out-dir")
@@ -792,24 +815,33 @@ def is_restart(out_dir: Path) -> bool:
     """Whether torchrun --max-restarts starts this process again, to go on with what it began here itself."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or not (out_dir / RUN).exists():
         return False
-    return read_json(out_dir / RUN, RUN_REMEDY)["launches"][-1].get("torchrun") == torchrun_id()
+    return torchrun_id() in last_launch(read_json(out_dir / RUN, RUN_REMEDY), None).get("torchrun", [])
 
 
 RUN = "run.json"
 RUN_REMEDY = "bring it back from a copy, or choose another --out-dir"
 
 
-def read_run(out_dir: Path) -> TrainConfig:
-    """The settings of the run in a folder."""
+def read_run(out_dir: Path, step: int | None = None) -> TrainConfig:
+    """The settings of the run in a folder: of its last launch, or of the one that a step was last done by."""
     path = out_dir / RUN
     if not path.exists():
-        raise ValueError(f"--resume: there is no run in {out_dir}; check --out-dir, or start one without --resume")
+        raise ValueError(f"there is no run in {out_dir}; check --out-dir, or start one without --resume")
     run = read_json(path, RUN_REMEDY)
     try:
-        settings = run["config"] if isinstance(run["data"], dict) else {}
+        settings = run["config"] if step is None else last_launch(run, step)["config"]
+        if not isinstance(run["data"], dict):
+            raise TypeError("data")
         return TrainConfig(**settings | {"model": GPTConfig(**settings["model"])})
     except (KeyError, TypeError) as e:
         raise ValueError(f"{path} was written by another version of train.py ({e}): resume with that one") from e
+
+
+def last_launch(run: dict, step: int | None) -> dict:
+    """run.json's last launch, or the last that did a step; {} where there is none."""
+    launches = run.get("launches")
+    launches = [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
+    return ([launch for launch in launches if step is None or launch.get("step", 0) <= step] or [{}])[-1]
 
 
 def refuse_changes(before, now, allowed: set[str], source: str):

@@ -219,6 +219,8 @@ def test_what_has_happened_to_a_folder_is_named(tmp_path):
     a, b, c = (find_shards(write_shards(tmp_path / name, [100, 200], seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert differences(a.contents(), b.contents()) == []
     assert differences(a.contents(), c.contents()) == ["tiny_train_000001.npy has changed", "tiny_val_000000.npy has changed"]
+    other = dict(reversed(a.contents().items()))
+    assert differences(a.contents(), other) == ["the manifest has the shards in another order"]
     (tmp_path / "b" / "manifest.json").unlink()
     unknown, noted = find_shards(tmp_path / "b"), find_shards(tmp_path / "b")
     verify_shards(noted)

@@ -247,6 +247,22 @@ def test_the_log_waits_for_space(undisturbed, shards, tmp_path, monkeypatch, cap
     assert len(rows_of(tmp_path / "run")) == len(rows_of(undisturbed))
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_run_outlives_a_full_disk_under_its_own_output(shards, tmp_path):
+    command = [sys.executable, REPO / "train.py", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([*map(str, command)], stdout=full, stderr=full, timeout=60).returncode == 0
+    assert len(read_stream(tmp_path / "run", "train")) == 20
+
+
+def test_lines_that_can_never_be_written_fail_the_run(shards, tmp_path, capsys):
+    assert run_train(shards, tmp_path / "run", "--max-steps", 2) == 0
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "metrics.jsonl").mkdir()
+    assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run", "--max-steps", 4) == 2
+    assert "error: [Errno 21] Is a directory" in capsys.readouterr().err and newest_step(tmp_path / "run") == 4
+
+
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
     code = (
         "import resource, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from files import append\n"
@@ -303,6 +319,28 @@ def bad_update(what: str, cause: str):
         return value
 
     train.Trainer.loss = loss
+
+
+def nan_on_rank_1_after_the_sum():
+    """The gradients are the same on all ranks, then those of one go bad, as of a card that fails."""
+    plain, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def clip_grad_norm_(parameters, *args):
+        calls.append(1)
+        parameters = list(parameters)
+        if len(calls) == 6 and os.environ["RANK"] == "1":
+            [p.grad.mul_(math.nan) for p in parameters]
+        return plain(parameters, *args)
+
+    torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
+
+
+def test_a_gradient_that_goes_bad_after_it_was_summed_reaches_no_weight(shards, tmp_path):
+    argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--checkpoint-every", 1, "--keep", 0]
+    result = forked(tmp_path, "train", *argv, processes=2, first=nan_on_rank_1_after_the_sum)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("changes no weight") == 1 and "step 5 changes no weight" in result.stderr
+    assert same_weights(weights(tmp_path / "run", 5), weights(tmp_path / "run", 6))
 
 
 @pytest.mark.parametrize(("bad", "status"), [((3, 5), 0), ((3, 4), 1)])
@@ -369,6 +407,51 @@ def test_a_step_can_be_done_again(undisturbed, capsys):
     assert {path.name: path.read_bytes() for path in undisturbed.iterdir()} == before
     assert run_main(train.main, "--replay-step", 20, "--out-dir", undisturbed) == 2
     assert "the run's steps are 0 to 19" in capsys.readouterr().err
+
+
+def test_a_step_is_done_again_with_the_settings_that_it_was_done_with(shards, tmp_path, capsys):
+    """A resume that moves the end of the cosine changes the learning rate of steps that were done before."""
+    run = tmp_path / "run"
+    assert run_train(shards, run, "--keep", 0, "--checkpoint-every", 10) == 0
+    assert run_main(train.main, "--resume", "--out-dir", run, "--max-steps", 40) == 0
+    for step in (15, 35):
+        assert run_main(train.main, "--replay-step", step, "--out-dir", run) == 0
+        assert "the same as in the log" in capsys.readouterr().out
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 15, "loss": 3.1')  # cut off by a crash
+    assert run_main(train.main, "--replay-step", 15, "--out-dir", run) == 0
+    (run / "metrics.jsonl").unlink()
+    assert run_main(train.main, "--replay-step", 15, "--out-dir", run) == 0
+    assert "the log has no such step" in capsys.readouterr().out
+
+
+def no_tokenizer_on_rank_1():
+    plain = train.fineweb.get_tokenizer
+
+    def get_tokenizer(name):
+        if os.environ["RANK"] == "1":
+            raise ValueError("could not fetch it")
+        return plain(name)
+
+    train.fineweb.get_tokenizer = get_tokenizer
+
+
+def test_what_one_rank_lacks_all_do_without(shards, tmp_path):
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(3)))
+    argv = [
+        *TINY,
+        "--data-dir",
+        shards,
+        "--out-dir",
+        tmp_path / "run",
+        "--hellaswag-every",
+        10,
+        "--hellaswag-file",
+        tmp_path / "tasks.jsonl",
+    ]
+    result = forked(tmp_path, "train", *argv, processes=2, first=no_tokenizer_on_rank_1)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("warning: no samples and HellaSwag in this run: could not fetch it") == 1
 
 
 def test_a_step_that_is_not_what_the_log_says_is_told(undisturbed, tmp_path, capsys):
