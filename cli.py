@@ -28,6 +28,11 @@ def at_least(limit: int, config, *names: str) -> list[str]:
     return [f"{flag(name)} is {getattr(config, name)}: it must be at least {limit}" for name in wrong]
 
 
+def at_most(limit: int, config, *names: str) -> list[str]:
+    """A fault for each of these fields that is above the limit."""
+    return [f"{flag(name)} is {getattr(config, name)}: it must be at most {limit:,}" for name in names if getattr(config, name) > limit]
+
+
 def refuse(faults: list[str]):
     """ValueError with all faults at once, if there are any."""
     if faults:

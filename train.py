@@ -97,7 +97,7 @@ class TrainConfig:
     activation_memory: float = 1.0
     """Share of what the backward pass needs that is kept for it; the rest is computed again. Needs --compile."""
     verify_shards: bool = True
-    """Compare the shards' sha256 with the manifest before the start."""
+    """Compare the shards' sha256 with the manifest's, and their ids with the vocabulary, before the start."""
 
     val_every: int = 250
     """Steps between validations; here and below, 0 is never. The end of a run always validates and saves."""
@@ -120,7 +120,7 @@ class TrainConfig:
     on_save_error: Literal["continue", "stop"] = "continue"
     """When a checkpoint can't be saved, as on a full disk: train on and try the next one, or end the run."""
     timeout_minutes: float = 10.0
-    """How long the processes wait for one that hangs before all of them end."""
+    """How long the processes wait for one that hangs before all of them end; longer than one verifies the shards alone."""
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Forward and backward passes of a process in one update."""
@@ -141,8 +141,7 @@ class TrainConfig:
             faults.append(f"--activation-memory is {self.activation_memory}: it must be from 0 to 1")
         elif self.activation_memory < 1 and not self.compile:
             faults.append("--activation-memory below 1 needs a compiled run: give --compile, or --activation-memory 1")
-        if self.max_steps > 10**9:
-            faults.append(f"--max-steps is {self.max_steps}: it must be at most 1,000,000,000")
+        faults += cli.at_most(10**9, self, "max_steps") + cli.at_most(10**6, self, "timeout_minutes")
         if self.seed >= 2**32:
             faults.append(f"--seed is {self.seed}: it must be below 2^32")
         if not faults and self.total_batch_tokens % (self.micro_batch_size * self.model.seq_len * world_size):

@@ -453,6 +453,7 @@ def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, messa
         (["--max-steps", 0, "--max-lr", -1, "--keep", -1], "--max-steps is 0: it must be at least 1; --max-lr is -1.0"),
         (["--max-lr", "nan"], "--max-lr is nan"),
         (["--max-steps", 10**21], "it must be at most 1,000,000,000"),
+        (["--timeout-minutes", 1e12], "it must be at most 1,000,000"),
         (["--activation-memory", 2], "--activation-memory is 2.0: it must be from 0 to 1"),
         (["--activation-memory", 0.5], "needs a compiled run: give --compile, or --activation-memory 1"),
         (["--device", "cuda"], "--device cuda: this machine has none"),
