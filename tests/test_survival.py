@@ -171,9 +171,9 @@ def test_a_signal_to_torchrun_ends_within_30_seconds(shards, tmp_path, number, w
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_one_rank_that_fails_ends_them_all(shards, tmp_path, how):
-    """One line on the other rank, within the timeout of 3 seconds; the rank that dies says why."""
+    """One line on the other rank, within the timeout, of 6 seconds where it is waited for; the rank that dies says why."""
     run = Forked(
-        tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--timeout-minutes", 0.05,
+        tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--timeout-minutes", 0.1 if how == "hangs" else 1,
         processes=2, first=partial(fail_rank_1, how),
     )  # fmt: skip
     began = time.monotonic()
