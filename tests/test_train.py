@@ -420,6 +420,8 @@ def test_the_commit_of_the_hubs_weights_is_recorded_and_held(shards, tmp_path):
         result = forked(tmp_path, "train", "--resume", "--out-dir", run, HF_ENDPOINT=url, **env | {"HF_HOME": tmp_path / "empty"})
         assert result.returncode == 0, result.stderr
         assert requests and not any("main" in request for request in requests)
+    result = forked(tmp_path, "train", "--resume", "--out-dir", run, "--init-revision", "main")  # as torchrun's restart says it again
+    assert result.returncode == 0 and "finished already" in result.stderr
 
 
 @pytest.mark.parametrize(
