@@ -39,13 +39,8 @@ def files_of(folder: Path, step: int) -> Files:
 # ---- writing ----
 
 
-def save_checkpoint(folder: Path, step: int, model: GPT, tokenizer: str, val_loss: float | None, state: dict) -> Path:
-    """Writes the checkpoint of a step and returns the model file's path. val_loss: None when not validated at this step."""
-    write_checkpoint(folder, step, content_of(step, model, tokenizer, val_loss), state)
-    return files_of(folder, step).model
-
-
 def content_of(step: int, model: GPT, tokenizer: str, val_loss: float | None) -> dict:
+    """What a checkpoint's model file holds. val_loss: None when not validated at this step."""
     return {
         "model": model.state_dict(),
         "config": asdict(model.config),

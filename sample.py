@@ -54,8 +54,7 @@ class SampleConfig:
         faults = cli.at_least(1, self, "num_samples") + cli.at_least(0, self, "max_new_tokens", "temperature", "top_k", "seed")
         if self.seed >= 2**63:
             faults.append(f"--seed is {self.seed}: it must be below 2^63")
-        if self.num_samples > 10_000:
-            faults.append(f"--num-samples is {self.num_samples}: it must be at most 10,000")
+        faults += cli.at_most(10_000, self, "num_samples")
         if not 0 < self.top_p <= 1:
             faults.append(f"--top-p is {self.top_p}: it must be above 0 and at most 1")
         if self.compile and not self.kv_cache:

@@ -829,8 +829,8 @@ def read_run(out_dir: Path, step: int | None = None) -> TrainConfig:
     run = read_json(path, RUN_REMEDY)
     try:
         settings = run["config"] if step is None else last_launch(run, step)["config"]
-        if not isinstance(run["data"], dict):
-            raise TypeError("data")
+        if not isinstance(run["data"], dict) or not isinstance(run["launches"], list):
+            raise TypeError("data or launches")
         return TrainConfig(**settings | {"model": GPTConfig(**settings["model"])})
     except (KeyError, TypeError) as e:
         raise ValueError(f"{path} was written by another version of train.py ({e}): resume with that one") from e

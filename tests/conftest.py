@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import train
 from dataloader import write_shard
 from files import write_json
@@ -60,6 +61,12 @@ def write_shards(folder: Path, sizes: list[int], seed: int = 0) -> Path:
 def shards(tmp_path_factory) -> Path:
     """A val shard and three ragged train shards, one of them shorter than a sequence."""
     return write_shards(tmp_path_factory.mktemp("shards"), [1000, 5003, 17, 3001])
+
+
+def save_checkpoint(folder: Path, step: int, model, tokenizer: str, val_loss: float | None, state: dict) -> Path:
+    """Writes a checkpoint and returns its model file's path."""
+    checkpoint.write_checkpoint(folder, step, checkpoint.content_of(step, model, tokenizer, val_loss), state)
+    return checkpoint.files_of(folder, step).model
 
 
 class Trap:

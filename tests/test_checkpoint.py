@@ -7,10 +7,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import Trap
+from conftest import Trap, save_checkpoint
 
 import checkpoint
-from checkpoint import Saver, content_of, fault, files_of, load_model, newest_step, prune, save_checkpoint, sealed_steps, settle
+from checkpoint import Saver, content_of, fault, files_of, load_model, newest_step, prune, sealed_steps, settle
 from model import GPT, GPTConfig
 
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import run_main
+from conftest import run_main, save_checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sample
-from checkpoint import save_checkpoint
 from model import GPT, GPTConfig
 from sample import generate, next_ids
 

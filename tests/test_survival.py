@@ -16,16 +16,13 @@ import pytest
 import torch
 from conftest import REPO, TINY, Forked, forked, kill_at_write, read_stream, run_main, run_train
 from test_hellaswag import make_tasks
+from test_train import final_weights
 
 import checkpoint
 import train
 from checkpoint import newest_step
 from dataloader import TokenStream, find_shards
 from files import read_json, write_json
-
-
-def weights(out_dir, step) -> dict:
-    return torch.load(out_dir / f"model_{step:05d}.pt", weights_only=True)["model"]
 
 
 def same_weights(a: dict, b: dict) -> bool:
@@ -70,7 +67,7 @@ def test_fifty_kills_while_saving(undisturbed, shards, tmp_path):
         argv = ["--resume", "--out-dir", run, "--checkpoint-every", 1, "--keep", 2, "--val-every", 0]
     assert forked(tmp_path, "train", "--resume", "--out-dir", run).returncode == 0
     assert read_stream(run, "train") == read_stream(undisturbed, "train")
-    assert same_weights(weights(run, 20), weights(undisturbed, 20))
+    assert same_weights(final_weights(run, 20), final_weights(undisturbed, 20))
     assert not list(run.glob("*.tmp"))
 
 
@@ -227,7 +224,7 @@ def test_a_disk_that_is_full_while_saving(undisturbed, shards, tmp_path, choice)
     assert max(read_stream(run, "train")) == (19 if choice == "continue" else 10)
     assert newest_step(run) == 5 and not list(run.glob("*.tmp"))
     assert forked(tmp_path, "train", "--resume", "--out-dir", run).returncode == 0
-    assert same_weights(weights(run, 20), weights(undisturbed, 20))
+    assert same_weights(final_weights(run, 20), final_weights(undisturbed, 20))
 
 
 def test_the_log_waits_for_space(undisturbed, shards, tmp_path, monkeypatch, capsys):
@@ -288,10 +285,10 @@ def test_what_is_not_finite_on_one_rank_reaches_no_weight(shards, tmp_path, what
     argv = [*TINY, "--data-dir", shards, "--out-dir", run, "--checkpoint-every", 1, "--keep", 0]
     result = forked(tmp_path, "train", *argv, processes=2, first=first)
     assert result.returncode == 0, result.stderr
-    assert same_weights(weights(run, 5), weights(run, 6)) and not same_weights(weights(run, 6), weights(run, 7))
+    assert same_weights(final_weights(run, 5), final_weights(run, 6)) and not same_weights(final_weights(run, 6), final_weights(run, 7))
     state = [torch.load(run / f"state_{step:05d}.pt", weights_only=True) for step in (5, 6)]
     assert all(torch.equal(state[0]["optimizer"]["state"][0][key], state[1]["optimizer"]["state"][0][key]) for key in ("step", "exp_avg"))
-    assert all(p.isfinite().all() for p in weights(run, 20).values())
+    assert all(p.isfinite().all() for p in final_weights(run, 20).values())
     why = next(row for row in rows_of(run) if row["step"] == 5 and "loss" in row)["skipped"]
     assert f"warning: step 5 changes no weight (1 in a row, 10 end the run): {why}" in result.stderr
     assert ("rank 1's loss is nan" if what == "loss" else "the gradient's norm is nan") in why
@@ -340,7 +337,7 @@ def test_a_gradient_that_goes_bad_after_it_was_summed_reaches_no_weight(shards, 
     result = forked(tmp_path, "train", *argv, processes=2, first=nan_on_rank_1_after_the_sum)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("changes no weight") == 1 and "step 5 changes no weight" in result.stderr
-    assert same_weights(weights(tmp_path / "run", 5), weights(tmp_path / "run", 6))
+    assert same_weights(final_weights(tmp_path / "run", 5), final_weights(tmp_path / "run", 6))
 
 
 @pytest.mark.parametrize(("bad", "status"), [((3, 5), 0), ((3, 4), 1)])
@@ -354,7 +351,7 @@ def test_only_bad_steps_in_a_row_end_a_run(shards, tmp_path, monkeypatch, capsys
     assert run_train(shards, tmp_path / "run", "--max-bad-steps", 2, "--checkpoint-every", 2) == status
     assert ("error: 2 updates in a row were skipped" in capsys.readouterr().err) == bool(status)
     assert newest_step(tmp_path / "run") == (4 if status else 20)  # step 4 is saved before its update
-    assert all(p.isfinite().all() for p in weights(tmp_path / "run", newest_step(tmp_path / "run")).values())
+    assert all(p.isfinite().all() for p in final_weights(tmp_path / "run", newest_step(tmp_path / "run")).values())
 
 
 def test_a_spike_is_skipped_when_asked_and_a_resume_judges_alike(shards, tmp_path, monkeypatch, capsys):
@@ -372,11 +369,11 @@ def test_a_spike_is_skipped_when_asked_and_a_resume_judges_alike(shards, tmp_pat
     assert skipped == [90] and not any("skipped" in row for row in rows_of(tmp_path / "plain"))
     assert read_stream(tmp_path / "plain", "train")[90] == read_stream(tmp_path / "skips", "train")[90]
     assert read_stream(tmp_path / "plain", "train")[91] != read_stream(tmp_path / "skips", "train")[91]
-    before = weights(tmp_path / "skips", 100)
+    before = final_weights(tmp_path / "skips", 100)
     for path in checkpoint.files_of(tmp_path / "skips", 90) + checkpoint.files_of(tmp_path / "skips", 100):
         path.unlink()
     assert run_main(train.main, "--resume", "--out-dir", tmp_path / "skips") == 0
-    assert same_weights(weights(tmp_path / "skips", 100), before)
+    assert same_weights(final_weights(tmp_path / "skips", 100), before)
 
 
 # ---- drift ----

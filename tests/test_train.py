@@ -560,6 +560,15 @@ def test_a_second_signal_ends_at_once_unless_it_is_the_first_one_passed_on(monke
         stop.handle(signal.SIGINT, None)
 
 
+@pytest.mark.parametrize("part", [{"data": "abc"}, {"launches": 5}])
+def test_a_run_json_of_another_shape_is_one_line(finished, tmp_path, capsys, part):
+    shutil.copytree(finished, tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run | part))
+    assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run", "--max-steps", 30) == 2
+    assert "was written by another version of train.py" in capsys.readouterr().err
+
+
 def test_an_existing_run_is_not_overwritten(finished, shards, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
     assert run_train(shards, finished) == 2
