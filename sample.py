@@ -5,6 +5,7 @@ python sample.py -m log --prompt "Hello, I'm a language model,"
 
 import functools
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -48,10 +49,16 @@ class SampleConfig:
     """Keep each position's keys and values instead of computing them again for every token."""
     compile: bool = False
     """torch.compile the step of a token: half a minute once; on a CPU it pays for a long text with --num-samples 1."""
+    draft: str = ""
+    """A smaller model with the same tokenizer, given as -m is. It proposes tokens that the model checks in one pass: the
+    distribution stays the model's own. All samples go on together, so it pays most with --num-samples 1; '' for none."""
+    draft_tokens: int = 4
+    """How many tokens the draft proposes at a time."""
 
     def validate(self):
         """ValueError with every fault at once."""
-        faults = cli.at_least(1, self, "num_samples") + cli.at_least(0, self, "max_new_tokens", "temperature", "top_k", "seed")
+        faults = cli.at_least(1, self, "num_samples", "draft_tokens")
+        faults += cli.at_least(0, self, "max_new_tokens", "temperature", "top_k", "seed")
         if self.seed >= 2**63:
             faults.append(f"--seed is {self.seed}: it must be below 2^63")
         faults += cli.at_most(10_000, self, "num_samples")
@@ -59,6 +66,10 @@ class SampleConfig:
             faults.append(f"--top-p is {self.top_p}: it must be above 0 and at most 1")
         if self.compile and not self.kv_cache:
             faults.append("--compile is for generation with a cache: leave --no-kv-cache out")
+        if self.draft and not self.kv_cache:
+            faults.append("--draft is for generation with a cache: leave --no-kv-cache out")
+        if self.draft and self.compile:
+            faults.append("--draft and --compile don't go together: leave one of them out")
         cli.refuse(faults)
 
 
@@ -73,33 +84,97 @@ def generate(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
     compile: bool = False,
+    draft: GPT | None = None,
+    draft_tokens: int = 4,
+    counts: Counter | None = None,
 ) -> Tensor:
     """Continues each row of idx by max_new_tokens ids: (B, T) int64 on the model's device → (B, T + max_new_tokens).
 
     temperature 0 is greedy. top_k 0 and top_p 1.0 leave the distribution as it is. compile: torch.compile the step of a
-    token, anew for another model, another batch size or 128 more positions. The model sees at most its last seq_len ids;
-    from there on every position shifts with each token, and the cache is of no use. ValueError when T is 0.
+    token, anew for another model, another batch size or 128 more positions. draft: a model that proposes draft_tokens ids at
+    a time, see speculate; with it use_cache and compile make no difference. counts: has the model's "passes" added, and of
+    the draft's ids those "proposed" and "accepted". The model sees at most its last seq_len ids; from there on every
+    position shifts with each token, and cache and draft are of no use. ValueError when T is 0 or the draft has another
+    vocabulary.
     """
     if idx.size(1) == 0:
         raise ValueError("generate needs at least one id to go on from")
-    limit = model.config.seq_len
-    room = idx.size(1) + max_new_tokens
-    cache = KVCache(min(limit, -(-room // 128) * 128 if compile else room)) if use_cache else None
-    new = idx  # the ids that the model has not seen yet
-    for n in range(max_new_tokens):
+    limit, end = model.config.seq_len, idx.size(1) + max_new_tokens
+    counts = Counter() if counts is None else counts
+    how = temperature, top_k, top_p
+    if draft is not None:
+        idx = speculate(model, draft, idx, end, draft_tokens, how, generator, counts)
+    cache = KVCache(min(limit, -(-end // 128) * 128 if compile else end)) if use_cache else None
+    new = idx  # the latest ids
+    while idx.size(1) < end:
         if idx.size(1) > limit:
             cache = None
         if compile and cache is not None and cache.length:
             logits = compiled_step(idx.device.type)(model, new, cache, torch.tensor([cache.length], device=idx.device))
             cache.length += 1
         else:
-            x = idx[:, -limit:] if cache is None else new  # (B, T)
-            logits = model.logits(model.hidden(x, cache)[:, -1])  # (B, V)
-        if n == 0 and not logits.isfinite().all():
-            raise ValueError("the model's logits are not finite numbers: its training diverged, use an earlier checkpoint")
-        new = next_ids(logits.float(), temperature, top_k, top_p, generator)  # (B, 1)
+            logits = next_logits(model, idx[:, -limit:] if cache is None else idx, cache)[:, -1]  # (B, V)
+        new = next_ids(logits.float(), *how, generator)  # (B, 1)
         idx = torch.cat([idx, new], dim=1)
+        counts["passes"] += 1
     return idx
+
+
+def speculate(
+    model: GPT,
+    draft: GPT,
+    idx: Tensor,
+    end: int,
+    draft_tokens: int,
+    how: tuple[float, int, float],
+    generator: torch.Generator | None,
+    counts: Counter,
+) -> Tensor:
+    """Speculative decoding (Leviathan et al., 2023; Chen et al., 2023): ids (B, T) → (B, end), or as far as the model has
+    positions. how: temperature, top_k, top_p.
+
+    The draft draws k ids, each from its distribution q, and one pass of the model has its own distribution p at all of them.
+    An id is accepted with probability min(1, p / q); instead of the first that is not, one is drawn from max(p - q, 0), and
+    after k accepted ones another from p. So every id has the distribution p, and greedily, where p and q are a single id, it
+    is the model's (rounding apart: a pass over several ids adds in another order). All rows go on as far as the first
+    rejection in any of them.
+    """
+    vocab_size, limit = model.config.vocab_size, model.config.seq_len
+    if draft.config.vocab_size != vocab_size:
+        raise ValueError(f"the draft has {draft.config.vocab_size} ids, the model {vocab_size}: take a draft with the model's tokenizer")
+    cache, draft_cache = (KVCache(min(net.config.seq_len, end)) for net in (model, draft))
+    while (length := idx.size(1)) < end and length <= limit:
+        k = max(0, min(draft_tokens, end - length - 1, limit - length, draft.config.seq_len - length + 1))
+        ids = idx
+        q = torch.zeros(idx.size(0), k + 1, vocab_size, device=idx.device)  # stays 0 after the last: there p - q is p
+        for i in range(k):
+            probs, candidates = distribution(next_logits(draft, ids, draft_cache, name="draft")[:, -1].float(), *how)
+            q[:, i].scatter_(1, candidates, probs)
+            ids = torch.cat([ids, draw(probs, candidates, generator)], dim=1)
+        probs, candidates = distribution(next_logits(model, ids, cache, k + 1).float(), *how)  # (B, k + 1, n)
+        p = torch.zeros_like(q).scatter_(2, candidates, probs)
+        proposed = ids[:, length:, None]  # (B, k, 1)
+        p_proposed, q_proposed = p[:, :k].gather(2, proposed), q[:, :k].gather(2, proposed)
+        accepted = torch.rand(proposed.shape, generator=generator, device=idx.device) * q_proposed < p_proposed
+        n = int(accepted.all(0).cumprod(0).sum())  # ids accepted in all rows
+        residual = (probs[:, n] - q[:, n].gather(1, candidates[:, n])).clamp(min=0)
+        residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, probs[:, n])  # 0 where p = q, so that all are accepted
+        new = draw(residual, candidates[:, n], generator)
+        if n < k:
+            new = torch.where(accepted[:, n], proposed[:, n], new)
+        idx = torch.cat([ids[:, : length + n], new], dim=1)
+        cache.length, draft_cache.length = length + n, min(draft_cache.length, length + n)
+        counts.update(passes=1, proposed=proposed.numel(), accepted=int(accepted[:, : n + 1].sum()))
+    return idx
+
+
+def next_logits(model: GPT, ids: Tensor, cache: KVCache | None, n: int = 1, name: str = "model") -> Tensor:
+    """The logits (B, n, V) that follow the last n of the ids (B, T); a cache holds the first of these."""
+    seen = cache.length if cache is not None else 0
+    logits = model.logits(model.hidden(ids[:, seen:], cache)[:, -n:])
+    if not seen and not logits.isfinite().all():
+        raise ValueError(f"the {name}'s logits are not finite numbers: its training diverged, use an earlier checkpoint")
+    return logits
 
 
 def decode_step(model: GPT, ids: Tensor, cache: KVCache, position: Tensor) -> Tensor:
@@ -117,16 +192,34 @@ def compiled_step(kind: str):
 
 
 def next_ids(logits: Tensor, temperature: float, top_k: int, top_p: float, generator) -> Tensor:
-    """(B, V) → (B, 1). Temperature first, then top-k (Fan et al., 2018), then top-p (Holtzman et al., 2020)."""
+    """(B, V) → (B, 1)."""
+    return draw(*distribution(logits, temperature, top_k, top_p), generator)
+
+
+def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Logits (..., V) → the probabilities (..., n) of the n likeliest ids (..., n); of all others they are 0.
+
+    Temperature first, then top-k (Fan et al., 2018), then top-p (Holtzman et al., 2020).
+    """
     if temperature < 1e-4:  # greedy, and no overflow below
-        return logits.argmax(-1, keepdim=True)
-    logits, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V)
-    if top_k:
-        logits, ids = logits[:, :top_k], ids[:, :top_k]
+        ids = logits.argmax(-1, keepdim=True)
+        return torch.ones_like(ids, dtype=logits.dtype), ids
+    logits = logits / temperature
+    if top_k:  # to sort all of them would take longer than a small model's pass
+        logits, ids = logits.topk(min(top_k, logits.size(-1)))
+    else:
+        logits, ids = logits.sort(dim=-1, descending=True, stable=True)
     probs = F.softmax(logits, dim=-1)
-    before = probs.cumsum(-1) - probs  # probability of all likelier ids: the likeliest always stays
-    probs = probs.masked_fill(before >= top_p, 0.0) if top_p < 1 else probs
-    return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
+    if top_p < 1:
+        before = probs.cumsum(-1) - probs  # probability of all likelier ids: the likeliest always stays
+        probs = probs.masked_fill(before >= top_p, 0.0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs, ids
+
+
+def draw(weights: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One of the ids of each row, likely as its weight: (B, n), (B, n) → (B, 1)."""
+    return ids.gather(1, torch.multinomial(weights, 1, generator=generator))
 
 
 def sample_texts(
@@ -154,15 +247,30 @@ def main():
         device = pick_device(config.device)
         if config.compile and not can_compile(device):
             raise ValueError(f"--compile can't be used here on {device.type} (CPU: install g++): leave it out")
+        dtype = pick_dtype(config.dtype, device)
         model, tokenizer = load_with_tokenizer(config.model, device)
-        model.to(pick_dtype(config.dtype, device))
+        model.to(dtype)
+        draft = None
+        if config.draft:
+            draft, own = load_with_tokenizer(config.draft, device)
+            draft.to(dtype)
+            if own.name != tokenizer.name:
+                raise ValueError(f"--draft has the tokenizer {own.name}, the model {tokenizer.name}: take a draft with the model's")
+        counts = Counter()
         texts = sample_texts(
             model, tokenizer, config.prompt, config.num_samples, config.max_new_tokens, config.seed,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, use_cache=config.kv_cache, compile=config.compile,
+            draft=draft, draft_tokens=config.draft_tokens, counts=counts,
         )  # fmt: skip
         for number, text in enumerate(texts, 1):
             print(f"--- sample {number} of {len(texts)}", file=sys.stderr, flush=True)
             print(text, flush=True)
+        if counts["proposed"]:
+            share, speed = counts["accepted"] / counts["proposed"], config.max_new_tokens / counts["passes"]
+            print(
+                f"draft: {counts['accepted']:,} of {counts['proposed']:,} tokens accepted ({share:.0%}); "
+                f"a pass of the model added {speed:.2f} tokens to a sample", file=sys.stderr,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

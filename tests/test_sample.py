@@ -1,11 +1,16 @@
 """Generation: the cache changes nothing, sampling has the distribution it should, and only what may come out comes out."""
 
+from collections import Counter
+from itertools import product
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import run_main, save_checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sample
+from fineweb import get_tokenizer
 from model import GPT, GPTConfig
 from sample import generate, next_ids
 
@@ -14,8 +19,9 @@ from sample import generate, next_ids
 def model():
     torch.manual_seed(3)
     model = GPT(GPTConfig(257, 24, 2, 2, 32))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.15)
+    for name, p in model.named_parameters():
+        if "ln_" not in name:  # with random norms the likeliest id is always the same one
+            torch.nn.init.normal_(p, std=0.3)
     return model.eval()
 
 
@@ -104,10 +110,15 @@ def test_the_script_prints_the_samples_alone(model, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_script_computes_in_the_dtype_asked_for(model, tmp_path, monkeypatch, dtype):
     seen = []
-    monkeypatch.setattr(sample, "generate", lambda model, idx, n, **how: seen.append({p.dtype for p in model.parameters()}) or idx)
+
+    def generate(model, idx, n, draft, **how):
+        seen.extend({p.dtype for p in model.parameters()} | {p.dtype for p in draft.parameters()})
+        return idx
+
+    monkeypatch.setattr(sample, "generate", generate)
     path = save_checkpoint(tmp_path, 1, model, "bytes", None, {})
-    assert run_main(sample.main, "-m", path, "-d", "cpu", "--dtype", dtype) == 0
-    assert seen == [{torch.bfloat16 if dtype == "bf16" else torch.float32}]
+    assert run_main(sample.main, "-m", path, "-d", "cpu", "--dtype", dtype, "--draft", path) == 0
+    assert seen == [torch.bfloat16 if dtype == "bf16" else torch.float32]
 
 
 def test_compile_without_a_compiler_is_one_line(monkeypatch, capsys):
@@ -117,10 +128,113 @@ def test_compile_without_a_compiler_is_one_line(monkeypatch, capsys):
 
 
 def test_a_sample_ends_at_end_of_text(model, monkeypatch):
-    from fineweb import get_tokenizer
-
     monkeypatch.setattr(sample, "generate", lambda model, idx, n, generator: torch.tensor([[97, 98, 256, 99], [97, 98, 99, 100]]))
     assert sample.sample_texts(model, get_tokenizer("bytes"), "a", 2, 3, 0) == ["ab", "abcd"]
+
+
+# ---- speculative decoding ----
+
+
+def near(model, seq_len=24, noise=0.02):
+    """A model whose likeliest id is often that of the given one."""
+    torch.manual_seed(1)
+    draft = GPT(GPTConfig(257, seq_len, 2, 2, 32)).eval()
+    weights = {name: p + noise * torch.randn_like(p) for name, p in model.state_dict().items()}
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:seq_len]
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    draft.load_state_dict(weights)
+    return draft
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("prompt", "new"), [(1, 23), (5, 0), (5, 1), (5, 12), (24, 3), (30, 4), (8, 30)])
+def test_a_draft_changes_no_greedy_token(model, batch, prompt, new):
+    """A good, a bad and a short-sighted draft, with few and many ids at a time, also where the text outgrows the positions."""
+    idx = torch.randint(257, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    plain = generate(model, idx, new, temperature=0)
+    for draft in (near(model), near(model, noise=1), near(model, seq_len=9), GPT(GPTConfig(257, 50, 1, 1, 8))):
+        for k in (1, 2, 5, 100):
+            assert (generate(model, idx, new, temperature=0, draft=draft, draft_tokens=k) == plain).all()
+
+
+def test_a_good_draft_saves_passes_and_loses_some_ids(model):
+    counts, idx = Counter(), torch.randint(257, (1, 4), generator=torch.Generator().manual_seed(0))
+    generate(model, idx, 20, temperature=0, draft=near(model), draft_tokens=3, counts=counts)
+    assert 0 < counts["accepted"] < counts["proposed"]
+    assert counts["passes"] + counts["accepted"] == 20  # each pass adds one id of the model's own
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_the_model_accepts_all_of_its_own_ids(model, temperature):
+    """20 ids are 4 passes of 5; then two positions are left, the last of which needs no draft, and 3 ids come after them."""
+    counts, idx = Counter(), torch.zeros(2, 2, dtype=torch.long)
+    generate(model, idx, 26, temperature, draft=model, draft_tokens=4, generator=torch.Generator().manual_seed(0), counts=counts)
+    assert counts == {"proposed": 2 * 18, "accepted": 2 * 18, "passes": 4 + 1 + 3}
+
+
+class Chain:
+    """Stands in for a GPT: the next id depends on the last one alone, by logits (V, V)."""
+
+    def __init__(self, logits):
+        self.table, self.config = logits, SimpleNamespace(vocab_size=len(logits), seq_len=100)
+
+    def hidden(self, ids, cache):
+        cache.length += ids.size(1)
+        return ids
+
+    def logits(self, ids):
+        return self.table[ids]
+
+
+def chi_square(logits, ids, temperature, top_k, top_p):
+    """How far the ids (N, T) are from a chain that begins with id 0, in standard deviations of what chance does."""
+    probs = torch.zeros_like(logits)
+    for row, out in zip(logits / temperature, probs, strict=True):
+        likeliest = row.argsort(descending=True)[: top_k or None].tolist()
+        p = row[likeliest].softmax(0)
+        kept = [i for i in range(len(p)) if p[:i].sum() < top_p]
+        out[[likeliest[i] for i in kept]] = p[kept] / p[kept].sum()
+    found, square, cells = Counter(map(tuple, ids.tolist())), 0.0, 0
+    for path in product(range(len(logits)), repeat=ids.size(1)):
+        expected = len(ids) * float(torch.stack([probs[a, b] for a, b in zip((0, *path), path, strict=False)]).prod())
+        if not expected:
+            assert path not in found
+            continue
+        square, cells = square + (found[path] - expected) ** 2 / expected, cells + 1
+    return (square - (cells - 1)) / (2 * (cells - 1)) ** 0.5
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "k"), [(1.0, 0, 1.0, 2), (1.5, 3, 1.0, 2), (2.0, 0, 0.7, 1), (2.0, 4, 0.9, 2)])
+def test_a_draft_changes_nothing_in_the_distribution(temperature, top_k, top_p, k):
+    """Of all texts of three ids of five, held against their exact probabilities; one row at a time, and three together."""
+    logits, other = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(30))
+    model, draft, generator, how = Chain(logits), Chain(logits + other), torch.Generator().manual_seed(0), (temperature, top_k, top_p)
+    for batch, calls in ((1, 2000), (3, 700)):
+        start = torch.zeros(batch, 1, dtype=torch.long)
+        ids = torch.cat([generate(model, start, 3, *how, generator, draft=draft, draft_tokens=k) for _ in range(calls)])[:, 1:]
+        assert abs(chi_square(logits, ids, *how)) < 4
+
+
+def test_a_draft_with_another_vocabulary_is_refused(model, tmp_path, capsys, gpt2_tokenizer):
+    other = GPT(GPTConfig(50257, 24, 1, 1, 8))
+    with pytest.raises(ValueError, match="the draft has 50257 ids, the model 257"):
+        generate(model, torch.zeros(1, 1, dtype=torch.long), 1, draft=other)
+    path, draft = save_checkpoint(tmp_path, 1, model, "bytes", None, {}), save_checkpoint(tmp_path, 2, other, "gpt2", None, {})
+    assert run_main(sample.main, "-m", path, "-d", "cpu", "--draft", draft) == 2
+    assert "error: --draft has the tokenizer gpt2, the model bytes: take a draft with the model's\n" in capsys.readouterr().err
+
+
+def test_the_script_says_what_a_draft_was_good_for(model, tmp_path, capsys):
+    """The model is its own draft: 12 tokens are 4 passes, each of 2 tokens of the draft and one of the model."""
+    path = save_checkpoint(tmp_path, 1, model, "bytes", None, {})
+    model.save_pretrained(tmp_path / "draft")
+    argv = ["-m", path, "-d", "cpu", "--prompt", "abc", "--num-samples", 2, "--max-new-tokens", 12, "--temperature", 0]
+    assert run_main(sample.main, *argv) == 0
+    plain = capsys.readouterr()
+    assert run_main(sample.main, *argv, "--draft", tmp_path / "draft", "--draft-tokens", 2) == 0
+    speculative = capsys.readouterr()
+    assert speculative.out == plain.out and "draft" not in plain.err
+    assert "draft: 16 of 16 tokens accepted (100%); a pass of the model added 3.00 tokens to a sample\n" in speculative.err
 
 
 @pytest.mark.parametrize(
@@ -131,6 +245,9 @@ def test_a_sample_ends_at_end_of_text(model, monkeypatch):
         (["--num-samples", "0"], "--num-samples is 0"),
         (["--top-k", "-1"], "--top-k is -1"),
         (["--compile", "--no-kv-cache"], "--compile is for generation with a cache"),
+        (["--draft", "y.pt", "--no-kv-cache", "--top-k", "-1"], "at least 0; --draft is for generation with a cache"),
+        (["--draft", "y.pt", "--compile"], "--draft and --compile don't go together"),
+        (["--draft-tokens", "0"], "--draft-tokens is 0: it must be at least 1"),
         (["--seed", "99999999999999999999"], "--seed is 99999999999999999999: it must be below 2^63"),
     ],
 )
@@ -145,6 +262,8 @@ def test_a_model_that_diverged_is_named(model, temperature):
         model.transformer.wte.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="its training diverged"):
         generate(model, torch.zeros(1, 1, dtype=torch.long), 1, temperature)
+    with pytest.raises(ValueError, match="the draft's logits are not finite"):
+        generate(GPT(model.config), torch.zeros(1, 1, dtype=torch.long), 2, temperature, draft=model)
 
 
 def test_nothing_to_go_on_from_is_refused(model):
