@@ -21,7 +21,8 @@ from torch import Tensor
 
 from files import read_json, replace, sha256, write_json, write_temporary
 from fineweb import VOCAB_SIZES, Tokenizer, get_tokenizer
-from model import GPT, GPTConfig, config_from_hf, hf_folder
+from huggingface import config_from_hf, hf_folder
+from model import GPT, GPTConfig
 
 
 class Files(NamedTuple):

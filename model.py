@@ -1,18 +1,20 @@
-"""GPT-2 (Radford et al., 2019) from scratch, to be read from top to bottom.
+"""GPT-2 (Radford et al., 2019) from scratch, to be read from top to bottom; what came after it are switches of GPTConfig.
 
-Letters in the shapes: B sequences, T positions, C = n_embd channels, H = n_head heads of D = C / H channels,
-V ids of the vocabulary, S positions to look at: T, or all that a KV cache has room for.
+Letters in the shapes: B sequences, T positions, C = n_embd channels, H = n_head heads of D = C / H channels, of which
+K = n_kv_head have keys and values, V ids of the vocabulary, S positions to look at: T, or all that a KV cache has room for.
 """
 
-import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from kernels import BlockwiseAttention, Linear, OneDNNLinear, chunk_loss, chunked_cross_entropy
 
 
 @dataclass
@@ -32,21 +34,114 @@ class GPTConfig:
     attention: Literal["flash", "manual"] = "flash"
     """'flash': PyTorch's fused kernel. 'manual': the same, every step spelled out."""
 
+    # what came after GPT-2
+    pos: Literal["learned", "rope"] = "learned"
+    """Positions: a learned table, or rotary embeddings (Su et al., 2021)."""
+    rope_base: float = 10000.0
+    """Rotary embeddings: the longest wave is about 2π times as many positions."""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
+    """For sequences --rope-factor times as long as those of training (Chen et al., 2023; bloc97, 2023; Peng et al., 2023)."""
+    rope_factor: float = 1.0
+    """seq_len as a multiple of the length that the model was trained on."""
+    n_kv_head: int | None = None
+    """Heads that have keys and values, each for n_head / n_kv_head queries (Ainslie et al., 2023); by default all."""
+    window: int | None = None
+    """Positions a query sees, its own included (Beltagy et al., 2020); by default all before it."""
+    window_pattern: str = "S"
+    """Which layers the window is for, repeated over all: S for short, L for long, without it. SSSL: three of four."""
+    doc_mask: bool = False
+    """A query sees its own document only, which begins at the last <|endoftext|>."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys (Henry et al., 2020)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Of what goes into attention, MLP and head (Ba et al., 2016; Zhang & Sennrich, 2019)."""
+    mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"
+    """The MLP's activation (Hendrycks & Gimpel, 2016; So et al., 2021; Shazeer, 2020), at equal parameters."""
+    bias: bool = True
+    """Biases in linear layers and norms."""
+    tied_head: bool = True
+    """The head is the embedding table (Press & Wolf, 2017)."""
+    zero_init: bool = False
+    """What writes into the residual stream begins at zero, an untied head too (Yang et al., 2022)."""
+    logit_softcap: float = 0.0
+    """Logits are kept within ± this, c · tanh(logit / c) (Gemma 2, 2024); 0 leaves them as they are."""
+    value_residual: bool = False
+    """A layer's values are mixed with the first layer's (Zhou et al., 2024)."""
+    embed_shortcut: bool = False
+    """Each block's input is mixed with the embedding (modded-nanogpt, 2024)."""
+    share_layers: int = 1
+    """Layers in a row that have the same weights (Lan et al., 2019); must divide n_layer."""
+    n_expert: int = 1
+    """MLPs of a block, of which a router chooses for each token (Shazeer et al., 2017)."""
+    n_expert_active: int = 1
+    """How many it chooses; the chosen ones together are as wide as one MLP without a choice."""
+    load_balance: float = 0.01
+    """Weight of the loss that keeps the experts equally busy (Fedus et al., 2021)."""
+
     def faults(self) -> list[str]:
         """What is wrong with the shape, a line each."""
-        sizes = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd")
-        wrong = [name for name in sizes if not isinstance(getattr(self, name), int) or getattr(self, name) < 1]
-        faults = [f"{name} is {getattr(self, name)!r}: it must be a whole number of at least 1" for name in wrong]
-        if not faults and self.n_embd % self.n_head:
-            faults.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: change one of them")
-        if self.attention not in ("flash", "manual"):
-            faults.append(f"attention is {self.attention!r}: choose flash or manual")
+        values = [(f, getattr(self, f.name)) for f in fields(self)]
+        if faults := [f"{f.name} is {value!r}: {needs(f.type)}" for f, value in values if not fits(value, f.type)]:
+            return faults
+        D, pattern, scaling, factor = self.n_embd // self.n_head, self.window_pattern, self.rope_scaling, self.rope_factor
+        for name, divisor in (("n_embd", "n_head"), ("n_head", "n_kv_head"), ("n_layer", "share_layers")):
+            if getattr(self, name) % (getattr(self, divisor) or 1):
+                faults.append(f"{name} {getattr(self, name)} is not a multiple of {divisor} {getattr(self, divisor)}: change one of them")
+        for name, least in (("rope_factor", 1), ("rope_base", 1), ("logit_softcap", 0), ("load_balance", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                faults.append(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.n_expert_active > self.n_expert:
+            faults.append(f"n_expert_active {self.n_expert_active} is more than n_expert {self.n_expert}: lower it")
+        if not pattern or set(pattern) - set("SL"):
+            faults.append(f"window_pattern is {pattern!r}: it must be letters S and L")
+        if self.pos == "rope" and D % 2:
+            faults.append(f"rope turns pairs of channels, and a head has {D}: choose another n_head")
+        if self.pos != "rope" and scaling != "none":
+            faults.append(f"rope_scaling {scaling} is for pos rope, not for {self.pos}")
+        if (scaling == "none") != (factor == 1):
+            faults.append(f"rope_scaling {scaling} with rope_factor {factor}: give both or none")
         return faults
+
+    def variants(self) -> list[str]:
+        """The switches that are not as in GPT-2."""
+        return [f.name for f in fields(self)[6:] if getattr(self, f.name) != f.default]
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding table: a multiple of 64 keeps the largest matrix product on aligned tiles."""
         return -(-self.vocab_size // 64) * 64
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The window of each layer, None where there is none or it holds all."""
+        window = self.window if self.window is not None and self.window < self.seq_len else None
+        return [window if self.window_pattern[layer % len(self.window_pattern)] == "S" else None for layer in range(self.n_layer)]
+
+    @property
+    def n_inner(self) -> int:
+        """Channels inside an MLP, or in one of the experts that are at work: in all as many weights as 4 · n_embd have without
+        a gate."""
+        inner = -(-self.n_embd // 3) * 8 if self.mlp == "swiglu" else 4 * self.n_embd
+        return -(-inner // self.n_expert_active)
+
+
+def fits(value, kind) -> bool:
+    """Whether a value, perhaps from a file, is of a field's type; whole numbers are counts, of at least 1."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, int | float if kind is float else kind) and not (isinstance(value, int) and kind is not float and value < 1)
+
+
+def needs(kind) -> str:
+    if get_origin(kind) is Literal:
+        return f"choose {' or '.join(get_args(kind))}"
+    return f"it must be {'a whole number of at least 1' if kind in (int, int | None) else f'a {kind.__name__}'}"
 
 
 SIZES = {
@@ -55,6 +150,12 @@ SIZES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
+
+# fields that may change while the weights stay
+NOT_IN_WEIGHTS = {
+    "seq_len", "attention", "rope_base", "rope_scaling", "rope_factor", "window", "window_pattern", "doc_mask", "logit_softcap",
+    "n_expert_active", "load_balance",
+}  # fmt: skip
 
 MAX_LOGITS, MAX_LOGITS_CUDA = 2**26, 2**29  # more than so many never stand in memory at a time while the loss is computed
 
@@ -67,17 +168,21 @@ class GPT(nn.Module):
         if faults := config.faults():
             raise ValueError("; ".join(faults))
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),  # tokens
-                "wpe": nn.Embedding(config.seq_len, config.n_embd),  # positions
-                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd),
-            }
-        )
+        parts = {"wte": nn.Embedding(config.padded_vocab_size, config.n_embd)}  # tokens
+        if config.pos == "learned":
+            parts["wpe"] = nn.Embedding(config.seq_len, config.n_embd)  # positions
+        parts["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer // config.share_layers))
+        parts["ln_f"] = make_norm(config)
+        self.transformer = nn.ModuleDict(parts)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied: Press & Wolf, 2017
+        if config.tied_head:
+            self.lm_head.weight = self.transformer.wte.weight
+        if config.embed_shortcut:
+            self.stream_scale, self.embed_scale = (nn.Parameter(torch.full((config.n_layer,), scale)) for scale in (1.0, 0.0))
+        if config.value_residual:
+            self.value_scale = nn.Parameter(torch.full((config.n_layer,), 0.5))
         self.chunk_loss = chunk_loss  # compile_blocks puts a compiled one here
+        self.flex, self.recompute = False, False  # FlexAttention for windows and documents; activation checkpointing
         self.init_weights()
 
     @torch.no_grad()
@@ -86,60 +191,114 @@ class GPT(nn.Module):
         scaled by (2·n_layer)^-0.5, so that 2·n_layer contributions add up to the variance of one (Radford et al., 2019)."""
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
+                scale = (2 * self.config.n_layer) ** -0.5 if "c_proj" in name else 1.0
                 p.normal_(0.0, 0.02 * scale)
+                if self.config.zero_init and ("c_proj" in name or name == "lm_head.weight"):
+                    p.zero_()
             elif name.endswith("bias"):
                 p.zero_()
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: "KVCache | None" = None):
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: "KVCache | None" = None, with_logits: bool = False):
         """Next-token logits, or with targets the loss.
 
         idx: (B, T) ids. targets: (B, T) ids, -100 where a position does not count. cache: the positions before idx.
-        Returns (logits (B, T, V), None), or (None, mean cross entropy in nats a token) when targets are given.
+        Returns (logits (B, T, V), None), or when targets are given (None, mean cross entropy in nats a token), with_logits both.
         ValueError when idx and the cache together are longer than seq_len.
         """
-        x = self.hidden(idx, cache)  # (B, T, C)
+        x, balance = self.trunk(idx, cache)  # (B, T, C)
         if targets is None:
             return self.logits(x), None  # (B, T, V)
-        return None, self.loss(x.flatten(0, 1), targets.flatten())
+        loss = self.loss(x.flatten(0, 1), targets.flatten())
+        if self.config.n_expert > 1:  # in the gradient, but not in the number, which is to be compared with other models'
+            loss = loss + self.config.load_balance * (balance - balance.detach())
+        return self.logits(x) if with_logits else None, loss
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats a token. x: (N, C). targets: (N,), -100 where a position does not count."""
         chunks = -(-len(x) * self.config.padded_vocab_size // (MAX_LOGITS_CUDA if x.device.type == "cuda" else MAX_LOGITS))
         if chunks > 1:
-            chunk, vocab_size = -(-len(x) // chunks), self.config.vocab_size
-            return chunked_cross_entropy(x, self.lm_head.weight, targets, vocab_size, chunk, self.chunk_loss)
+            chunk, vocab_size, softcap = -(-len(x) // chunks), self.config.vocab_size, self.config.logit_softcap
+            return chunked_cross_entropy(x, self.lm_head.weight, targets, vocab_size, softcap, chunk, self.chunk_loss)
         return self.whole_loss(x, targets)
 
     def whole_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         # float(): the softmax over V must not be summed in bf16
         return F.cross_entropy(self.logits(x).float(), targets, ignore_index=-100)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., C) → (..., V). The ids that only pad the table are cut off: they can't be predicted or sampled."""
+        logits, cap = self.lm_head(x)[..., : self.config.vocab_size], self.config.logit_softcap
+        return cap * torch.tanh(logits.float() / cap) if cap else logits
+
     def hidden(self, idx: Tensor, cache: "KVCache | None" = None, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Ids (B, T) → the residual stream after the last norm (B, T, C).
 
         positions (B, T) and mask (B, 1, T, T), True where a query may look, are for what is not one sequence from left to
-        right; by default position t follows t - 1, or what the cache holds, and sees all before it. With a cache there is no
-        mask to give, and positions (T,) are for compiled code, in which cache.length can't change: the caller moves it on.
+        right; by default position t follows t - 1, or what the cache holds, and sees all before it, within its document where
+        that is asked for. With a cache there is no mask to give, and positions (T,) are for compiled code, in which
+        cache.length can't change: the caller moves it on.
         """
+        return self.trunk(idx, cache, positions, mask)[0]
+
+    def trunk(self, idx: Tensor, cache=None, positions=None, mask=None) -> tuple[Tensor, Tensor | float]:
+        """As hidden, and the load-balancing loss of all experts."""
+        config = self.config
         if positions is None:
             start = cache.length if cache is not None else 0
             end = start + idx.size(1)
-            if end > self.config.seq_len:
-                raise ValueError(f"{end} positions, but the model sees at most {self.config.seq_len}: shorten the input")
+            if end > config.seq_len:
+                raise ValueError(f"{end} positions, but the model sees at most {config.seq_len}: shorten the input")
             positions = torch.arange(start, end, device=idx.device)
             if cache is not None:
                 cache.length = end
-        if cache is not None:
-            mask = positions[:, None] >= torch.arange(cache.max_len, device=idx.device)  # (T, S)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)
-        for block in self.transformer.h:
-            x = block(x, mask, cache, positions)
-        return self.transformer.ln_f(x)
+        masks = self.masks(idx, cache, positions, mask)
+        rotation = rotation_of(positions, config) if config.pos == "rope" else None
+        x = self.transformer.wte(idx)
+        if config.pos == "learned":
+            x = x + self.transformer.wpe(positions)
+        embedding, first_values, balance = x, None, 0.0
+        for layer, window in enumerate(config.windows):
+            block = self.transformer.h[layer // config.share_layers]
+            context = Context(
+                window=window,
+                mask=masks[window],
+                rotation=rotation,
+                positions=positions,
+                cache=None if cache is None else cache.layer(layer, window),
+                values=(first_values, self.value_scale[layer]) if config.value_residual else None,
+                shortcut=(embedding, self.stream_scale[layer], self.embed_scale[layer]) if config.embed_shortcut else None,
+            )
+            if self.recompute and torch.is_grad_enabled():
+                x, values, more = checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x, values, more = block(x, context)
+            first_values = values if layer == 0 else first_values
+            balance = balance + more
+        return self.transformer.ln_f(x), balance
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(..., C) → (..., V). The ids that only pad the table are cut off: they can't be predicted or sampled."""
-        return self.lm_head(x)[..., : self.config.vocab_size]
+    def masks(self, idx: Tensor, cache: "KVCache | None", positions: Tensor, mask: Tensor | None) -> dict:
+        """For each window of a layer, what its queries may see: (…, T, S), True for it; None: all before them in the window."""
+        config, masks = self.config, {}
+        documents = None
+        if config.doc_mask and mask is None:
+            starts = idx == config.vocab_size - 1  # <|endoftext|> is the last id in every tokenizer of this project
+            documents = starts.cumsum(1) if cache is None else cache.documents(starts, positions)  # (B, T), (B, max_len)
+        for window in set(config.windows):
+            if cache is not None:
+                keys = cache.positions(window, positions)  # (S,)
+                masks[window] = sees(positions, keys, window)  # (T, S)
+                if documents is not None:
+                    masks[window] = masks[window] & same(documents[:, positions], documents[:, keys.clamp(min=0)])
+            elif mask is not None:
+                within = sees(positions, positions, window)[..., None, :, :] if window else True  # (B, 1, T, T)
+                masks[window] = mask & within
+            elif self.flex and (window or documents is not None):
+                masks[window] = block_mask(idx.size(1), window, documents, idx.device)
+            elif documents is not None:
+                masks[window] = same(documents, documents) & sees(positions, positions, window)  # (B, 1, T, T)
+            else:
+                masks[window] = None
+        return masks
 
     def compile_blocks(self, activation_memory: float = 1.0):
         """torch.compile, for training and validation: a graph for all blocks, which are alike, and one for the loss, made in
@@ -149,8 +308,11 @@ class GPT(nn.Module):
 
         config.activation_memory_budget = activation_memory
         for block in self.transformer.h:
+            if isinstance(block.mlp, MixtureOfExperts):  # there the sizes are others each time
+                block.mlp.by_expert = torch.compiler.disable(by_expert)
             block.compile()
         self.whole_loss, self.chunk_loss = torch.compile(self.whole_loss), torch.compile(self.chunk_loss)
+        self.flex = self.lm_head.weight.device.type == "cuda"
 
     def for_scoring(self) -> "GPT":
         """A copy for hidden() and logits() without gradients, faster on a CPU; elsewhere, without oneDNN, or in fp16 this model
@@ -166,20 +328,34 @@ class GPT(nn.Module):
         for block in copy.transformer.h:
             block.attn.c_attn = OneDNNLinear(block.attn.c_attn, dtype)
             block.attn.c_proj = OneDNNLinear(block.attn.c_proj, dtype)
-            block.mlp = nn.Sequential(OneDNNLinear(block.mlp.c_fc, dtype, gelu=True), OneDNNLinear(block.mlp.c_proj, dtype))
+            if isinstance(block.mlp, MLP):
+                gelu = self.config.mlp == "gelu"
+                block.mlp.c_fc = OneDNNLinear(block.mlp.c_fc, dtype, gelu=gelu)
+                block.mlp.c_proj = OneDNNLinear(block.mlp.c_proj, dtype)
+                block.mlp.activation = nn.Identity() if gelu else block.mlp.activation
         copy.lm_head = OneDNNLinear(copy.lm_head, dtype)
         return copy.eval()
 
-    def num_params(self) -> int:
-        """Parameters, the rows that only pad the vocabulary left out."""
+    def num_params(self, active: bool = False) -> int:
+        """Parameters, the rows that only pad the vocabulary left out; active: those that are at work for one token."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding
+        padding *= 1 if self.config.tied_head else 2
+        return sum(p.numel() for p in self.parameters()) - padding - (self.idle_params() if active else 0)
+
+    def idle_params(self) -> int:
+        """Those of the experts that are not chosen for a token."""
+        experts = sum(p.numel() for block in self.transformer.h for p in block.mlp.parameters()) if self.config.n_expert > 1 else 0
+        routers = self.config.n_expert * self.config.n_embd * len(self.transformer.h) if experts else 0
+        return (experts - routers) * (self.config.n_expert - self.config.n_expert_active) // self.config.n_expert
 
     def flops_per_token(self) -> int:
-        """Floating point operations a token costs in training, forward and backward: 6 N + 12 L C T
-        (Chowdhery et al., 2022, appendix B), N without the position table; causality is not discounted."""
-        n = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
-        return 6 * n + 12 * self.config.n_layer * self.config.n_embd * self.config.seq_len
+        """Floating point operations a token costs in training, forward and backward: 6 N + 12 C · positions seen, summed over
+        the layers (Chowdhery et al., 2022, appendix B). N: the weights at work, as often as they are, without position tables
+        and an embedding that is not the head too; causality is not discounted."""
+        config = self.config
+        blocks = sum(p.numel() for p in self.transformer.h.parameters()) - self.idle_params()
+        n = config.share_layers * blocks + self.lm_head.weight.numel() + sum(p.numel() for p in self.transformer.ln_f.parameters())
+        return 6 * n + 12 * config.n_embd * sum(window or config.seq_len for window in config.windows)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         """Two groups for the optimizer: tensors of 2 or more dimensions decay; biases and norms do not."""
@@ -190,13 +366,16 @@ class GPT(nn.Module):
         ]
 
     @torch.no_grad()
-    def shorten(self, seq_len: int):
-        """Cuts the position table to seq_len, to fine-tune a model on shorter sequences than it was trained on."""
-        if seq_len > self.config.seq_len:
-            raise ValueError(f"seq_len {seq_len} is longer than the {self.config.seq_len} positions the model has")
-        self.config.seq_len = seq_len
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:seq_len].clone())
-        self.transformer.wpe.num_embeddings = seq_len
+    def adapt(self, config: GPTConfig):
+        """Takes over what the weights do not depend on, to fine-tune them; a learned position table is cut to the new seq_len.
+        ValueError when it is too short for it."""
+        if config.pos == "learned" and config.seq_len > self.config.seq_len:
+            raise ValueError(f"seq_len {config.seq_len} is longer than the {self.config.seq_len} positions the model has")
+        for name in NOT_IN_WEIGHTS:
+            setattr(self.config, name, getattr(config, name))
+        if config.pos == "learned":
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[: config.seq_len].clone())
+            self.transformer.wpe.num_embeddings = config.seq_len
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str, revision: str | None = None) -> "GPT":
@@ -204,106 +383,181 @@ class GPT(nn.Module):
 
         Only safetensors are read, never a pickle. Raises ValueError when the name, folder or shape does not fit.
         """
-        folder = hf_folder(name_or_dir, revision)
-        model = cls(config_from_hf(folder))
-        model.load_hf_state(load_safetensors(folder), folder)
-        return model
+        import huggingface
+
+        return huggingface.load(name_or_dir, revision)
 
     def save_pretrained(self, folder: str):
-        """Writes config.json and model.safetensors that GPT2LMHeadModel.from_pretrained loads."""
-        from safetensors.torch import save_file
+        """Writes config.json and model.safetensors that GPT2LMHeadModel.from_pretrained loads. ValueError for a variant."""
+        import huggingface
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config_to_hf(self.config), indent=2) + "\n")
-        save_file(self.hf_state(), folder / "model.safetensors", metadata={"format": "pt"})
+        huggingface.save(self, folder)
 
-    def hf_state(self) -> dict[str, Tensor]:
-        """The state dict as Hugging Face has it: Conv1D weights are (in, out), the table unpadded, the head tied."""
-        state = {name: p.detach().cpu() for name, p in self.state_dict().items() if name != "lm_head.weight"}
-        state["transformer.wte.weight"] = state["transformer.wte.weight"][: self.config.vocab_size]
-        return {name: (p.t() if is_conv1d(name) else p).contiguous() for name, p in state.items()}
 
-    @torch.no_grad()
-    def load_hf_state(self, hf: dict[str, Tensor], source):
-        # the hub's own gpt2 has no prefix and carries masks as buffers; transformers writes the prefix and no masks
-        hf = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": p for name, p in hf.items()}
-        masks = {name for name in hf if name.endswith((".attn.bias", ".attn.masked_bias"))}
-        own = {name: p for name, p in self.state_dict().items() if name != "lm_head.weight"}
-        if odd := sorted(own.keys() ^ (hf.keys() - masks - {"lm_head.weight"})):
-            raise ValueError(f"{source}: {odd[0]} is in its weights or its config.json alone: is it a whole GPT-2?")
-        for name, p in own.items():
-            if not hf[name].is_floating_point():
-                raise ValueError(f"{source}: {name} is {hf[name].dtype}: quantized weights are not read")
-            w = hf[name].t() if is_conv1d(name) and hf[name].dim() == 2 else hf[name]
-            if name == "transformer.wte.weight":
-                p[self.config.vocab_size :] = 0  # the padding rows
-                p = p[: self.config.vocab_size]
-            if p.shape != w.shape:
-                raise ValueError(f"{source}: {name} is {tuple(w.shape)}, its config.json says {tuple(p.shape)}")
-            p.copy_(w)
+class Context(NamedTuple):
+    """What a block is told beside its input; for GPT-2 in training all is None but the positions, which only a cache needs."""
+
+    positions: Tensor  # (T,) or (B, T)
+    window: int | None  # how far a query sees, where there is no mask
+    mask: Tensor | BlockMask | None  # (…, T, S), True where a query may look
+    rotation: tuple[Tensor, Tensor] | None  # cosines and sines for rope, (…, T, D/2) each
+    cache: "LayerCache | None"
+    values: tuple[Tensor | None, Tensor] | None  # of the first layer (B, K, T, D), and their share in this one's
+    shortcut: tuple[Tensor, Tensor, Tensor] | None  # the embedding (B, T, C), and the scales of the stream and of it
 
 
 class Block(nn.Module):
     """Pre-norm: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config) if config.n_expert == 1 else MixtureOfExperts(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: "KVCache | None", positions: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache, positions)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | float]:
+        """x: (B, T, C) → the same, the layer's values, and its load-balancing loss."""
+        if context.shortcut is not None:
+            embedding, stream_scale, embed_scale = context.shortcut
+            x = stream_scale * x + embed_scale * embedding
+        y, values = self.attn(self.ln_1(x), context)
+        x = x + y
+        y, balance = self.mlp(self.ln_2(x))
+        return x + y, values, balance
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    return RMSNorm(config.n_embd) if config.norm == "rmsnorm" else nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean of x² + ε) · weight (Zhang & Sennrich, 2019)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-5).type_as(x)
 
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and what came before (Vaswani et al., 2017, section 3.2)."""
 
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.layer = layer
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.head_size = config.n_embd // config.n_head
+        self.kv_size = config.kv_heads * self.head_size
+        self.c_attn = Linear(config.n_embd, config.n_embd + 2 * self.kv_size, config.bias)  # query, key and value in one product
+        self.c_proj = Linear(config.n_embd, config.n_embd, config.bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(self.head_size), RMSNorm(self.head_size)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: "KVCache | None", positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """x: (B, T, C) → the same, and the values (B, K, T, D)."""
         B, T, C = x.shape
-        H = self.config.n_head
-        q, k, v = (y.view(B, T, H, C // H).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v, positions)  # (B, H, S, D)
+        q, k, v = self.c_attn(x).split([C, self.kv_size, self.kv_size], dim=2)
+        q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), twice (B, K, T, D)
+        if context.values is not None:
+            first, share = context.values
+            v = v if first is None else (1 - share) * v + share * first
+        values = v
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if context.rotation is not None:
+            q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
+        if context.cache is not None:
+            k, v = context.cache.append(k, v, context.positions)  # (B, K, S, D)
+        if k.size(1) < q.size(1):
+            k, v = (y.repeat_interleave(q.size(1) // k.size(1), dim=1) for y in (k, v))  # (B, H, S, D)
         attend = flash_attention if self.config.attention == "flash" else manual_attention
-        y = attend(q, k, v, mask)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = attend(q, k, v, context.mask, context.window)  # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), values
 
 
-def causal_mask(T: int, S: int, device) -> Tensor:
+def causal_mask(T: int, S: int, device, window: int | None = None) -> Tensor:
     """(T, S), True where the query may look: the T queries are the last of S positions."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    return sees(torch.arange(S - T, S, device=device), torch.arange(S, device=device), window)
 
 
-def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def sees(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
+    """Positions (…, T) and (…, S) → (…, T, S), True where the query may look: not ahead, and no further back than the window;
+    a negative position is none."""
+    queries, keys = queries[..., :, None], keys[..., None, :]
+    seen = (keys <= queries) & (keys >= 0)
+    return seen if window is None else seen & (queries - keys < window)
+
+
+def same(queries: Tensor, keys: Tensor) -> Tensor:
+    """Documents (B, T) and (B, S) → (B, 1, T, S), True where query and key are of the same one."""
+    return (queries[:, :, None] == keys[:, None, :])[:, None]
+
+
+def block_mask(T: int, window: int | None, documents: Tensor | None, device) -> BlockMask:
+    """For FlexAttention, which skips the blocks in which nothing is seen (Dong et al., 2024)."""
+
+    def seen(batch, head, query, key):
+        near = (key <= query) if window is None else (key <= query) & (query - key < window)
+        return near if documents is None else near & (documents[batch, query] == documents[batch, key])
+
+    return create_block_mask(seen, None if documents is None else len(documents), None, T, T, device=device)
+
+
+def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None) -> Tensor:
     """softmax(q kᵀ / √D) v with the future left out, or what the mask hides. q: (B, H, T, D); k, v: (B, H, S, D), S = T
     without a mask."""
     T, D = q.size(2), q.size(3)
     scores = q @ k.transpose(2, 3) / D**0.5  # (B, H, T, S)
-    visible = causal_mask(T, T, q.device) if mask is None else mask
+    visible = causal_mask(T, T, q.device, window) if mask is None else mask
     scores = scores.masked_fill(~visible, float("-inf"))
     weights = F.softmax(scores, dim=-1)
     return weights @ v
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None) -> Tensor:
     """The same without storing the (T, S) scores (Dao et al., 2022), in one fused kernel where that is the fastest."""
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask)
     if q.device.type == "cpu" and torch.compiler.is_compiling():
         if mask is None:
-            return BlockwiseAttention.apply(q, k, v)
+            return BlockwiseAttention.apply(q, k, v, window)
         if q.size(2) == 1:  # too little work for the kernel
             return manual_attention(q, k, v, mask)
+    if window is not None and mask is None:
+        mask = causal_mask(q.size(2), q.size(2), q.device, window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def rotation_of(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Positions (…, T) → cosines and sines (…, T, D/2) of the angles that rope turns them by: pair i of a head's channels by
+    position · base^(-2i/D) (Su et al., 2021, equation 15). Scaled, for sequences s times as long as in training: 'linear'
+    divides all angles by s, 'ntk' makes the base larger, 'yarn' divides the angles of the slow pairs and leaves the fast."""
+    D, base, s = config.n_embd // config.n_head, config.rope_base, config.rope_factor
+    pair = torch.arange(D // 2, device=positions.device)
+    if config.rope_scaling == "ntk":
+        base = base * s ** (D / max(1, D - 2))
+    speed = base ** (-2 * pair / D)  # radians a position
+    scale = 1.0
+    if config.rope_scaling == "linear":
+        speed = speed / s
+    if config.rope_scaling == "yarn":  # Peng et al., 2023, equations 17 to 23: pairs that turn 32 times and more stay
+        trained = config.seq_len / s
+        fast, slow = (D * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (32, 1))
+        fast, slow = max(math.floor(fast), 0), min(math.ceil(slow), D - 1)
+        divided = ((pair - fast) / max(slow - fast, 0.001)).clamp(0, 1)  # 0: left as it is, 1: divided by s
+        speed = speed * (1 - divided) + speed / s * divided
+        scale = 0.1 * math.log(s) + 1  # longer sequences spread the attention: sharper
+    angles = positions[..., None] * speed
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, H, T, D), channels i and i + D/2 being a pair."""
+    cos, sin = (y[..., None, :, :].type_as(x) for y in (cos, sin))  # (…, 1, T, D/2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class MLP(nn.Module):
@@ -311,11 +565,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        gates = 2 if config.mlp == "swiglu" else 1
+        self.c_fc = Linear(config.n_embd, gates * config.n_inner, config.bias)
+        self.c_proj = Linear(config.n_inner, config.n_embd, config.bias)
+        self.activation = ACTIVATIONS[config.mlp]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(gelu(self.c_fc(x)))
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:
+        return self.c_proj(self.activation(self.c_fc(x))), 0.0
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -326,260 +582,118 @@ def gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid((8 / math.pi) ** 0.5 * (x + 0.044715 * x**3))
 
 
+def relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """(…, 2 n) → (…, n): the first half, through SiLU, is the gate of the second."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS = {"gelu": gelu, "relu2": relu2, "swiglu": swiglu}
+
+
+class MixtureOfExperts(nn.Module):
+    """Several MLPs, of which a token goes through those that a router gives the highest probability, weighted by it (Shazeer et
+    al., 2017; Jiang et al., 2024). No token is dropped, however many choose the same expert. The experts have no biases."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_active = config.n_expert_active
+        gates = 2 if config.mlp == "swiglu" else 1
+        self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.c_fc = nn.ParameterList(torch.empty(gates * config.n_inner, config.n_embd) for _ in range(config.n_expert))
+        self.c_proj = nn.ParameterList(torch.empty(config.n_embd, config.n_inner) for _ in range(config.n_expert))
+        self.activation, self.by_expert = ACTIVATIONS[config.mlp], by_expert
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, T, C) → the same, and the load-balancing loss: n_expert · Σ (share of the tokens · mean probability), which is
+        at least 1 where both are equal for all experts (Fedus et al., 2021, equation 4)."""
+        tokens = x.flatten(0, 1)  # (N, C)
+        probs = self.router(tokens).float().softmax(-1)  # (N, experts)
+        weights, chosen = probs.topk(self.n_active)  # (N, active)
+        if self.n_active > 1:  # of one alone the probability is what the router learns by
+            weights = weights / weights.sum(-1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)  # tokens in the order of their experts, each as often as it chose
+        counts = chosen.flatten().bincount(minlength=probs.size(1))
+        rows = order // self.n_active
+        y = self.by_expert(self.activation(self.by_expert(tokens[rows], self.c_fc, counts)), self.c_proj, counts)
+        y = y * weights.flatten()[order, None].type_as(y)
+        out = torch.zeros_like(tokens, dtype=y.dtype).index_add(0, rows, y)
+        balance = probs.size(1) * (counts / len(order) * probs.mean(0)).sum()
+        return out.view_as(x), balance
+
+
+def by_expert(x: Tensor, weights: nn.ParameterList, counts: Tensor) -> Tensor:
+    """The first counts[0] rows of x (N, in) times the first weight (out, in), the next counts[1] times the second, …: (N, out)."""
+    return torch.cat([part @ weight.t() for part, weight in zip(x.split(counts.tolist()), weights, strict=True)])
+
+
 class KVCache:
     """Keys and values of the positions seen so far, so that generating a token costs one position, not all.
 
-    Room for max_len positions is taken at a layer's first use, when its shape and dtype are known, and attention is over
-    all of it under a mask: shapes that never change are what torch.compile and CUDA graphs ask for.
+    Room for max_len positions, or as many as the layer's window and slack, is taken at a layer's first use, when its shape and
+    dtype are known, and attention is over all of it under a mask: shapes that never change are what torch.compile and CUDA
+    graphs ask for. length may be set back by up to slack positions, to forget the last ones.
     """
 
-    def __init__(self, max_len: int):
-        self.max_len = max_len
+    def __init__(self, max_len: int, slack: int = 0):
+        self.max_len, self.slack = max_len, slack
         self.length = 0
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, LayerCache] = {}
+        self.document: Tensor | None = None  # (B, max_len), of each position
 
-    def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v of the new positions (T,): (B, H, T, D) → of all, (B, H, S, D), zeros where there is none yet."""
-        if layer not in self.layers:
-            B, H, _, D = k.shape
-            self.layers[layer] = (k.new_zeros(B, H, self.max_len, D), v.new_zeros(B, H, self.max_len, D))
-        keys, values = self.layers[layer]
-        return keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v)
+    def layer(self, number: int, window: int | None) -> "LayerCache":
+        if number not in self.layers:
+            self.layers[number] = LayerCache(self.room(window), self.is_ring(window), self.slack)
+        return self.layers[number]
 
+    def room(self, window: int | None) -> int:
+        return self.max_len if window is None else min(self.max_len, window + self.slack)
 
-# ---- the same again, for speed and memory; the tests hold it against the above ----
+    def is_ring(self, window: int | None) -> bool:
+        return self.room(window) < self.max_len
 
+    def positions(self, window: int | None, new: Tensor) -> Tensor:
+        """(S,): which position each key that LayerCache.append returns is of, negative where there is none yet."""
+        room = self.room(window)
+        slots = torch.arange(room, device=new.device)
+        if self.is_ring(window) and len(new) > self.slack + 1:
+            last = new[0] - 1
+            return torch.cat([last - (last - slots) % room, new])
+        return new[-1] - (new[-1] - slots) % room
 
-class Linear(nn.Linear):
-    """nn.Linear, but for one row of input, as when a token is generated: there reading the weights is all of the work, and on
-    a CPU the loop that torch.compile makes reads them 1.5 times as fast as the matrix product of the library."""
+    def documents(self, starts: Tensor, positions: Tensor) -> Tensor:
+        """starts (B, T): where among the new positions (T,) a document begins → (B, max_len), the documents of all."""
+        if self.document is None:
+            self.document = starts.new_zeros(len(starts), self.max_len, dtype=torch.long)
+        before = self.document[:, (positions[:1] - 1).clamp(min=0)] * (positions[0] > 0)  # (B, 1)
+        return self.document.index_copy_(1, positions, before + starts.cumsum(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() != self.in_features or x.device.type != "cpu" or not torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return super().forward(x)
-        y = (self.weight * x.flatten()).sum(-1)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-
-
-class OneDNNLinear(nn.Module):
-    """A linear layer, and the GELU after it, as one call of oneDNN. On an AMD CPU its product in fp32 is 1.2 to
-    1.4 times as fast as MKL's, which nn.Linear calls. No gradients."""
-
-    @staticmethod
-    def is_available(dtype: torch.dtype) -> bool:
-        if not torch.backends.mkldnn.is_available():
-            return False
-        return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, gelu: bool = False):
-        super().__init__()
-        self.dtype, self.gelu = dtype, gelu
-        self.weight = linear.weight.detach().to(dtype)
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        if dtype != linear.weight.dtype:  # a second set of weights it is in any case: in the order in which they are read, then
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        after = "gelu" if self.gelu else "none"
-        # "tanh" is the form of GELU
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, after, [], "tanh")
+    def nbytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers.values())
 
 
-class BlockwiseAttention(torch.autograd.Function):
-    """Causal attention, a block of queries at a time against the keys up to the block's end: what lies behind it is
-    never computed. As in FlashAttention-2 (Dao, 2023, algorithms 1 and 2) the softmax weights are not kept for the
-    backward pass but computed again from the log of their normalizer. On a CPU, compiled, it takes 0.5 to 0.8 of the
-    fused kernel's time."""
+class LayerCache:
+    """The part of one layer: position p lies in slot p modulo room."""
 
-    @staticmethod
-    def blocks(T: int) -> list[slice]:
-        size = min(256, max(64, T // 2))  # smaller blocks compute less in vain, larger ones make faster products
-        return [slice(start, min(start + size, T)) for start in range(0, T, size)]
+    def __init__(self, room: int, is_ring: bool, slack: int):
+        self.room, self.is_ring, self.slack = room, is_ring, slack
+        self.keys: Tensor | None = None  # (B, K, room, D)
+        self.values: Tensor | None = None
 
-    @staticmethod
-    def future(block: slice, device) -> Tensor:
-        """(block, block.stop), True where the key lies behind the query."""
-        return ~causal_mask(block.stop - block.start, block.stop, device)
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v: (B, H, T, D) → (B, H, T, D)."""
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # or each product of a block would copy its part
-        blocks, y, log_norm = BlockwiseAttention.blocks(q.size(2)), [], []
-        for block in blocks:
-            scores = (q[:, :, block] @ k[:, :, : block.stop].transpose(2, 3)).float() / q.size(3) ** 0.5
-            scores = scores.masked_fill(BlockwiseAttention.future(block, q.device), float("-inf"))
-            log_norm.append(scores.logsumexp(-1))  # (B, H, block)
-            y.append((scores - log_norm[-1][..., None]).exp().to(v.dtype) @ v[:, :, : block.stop])
-        y = torch.cat(y, dim=2)
-        ctx.save_for_backward(q, k, v, y, torch.cat(log_norm, dim=2))
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        q, k, v, y, log_norm = ctx.saved_tensors
-        blocks, dq, dk, dv = BlockwiseAttention.blocks(q.size(2)), [], [], []
-        row_sum = (dy.float() * y.float()).sum(-1)[:, :, None]  # Σ of weight · its gradient over a row: (B, H, 1, T)
-        for block in blocks:
-            # transposed, (B, H, keys, queries), so that torch.compile does not see the forward pass's scores and keep them
-            q_block, k_seen, v_seen, dy_block = q[:, :, block], k[:, :, : block.stop], v[:, :, : block.stop], dy[:, :, block]
-            scores = (k_seen @ q_block.transpose(2, 3)).float() / q.size(3) ** 0.5
-            weights = (scores - log_norm[:, :, None, block]).exp().masked_fill(BlockwiseAttention.future(block, q.device).t(), 0)
-            dweights = (v_seen @ dy_block.transpose(2, 3)).float()
-            dscores = (weights * (dweights - row_sum[..., block]) / q.size(3) ** 0.5).to(q.dtype)
-            dq.append(dscores.transpose(2, 3) @ k_seen)
-            dk.append(dscores @ q_block)
-            dv.append(weights.to(v.dtype) @ dy_block)
-
-        def over_queries(parts: list[Tensor]) -> Tensor:
-            """A block of keys is seen by its own queries and by those of all later blocks."""
-            sums = [sum(part[:, :, block].float() for part in parts[i:]) for i, block in enumerate(blocks)]
-            return torch.cat(sums, dim=2).to(q.dtype)
-
-        return torch.cat(dq, dim=2), over_queries(dk), over_queries(dv)
-
-
-def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, chunk_loss) -> Tensor:
-    """cross_entropy(x @ weight.T, targets), a chunk of positions at a time, so that the logits never stand in memory
-    together. x: (N, C); weight: (≥ vocab_size, C), in fp32 also under autocast; targets: (N,), -100 does not count.
-    chunk_loss: the function below, or what torch.compile makes of it."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    return ChunkedCrossEntropy.apply(x, weight, targets, vocab_size, chunk, chunk_loss, torch.is_grad_enabled())
-
-
-def chunk_loss(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, dx: Tensor | None, dw: Tensor | None) -> Tensor:
-    """The sum of the cross entropies of n positions, x (n, C), w all rows of the table in x's dtype. Its gradients are written
-    into dx, like x, and added to dw, like the table; None for none. This is compiled, and not the loop that calls it: of a
-    loop torch.compile keeps each turn's part of dw until the end."""
-    ids, counts, target = torch.arange(len(w), device=x.device), (targets != -100)[:, None], targets.clamp(min=0)[:, None]
-    logits = (x @ w.t()).float().masked_fill(ids >= vocab_size, float("-inf"))  # (n, V)
-    log_norm = logits.logsumexp(-1, keepdim=True)
-    if dx is not None:
-        # not divided by the number of positions yet, which fp16 could not hold, and the sum over them by 256, so that it can
-        dlogits = (((logits - log_norm).exp() - (ids == target).float()) * counts).to(x.dtype)
-        dx.copy_(dlogits @ w)
-        dw += (dlogits.t() @ (x / 256)).float() * 256
-    return ((log_norm - logits.gather(1, target)) * counts).sum()
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradient of a chunk's loss is softmax(logits) - onehot(target), so it is computed in the forward pass, while the
-    logits are there, and only scaled in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, chunk_loss, needs_grad: bool) -> Tensor:
-        w, total, n = weight.to(x.dtype), torch.zeros((), dtype=torch.float32, device=x.device), (targets != -100).sum()
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if needs_grad else (None, None)
-        for part in (slice(start, start + chunk) for start in range(0, len(x), chunk)):
-            total += chunk_loss(x[part], w, targets[part], vocab_size, dx[part] if needs_grad else None, dw)
-        if needs_grad:
-            ctx.save_for_backward(dx, dw, n)
-        return total / n
-
-    @staticmethod
-    def backward(ctx, dloss: Tensor):
-        dx, dw, n = ctx.saved_tensors
-        return dx * (dloss / n), dw * (dloss / n), None, None, None, None, None
-
-
-# ---- Hugging Face's files ----
-
-
-def is_conv1d(name: str) -> bool:
-    """GPT-2 was released with its linear layers as Conv1D, whose weights are transposed."""
-    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-
-
-def hf_folder(name_or_dir: str, revision: str | None = None) -> Path:
-    """A local folder as it is, or one of OpenAI's four sizes, downloaded once into the hub's cache, in a folder that has the
-    commit as its name."""
-    if Path(name_or_dir).is_dir():
-        return Path(name_or_dir)
-    if name_or_dir not in SIZES:
-        raise ValueError(f"no model named {name_or_dir!r}: give a checkpoint, a folder, or one of {', '.join(SIZES)}")
-    from huggingface_hub import hf_hub_download
-
-    repo = f"openai-community/{name_or_dir}"
-    try:
-        for file in ("config.json", "model.safetensors"):
-            path = hf_hub_download(repo, file, revision=revision)
-    except Exception as e:  # the hub's client raises a dozen kinds; each means the same to the user
-        raise ValueError(f"could not fetch {repo} from the hub ({type(e).__name__}): check the network, or give a local folder") from e
-    return Path(path).parent
-
-
-def config_from_hf(folder: Path) -> GPTConfig:
-    """Reads config.json and refuses, by name, what this model does not compute."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise ValueError(f"{folder} has no config.json: give a checkpoint, a Hugging Face GPT-2 folder, or a run's folder")
-    try:
-        hf = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{path} is not a JSON object ({e}): fetch the folder again") from e
-    if hf.get("model_type") != "gpt2":
-        raise ValueError(f"{path} describes a {hf.get('model_type')!r} model: only gpt2 can be loaded")
-    missing = [key for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd") if key not in hf]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it does not describe a GPT-2")
-    config = GPTConfig(hf["vocab_size"], hf["n_positions"], hf["n_layer"], hf["n_head"], hf["n_embd"])
-    if faults := config.faults():
-        raise ValueError(f"{path}: {'; '.join(faults)}")
-    computed_here = {
-        "activation_function": ("gelu_new",),
-        "layer_norm_epsilon": (1e-5,),
-        "n_inner": (None, 4 * config.n_embd),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "tie_word_embeddings": (True,),
-        "add_cross_attention": (False,),
-    }
-    for key, values in computed_here.items():
-        if hf.get(key, values[0]) not in values:
-            raise ValueError(f"{path}: {key} is {hf[key]!r}, this model computes {values[-1]!r} only")
-    return config
-
-
-def config_to_hf(config: GPTConfig) -> dict:
-    """config.json for GPT2LMHeadModel. <|endoftext|> is the last id in every tokenizer of this project, as in GPT-2's."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.seq_len,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "bos_token_id": config.vocab_size - 1,
-        "eos_token_id": config.vocab_size - 1,
-        "tie_word_embeddings": True,
-    }
-
-
-def load_safetensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder, from one file or from the parts that its index lists."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    index = folder / "model.safetensors.index.json"
-    try:
-        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-        paths = sorted(folder / file for file in files)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{index} is not an index of weights: fetch the folder again") from e
-    state = {}
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"{folder} has no {path.name}: pickled weights are not read; save it with safe_serialization=True")
-        try:
-            state.update(load_file(path))
-        except SafetensorError as e:
-            raise ValueError(f"{path} is damaged ({e}): fetch it again") from e
-    return state
+    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v of the new positions (T,): (B, K, T, D) → of all that they may see, (B, K, S, D), zeros where there is none yet."""
+        if self.keys is None:
+            B, K, _, D = k.shape
+            self.keys, self.values = k.new_zeros(B, K, self.room, D), v.new_zeros(B, K, self.room, D)
+        seen = self.keys, self.values
+        if self.is_ring and len(positions) > self.slack + 1:  # the last of them take the slots of what the first still see
+            seen = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
+            k, v, positions = k[:, :, -self.room :], v[:, :, -self.room :], positions[-self.room :]
+        slots = positions % self.room
+        self.keys.index_copy_(2, slots, k)
+        self.values.index_copy_(2, slots, v)
+        return seen

@@ -39,7 +39,7 @@ import plot_log
 from dataloader import MANIFEST, Shards, TokenStream, differences, find_shards, share, verify_shards
 from distributed import PeerLost, Stopped, World, join_world
 from files import append, hold, read_json, write_json
-from model import GPT, SIZES, GPTConfig
+from model import GPT, NOT_IN_WEIGHTS, SIZES, GPTConfig
 from sample import sample_texts
 
 
@@ -314,8 +314,7 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     if config.init_from and resumed is None:
         model, _ = checkpoint.load_gpt(config.init_from, config.init_revision)
-        model.shorten(config.model.seq_len)
-        model.config.attention = config.model.attention
+        model.adapt(config.model)
     else:
         model = GPT(config.model)
     compiled = config.compile and device.can_compile(world.device)
@@ -806,7 +805,7 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         source = replace(preset, model=checkpoint.load_config(config.init_from, config.init_revision))
         config = cli.parse(TrainConfig, argv, source)
         config.init_revision = checkpoint.hub_commit(config.init_from, config.init_revision)
-        refuse_changes(source.model, config.model, {"seq_len", "attention"}, config.init_from)
+        refuse_changes(source.model, config.model, NOT_IN_WEIGHTS, config.init_from)
     return config
 
 

@@ -21,6 +21,7 @@ import train
 from dataloader import write_shard
 from files import write_json
 from fineweb import get_tokenizer
+from model import GPTConfig
 
 REPO = Path(__file__).parent.parent
 
@@ -61,6 +62,11 @@ def write_shards(folder: Path, sizes: list[int], seed: int = 0) -> Path:
 def shards(tmp_path_factory) -> Path:
     """A val shard and three ragged train shards, one of them shorter than a sequence."""
     return write_shards(tmp_path_factory.mktemp("shards"), [1000, 5003, 17, 3001])
+
+
+def ids_for(config: GPTConfig, batch: int = 3, length: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(config.vocab_size, (batch, length or config.seq_len), generator=generator)
 
 
 def save_checkpoint(folder: Path, step: int, model, tokenizer: str, val_loss: float | None, state: dict) -> Path:

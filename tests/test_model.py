@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import REPO, Trap
+from conftest import REPO, Trap, ids_for
 from hub import serve
 from reference import gpt2_logits
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT, SIZES, BlockwiseAttention, GPTConfig, KVCache, chunk_loss, chunked_cross_entropy, flash_attention, manual_attention
+from huggingface import hf_state
+from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy
+from model import GPT, SIZES, GPTConfig, KVCache, flash_attention, manual_attention
 
 # vocabulary, positions, layers, heads, channels: padded and not, heads of odd size, one layer, one head
 SHAPES = [(97, 24, 2, 2, 16), (128, 16, 1, 1, 8), (257, 40, 3, 4, 64), (1000, 33, 2, 3, 33)]
@@ -40,11 +43,6 @@ def random_hf(vocab_size, n_positions, n_layer, n_head, n_embd, seed=0) -> GPT2L
 def hf_folder(tmp_path):
     random_hf(*SHAPES[0]).save_pretrained(tmp_path / "hf")
     return tmp_path / "hf"
-
-
-def ids_for(config: GPTConfig, batch: int = 3, length: int | None = None) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(config.vocab_size, (batch, length or config.seq_len), generator=generator)
 
 
 # ---- against Hugging Face and NumPy ----
@@ -82,7 +80,7 @@ def test_logits_equal_a_forward_pass_in_numpy(attention):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     idx = ids_for(model.config, batch=1)
-    expected = gpt2_logits(model.hf_state(), idx[0].tolist(), 2, 2)
+    expected = gpt2_logits(hf_state(model), idx[0].tolist(), 2, 2)
     assert abs(model(idx)[0][0].detach().numpy() - expected).max() <= 1e-4
 
 
@@ -103,7 +101,7 @@ def test_blockwise_attention_equals_the_formula_and_its_gradients(T):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3))
     dy = torch.randn(2, 3, T, 8)
-    plain, ours = manual_attention(q, k, v), BlockwiseAttention.apply(q, k, v)
+    plain, ours = manual_attention(q, k, v), BlockwiseAttention.apply(q, k, v, None)
     assert (ours - plain).abs().max() <= 1e-5
     for expected, grad in zip(torch.autograd.grad(plain, (q, k, v), dy), torch.autograd.grad(ours, (q, k, v), dy), strict=True):
         assert (grad - expected).abs().max() <= 1e-5
@@ -118,12 +116,12 @@ def test_the_loss_in_chunks_equals_the_plain_one_and_its_gradients(chunk):
     x, weight = torch.randn(50, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
     targets = torch.randint(60, (50,)).index_fill(0, torch.tensor([0, 3, 8, 49]), -100)
     plain = torch.nn.functional.cross_entropy((x @ weight.t())[:, :60], targets)
-    ours = chunked_cross_entropy(x, weight, targets, 60, chunk, chunk_loss)
+    ours = chunked_cross_entropy(x, weight, targets, 60, 0.0, chunk, chunk_loss)
     assert abs(plain - ours) <= 1e-6
     for expected, grad in zip(torch.autograd.grad(3 * plain, (x, weight)), torch.autograd.grad(3 * ours, (x, weight)), strict=True):
         assert (grad - expected).abs().max() <= 1e-6
     with torch.no_grad():
-        assert chunked_cross_entropy(x, weight, targets, 60, chunk, chunk_loss) == ours
+        assert chunked_cross_entropy(x, weight, targets, 60, 0.0, chunk, chunk_loss) == ours
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -135,7 +133,7 @@ def test_the_loss_in_chunks_keeps_small_gradients_in_low_precision(dtype):
     for enabled in (False, True):
         w = weight.clone().requires_grad_()
         with torch.autocast("cpu", dtype, enabled=enabled):
-            chunked_cross_entropy(x, w, targets, 500, 1024, chunk_loss).backward()
+            chunked_cross_entropy(x, w, targets, 500, 0.0, 1024, chunk_loss).backward()
         assert w.grad.dtype == torch.float32
         grads.append(w.grad)
     assert 0 < (grads[1] - grads[0]).norm() / grads[0].norm() < 0.02
@@ -145,7 +143,7 @@ def test_the_loss_in_chunks_does_not_overflow_where_the_plain_one_does_not():
     """fp16 ends at 65,504, and a token's gradient is a sum over all positions."""
     x, w = torch.full((4096, 8), 50.0), torch.zeros(64, 8, requires_grad=True)
     with torch.autocast("cpu", torch.float16):
-        chunked_cross_entropy(x, w, torch.zeros(4096, dtype=torch.long), 64, 2048, chunk_loss).backward()
+        chunked_cross_entropy(x, w, torch.zeros(4096, dtype=torch.long), 64, 0.0, 2048, chunk_loss).backward()
     assert (w.grad[0] - -50 * 63 / 64).abs().max() < 0.1
 
 
@@ -445,7 +443,7 @@ def test_a_shortened_model_is_the_same_on_short_sequences():
     model = GPT(GPTConfig(97, 24, 2, 2, 16))
     idx = ids_for(model.config, length=8)
     before = model(idx)[0]
-    model.shorten(8)
+    model.adapt(replace(model.config, seq_len=8))
     assert (model(idx)[0] == before).all() and model.transformer.wpe.weight.shape == (8, 16)
     with pytest.raises(ValueError, match="longer than the 8 positions"):
-        model.shorten(9)
+        model.adapt(replace(model.config, seq_len=9))

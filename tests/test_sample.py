@@ -1,5 +1,6 @@
 """Generation: the cache changes nothing, sampling has the distribution it should, and only what may come out comes out."""
 
+import copy
 from collections import Counter
 from itertools import product
 from types import SimpleNamespace
@@ -155,6 +156,25 @@ def test_a_draft_changes_no_greedy_token(model, batch, prompt, new):
     for draft in (near(model), near(model, noise=1), near(model, seq_len=9), GPT(GPTConfig(257, 50, 1, 1, 8))):
         for k in (1, 2, 5, 100):
             assert (generate(model, idx, new, temperature=0, draft=draft, draft_tokens=k) == plain).all()
+
+
+def test_a_draft_changes_no_token_of_models_with_windows():
+    """Whose caches are rings, in which a rejected token has overwritten another."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(257, 64, 2, 2, 32, pos="rope", window=5, window_pattern="SL", tied_head=False)).eval()
+    for name, p in model.named_parameters():
+        if "ln_" not in name:
+            torch.nn.init.normal_(p, std=0.3)
+    draft = copy.deepcopy(model)
+    for p in draft.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    idx = torch.randint(257, (2, 9), generator=torch.Generator().manual_seed(0))
+    plain = generate(model, idx, 40, temperature=0, use_cache=False)
+    assert len(plain[:, 9:].unique()) > 20
+    for k in (1, 4, 9):
+        counts = Counter()
+        assert (generate(model, idx, 40, temperature=0, draft=draft, draft_tokens=k, counts=counts) == plain).all()
+        assert 0 < counts["accepted"] < counts["proposed"]
 
 
 def test_a_good_draft_saves_passes_and_loses_some_ids(model):

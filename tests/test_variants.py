@@ -1,0 +1,490 @@
+"""The switches of GPTConfig against transformers' Llama, Mistral, Qwen3, Mixtral and GPT-NeoX with copied weights, and plain formulas."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import ids_for
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy
+from model import GPT, GPTConfig, KVCache, MixtureOfExperts, causal_mask, rotate, rotation_of
+
+SHAPE = dict(vocab_size=97, seq_len=24, n_layer=4, n_head=4, n_embd=32)
+LLAMA = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, tied_head=False)
+
+VARIANTS = {
+    "gpt2": {},
+    "rope": dict(pos="rope"),
+    "yarn": dict(pos="rope", rope_scaling="yarn", rope_factor=4.0),
+    "grouped": dict(n_kv_head=2),
+    "multi-query": dict(n_kv_head=1, pos="rope"),
+    "window": dict(window=5),
+    "window of one": dict(window=1, pos="rope"),
+    "pattern": dict(window=5, window_pattern="SSSL", pos="rope", n_kv_head=2),
+    "documents": dict(doc_mask=True),
+    "documents in windows": dict(doc_mask=True, window=5, window_pattern="SL", pos="rope"),
+    "qk_norm": dict(qk_norm=True, pos="rope"),
+    "rmsnorm": dict(norm="rmsnorm"),
+    "relu2": dict(mlp="relu2"),
+    "swiglu": dict(mlp="swiglu"),
+    "no biases": dict(bias=False),
+    "untied": dict(tied_head=False),
+    "softcap": dict(logit_softcap=3.0),
+    "value_residual": dict(value_residual=True, n_kv_head=2),
+    "embed_shortcut": dict(embed_shortcut=True),
+    "shared": dict(share_layers=2, value_residual=True, embed_shortcut=True),
+    "experts": dict(n_expert=4, n_expert_active=2, mlp="swiglu"),
+    "one expert of three": dict(n_expert=3, n_expert_active=1),
+}
+
+
+def randomized(seed=0, attention="flash", **switches) -> GPT:
+    """Large random weights everywhere, so that no term can hide."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**SHAPE | dict(attention=attention) | switches))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def ids_with_documents(config: GPTConfig) -> torch.Tensor:
+    idx = ids_for(config)
+    idx[0, [0, 7, 8, 20]] = idx[1, 11] = config.vocab_size - 1
+    return idx
+
+
+# ---- against transformers ----
+
+
+def hugging_face(kind: str, **settings) -> torch.nn.Module:
+    torch.manual_seed(0)
+    plain = dict(vocab_size=97, num_hidden_layers=4, num_attention_heads=4, hidden_size=32, max_position_embeddings=24)
+    plain |= dict(intermediate_size=88, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=0, attn_implementation="eager")
+    model = getattr(transformers, kind + "ForCausalLM")(getattr(transformers, kind + "Config")(**plain | settings))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+def copy_llama(model: GPT, hf: torch.nn.Module):
+    """The weights of a model with Llama's names."""
+    theirs, ours = hf.state_dict(), {}
+    for layer in range(4):
+        a, b = f"model.layers.{layer}.", f"transformer.h.{layer}."
+        ours[b + "attn.c_attn.weight"] = torch.cat([theirs[f"{a}self_attn.{x}_proj.weight"] for x in "qkv"])
+        ours[b + "attn.c_proj.weight"] = theirs[a + "self_attn.o_proj.weight"]
+        ours[b + "ln_1.weight"], ours[b + "ln_2.weight"] = (
+            theirs[a + "input_layernorm.weight"],
+            theirs[a + "post_attention_layernorm.weight"],
+        )
+        if a + "mlp.gate.weight" in theirs:
+            ours[b + "mlp.router.weight"] = theirs[a + "mlp.gate.weight"]
+            for e in range(4):
+                ours[f"{b}mlp.c_fc.{e}"] = theirs[a + "mlp.experts.gate_up_proj"][e]
+                ours[f"{b}mlp.c_proj.{e}"] = theirs[a + "mlp.experts.down_proj"][e]
+        else:
+            ours[b + "mlp.c_fc.weight"] = torch.cat([theirs[a + "mlp.gate_proj.weight"], theirs[a + "mlp.up_proj.weight"]])
+            ours[b + "mlp.c_proj.weight"] = theirs[a + "mlp.down_proj.weight"]
+        if a + "self_attn.q_norm.weight" in theirs:
+            ours[b + "attn.q_norm.weight"], ours[b + "attn.k_norm.weight"] = (
+                theirs[a + "self_attn.q_norm.weight"],
+                theirs[a + "self_attn.k_norm.weight"],
+            )
+    ours["transformer.ln_f.weight"] = theirs["model.norm.weight"]
+    padding = (0, 0, 0, 128 - 97)
+    ours["transformer.wte.weight"] = F.pad(theirs["model.embed_tokens.weight"], padding)
+    ours["lm_head.weight"] = F.pad(theirs["lm_head.weight"], padding)
+    model.load_state_dict(ours)
+
+
+@pytest.mark.parametrize("attention", ["flash", "manual"])
+@pytest.mark.parametrize(
+    ("kind", "settings", "switches"),
+    [
+        ("Llama", dict(num_key_value_heads=4), {}),
+        ("Llama", dict(num_key_value_heads=2), dict(n_kv_head=2)),
+        ("Llama", dict(num_key_value_heads=1, rope_theta=500.0), dict(n_kv_head=1, rope_base=500.0)),
+        (
+            "Llama",
+            dict(num_key_value_heads=4, rope_scaling=dict(rope_type="linear", factor=3.0)),
+            dict(rope_scaling="linear", rope_factor=3.0),
+        ),
+        (
+            "Llama",
+            dict(num_key_value_heads=4, rope_scaling=dict(rope_type="yarn", factor=3.0, original_max_position_embeddings=8)),
+            dict(rope_scaling="yarn", rope_factor=3.0),
+        ),
+        ("Mistral", dict(num_key_value_heads=2, sliding_window=5), dict(n_kv_head=2, window=5)),
+        ("Qwen3", dict(num_key_value_heads=2, head_dim=8), dict(n_kv_head=2, qk_norm=True)),
+        (
+            "Mixtral",
+            dict(num_key_value_heads=2, intermediate_size=44, num_local_experts=4, num_experts_per_tok=2, rope_theta=10000.0),
+            dict(n_kv_head=2, n_expert=4, n_expert_active=2),
+        ),
+    ],
+)
+def test_logits_loss_and_gradients_equal_those_of_the_field(kind, settings, switches, attention):
+    hf = hugging_face(kind, **settings)
+    model = GPT(GPTConfig(**SHAPE | LLAMA | switches, attention=attention))
+    copy_llama(model, hf)
+    idx = ids_for(model.config)
+    assert (model(idx)[0] - hf(idx).logits).abs().max() <= 1e-5 * max(1, hf(idx).logits.abs().max())
+    loss, hf_loss = model(idx[:, :-1], idx[:, 1:])[1], hf(idx, labels=idx).loss
+    assert abs(loss.item() - hf_loss.item()) <= 1e-5
+    if kind != "Mixtral":  # ours has the balance in its gradient
+        loss.backward()
+        hf_loss.backward()
+        for layer in range(4):
+            ours, theirs = model.transformer.h[layer], hf.model.layers[layer]
+            assert (ours.mlp.c_proj.weight.grad - theirs.mlp.down_proj.weight.grad).abs().max() <= 1e-5
+            assert (ours.ln_1.weight.grad - theirs.input_layernorm.weight.grad).abs().max() <= 1e-5
+            expected = torch.cat([getattr(theirs.self_attn, f"{x}_proj").weight.grad for x in "qkv"])
+            assert (ours.attn.c_attn.weight.grad - expected).abs().max() <= 1e-5
+
+
+def test_rope_alone_equals_gpt_neox():
+    hf = hugging_face(
+        "GPTNeoX", intermediate_size=128, use_parallel_residual=False, hidden_act="gelu_new", layer_norm_eps=1e-5, tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0),
+    )  # fmt: skip
+    model, theirs, ours = GPT(GPTConfig(**SHAPE, pos="rope")), hf.state_dict(), {}
+    for layer in range(4):
+        a, b = f"gpt_neox.layers.{layer}.", f"transformer.h.{layer}."
+        for end in ("weight", "bias"):
+            qkv = theirs[f"{a}attention.query_key_value.{end}"]  # a head's query, key and value, then the next head's
+            ours[f"{b}attn.c_attn.{end}"] = qkv.view(4, 3, 8, -1).transpose(0, 1).reshape(qkv.shape)
+            for x, y in (("attn.c_proj", "attention.dense"), ("mlp.c_fc", "mlp.dense_h_to_4h"), ("mlp.c_proj", "mlp.dense_4h_to_h"),
+                         ("ln_1", "input_layernorm"), ("ln_2", "post_attention_layernorm")):  # fmt: skip
+                ours[f"{b}{x}.{end}"] = theirs[f"{a}{y}.{end}"]
+            ours[f"transformer.ln_f.{end}"] = theirs[f"gpt_neox.final_layer_norm.{end}"]
+    ours["transformer.wte.weight"] = ours["lm_head.weight"] = F.pad(theirs["gpt_neox.embed_in.weight"], (0, 0, 0, 128 - 97))
+    model.load_state_dict(ours)
+    idx = ids_for(model.config)
+    assert (model(idx)[0] - hf(idx).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "switches"),
+    [
+        (dict(activation_function="relu2"), dict(mlp="relu2")),
+        (dict(tie_word_embeddings=False), dict(tied_head=False)),
+    ],
+)
+def test_gpt2_with_one_change_equals_transformers_with_it(settings, switches):
+    model = randomized(**switches)
+    hf = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=32, n_layer=4, n_head=4, **settings, bos_token_id=0, eos_token_id=0)
+    ).eval()
+    state = model.state_dict()
+    state = {name: p.t() if name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and p.dim() == 2 else p for name, p in state.items()}
+    state |= {name: state[name][:97] for name in ("transformer.wte.weight", "lm_head.weight")}
+    hf.load_state_dict(state)
+    idx = ids_for(model.config)
+    assert (model(idx)[0] - hf(idx).logits).abs().max() <= 1e-5
+
+
+# ---- against plain formulas ----
+
+
+def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """One sequence (T,) → logits (T, V) of the switches that transformers has no module for, from their papers' formulas."""
+    p, c = model.state_dict(), model.config
+    x = x0 = p["transformer.wte.weight"][idx] + p["transformer.wpe.weight"][: len(idx)]
+    first = None
+    for layer in range(c.n_layer):
+        w = {n.removeprefix(f"transformer.h.{layer // c.share_layers}."): q for n, q in p.items()}
+        if c.embed_shortcut:
+            x = p["stream_scale"][layer] * x + p["embed_scale"][layer] * x0
+        h = F.layer_norm(x, (c.n_embd,), w["ln_1.weight"], w["ln_1.bias"])
+        q, k, v = (h @ w["attn.c_attn.weight"].T + w["attn.c_attn.bias"]).chunk(3, -1)
+        if c.value_residual:
+            first = v if first is None else first
+            v = (1 - p["value_scale"][layer]) * v + p["value_scale"][layer] * first
+        heads = [
+            (a @ b.T / a.size(1) ** 0.5).masked_fill(torch.ones(len(idx), len(idx)).triu(1).bool(), -torch.inf).softmax(-1) @ d
+            for a, b, d in zip(q.split(8, 1), k.split(8, 1), v.split(8, 1), strict=True)
+        ]
+        x = x + torch.cat(heads, 1) @ w["attn.c_proj.weight"].T + w["attn.c_proj.bias"]
+        h = F.layer_norm(x, (c.n_embd,), w["ln_2.weight"], w["ln_2.bias"])
+        x = (
+            x
+            + F.gelu(h @ w["mlp.c_fc.weight"].T + w["mlp.c_fc.bias"], approximate="tanh") @ w["mlp.c_proj.weight"].T
+            + w["mlp.c_proj.bias"]
+        )
+    x = F.layer_norm(x, (c.n_embd,), p["transformer.ln_f.weight"], p["transformer.ln_f.bias"])
+    logits = (x @ p["lm_head.weight"].T)[:, : c.vocab_size]
+    return c.logit_softcap * torch.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        dict(logit_softcap=3.0),
+        dict(value_residual=True),
+        dict(embed_shortcut=True),
+        dict(share_layers=2),
+        dict(value_residual=True, embed_shortcut=True, share_layers=4, logit_softcap=15.0, tied_head=False),
+    ],
+)
+def test_logits_equal_the_plain_formula(switches):
+    model = randomized(**switches)
+    idx = ids_for(model.config, batch=1)
+    assert (model(idx)[0][0] - reference(model, idx[0])).abs().max() <= 1e-5
+
+
+def test_no_biases_is_biases_of_zero():
+    plain, without = randomized(), GPT(GPTConfig(**SHAPE, bias=False))
+    for name, p in plain.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(p)
+    without.load_state_dict({name: p for name, p in plain.state_dict().items() if not name.endswith("bias")})
+    idx = ids_for(plain.config)
+    assert (without(idx)[0] - plain(idx)[0]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("switches", [{}, dict(rope_scaling="ntk", rope_factor=4.0), dict(rope_scaling="yarn", rope_factor=4.0)])
+def test_rope_depends_on_distance_alone(switches):
+    torch.manual_seed(0)
+    config = GPTConfig(**SHAPE, pos="rope", **switches)
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    positions = torch.arange(24)
+    cos, sin = rotation_of(positions, config)
+    turned_q, turned_k = (rotate(x.expand(1, 1, 24, 8), cos, sin)[0, 0] for x in (q, k))
+    scores = turned_q @ turned_k.T
+    for distance in range(-23, 24):
+        diagonal = scores.diagonal(distance)
+        assert (diagonal - diagonal[0]).abs().max() <= 1e-5
+    model = randomized(pos="rope", **switches)
+    idx = ids_for(model.config, length=12)
+    shifted = torch.arange(7, 19).expand(3, 12)
+    mask = causal_mask(12, 12, "cpu").expand(3, 1, 12, 12)
+    assert (model.hidden(idx, positions=shifted, mask=mask) - model.hidden(idx)).abs().max() <= 1e-5
+
+
+def test_ntk_keeps_the_fastest_wave_and_stretches_the_slowest_by_the_factor():
+    """bloc97, 2023: the base is chosen so that the slowest pair of channels is slowed by the whole factor."""
+    one = torch.tensor([1])
+    plain, ntk = (rotation_of(one, GPTConfig(**SHAPE, pos="rope", **s)) for s in ({}, dict(rope_scaling="ntk", rope_factor=4.0)))
+    angles = [torch.atan2(sin, cos)[0] for cos, sin in (plain, ntk)]
+    assert angles[0][0] == angles[1][0]
+    assert (angles[0][-1] / angles[1][-1]).item() == pytest.approx(4, rel=1e-4)
+
+
+@pytest.mark.parametrize(("pattern", "reach"), [("S", [4, 4]), ("SL", [4, 11]), ("LS", [4, 11]), ("L", [11, 11])])
+@pytest.mark.parametrize("attention", ["flash", "manual"])
+def test_a_window_sees_exactly_its_window(pattern, reach, attention):
+    """By gradient: what one layer of the model sees, and what all of them do together."""
+    for n_layer, expected in ((1, 4 if pattern[0] == "S" else 11), (2, 11 if "L" in pattern else 7)):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(50, 11, n_layer, 2, 16, attention, window=4, window_pattern=pattern))
+        embedded = []
+        model.transformer.wte.register_forward_hook(lambda module, args, out, e=embedded: e.append(out.requires_grad_()) or out)
+        logits = model(ids_for(model.config, batch=1))[0]
+        for t in range(11):
+            (grad,) = torch.autograd.grad(logits[0, t].sum(), embedded[0], retain_graph=True)
+            seen = grad[0].abs().sum(-1) > 0
+            assert seen.tolist() == [max(0, t - expected + 1) <= s <= t for s in range(11)]
+
+
+@pytest.mark.parametrize("attention", ["flash", "manual"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_documents_are_as_if_each_were_alone(attention, window):
+    model = randomized(attention=attention, doc_mask=True, pos="rope", window=window)
+    idx = ids_with_documents(model.config)
+    logits = model(idx)[0]
+    for row, bounds in ((0, [0, 7, 8, 20, 24]), (1, [0, 11, 24]), (2, [0, 24])):
+        for start, end in pairwise(bounds):
+            assert (logits[row, start:end] - model(idx[row : row + 1, start:end])[0]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("window", [1, 3, 64, 70, 200, 1000])
+@pytest.mark.parametrize("T", [65, 513])
+def test_blockwise_attention_with_a_window_equals_the_formula_and_its_gradients(T, window):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
+    dy = torch.randn(1, 2, T, 8)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    scores = (q @ k.transpose(2, 3) / 8**0.5).masked_fill((distance < 0) | (distance >= window), -torch.inf)
+    plain, ours = scores.softmax(-1) @ v, BlockwiseAttention.apply(q, k, v, window)
+    assert (ours - plain).abs().max() <= 1e-5
+    for expected, grad in zip(torch.autograd.grad(plain, (q, k, v), dy), torch.autograd.grad(ours, (q, k, v), dy), strict=True):
+        assert (grad - expected).abs().max() <= 1e-5
+
+
+def test_the_loss_in_chunks_has_the_softcap_and_its_gradient():
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(50, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True), torch.randint(60, (50,))
+    plain = F.cross_entropy(3 * torch.tanh((x @ weight.t())[:, :60] / 3), targets)
+    ours = chunked_cross_entropy(x, weight, targets, 60, 3.0, 7, chunk_loss)
+    assert abs(plain - ours) <= 1e-6
+    for expected, grad in zip(torch.autograd.grad(plain, (x, weight)), torch.autograd.grad(ours, (x, weight)), strict=True):
+        assert (grad - expected).abs().max() <= 1e-6
+
+
+# ---- experts ----
+
+
+def test_load_balancing_loss_is_transformers_and_in_the_gradient_alone():
+    model = randomized(n_expert=4, n_expert_active=2, n_layer=1)
+    idx = ids_for(model.config)
+    logits = []
+    model.transformer.h[0].mlp.router.register_forward_hook(lambda module, args, out: logits.append(out))
+    loss = model(idx, idx)[1]
+    balance = model.trunk(idx)[1]
+    assert balance.item() == pytest.approx(load_balancing_loss_func((logits[0],), 4, 2).item() / 2, rel=1e-5)  # per choice, not per token
+    assert loss.item() == pytest.approx(F.cross_entropy(model(idx)[0].flatten(0, 1), idx.flatten()).item(), rel=1e-6)
+    plain = replace(model.config, load_balance=0.0)
+    (grad,) = torch.autograd.grad(loss, model.transformer.h[0].mlp.router.weight)
+    model.config = plain
+    (without,) = torch.autograd.grad(model(idx, idx)[1], model.transformer.h[0].mlp.router.weight)
+    (of_balance,) = torch.autograd.grad(model.trunk(idx)[1], model.transformer.h[0].mlp.router.weight)
+    assert of_balance.abs().max() > 1e-4
+    assert (grad - without - 0.01 * of_balance).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("active", [1, 2])
+def test_no_token_is_dropped_when_all_choose_the_same_experts(active):
+    torch.manual_seed(0)
+    moe = MixtureOfExperts(GPTConfig(**SHAPE, n_expert=4, n_expert_active=active))
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    torch.nn.init.zeros_(moe.router.weight)
+    x = torch.randn(2, 5, 32)
+    moe.router.weight.data[1:3] = torch.tensor([[2.0], [1.0]]) * x.mean((0, 1))
+    y, balance = moe(x)
+    for row in x.flatten(0, 1).unbind():
+        probs = F.softmax(moe.router.weight @ row, 0)
+        best = probs.argsort(descending=True)[:active].tolist()
+        parts = [probs[e] * (moe.c_proj[e] @ F.gelu(moe.c_fc[e] @ row, approximate="tanh")) for e in best]
+        expected = sum(parts) / (probs[best].sum() if active > 1 else 1)
+        assert (y.flatten(0, 1) - expected).abs().sum(-1).min() <= 1e-4
+    assert balance >= 0.99
+
+
+def test_parameters_of_experts_active_and_in_all():
+    dense, experts = GPT(GPTConfig(**SHAPE)), GPT(GPTConfig(**SHAPE, n_expert=8, n_expert_active=2))
+    routers = 4 * 8 * 32
+    mlps = 4 * 2 * 4 * 32 * 32
+    biases = 4 * 5 * 32
+    assert experts.num_params() == dense.num_params() + routers + 3 * mlps - biases
+    assert experts.num_params(active=True) == dense.num_params() + routers - biases
+
+
+# ---- every variant ----
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_positions_equal_the_full_forward_pass(variant):
+    model = randomized(**VARIANTS[variant])
+    idx = ids_with_documents(model.config)
+    with torch.no_grad():
+        expected = model(idx)[0]
+        for pieces in ([1] * 24, [5, 1, 1, 9, 8], [24], [3, 21]):
+            for slack in (0, 3):
+                cache = KVCache(24, slack)
+                logits = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], 1)
+                assert cache.length == 24
+                assert (logits - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_cache_that_was_set_back_forgets(variant):
+    """As speculative decoding does: some positions are tried, the last of them taken back, and others follow."""
+    model = randomized(**VARIANTS[variant])
+    idx = ids_with_documents(model.config)
+    other = idx.flip(0)
+    with torch.no_grad():
+        cache, parts = KVCache(24, slack=3), [0] * 24
+        for start, keep in ((0, 10), (10, 2), (12, 1), (13, 4), (17, 1), (18, 4), (22, 2)):
+            tried = torch.cat([idx[:, start : start + keep], other[:, start + keep : start + max(keep, 4)]], 1)
+            logits = model(tried, cache=cache)[0]
+            cache.length = start + keep
+            parts[start : start + keep] = logits[:, :keep].unbind(1)
+        assert (torch.stack(parts, 1) - model(idx)[0]).abs().max() <= 1e-5
+
+
+def test_a_cache_is_as_large_as_its_heads_and_windows():
+    def size(**switches):
+        model, cache = GPT(GPTConfig(**SHAPE, **switches)), KVCache(24)
+        model(ids_for(model.config), cache=cache)
+        return cache.nbytes()
+
+    plain = 2 * 4 * 3 * 24 * 32 * 4  # keys and values, layers, batch, positions, channels, bytes
+    assert size() == plain
+    assert size(n_kv_head=2) == plain // 2
+    assert size(n_kv_head=1) == plain // 4
+    assert size(window=6) == plain // 4
+    assert size(window=6, window_pattern="SSSL") == plain * (3 * 6 + 24) // (4 * 24)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_manual_attention_scoring_copy_and_recomputation_equal_the_plain_way(variant):
+    model = randomized(**VARIANTS[variant])
+    idx = ids_with_documents(model.config)
+    loss = model(idx, idx)[1]
+    loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    model.config.attention = "manual"
+    assert (model(idx, idx)[1] - loss).abs() <= 1e-5
+    with torch.no_grad():
+        assert (model.for_scoring()(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
+    model.config.attention, model.recompute = "flash", True
+    model(idx, idx)[1].backward()
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert (p.grad - grad).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("variant", ["window", "pattern", "documents", "documents in windows"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_sees_the_same(variant):
+    """What runs on CUDA, here on the CPU and not fused."""
+    model = randomized(**VARIANTS[variant])
+    idx = ids_with_documents(model.config)
+    with torch.no_grad():  # on a CPU it has no gradient
+        expected = model(idx)[0]
+        model.flex = True
+        assert any(isinstance(mask, BlockMask) for mask in model.masks(idx, None, torch.arange(24), None).values())
+        assert (model(idx)[0] - expected).abs().max() <= 1e-5
+
+
+# ---- faults ----
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        (dict(n_kv_head=3), "n_head 4 is not a multiple of n_kv_head 3"),
+        (dict(n_kv_head=0), "n_kv_head is 0"),
+        (dict(n_embd=20, pos="rope"), "rope turns pairs of channels, and a head has 5"),
+        (dict(window=0), "window is 0"),
+        (dict(window_pattern="SX"), "window_pattern is 'SX'"),
+        (dict(window_pattern=""), "window_pattern is ''"),
+        (dict(n_expert=2, n_expert_active=3), "n_expert_active 3 is more than n_expert 2"),
+        (dict(share_layers=3), "n_layer 4 is not a multiple of share_layers 3"),
+        (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling yarn is for pos rope"),
+        (dict(rope_scaling="yarn", pos="rope"), "give both or none"),
+        (dict(rope_factor=2.0, pos="rope"), "give both or none"),
+        (dict(rope_base=0.5), "rope_base is 0.5"),
+        (dict(logit_softcap=-1.0), "logit_softcap is -1.0"),
+        (dict(load_balance=float("nan")), "load_balance is nan"),
+        (dict(pos="alibi"), "pos is 'alibi': choose learned or rope"),
+        (dict(qk_norm=1), "qk_norm is 1: it must be a bool"),
+        (dict(window=2.5), "window is 2.5"),
+    ],
+)
+def test_a_combination_that_makes_no_sense_is_refused(switches, message):
+    with pytest.raises(ValueError, match=message):
+        GPT(GPTConfig(**SHAPE | switches))
+
+
+def test_all_faults_are_named_at_once():
+    faults = GPTConfig(**SHAPE | dict(n_kv_head=3, n_expert_active=3, window_pattern="")).faults()
+    assert len(faults) == 3
+    assert len(GPTConfig(n_layer="2", mlp="relu", bias=None).faults()) == 3
