@@ -45,6 +45,12 @@ class World:
         table[self.rank] = row
         return self.sum(table).tolist()
 
+    def broadcast(self, tensors: list[torch.Tensor], owner):
+        """Each tensor of the process owner(number of the tensor) to all others, in place."""
+        if self.size > 1:
+            for work in [dist.broadcast(tensor, owner(i), async_op=True) for i, tensor in enumerate(tensors)]:
+                work.wait()
+
     def gather(self, thing) -> list:
         """Every process's picklable thing, by rank, on every process."""
         things = [thing] * self.size

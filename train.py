@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +36,7 @@ import cli
 import device
 import fineweb
 import hellaswag
+import optimizer
 import plot_log
 from dataloader import MANIFEST, Shards, TokenStream, differences, find_shards, share, verify_shards
 from distributed import PeerLost, Stopped, World, join_world
@@ -47,7 +49,7 @@ from sample import sample_texts
 class TrainConfig:
     """Train a GPT. The defaults are GPT-2 (124M) on 10 B tokens of FineWeb-Edu."""
 
-    preset: Literal["quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    preset: Literal["quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "modern"] = "gpt2"
     """Defaults for all other flags; a flag beside it wins."""
     data_dir: str = "edu_fineweb10B"
     """Folder of shards from fineweb.py, or build-nanogpt's, or llm.c's .bin."""
@@ -64,19 +66,27 @@ class TrainConfig:
     model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
 
     max_steps: int = 19073
-    """Updates in the whole run, 19,073 × 524,288 tokens being 10 B. The cosine ends here, also when a resumed run moves it."""
+    """Updates in the whole run, 19,073 × 524,288 tokens being 10 B. The schedule ends here, also when a resumed run moves it."""
     total_batch_tokens: int = 524288
     """Tokens of an update, over all processes; gradients are accumulated to reach it."""
     micro_batch_size: int = 64
     """Sequences a process puts through the model at a time: lower it when memory runs out; only rounding changes."""
     max_lr: float = 6e-4
-    """Learning rate at the end of the warmup."""
+    """AdamW's learning rate at the end of the warmup."""
     min_lr_ratio: float = 0.1
-    """The cosine ends at this fraction of --max-lr."""
+    """The schedule ends at this fraction of it."""
     warmup_steps: int = 715
     """Steps of linear warmup; 715 × 524,288 tokens are GPT-3's 375 M (Brown et al., 2020, appendix B)."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """What follows the warmup: a cosine, or the whole rate until a fall in a line at the end (Hu et al., 2024)."""
+    decay_ratio: float = 0.2
+    """Share of --max-steps in which wsd falls."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the blocks' matrices (Jordan et al., 2024), AdamW for all else."""
+    muon_lr: float = 0.02
+    """Muon's learning rate at the end of the warmup, the same for all widths."""
     weight_decay: float = 0.1
-    """AdamW's (Loshchilov & Hutter, 2019), on tensors of 2 or more dimensions only."""
+    """Decoupled (Loshchilov & Hutter, 2019), on tensors of 2 or more dimensions only."""
     grad_clip: float = 1.0
     """Largest norm of an update's gradient; 0 does not clip."""
     max_bad_steps: int = 10
@@ -85,6 +95,12 @@ class TrainConfig:
     """Skip an update whose loss is so many standard deviations above the mean of the last 128; 0 skips none. OLMo takes 6."""
     shuffle: bool = True
     """Take the sequences of an epoch in a seeded random order; --no-shuffle takes them as they lie in the shards."""
+    ema: float = 0.0
+    """Validate, score, sample and save the weights' moving average with this decay, as 0.999; 0: the weights themselves."""
+    teacher: str = ""
+    """Learn from this model's predictions too (a checkpoint, a run's folder, a Hugging Face folder, gpt2, …)."""
+    teacher_weight: float = 0.5
+    """Their share in the gradient; the loss that is shown is always that of the text alone."""
     seed: int = 1337
     """Seed of the initial weights, the order of the data and the samples."""
 
@@ -95,7 +111,7 @@ class TrainConfig:
     compile: bool = True
     """torch.compile the training step and validation."""
     activation_memory: float = 1.0
-    """Share of what the backward pass needs that is kept for it; the rest is computed again. Needs --compile."""
+    """Share of what the backward pass needs that is kept for it; the rest is computed again. Without --compile 0 or 1."""
     verify_shards: bool = True
     """Compare the shards' sha256 with the manifest's, and their ids with the vocabulary, before the start."""
 
@@ -132,15 +148,22 @@ class TrainConfig:
         faults += cli.at_least(
             1, self, "max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens", "max_bad_steps"
         )
-        faults += cli.at_least(0, self, "max_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "skip_spikes", "seed")
+        faults += cli.at_least(
+            0, self, "max_lr", "muon_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "skip_spikes", "seed"
+        )
         faults += cli.at_least(0, self, "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
         faults += cli.at_least(0.01, self, "timeout_minutes")
         if self.replay_step is not None and not 0 <= self.replay_step < self.max_steps:
             faults.append(f"--replay-step is {self.replay_step}: the run's steps are 0 to {self.max_steps - 1}")
         if not 0 <= self.activation_memory <= 1:
             faults.append(f"--activation-memory is {self.activation_memory}: it must be from 0 to 1")
-        elif self.activation_memory < 1 and not self.compile:
-            faults.append("--activation-memory below 1 needs a compiled run: give --compile, or --activation-memory 1")
+        elif 0 < self.activation_memory < 1 and not self.compile:
+            faults.append("--activation-memory between 0 and 1 needs a compiled run: give --compile, or 0 or 1")
+        if not 0 <= self.ema < 1:
+            faults.append(f"--ema is {self.ema}: it must be at least 0 and below 1")
+        for name in ("decay_ratio", "teacher_weight"):
+            if not 0 < getattr(self, name) <= 1:
+                faults.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be above 0 and at most 1")
         faults += cli.at_most(10**9, self, "max_steps") + cli.at_most(10**6, self, "timeout_minutes")
         if self.seed >= 2**32:
             faults.append(f"--seed is {self.seed}: it must be below 2^32")
@@ -198,6 +221,28 @@ PRESETS = {
     "gpt2-medium": TrainConfig(preset="gpt2-medium", model=GPTConfig(**SIZES["gpt2-medium"]), max_lr=3e-4, micro_batch_size=32),
     "gpt2-large": TrainConfig(preset="gpt2-large", model=GPTConfig(**SIZES["gpt2-large"]), max_lr=2.5e-4, micro_batch_size=16),
     "gpt2-xl": TrainConfig(preset="gpt2-xl", model=GPTConfig(**SIZES["gpt2-xl"]), max_lr=2e-4, micro_batch_size=8),
+    # GPT-2's size with what makes it learn from fewer tokens; each part's share is measured in results/
+    "modern": TrainConfig(
+        preset="modern",
+        model=GPTConfig(
+            pos="rope",
+            qk_norm=True,
+            norm="rmsnorm",
+            mlp="relu2",
+            bias=False,
+            tied_head=False,
+            zero_init=True,
+            logit_softcap=15.0,
+            value_residual=True,
+            embed_shortcut=True,
+        ),
+        optimizer="muon",
+        schedule="wsd",
+        max_lr=1e-2,
+        min_lr_ratio=0.0,
+        warmup_steps=250,
+        weight_decay=0.0,
+    ),
 }
 
 
@@ -220,7 +265,8 @@ def train(config: TrainConfig, world: World):
         finished, val_loss = step == config.max_steps, None
         if not stopping:
             try:
-                val_loss = evaluation.run(step)
+                with trainer.evaluated_weights():
+                    val_loss = evaluation.run(step)
             except Stopped:  # the next launch evaluates this step
                 stopping = True
         if finished or (step > start and (stopping or due(config.checkpoint_every, step))):
@@ -319,15 +365,16 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
         model = GPT(config.model)
     compiled = config.compile and device.can_compile(world.device)
     if config.compile and not compiled:
-        without = "without torch.compile" + (" and with all activations kept" if config.activation_memory < 1 else "")
+        without = "without torch.compile" + (" and with all activations kept" if 0 < config.activation_memory < 1 else "")
         log.progress(f"warning: running {without}: it can't be used here on {world.device.type} (CPU: install g++)")
-    trainer = Trainer(config, world, model, shards, compiled)
+    trainer = Trainer(config, world, model, shards, compiled, load_teacher(config) if config.teacher else None)
     if resumed is not None:
         trainer.load(resumed)
     if config.warmup_steps >= config.max_steps:
         log.progress(f"warning: --warmup-steps {config.warmup_steps} is not below --max-steps: the learning rate never comes to --max-lr")
+    active = f" ({model.num_params(active=True):,} of them active)" if config.model.n_expert > 1 else ""
     log.progress(
-        f"{model.num_params():,} parameters, {str(trainer.dtype)[6:]} on {world.size} × {world.device.type}; a step is "
+        f"{model.num_params():,} parameters{active}, {str(trainer.dtype)[6:]} on {world.size} × {world.device.type}; a step is "
         f"{config.total_batch_tokens:,} tokens, {config.grad_accum_steps(world.size)} passes of {config.micro_batch_size} × "
         f"{config.model.seq_len} a process; an epoch is {trainer.train_stream.sequences_per_epoch * config.model.seq_len:,} tokens"
     )
@@ -352,9 +399,22 @@ def fit_vocabulary(config: TrainConfig, shards: Shards):
     config.model = replace(config.model, vocab_size=theirs)
 
 
+def load_teacher(config: TrainConfig) -> GPT:
+    """ValueError when it does not read what the student reads."""
+    teacher = checkpoint.load_gpt(config.teacher)[0]
+    ours, theirs = config.model, teacher.config
+    if theirs.vocab_size != ours.vocab_size or theirs.seq_len < ours.seq_len:
+        raise ValueError(
+            f"--teacher {config.teacher} has a vocabulary of {theirs.vocab_size} and {theirs.seq_len} positions, the run {ours.vocab_size} "
+            f"and {ours.seq_len}: choose one with the same vocabulary and as many positions"
+        )
+    return teacher.requires_grad_(False)
+
+
 def refuse_too_large(config: GPTConfig, where: torch.device):
     """ValueError when the matrices, their gradients and AdamW's two moments, 16 bytes a weight, can't fit."""
-    weights = 12 * config.n_layer * config.n_embd**2 + (config.padded_vocab_size + config.seq_len) * config.n_embd
+    block = (4 + 8 * config.n_expert // config.n_expert_active) * config.n_embd**2
+    weights = config.n_layer // config.share_layers * block + (config.padded_vocab_size + config.seq_len) * config.n_embd
     need, have = 16 * weights, device.total_memory(where)
     if need > have:
         raise ValueError(
@@ -379,7 +439,7 @@ class Update(NamedTuple):
 class Trainer:
     """The model, what feeds it and what updates it."""
 
-    def __init__(self, config: TrainConfig, world: World, model: GPT, shards: Shards, compiled: bool):
+    def __init__(self, config: TrainConfig, world: World, model: GPT, shards: Shards, compiled: bool, teacher: GPT | None = None):
         self.config, self.world, self.device = config, world, world.device
         self.shards, self.tokenizer_name = shards, shards.tokenizer
         self.train_stream = TokenStream(shards, "train", config.model.seq_len, config.shuffle, config.seed)
@@ -387,12 +447,18 @@ class Trainer:
         self.dtype = device.pick_dtype(config.dtype, world.device)
         self.peak_flops = device.peak_flops(world.device, self.dtype)
         self.model = model.to(world.device)
+        self.teacher = teacher and teacher.to(world.device)
         if compiled:
-            self.model.compile_blocks(config.activation_memory)
+            for part in filter(None, (self.model, self.teacher)):
+                part.compile_blocks(config.activation_memory)
+        self.model.recompute = not compiled and config.activation_memory == 0
         self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if world.size > 1 else self.model
-        groups = self.model.param_groups(config.weight_decay)
-        # betas and eps: Brown et al., 2020, appendix B
-        self.optimizer = torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        if config.optimizer == "muon":
+            self.optimizer = optimizer.MuonAndAdamW(self.model, config.max_lr, config.muon_lr, config.weight_decay, world)
+        else:
+            self.optimizer = optimizer.adamw(self.model, config.max_lr, config.weight_decay)
+        self.largest_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.average = optimizer.AverageWeights(self.model, config.ema) if config.ema else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.seconds = 0.0  # spent in updates, over all launches of the run
         self.val_loss = None  # of the checkpoint that the run goes on from, if it was validated
@@ -429,20 +495,32 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             skipped += self.where(step, losses) if not math.isfinite(mean + norm) else ""
         else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.config, step)
+            for group, lr in zip(self.optimizer.param_groups, self.largest_lrs, strict=True):
+                group["lr"] = lr * self.schedule(step)
             self.scaler.step(self.optimizer)
             self.optimizer.zero_grad(set_to_none=True)
+            if self.average:
+                self.average.update()
         self.scaler.update()
         self.bad_steps = self.bad_steps + 1 if skipped else 0
         if not skipped:
             self.recent_losses.append(mean)
         return Update(mean, list(losses), norm, skipped, any(stops))
 
+    def schedule(self, step: int) -> float:
+        """The learning rate of a step as a share of the largest."""
+        c = self.config
+        return optimizer.schedule(c.schedule, step, c.max_steps, c.warmup_steps, c.min_lr_ratio, c.decay_ratio)
+
     def loss(self, model, positions) -> Tensor:
         x, y = self.to_device(self.train_stream.batch(positions))
         with self.autocast():
-            return model(x, y)[1]
+            if self.teacher is None:
+                return model(x, y)[1]
+            with torch.no_grad():
+                expected = self.teacher(x)[0]
+            logits, loss = model(x, y, with_logits=True)
+            return loss + self.config.teacher_weight * changes_gradient_only(divergence(logits, expected) - loss)
 
     def forbids(self, losses, mean: float, norm: float) -> str:
         """Why this update must not reach the weights, or ''."""
@@ -523,7 +601,7 @@ class Trainer:
         peak = self.peak_flops and self.peak_flops * self.world.size
         return {
             "loss": update.loss,
-            "lr": learning_rate(self.config, step),
+            "lr": self.config.max_lr * self.schedule(step),
             "grad_norm": update.norm,
             "tokens_per_second": rate,
             "mfu": rate * self.model.flops_per_token() / peak if peak else None,
@@ -539,16 +617,25 @@ class Trainer:
 
     def save(self, step: int, val_loss: float | None):
         """A checkpoint. An exact resume needs no more than this: the data's order is a function of the step."""
+        optimizer_state = self.optimizer.state_dict()  # of which each process may have a part
         if not self.world.is_main:
             return
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state,
             "scaler": self.scaler.state_dict(),
             "seconds": self.seconds,
             "bad_steps": self.bad_steps,
             "recent_losses": list(self.recent_losses),
         }
-        self.saver.save(step, checkpoint.content_of(step, self.model, self.tokenizer_name, val_loss), state)
+        if self.average:
+            state |= {"weights": self.model.state_dict(), "averaged": self.average.updates}
+        with self.evaluated_weights():
+            content = checkpoint.content_of(step, self.model, self.tokenizer_name, val_loss)
+        self.saver.save(step, content, state)
+
+    def evaluated_weights(self):
+        """Those that are validated and saved are the model's for as long as the block lasts."""
+        return self.average.in_place() if self.average else nullcontext()
 
     def save_failed(self, log: "Log") -> bool:
         """Warns when the last save failed; whether the run is to end for that."""
@@ -561,6 +648,9 @@ class Trainer:
         out_dir = Path(self.config.out_dir)
         content, state = checkpoint.load_training(out_dir, step)
         checkpoint.load_weights(self.model, content["model"], out_dir)
+        if self.average:
+            self.average.restart(state["averaged"])
+            checkpoint.load_weights(self.model, state["weights"], out_dir)
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty when the run was not in fp16 until now
             self.scaler.load_state_dict(state["scaler"])
@@ -568,13 +658,16 @@ class Trainer:
         self.recent_losses.extend(state["recent_losses"])
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warmup to max_lr, then a cosine down to max_lr · min_lr_ratio at max_steps."""
-    if step < config.warmup_steps:
-        return config.max_lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    low = config.max_lr * config.min_lr_ratio
-    return low + (config.max_lr - low) * 0.5 * (1 + math.cos(math.pi * progress))
+def divergence(logits: Tensor, expected: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence, in nats a token, of what a student's logits (B, T, V) say from what its teacher's do (Hinton
+    et al., 2015, at temperature 1)."""
+    ours, theirs = (F.log_softmax(x.float().flatten(0, 1), dim=-1) for x in (logits, expected))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def changes_gradient_only(x: Tensor) -> Tensor:
+    """0, with the gradient of x."""
+    return x - x.detach()
 
 
 class Evaluation:

@@ -17,14 +17,15 @@ from conftest import REPO, TINY, Forked, forked, read_stream, run_main, run_trai
 from test_hellaswag import make_tasks
 from test_model import random_hf
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 import checkpoint
 import device
+import sample
 import train
 from dataloader import TokenStream, find_shards
 from model import GPT, GPTConfig
-from train import PRESETS, TrainConfig, learning_rate
+from optimizer import schedule
+from train import PRESETS
 
 
 def final_weights(out_dir, step=20) -> dict:
@@ -68,7 +69,7 @@ def test_metrics_carry_everything(finished):
     assert {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes", "tokens", "seconds", "epoch"} < set(row)
     assert f"{row['loss']:.6f}" == read_stream(finished, "train")[7]
     assert row["tokens"] == 7 * 256 and row["mfu"] is None and row["memory_bytes"] > 10**7
-    assert row["lr"] == learning_rate(train.read_run(finished), 7)
+    assert row["lr"] == 3e-3 * schedule("cosine", 7, 20, 3, 0.1, 0.2)
     assert row["epoch"] == pytest.approx(7 * 256 / (8020 // 32 * 32))
 
 
@@ -127,18 +128,6 @@ def test_validation_is_the_mean_over_spread_sequences(finished, shards):
     assert float(read_stream(finished, "val")[0]) == pytest.approx(loss.item(), abs=2e-6)
 
 
-def test_the_learning_rate_is_torchs_warmup_and_cosine():
-    config = TrainConfig(max_steps=60, warmup_steps=10, max_lr=1.0, min_lr_ratio=0.1)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    warmup = LinearLR(optimizer, start_factor=0.1, end_factor=1.0, total_iters=9)
-    schedule = SequentialLR(optimizer, [warmup, CosineAnnealingLR(optimizer, T_max=50, eta_min=0.1)], milestones=[10])
-    for step in range(60):
-        assert learning_rate(config, step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-9), step
-        optimizer.step()
-        schedule.step()
-    assert learning_rate(config, 60) == pytest.approx(0.1)
-
-
 # ---- the same whatever the processes and the micro batch ----
 
 
@@ -162,6 +151,80 @@ def test_losses_do_not_depend_on_processes_or_micro_batch(fifty_steps, shards, t
         here, there = read_stream(tmp_path / "run", stream), read_stream(fifty_steps, stream)
         assert here.keys() == there.keys() and len(here) == count
         assert max(abs(float(here[step]) - float(there[step])) for step in here) <= 1e-5
+
+
+# ---- what a run may be made of ----
+
+
+@pytest.fixture(scope="module")
+def teacher(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    assert run_train(shards, folder, "--n-embd", 64, "--max-steps", 40, "--val-every", 0) == 0
+    return folder
+
+
+def test_a_student_follows_the_plain_formula_of_distillation(teacher, shards, tmp_path):
+    """(1 - w) · cross entropy + w · KL(teacher ‖ student), Hinton et al., 2015; the loss in the log is the cross entropy."""
+    argv = ["--teacher", teacher, "--teacher-weight", 0.7, "--max-steps", 1, "--warmup-steps", 0, "--grad-clip", 0]
+    assert run_train(shards, tmp_path / "run", *argv) == 0
+    torch.manual_seed(1337)
+    student, master = GPT(GPTConfig(257, 32, 2, 2, 32)), checkpoint.load_model(teacher)[0]
+    x, y = map(torch.from_numpy, TokenStream(find_shards(shards), "train", 32).batch(range(8)))
+    log_p, q = student(x)[0].log_softmax(-1), master(x)[0].softmax(-1)
+    text = -log_p.gather(2, y[..., None]).mean()
+    divergence = (q * (q.log() - log_p)).sum(-1).mean()
+    (0.3 * text + 0.7 * divergence).backward()
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
+    assert row["loss"] == pytest.approx(text.item(), abs=1e-5)
+    assert row["grad_norm"] == pytest.approx(sum((p.grad**2).sum() for p in student.parameters()).item() ** 0.5, rel=1e-4)
+
+
+def test_a_teacher_that_reads_something_else_is_refused(teacher, shards, tmp_path, capsys):
+    hf = random_hf(97, 64, 1, 2, 16)
+    hf.save_pretrained(tmp_path / "hf")
+    for argv, message in (
+        (
+            ["--teacher", tmp_path / "hf"],
+            "has a vocabulary of 97 and 64 positions, the run 257 and 32: choose one with the same",
+        ),
+        (["--teacher", teacher, "--seq-len", 64], "has a vocabulary of 257 and 32 positions, the run 257 and 64"),
+        (["--teacher", tmp_path / "none"], "no model named"),
+    ):
+        assert run_train(shards, tmp_path / "run", *argv) == 2
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--pos", "rope", "--window", 8, "--window-pattern", "SL", "--n-kv-head", 1, "--doc-mask"],
+        ["--n-expert", 4, "--n-expert-active", 2, "--mlp", "swiglu", "--value-residual", "--embed-shortcut"],
+        ["--share-layers", 2, "--no-bias", "--norm", "rmsnorm", "--no-tied-head", "--zero-init", "--logit-softcap", 15, "--qk-norm"],
+    ],
+)
+def test_a_variant_trains_on_two_processes_and_is_loaded_again(argv, shards, tmp_path, capsys):
+    assert run_train(shards, tmp_path / "one", *argv, "--activation-memory", 0) == 0
+    assert ("of them active" in capsys.readouterr().err) == ("--n-expert" in argv)
+    assert forked(tmp_path, "train", *TINY, *argv, "--data-dir", shards, "--out-dir", tmp_path / "two", processes=2).returncode == 0
+    one, two = (read_stream(tmp_path / name, "train") for name in ("one", "two"))
+    assert max(abs(float(one[step]) - float(two[step])) for step in one) <= 1e-5
+    assert float(one[19]) < float(one[0]) - 0.5
+    model, _ = checkpoint.load_model(tmp_path / "one")
+    assert model.config == train.read_run(tmp_path / "one").model
+    assert run_main(sample.main, "-m", tmp_path / "one", "-d", "cpu", "--max-new-tokens", 40) == 0
+
+
+def test_a_model_with_rope_may_be_tuned_on_longer_sequences(shards, tmp_path, capsys):
+    assert run_train(shards, tmp_path / "short", "--pos", "rope", "--val-every", 0) == 0
+    argv = ["--init-from", tmp_path / "short", "--seq-len", 128, "--rope-scaling", "yarn", "--rope-factor", 4, "--micro-batch-size", 1]
+    assert run_train(shards, tmp_path / "long", *argv) == 0
+    model = checkpoint.load_model(tmp_path / "long")[0]
+    assert (model.config.seq_len, model.config.rope_scaling, model.config.rope_factor) == (128, "yarn", 4.0)
+    assert float(read_stream(tmp_path / "long", "train")[0]) < 4.5
+    assert run_train(shards, tmp_path / "no", "--init-from", tmp_path / "short", "--qk-norm") == 2
+    assert "qk_norm True does not fit" in capsys.readouterr().err
 
 
 # ---- resume ----
@@ -452,12 +515,19 @@ def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, messa
         (["--micro-batch-size", 3], "--micro-batch-size 2 does"),
         (["--total-batch-tokens", 100], "--total-batch-tokens 128 can be divided"),
         (["--n-head", 5], "n_embd 32 is not a multiple of n_head 5"),
+        (
+            ["--n-kv-head", 3, "--window", 8, "--n-expert-active", 2, "--ema", 1, "--decay-ratio", 0, "--muon-lr", -1],
+            "n_head 2 is not a multiple of n_kv_head 3: change one of them; n_expert_active 2 is more than n_expert 1: lower it; --muon-lr is "
+            "-1.0: it must be at least 0; --ema is 1.0: it must be at least 0 and below 1; --decay-ratio is 0.0",
+        ),
+        (["--window", 0], "window is 0: it must be a whole number of at least 1"),
+        (["--n-embd", 34, "--pos", "rope"], "rope turns pairs of channels, and a head has 17"),
         (["--max-steps", 0, "--max-lr", -1, "--keep", -1], "--max-steps is 0: it must be at least 1; --max-lr is -1.0"),
         (["--max-lr", "nan"], "--max-lr is nan"),
         (["--max-steps", 10**21], "it must be at most 1,000,000,000"),
         (["--timeout-minutes", 1e12], "it must be at most 1,000,000"),
         (["--activation-memory", 2], "--activation-memory is 2.0: it must be from 0 to 1"),
-        (["--activation-memory", 0.5], "needs a compiled run: give --compile, or --activation-memory 1"),
+        (["--activation-memory", 0.5], "needs a compiled run: give --compile, or 0 or 1"),
         (["--device", "cuda"], "--device cuda: this machine has none"),
         (["--init-from", "gpt5"], "no model named 'gpt5'"),
         (["--init-from", "none.pt"], "no checkpoint none.pt"),

@@ -1,0 +1,109 @@
+"""What changes the weights: AdamW, or Muon for the matrices; the learning rate's schedule; the average of the weights."""
+
+import math
+from contextlib import contextmanager
+
+import torch
+
+from distributed import World
+from model import GPT
+
+
+def adamw(model: GPT, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 2019) with GPT-3's betas and eps (Brown et al., 2020, appendix B)."""
+    return torch.optim.AdamW(model.param_groups(weight_decay), lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+class MuonAndAdamW:
+    """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for embeddings, head, norms and scales.
+
+    Muon's update is the gradient's momentum made orthogonal, which costs more than all else in an optimizer's step, so that
+    each process does it for its share of the matrices and sends the others the result. Behaves as one optimizer, also for a
+    GradScaler.
+    """
+
+    def __init__(self, model: GPT, lr: float, muon_lr: float, weight_decay: float, world: World):
+        self.world = world
+        matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+        self.matrices, taken = matrices, set(matrices)
+        rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in model.param_groups(weight_decay)]
+        self.muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)
+        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.muon.param_groups + self.adamw.param_groups
+
+    def owner(self, i: int) -> int:
+        return i % self.world.size
+
+    @torch.no_grad()
+    def step(self):
+        self.adamw.step()
+        for i, p in enumerate(self.matrices):
+            if self.owner(i) != self.world.rank:
+                p.grad = None  # torch.optim.Muon passes over it
+        self.muon.step()
+        self.world.broadcast([p.data for p in self.matrices], self.owner)
+
+    def zero_grad(self, set_to_none: bool = True):
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        """Of all processes' shares; to be called on all of them."""
+        state = self.muon.state
+        momenta = [state[p]["momentum_buffer"] if "momentum_buffer" in state[p] else torch.zeros_like(p) for p in self.matrices]
+        self.world.broadcast(momenta, self.owner)
+        for p, momentum in zip(self.matrices, momenta, strict=True):
+            state[p]["momentum_buffer"] = momentum
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict):
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+
+
+def schedule(name: str, step: int, max_steps: int, warmup_steps: int, min_ratio: float, decay_ratio: float) -> float:
+    """The learning rate at a step, as a share of the largest: linear warmup, then 'cosine': half a wave down to min_ratio at
+    max_steps; or 'wsd': all of it until the last decay_ratio of the steps, in which it falls in a line (Hu et al., 2024)."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if name == "wsd":
+        fall = max(1, round(max_steps * decay_ratio))
+        return min_ratio + (1 - min_ratio) * min(1.0, (max_steps - step) / fall)
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class AverageWeights:
+    """The exponential moving average of a model's weights over its updates (Polyak & Juditsky, 1992): decay · average + (1 - decay) ·
+    weights, with a smaller decay at first, so that a short run forgets its initial weights too (as TensorFlow has it)."""
+
+    def __init__(self, model: GPT, decay: float):
+        self.weights, self.decay = list(model.parameters()), decay
+        self.restart(0)
+
+    def restart(self, updates: int):
+        """The average after so many updates is what the model's weights are now."""
+        self.updates, self.average = updates, [p.detach().clone() for p in self.weights]
+
+    @torch.no_grad()
+    def update(self):
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.average, self.weights, 1 - decay)
+
+    @contextmanager
+    def in_place(self):
+        """The model has the average as its weights."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self):
+        for p, average in zip(self.weights, self.average, strict=True):
+            p.data, average.data = average.data, p.data

@@ -1,0 +1,154 @@
+"""optimizer.py against torch's own optimizers, schedulers and averages."""
+
+from shutil import copy
+
+import pytest
+import torch
+from conftest import TINY, forked, ids_for, read_stream, run_train
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel
+
+import checkpoint
+import train
+from dataloader import TokenStream, find_shards
+from distributed import World
+from model import GPT, GPTConfig
+from optimizer import AverageWeights, MuonAndAdamW, schedule
+
+ALONE = World(torch.device("cpu"))
+
+
+def follow_torch(make, name: str, *settings):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = make(optimizer)
+    for step in range(60):
+        assert schedule(name, step, *settings) == pytest.approx(theirs.get_last_lr()[0], abs=1e-9), step
+        optimizer.step()
+        theirs.step()
+
+
+def test_the_learning_rate_is_torchs_warmup_and_cosine():
+    follow_torch(
+        lambda o: SequentialLR(o, [LinearLR(o, 0.1, 1.0, total_iters=9), CosineAnnealingLR(o, T_max=50, eta_min=0.1)], milestones=[10]),
+        "cosine", 60, 10, 0.1, 0.2,
+    )  # fmt: skip
+    assert schedule("cosine", 60, 60, 10, 0.1, 0.2) == pytest.approx(0.1)
+
+
+def test_the_learning_rate_is_torchs_warmup_plateau_and_fall():
+    follow_torch(
+        lambda o: SequentialLR(o, [LinearLR(o, 0.1, 1.0, total_iters=9), LinearLR(o, 1.0, 0.1, total_iters=12)], milestones=[48]),
+        "wsd", 60, 10, 0.1, 0.2,
+    )  # fmt: skip
+    assert schedule("wsd", 60, 60, 10, 0.1, 0.2) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("switches", [{}, dict(n_expert=3, n_expert_active=2, value_residual=True, tied_head=False, qk_norm=True)])
+def test_muon_is_torchs_for_the_matrices_and_adamw_for_the_rest(switches):
+    models = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(97, 16, 2, 2, 16, **switches))
+        matrices = {p for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+        if ours:
+            optimizers = [MuonAndAdamW(model, 1e-2, 2e-2, 0.1, ALONE)]
+            assert sum(len(group["params"]) for group in optimizers[0].param_groups) == len(list(model.parameters()))
+        else:
+            rest = [p for p in model.parameters() if p not in matrices]
+            optimizers = [
+                torch.optim.Muon(matrices, lr=2e-2, weight_decay=0.1),
+                torch.optim.AdamW([p for p in rest if p.dim() > 1], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
+                torch.optim.AdamW([p for p in rest if p.dim() < 2], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+            ]
+        idx = ids_for(model.config)
+        for _ in range(3):
+            model(idx, idx)[1].backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        models.append(model)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert (p - q).abs().max() <= 1e-6, name
+
+
+def test_an_update_of_muon_is_nearly_orthogonal():
+    """Jordan et al., 2024: singular values of about 1, times lr · √(rows / columns) where there are more rows."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(97, 16, 1, 2, 16))
+    weight = model.transformer.h[0].mlp.c_fc.weight  # (64, 16)
+    before, idx = weight.detach().clone(), ids_for(model.config)
+    optimizer = MuonAndAdamW(model, 1e-2, 0.5, 0.0, ALONE)
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    singular = torch.linalg.svdvals((before - weight.detach()) / (0.5 * 2))
+    assert singular[0] < 1.4 and singular[-1] > 0.2
+
+
+def test_the_average_is_torchs():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(97, 16, 1, 2, 16))
+    average = AverageWeights(model, 0.9)
+    theirs = AveragedModel(model, avg_fn=lambda mean, p, n: mean + (1 - min(0.9, (1 + n) / (10 + n))) * (p - mean))
+    theirs.update_parameters(model)  # its first is a copy
+    for _ in range(20):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += torch.randn_like(p)
+        average.update()
+        theirs.update_parameters(model)
+    weights = [p.clone() for p in model.parameters()]
+    with average.in_place():
+        for p, q in zip(model.parameters(), theirs.module.parameters(), strict=True):
+            assert (p - q).abs().max() <= 1e-5
+    assert all((p == q).all() for p, q in zip(model.parameters(), weights, strict=True))
+
+
+# ---- in a run ----
+
+FLAGS = ["--optimizer", "muon", "--muon-lr", 0.02, "--schedule", "wsd", "--ema", 0.9, "--checkpoint-every", 10, "--keep", 0]
+
+
+@pytest.fixture(scope="module")
+def with_muon(shards, tmp_path_factory):
+    """20 steps of Muon, with an average, undisturbed."""
+    folder = tmp_path_factory.mktemp("muon") / "run"
+    assert run_train(shards, folder, *FLAGS) == 0
+    return folder
+
+
+def test_muon_shared_out_over_processes_takes_the_same_steps(with_muon, shards, tmp_path):
+    assert forked(tmp_path, "train", *TINY, *FLAGS, "--data-dir", shards, "--out-dir", tmp_path / "run", processes=2).returncode == 0
+    losses = ([float(loss) for loss in read_stream(folder, "train").values()] for folder in (tmp_path / "run", with_muon))
+    assert next(losses) == pytest.approx(next(losses), abs=1e-4)  # in bf16, in which Muon works, the last bit of a sum counts for more
+    one, other = (checkpoint.load_training(folder, 20)[1]["optimizer"]["muon"]["state"] for folder in (with_muon, tmp_path / "run"))
+    assert len(one) == len(other) == 8
+    for i in one:  # the momentum of every matrix, whichever process has it
+        here, there = one[i]["momentum_buffer"], other[i]["momentum_buffer"]
+        assert here.norm() > 0 and (here - there).norm() <= 0.01 * here.norm()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_with_muon_and_an_average_resumes_exactly(with_muon, shards, tmp_path, processes):
+    for path in with_muon.iterdir():
+        if "20" not in path.name:
+            copy(path, tmp_path)
+    result = forked(tmp_path, "train", "--resume", "--out-dir", tmp_path, processes=processes)
+    assert result.returncode == 0, result.stderr
+    (model, state), (other, other_state) = (checkpoint.load_training(folder, 20) for folder in (with_muon, tmp_path))
+    for weights, theirs in ((model["model"], other["model"]), (state["weights"], other_state["weights"])):
+        assert all((weights[name] - theirs[name]).abs().max() <= (0 if processes == 1 else 1e-3) for name in weights)
+    assert model["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
+
+
+def test_the_average_is_what_is_validated_and_saved(with_muon):
+    model, state = checkpoint.load_training(with_muon, 20)
+    average = checkpoint.load_model(with_muon / "model_00020.pt")[0]
+    weights = GPT(GPTConfig(**model["config"]))
+    checkpoint.load_weights(weights, state["weights"], with_muon)
+    assert max((p - q).abs().max() for p, q in zip(average.parameters(), weights.parameters(), strict=True)) > 1e-3
+    stream = TokenStream(find_shards(train.read_run(with_muon).data_dir), "val", 32, shuffle=False)
+    there = stream.sequences_per_epoch
+    x, y = map(torch.from_numpy, stream.batch([i * there // 20 for i in range(20)]))
+    with torch.no_grad():
+        assert model["val_loss"] == pytest.approx(average(x, y)[1].item(), abs=1e-5)
+        assert model["val_loss"] != pytest.approx(weights(x, y)[1].item(), abs=1e-4)
