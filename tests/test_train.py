@@ -517,8 +517,8 @@ def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, messa
         (["--n-head", 5], "n_embd 32 is not a multiple of n_head 5"),
         (
             ["--n-kv-head", 3, "--window", 8, "--n-expert-active", 2, "--ema", 1, "--decay-ratio", 0, "--muon-lr", -1],
-            "n_head 2 is not a multiple of n_kv_head 3: change one of them; n_expert_active 2 is more than n_expert 1: lower it; --muon-lr is "
-            "-1.0: it must be at least 0; --ema is 1.0: it must be at least 0 and below 1; --decay-ratio is 0.0",
+            "n_head 2 is not a multiple of n_kv_head 3: change one of them; n_expert_active 2 is more than n_expert 1: lower it; "
+            "--muon-lr is -1.0: it must be at least 0; --ema is 1.0: it must be at least 0 and below 1; --decay-ratio is 0.0",
         ),
         (["--window", 0], "window is 0: it must be a whole number of at least 1"),
         (["--n-embd", 34, "--pos", "rope"], "rope turns pairs of channels, and a head has 17"),

@@ -1,0 +1,356 @@
+"""Ideas at equal tokens: trains each variant with several seeds, in turns, and prints one table.
+
+python compare.py "plain=--preset quickstart" "rope=--preset quickstart --pos rope"
+python compare.py --suite switches --data-dir webdocs_bytes    # what results/ shows
+"""
+
+import json
+import math
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+import checkpoint
+import cli
+import plot_log
+import train
+from dataloader import TokenStream, find_shards
+from model import GPT, GPTConfig, KVCache
+
+
+@dataclass
+class CompareConfig:
+    """Train variants and compare them."""
+
+    variants: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """NAME=FLAGS of train.py, each in quotes; the first is what the others are compared with."""
+    suite: Literal["none", "switches", "modern", "rates", "experts", "teacher", "length"] = "none"
+    """A comparison that is there ready-made, of small models that two CPU cores train in minutes each."""
+    data_dir: str = "webdocs_bytes"
+    """Shards for a suite, of bytes."""
+    out_dir: str = "log/compare"
+    """Has a folder for each run. What has finished there is not done again, what was stopped goes on."""
+    seeds: int = 3
+    """Runs of each variant, with the seeds 1, 2, …"""
+    workers: int = 1
+    """Runs at a time; with more than one, the speeds are not to be compared."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def validate(self):
+        """ValueError with every fault at once."""
+        faults = cli.at_least(1, self, "seeds", "workers")
+        if (self.suite == "none") == (not self.variants):
+            faults.append('give variants, as "plain=--preset quickstart" "rope=--preset quickstart --pos rope", or a --suite')
+        names = [variant.split("=")[0] for variant in self.variants]
+        faults += [f"{variant!r} is no NAME=FLAGS" for variant in self.variants if "=" not in variant or not variant.split("=")[0]]
+        if len(set(names)) < len(names):
+            faults.append(f"two variants have the same name: {', '.join(names)}")
+        cli.refuse(faults)
+
+
+# 0.9 M parameters that see 1.6 M bytes in 800 steps
+SMALL = (
+    "--n-layer 4 --n-head 4 --n-embd 128 --seq-len 256 --vocab-size 257 --total-batch-tokens 2048 --micro-batch-size 8 --warmup-steps 40 "
+    "--max-steps 800 --val-every 0 --val-tokens 262144 --hellaswag-every 0 --sample-every 0 --checkpoint-every 0 --keep 1"
+)
+ADAMW = "--preset gpt2 --max-lr 4e-3 --min-lr-ratio 0.02"  # the best of 2e-3, 4e-3 and 8e-3
+SUITES = {
+    # each switch alone against GPT-2, then each left out of modern
+    "switches": {
+        "gpt2": ADAMW,
+        "rope": f"{ADAMW} --pos rope",
+        "rope, 2 KV heads": f"{ADAMW} --pos rope --n-kv-head 2",
+        "rope, 1 KV head": f"{ADAMW} --pos rope --n-kv-head 1",
+        "rope, window 64": f"{ADAMW} --pos rope --window 64",
+        "rope, window 64 in 3 of 4": f"{ADAMW} --pos rope --window 64 --window-pattern SSSL",
+        "QK-norm": f"{ADAMW} --qk-norm",
+        "RMSNorm": f"{ADAMW} --norm rmsnorm",
+        "ReLU²": f"{ADAMW} --mlp relu2",
+        "SwiGLU": f"{ADAMW} --mlp swiglu",
+        "no biases": f"{ADAMW} --no-bias",
+        "untied head": f"{ADAMW} --no-tied-head",
+        "zero-init": f"{ADAMW} --zero-init",
+        "softcap 15": f"{ADAMW} --logit-softcap 15",
+        "value residual": f"{ADAMW} --value-residual",
+        "embedding shortcut": f"{ADAMW} --embed-shortcut",
+        "documents apart": f"{ADAMW} --doc-mask",
+        "layers shared by twos": f"{ADAMW} --share-layers 2",
+        "4 experts, 2 at work": f"{ADAMW} --n-expert 4 --n-expert-active 2",
+        "wsd": f"{ADAMW} --schedule wsd",
+        "average": f"{ADAMW} --ema 0.99",
+        "muon": f"{ADAMW} --optimizer muon",
+        "modern": "--preset modern",
+        "modern, learned positions": "--preset modern --pos learned",
+        "modern, no QK-norm": "--preset modern --no-qk-norm",
+        "modern, LayerNorm": "--preset modern --norm layernorm",
+        "modern, GELU": "--preset modern --mlp gelu",
+        "modern, SwiGLU": "--preset modern --mlp swiglu",
+        "modern, biases": "--preset modern --bias",
+        "modern, tied head": "--preset modern --tied-head",
+        "modern, no zero-init": "--preset modern --no-zero-init",
+        "modern, no softcap": "--preset modern --logit-softcap 0",
+        "modern, no value residual": "--preset modern --no-value-residual",
+        "modern, no embedding shortcut": "--preset modern --no-embed-shortcut",
+        "modern, cosine": "--preset modern --schedule cosine",
+        "modern, AdamW": "--preset modern --optimizer adamw --max-lr 4e-3",
+    },
+    "rates": {
+        **{f"gpt2, {lr}": f"{ADAMW} --max-lr {lr} --max-steps 4000" for lr in ("2e-3", "4e-3", "8e-3")},
+        **{f"modern, {lr}": f"--preset modern --muon-lr {lr}" for lr in ("0.01", "0.02", "0.04")},
+        **{f"modern, AdamW's {lr}": f"--preset modern --max-lr {lr}" for lr in ("5e-3", "2e-2")},
+    },
+    "modern": {
+        "gpt2": f"{ADAMW} --max-steps 4000 --warmup-steps 100",
+        **{f"modern, {steps} steps": f"--preset modern --max-steps {steps}" for steps in (320, 400, 500, 640, 800)},
+    },
+    "experts": {
+        "dense": f"{ADAMW} --pos rope",
+        "4 experts, 1 at work": f"{ADAMW} --pos rope --n-expert 4",
+        "4 experts, 2 at work": f"{ADAMW} --pos rope --n-expert 4 --n-expert-active 2",
+        "8 experts, 2 at work": f"{ADAMW} --pos rope --n-expert 8 --n-expert-active 2",
+    },
+    "teacher": {
+        "alone": "--preset modern --n-layer 2 --n-embd 64 --n-head 2",
+        "teacher": "--preset modern --n-embd 192 --max-steps 1600",
+        "taught": "--preset modern --n-layer 2 --n-embd 64 --n-head 2 --teacher {out_dir}/teacher/1",
+    },
+    "length": {
+        "learned": ADAMW,
+        "rope": f"{ADAMW} --pos rope",
+    },
+}
+
+
+# ---- the runs ----
+
+
+def variants_of(config: CompareConfig) -> dict[str, list[str]]:
+    """Name → flags of train.py."""
+    if config.suite == "none":
+        named = (variant.split("=", 1) for variant in config.variants)
+        return {name: shlex.split(flags) for name, flags in named}
+    common = [*shlex.split(SMALL), "--data-dir", config.data_dir]  # a variant's own flags come later and win
+    return {name: common + shlex.split(flags.format(out_dir=config.out_dir)) for name, flags in SUITES[config.suite].items()}
+
+
+def folder_of(out_dir: str, name: str, seed: int) -> Path:
+    return Path(out_dir, "".join(c if c.isalnum() or c in ".-" else "_" for c in name), str(seed))
+
+
+def run(flags: list[str], folder: Path, seed: int):
+    """Trains one variant, or goes on with it. ValueError with what train.py said when it can't."""
+    begin = ["--resume"] if (folder / train.RUN).exists() else [*flags, "--seed", str(seed)]
+    argv = [*begin, "--out-dir", str(folder)]
+    result = launch(argv)
+    if result.returncode:
+        said = [line for line in result.stderr.splitlines() if line.strip()] or ["nothing"]
+        raise ValueError(f"train.py {shlex.join(argv)} ended with {result.returncode}: {said[-1]}")
+
+
+def launch(argv: list[str]) -> subprocess.CompletedProcess:
+    script = Path(__file__).with_name("train.py")
+    return subprocess.run([sys.executable, script, *argv], capture_output=True, text=True, errors="replace")
+
+
+def run_all(config: CompareConfig, variants: dict[str, list[str]]):
+    """All runs, a seed of each variant before the next seed, so that a machine whose speed drifts is fair to all."""
+    jobs = [(flags, folder_of(config.out_dir, name, seed), seed) for seed in range(1, config.seeds + 1) for name, flags in variants.items()]
+    jobs = [job for job in jobs if not is_finished(job[1])]
+    pool = ThreadPoolExecutor(config.workers)
+    try:
+        for _ in cli.bar(pool.map(lambda job: run(*job), jobs), total=len(jobs), desc="runs", unit="run", disable=not jobs):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, which stops those that run too, no other begins
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / train.RUN).exists() and train.read_run(folder).max_steps in plot_log.read_log(folder / "log.txt").get("val", {})
+
+
+# ---- what came of them ----
+
+
+def measure(folder: Path) -> dict:
+    """One finished run."""
+    config = train.read_run(folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "tokens_per_second" in row]
+    model = GPT(config.model)
+    return {
+        "tokens": config.max_steps * config.total_batch_tokens,
+        "val_loss": rows[-1]["val_loss"],
+        "seconds": rows[-1]["seconds"],
+        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps[len(steps) // 2 :]),  # compiled by then
+        "memory_bytes": max(row["memory_bytes"] or 0 for row in steps),
+        "params": model.num_params(),
+        "active_params": model.num_params(active=True),
+        "cache_bytes": cache_bytes(config.model),
+    }
+
+
+def cache_bytes(config: GPTConfig) -> int:
+    """What the KV cache of one sequence of seq_len positions takes in fp32."""
+    cache = KVCache(config.seq_len)
+    return sum(2 * config.kv_heads * config.n_embd // config.n_head * cache.room(window) * 4 for window in config.windows)
+
+
+def summary(runs: dict[str, list[dict]]) -> list[dict]:
+    """A row for each variant: means over its seeds, and the median ratio of its speed to the first variant's, seed by seed."""
+    first = next(iter(runs.values()))
+    rows = []
+    for name, seeds in runs.items():
+        losses = [one["val_loss"] for one in seeds]
+        rows.append(
+            {
+                "variant": name,
+                **{key: seeds[0][key] for key in ("tokens", "params", "active_params", "cache_bytes")},
+                "val_loss": statistics.fmean(losses),
+                "spread": max(losses) - min(losses),
+                "perplexity": math.exp(statistics.fmean(losses)),
+                "difference": statistics.fmean(losses) - statistics.fmean(one["val_loss"] for one in first),
+                "speed": statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(seeds, first, strict=True)),
+                **{key: statistics.median(one[key] for one in seeds) for key in ("seconds", "tokens_per_second", "memory_bytes")},
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict], seeds: int) -> str:
+    lines = [
+        f"| variant | parameters (active) | tokens | val loss, {seeds} seeds | spread | to the first | perplexity "
+        "| tok/s | × first | memory | KV cache |",
+        "| --- " * 11 + "|",
+    ]
+    for r in rows:
+        active = f" ({r['active_params']:,})" if r["active_params"] < r["params"] else ""
+        lines.append(
+            f"| {r['variant']} | {r['params']:,}{active} | {r['tokens']:,} | {r['val_loss']:.4f} | {r['spread']:.4f} "
+            f"| {r['difference']:+.4f} | {r['perplexity']:.3f} | {r['tokens_per_second']:,.0f} | {r['speed']:.2f} "
+            f"| {r['memory_bytes'] / 1e6:,.0f} MB | {r['cache_bytes'] / 1e3:,.0f} kB |"
+        )
+    return "\n".join(lines)
+
+
+def amount_for(loss: float, amounts: list[float], losses: list[float]) -> float | None:
+    """The tokens, or seconds, with which a series of runs comes to a loss: on a straight line between the two runs around it, the
+    amount drawn as its logarithm. None where the series does not go around it."""
+    for i in range(1, len(amounts)):
+        if losses[i - 1] > loss >= losses[i]:
+            share = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
+            return math.exp((1 - share) * math.log(amounts[i - 1]) + share * math.log(amounts[i]))
+    return None
+
+
+def tokens_to_the_same_loss(runs: dict[str, list[dict]]) -> str:
+    """How many times fewer tokens, and seconds, the other runs, a series of growing length, need for the first variant's loss."""
+    first, *series = runs.values()
+    lines = []
+    for unit in ("tokens", "seconds"):
+        ratios = []
+        for seed, one in enumerate(first):
+            amount = amount_for(one["val_loss"], [runs[seed][unit] for runs in series], [runs[seed]["val_loss"] for runs in series])
+            if amount is None:
+                return "the series does not come to the first variant's loss, or its shortest run is past it: choose other lengths"
+            ratios.append(one[unit] / amount)
+        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        lines.append(f"× fewer {unit} to the first variant's loss, seed by seed: {each}; mean {statistics.fmean(ratios):.2f}")
+    return "\n".join(lines)
+
+
+# ---- longer than in training ----
+
+
+@torch.no_grad()
+def loss_by_position(model: GPT, stream: TokenStream, sequences: int) -> torch.Tensor:
+    """(T,): the mean loss at each position, over sequences spread evenly over the stream."""
+    there, total = stream.sequences_per_epoch, 0.0
+    for i in range(sequences):
+        x, y = map(torch.from_numpy, stream.batch([i * there // sequences]))
+        total = total + F.cross_entropy(model(x)[0][0].float(), y[0], reduction="none")
+    return total / sequences
+
+
+def stretched(folder: Path, times: int, scaling: str) -> GPT:
+    """A run's model for sequences so many times as long as it was trained on. A learned table gets rows as they were before training."""
+    model = checkpoint.load_model(str(folder))[0]
+    c = model.config
+    longer = replace(c, seq_len=times * c.seq_len, rope_scaling=scaling, rope_factor=float(times) if scaling != "none" else 1.0)
+    if c.pos == "rope":
+        model.adapt(longer)
+        return model
+    other = GPT(longer).eval()
+    table = other.state_dict()["transformer.wpe.weight"].clone()
+    table[: c.seq_len] = model.transformer.wpe.weight
+    other.load_state_dict(model.state_dict() | {"transformer.wpe.weight": table})
+    return other
+
+
+def extrapolate(config: CompareConfig, times: int = 4, sequences: int = 64) -> list[dict]:
+    """Loss by position up to `times` the length of training, for learned positions and for rope as it is and scaled."""
+    curves = []
+    for name, scaling in (("learned", "none"), ("rope", "none"), ("rope", "linear"), ("rope", "ntk"), ("rope", "yarn")):
+        losses = []
+        for seed in range(1, config.seeds + 1):
+            model = stretched(folder_of(config.out_dir, name, seed), times, scaling)
+            stream = TokenStream(find_shards(config.data_dir), "val", model.config.seq_len, shuffle=False)
+            losses.append(loss_by_position(model, stream, sequences))
+        curves.append({"variant": name if scaling == "none" else f"{name}, {scaling}", "loss": torch.stack(losses).mean(0).tolist()})
+    return curves
+
+
+def show_curves(curves: list[dict], parts: int = 4) -> str:
+    """The mean loss in each of so many parts of the sequence."""
+    length = len(curves[0]["loss"]) // parts
+    head = " | ".join(f"{i * length} to {(i + 1) * length - 1}" for i in range(parts))
+    lines = [f"| positions | {head} |", "| --- " * (parts + 1) + "|"]
+    for curve in curves:
+        means = [statistics.fmean(curve["loss"][i * length : (i + 1) * length]) for i in range(parts)]
+        lines.append(f"| {curve['variant']} | {' | '.join(f'{mean:.4f}' for mean in means)} |")
+    return "\n".join(lines)
+
+
+def plot_curves(curves: list[dict], trained: int, out: Path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for curve in curves:
+        bins = torch.tensor(curve["loss"]).view(-1, 16).mean(1)
+        axes.plot([16 * i + 8 for i in range(len(bins))], bins, label=curve["variant"])
+    axes.axvline(trained, color="gray", linestyle="--", label="length in training")
+    axes.set(xlabel="position", ylabel="cross entropy, nats a token, mean of 16 positions", title="Longer than in training")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out, dpi=110)
+
+
+def main():
+    with cli.one_line_errors():
+        config = cli.parse(CompareConfig)
+        config.validate()
+        variants = variants_of(config)
+        run_all(config, variants)
+        runs = {name: [measure(folder_of(config.out_dir, name, seed)) for seed in range(1, config.seeds + 1)] for name in variants}
+        rows = summary(runs)
+        print(json.dumps(rows, indent=2) if config.json else show(rows, config.seeds))
+        if config.suite == "modern":
+            print(tokens_to_the_same_loss(runs))
+        if config.suite == "length":
+            curves = extrapolate(config)
+            print(json.dumps(curves) if config.json else show_curves(curves))
+            plot_curves(curves, len(curves[0]["loss"]) // 4, Path(config.out_dir, "length.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""compare.py: what it says of runs, against plain arithmetic; one comparison whole."""
+
+import json
+import shlex
+
+import pytest
+import torch
+from conftest import TINY, forked, ids_for, run_main, run_train, script
+
+import compare
+import train
+from compare import CompareConfig, amount_for, cache_bytes, loss_by_position, stretched, summary, tokens_to_the_same_loss
+from dataloader import TokenStream, find_shards
+from model import GPT, GPTConfig, KVCache
+
+
+def one(val_loss: float, speed: float = 10.0, tokens: int = 1000, seconds: float = 5.0) -> dict:
+    there = dict(tokens=tokens, val_loss=val_loss, seconds=seconds, tokens_per_second=speed, memory_bytes=1, params=2, active_params=2)
+    return there | dict(cache_bytes=3)
+
+
+def test_a_row_is_the_mean_of_its_seeds_and_its_speed_the_median_of_the_ratios():
+    rows = summary({"a": [one(2.0, 10), one(3.0, 20), one(4.0, 30)], "b": [one(1.0, 20), one(2.5, 30), one(2.5, 30)]})
+    assert [row["val_loss"] for row in rows] == [3.0, 2.0] and [row["spread"] for row in rows] == [2.0, 1.5]
+    assert rows[1]["difference"] == -1.0 and rows[1]["perplexity"] == pytest.approx(7.389, abs=1e-3)
+    assert (rows[0]["speed"], rows[1]["speed"]) == (1.0, 1.5)
+
+
+def test_tokens_to_a_loss_lie_between_the_runs_around_it():
+    assert amount_for(2.0, [100, 400], [2.5, 1.5]) == pytest.approx(200)
+    assert amount_for(1.5, [100, 400], [2.5, 1.5]) == pytest.approx(400)
+    assert amount_for(1.4, [100, 400], [2.5, 1.5]) is None and amount_for(2.6, [100, 400], [2.5, 1.5]) is None
+    runs = {"first": [one(2.0, tokens=1000)], "x": [one(2.5, tokens=100, seconds=1.0)], "y": [one(1.5, tokens=400, seconds=4.0)]}
+    assert "tokens to the first variant's loss, seed by seed: 5.00" in tokens_to_the_same_loss(runs)
+    assert "seconds to the first variant's loss, seed by seed: 2.50" in tokens_to_the_same_loss(runs)
+    assert "choose other lengths" in tokens_to_the_same_loss(runs | {"y": [one(2.1)]})
+
+
+@pytest.mark.parametrize("switches", [{}, dict(n_kv_head=1), dict(window=8, window_pattern="SL", pos="rope")])
+def test_the_cache_is_as_large_as_a_real_one(switches):
+    config, cache = GPTConfig(97, 24, 4, 2, 16, **switches), KVCache(24)
+    GPT(config)(ids_for(config, batch=1), cache=cache)
+    assert cache_bytes(config) == cache.nbytes()
+
+
+@pytest.mark.parametrize("suite", compare.SUITES)
+def test_every_variant_of_a_suite_is_a_run_that_can_be(suite):
+    for flags in compare.variants_of(CompareConfig(suite=suite)).values():
+        train.parse_config([*flags, "--out-dir", "none"]).validate(1)
+
+
+@pytest.mark.parametrize("pos", ["learned", "rope"])
+def test_loss_by_position_is_the_loss_and_longer_models_are_the_same_at_first(shards, tmp_path, pos):
+    assert run_train(shards, tmp_path, "--pos", pos, "--val-every", 0) == 0
+    model, stream = stretched(tmp_path, 1, "none"), TokenStream(find_shards(shards), "val", 32, shuffle=False)
+    losses = loss_by_position(model, stream, 5)
+    x, y = map(torch.from_numpy, stream.batch([i * stream.sequences_per_epoch // 5 for i in range(5)]))
+    assert losses.mean().item() == pytest.approx(model(x, y)[1].item(), abs=1e-5)
+    longer = stretched(tmp_path, 4, "none")
+    assert longer.config.seq_len == 128 and (longer(x)[0] - model(x)[0]).abs().max() <= 1e-5
+    assert longer(ids_for(longer.config))[0].isfinite().all()
+    if pos == "rope":
+        assert (stretched(tmp_path, 4, "linear")(x)[0] - model(x)[0]).abs().max() > 1e-3
+
+
+def test_mistakes_are_one_line(capsys, tmp_path):
+    for argv, message in (
+        ([], "give variants, as"),
+        (["a=--max-steps 1", "--suite", "length"], "give variants, as"),
+        (["a", "--seeds", 0], "--seeds is 0: it must be at least 1; 'a' is no NAME=FLAGS"),
+        (["a=", "a=--max-steps 1"], "two variants have the same name"),
+    ):
+        assert run_main(compare.main, *argv, "--out-dir", tmp_path / "out") == 2
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_variants_are_compared_and_what_is_there_is_not_done_again(shards, tmp_path, capsys, monkeypatch):
+    flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0"])
+    argv = [f"plain={flags}", f"rope, 1 KV head={flags} --pos rope --n-kv-head 1", "--out-dir", tmp_path, "--seeds", 2]
+    monkeypatch.setattr(compare, "launch", lambda argv: forked(tmp_path, "train", *argv))
+    assert run_main(compare.main, *argv) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 4 and table[3].startswith("| rope, 1 KV head | 31,") and table[3].endswith("| 8 kB |")
+    monkeypatch.setattr(compare, "launch", None)
+    assert run_main(compare.main, *argv, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["variant"] for row in rows] == ["plain", "rope, 1 KV head"] and rows[0]["difference"] == 0
+
+
+@pytest.mark.slow
+def test_the_script_says_what_a_run_said(shards, tmp_path):
+    result = script("compare.py", "a=--preset quickstart --n-head 3", "--out-dir", tmp_path, "--seeds", 1)
+    assert result.returncode == 2 and "n_embd 128 is not a multiple of n_head 3" in result.stderr.splitlines()[-1]
