@@ -30,6 +30,7 @@ from device import pick_dtype
 from distributed import World, join_world
 from files import write_atomically
 from fineweb import Tokenizer
+from kernels import for_scoring
 from model import GPT, causal_mask
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -186,7 +187,7 @@ def log_probs(
 ) -> list[list[float]]:
     """The log-probability in nats of each row's ending given its context; the softmax and the sum are not in bf16.
     stopped: asked before each batch whether to leave the rest."""
-    model, device = model.for_scoring(), model.transformer.wte.weight.device
+    model, device = for_scoring(model), model.transformer.wte.weight.device
     at_once = 128 if device.type == "cpu" else 8192  # positions whose logits fit into the caches of the one, the memory of the other
     trees = [grow(rows, model.config.seq_len) for rows in tasks]
     result = [[] for _ in tasks]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from kernels import BlockwiseAttention, Linear, OneDNNLinear, chunk_loss, chunked_cross_entropy
+from kernels import BlockwiseAttention, Linear, chunk_loss, chunked_cross_entropy
 
 
 @dataclass
@@ -129,21 +129,6 @@ class GPTConfig:
         return -(-inner // self.n_expert_active)
 
 
-def fits(value, kind) -> bool:
-    """Whether a value, perhaps from a file, is of a field's type; whole numbers are counts, of at least 1."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    return isinstance(value, int | float if kind is float else kind) and not (isinstance(value, int) and kind is not float and value < 1)
-
-
-def needs(kind) -> str:
-    if get_origin(kind) is Literal:
-        return f"choose {' or '.join(get_args(kind))}"
-    return f"it must be {'a whole number of at least 1' if kind in (int, int | None) else f'a {kind.__name__}'}"
-
-
 SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
@@ -154,7 +139,7 @@ SIZES = {
 # fields that may change while the weights stay
 NOT_IN_WEIGHTS = {
     "seq_len", "attention", "rope_base", "rope_scaling", "rope_factor", "window", "window_pattern", "doc_mask", "logit_softcap",
-    "n_expert_active", "load_balance",
+    "load_balance",
 }  # fmt: skip
 
 MAX_LOGITS, MAX_LOGITS_CUDA = 2**26, 2**29  # more than so many never stand in memory at a time while the loss is computed
@@ -278,26 +263,25 @@ class GPT(nn.Module):
 
     def masks(self, idx: Tensor, cache: "KVCache | None", positions: Tensor, mask: Tensor | None) -> dict:
         """For each window of a layer, what its queries may see: (…, T, S), True for it; None: all before them in the window."""
-        config, masks = self.config, {}
-        documents = None
+        config, masks, documents = self.config, {}, None
         if config.doc_mask and mask is None:
             starts = idx == config.vocab_size - 1  # <|endoftext|> is the last id in every tokenizer of this project
             documents = starts.cumsum(1) if cache is None else cache.documents(starts, positions)  # (B, T), (B, max_len)
         for window in set(config.windows):
-            if cache is not None:
-                keys = cache.positions(window, positions)  # (S,)
-                masks[window] = sees(positions, keys, window)  # (T, S)
-                if documents is not None:
-                    masks[window] = masks[window] & same(documents[:, positions], documents[:, keys.clamp(min=0)])
-            elif mask is not None:
-                within = sees(positions, positions, window)[..., None, :, :] if window else True  # (B, 1, T, T)
-                masks[window] = mask & within
-            elif self.flex and (window or documents is not None):
-                masks[window] = block_mask(idx.size(1), window, documents, idx.device)
-            elif documents is not None:
-                masks[window] = same(documents, documents) & sees(positions, positions, window)  # (B, 1, T, T)
-            else:
-                masks[window] = None
+            if cache is None and mask is None and (documents is None or self.flex):
+                use_flex = self.flex and (window is not None or documents is not None)
+                masks[window] = block_mask(idx.size(1), window, documents, idx.device) if use_flex else None
+                continue
+            keys = positions if cache is None else cache.positions(window, positions)
+            seen = sees(positions, keys, window)  # (T, S) or (B, T, S)
+            seen = seen if seen.dim() == 2 else seen[:, None]
+            seen = seen if mask is None else seen & mask
+            if documents is not None:
+                of_queries, of_keys = (
+                    (documents, documents) if cache is None else (documents[:, positions], documents[:, keys.clamp(min=0)])
+                )
+                seen = seen & (of_queries[:, None, :, None] == of_keys[:, None, None, :])
+            masks[window] = seen
         return masks
 
     def compile_blocks(self, activation_memory: float = 1.0):
@@ -313,28 +297,6 @@ class GPT(nn.Module):
             block.compile()
         self.whole_loss, self.chunk_loss = torch.compile(self.whole_loss), torch.compile(self.chunk_loss)
         self.flex = self.lm_head.weight.device.type == "cuda"
-
-    def for_scoring(self) -> "GPT":
-        """A copy for hidden() and logits() without gradients, faster on a CPU; elsewhere, without oneDNN, or in fp16 this model
-        itself. Its matrix products are in autocast's dtype of now, or else the weights'. Take another one after a step of the
-        optimizer: weights in another dtype are of the moment the copy was made."""
-        weight = self.lm_head.weight
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-        if weight.device.type != "cpu" or not OneDNNLinear.is_available(dtype):
-            return self
-        with torch.device("meta"):
-            copy = GPT(self.config)
-        copy.load_state_dict(self.state_dict(), assign=True)  # the same tensors
-        for block in copy.transformer.h:
-            block.attn.c_attn = OneDNNLinear(block.attn.c_attn, dtype)
-            block.attn.c_proj = OneDNNLinear(block.attn.c_proj, dtype)
-            if isinstance(block.mlp, MLP):
-                gelu = self.config.mlp == "gelu"
-                block.mlp.c_fc = OneDNNLinear(block.mlp.c_fc, dtype, gelu=gelu)
-                block.mlp.c_proj = OneDNNLinear(block.mlp.c_proj, dtype)
-                block.mlp.activation = nn.Identity() if gelu else block.mlp.activation
-        copy.lm_head = OneDNNLinear(copy.lm_head, dtype)
-        return copy.eval()
 
     def num_params(self, active: bool = False) -> int:
         """Parameters, the rows that only pad the vocabulary left out; active: those that are at work for one token."""
@@ -462,7 +424,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), twice (B, K, T, D)
         if context.values is not None:
             first, share = context.values
-            v = v if first is None else (1 - share) * v + share * first
+            v = v + share * ((v if first is None else first) - v)
         values = v
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -488,11 +450,6 @@ def sees(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
     queries, keys = queries[..., :, None], keys[..., None, :]
     seen = (keys <= queries) & (keys >= 0)
     return seen if window is None else seen & (queries - keys < window)
-
-
-def same(queries: Tensor, keys: Tensor) -> Tensor:
-    """Documents (B, T) and (B, S) → (B, 1, T, S), True where query and key are of the same one."""
-    return (queries[:, :, None] == keys[:, None, :])[:, None]
 
 
 def block_mask(T: int, window: int | None, documents: Tensor | None, device) -> BlockMask:
@@ -697,3 +654,21 @@ class LayerCache:
         self.keys.index_copy_(2, slots, k)
         self.values.index_copy_(2, slots, v)
         return seen
+
+
+# ---- what a field of GPTConfig may be ----
+
+
+def fits(value, kind) -> bool:
+    """Whether a value, perhaps from a file, is of a field's type; whole numbers are counts, of at least 1."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, int | float if kind is float else kind) and not (isinstance(value, int) and kind is not float and value < 1)
+
+
+def needs(kind) -> str:
+    if get_origin(kind) is Literal:
+        return f"choose {' or '.join(get_args(kind))}"
+    return f"it must be {'a whole number of at least 1' if kind in (int, int | None) else f'a {kind.__name__}'}"

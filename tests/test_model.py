@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from huggingface import hf_state
-from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy
+from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy, for_scoring
 from model import GPT, SIZES, GPTConfig, KVCache, flash_attention, manual_attention
 
 # vocabulary, positions, layers, heads, channels: padded and not, heads of odd size, one layer, one head
@@ -286,9 +286,9 @@ def test_the_copy_for_scoring_computes_the_same(shape):
         torch.nn.init.normal_(p, std=0.2)
     idx = ids_for(model.config)
     with torch.no_grad():
-        assert (model.for_scoring()(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
+        assert (for_scoring(model)(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
         with torch.autocast("cpu", torch.bfloat16):
-            expected, scored = model(idx)[0], model.for_scoring()(idx)[0]
+            expected, scored = model(idx)[0], for_scoring(model)(idx)[0]
     assert scored.dtype == torch.bfloat16 and (scored - expected).float().norm() / expected.float().norm() < 0.02
 
 
@@ -296,17 +296,17 @@ def test_the_copy_for_scoring_is_of_the_weights_there_are(monkeypatch):
     """In fp32 it takes no memory; it leaves the model as it was, and is asked for anew after a step of training."""
     model = GPT(GPTConfig(*SHAPES[0])).train()
     idx = ids_for(model.config)
-    copy = model.for_scoring()
+    copy = for_scoring(model)
     assert copy is not model and copy.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
     model(idx, idx)[1].backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected, scored = model(idx)[0], model.for_scoring()(idx)[0]
+        expected, scored = model(idx)[0], for_scoring(model)(idx)[0]
     assert (scored - expected).float().norm() / expected.float().norm() < 0.02
     assert model.training and all(p.requires_grad for p in model.parameters())
 
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # as in PyTorch for a Mac
-    assert model.for_scoring() is model
+    assert for_scoring(model) is model
 
 
 def test_too_long_an_input_is_refused():

@@ -11,7 +11,7 @@ from conftest import ids_for
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy
+from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy, for_scoring
 from model import GPT, GPTConfig, KVCache, MixtureOfExperts, causal_mask, rotate, rotation_of
 
 SHAPE = dict(vocab_size=97, seq_len=24, n_layer=4, n_head=4, n_embd=32)
@@ -434,7 +434,7 @@ def test_manual_attention_scoring_copy_and_recomputation_equal_the_plain_way(var
     model.config.attention = "manual"
     assert (model(idx, idx)[1] - loss).abs() <= 1e-5
     with torch.no_grad():
-        assert (model.for_scoring()(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
+        assert (for_scoring(model)(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
     model.config.attention, model.recompute = "flash", True
     model(idx, idx)[1].backward()
     for p, grad in zip(model.parameters(), grads, strict=True):
