@@ -1,6 +1,6 @@
 """Ideas at equal tokens: trains each variant with several seeds, in turns, and prints one table.
 
-python compare.py "plain=--preset quickstart" "rope=--preset quickstart --pos rope"
+python compare.py "plain=" "rope=--pos rope" --flags="--preset quickstart"
 python compare.py --suite switches --data-dir webdocs_bytes    # what results/ shows
 """
 
@@ -33,6 +33,8 @@ class CompareConfig:
 
     variants: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """NAME=FLAGS of train.py, each in quotes; the first is what the others are compared with."""
+    flags: str = ""
+    """Flags of train.py for all of them, in quotes and after an equals sign."""
     suite: Literal["none", "switches", "modern", "rates", "experts", "teacher", "length"] = "none"
     """A comparison that is there ready-made, of small models that two CPU cores train in minutes each."""
     data_dir: str = "webdocs_bytes"
@@ -50,7 +52,7 @@ class CompareConfig:
         """ValueError with every fault at once."""
         faults = cli.at_least(1, self, "seeds", "workers")
         if (self.suite == "none") == (not self.variants):
-            faults.append('give variants, as "plain=--preset quickstart" "rope=--preset quickstart --pos rope", or a --suite')
+            faults.append('give variants, as "plain=" "rope=--pos rope" --flags="--preset quickstart", or a --suite')
         names = [variant.split("=")[0] for variant in self.variants]
         faults += [f"{variant!r} is no NAME=FLAGS" for variant in self.variants if "=" not in variant or not variant.split("=")[0]]
         if len(set(names)) < len(names):
@@ -136,11 +138,11 @@ SUITES = {
 
 def variants_of(config: CompareConfig) -> dict[str, list[str]]:
     """Name → flags of train.py."""
-    if config.suite == "none":
-        named = (variant.split("=", 1) for variant in config.variants)
-        return {name: shlex.split(flags) for name, flags in named}
-    common = [*shlex.split(SMALL), "--data-dir", config.data_dir]  # a variant's own flags come later and win
-    return {name: common + shlex.split(flags.format(out_dir=config.out_dir)) for name, flags in SUITES[config.suite].items()}
+    common, variants = shlex.split(config.flags), dict(variant.split("=", 1) for variant in config.variants)
+    if config.suite != "none":
+        common, variants = [*shlex.split(SMALL), "--data-dir", config.data_dir, *common], SUITES[config.suite]
+    # a variant's own flags come later and win
+    return {name: common + shlex.split(flags.format(out_dir=config.out_dir)) for name, flags in variants.items()}
 
 
 def folder_of(out_dir: str, name: str, seed: int) -> Path:

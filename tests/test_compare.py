@@ -78,7 +78,7 @@ def test_mistakes_are_one_line(capsys, tmp_path):
 
 def test_two_variants_are_compared_and_what_is_there_is_not_done_again(shards, tmp_path, capsys, monkeypatch):
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0"])
-    argv = [f"plain={flags}", f"rope, 1 KV head={flags} --pos rope --n-kv-head 1", "--out-dir", tmp_path, "--seeds", 2]
+    argv = ["plain=", "rope, 1 KV head=--pos rope --n-kv-head 1", f"--flags={flags}", "--out-dir", tmp_path, "--seeds", 2]
     monkeypatch.setattr(compare, "launch", lambda argv: forked(tmp_path, "train", *argv))
     assert run_main(compare.main, *argv) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
