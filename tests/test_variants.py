@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import ids_for
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy, for_scoring
@@ -265,6 +266,20 @@ def test_rope_depends_on_distance_alone(switches):
     shifted = torch.arange(7, 19).expand(3, 12)
     mask = causal_mask(12, 12, "cpu").expand(3, 1, 12, 12)
     assert (model.hidden(idx, positions=shifted, mask=mask) - model.hidden(idx)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear", "yarn"])
+def test_the_angles_of_a_real_size_equal_llamas(scaling):
+    config = GPTConfig(97, 8192, 1, 1, 64, pos="rope", rope_scaling=scaling, rope_factor=1.0 if scaling == "none" else 4.0)
+    how = dict(rope_type=scaling, factor=4.0, original_max_position_embeddings=2048) if scaling != "none" else dict(rope_type="default")
+    theirs = LlamaRotaryEmbedding(
+        transformers.LlamaConfig(
+            hidden_size=64, num_attention_heads=1, max_position_embeddings=8192, rope_parameters=dict(rope_theta=1e4) | how
+        )
+    )
+    positions = torch.arange(500)
+    for ours, hf in zip(rotation_of(positions, config), theirs(torch.zeros(1), positions[None]), strict=True):
+        assert (ours - hf[0, :, :32]).abs().max() <= 1e-4
 
 
 def test_ntk_keeps_the_fastest_wave_and_stretches_the_slowest_by_the_factor():
