@@ -1,16 +1,17 @@
 """What holds for every script: importing does nothing, --help is quick, flags have two spellings, unknown ones are refused."""
 
+import importlib
 import re
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import REPO, script
+from conftest import REPO, run_main
 
 import train
 
-SCRIPTS = ["train", "fineweb", "hellaswag", "sample", "plot_log", "bench"]
+SCRIPTS = ["train", "fineweb", "hellaswag", "sample", "plot_log", "bench", "compare"]
 MODULES = [path.stem for path in sorted(REPO.glob("*.py"))]
 
 # the module's third-party imports are loaded first; after that every file opened, address looked up and process begun counts
@@ -62,10 +63,10 @@ def test_help_answers_in_two_seconds(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_documents_every_flag(name):
-    result = script(f"{name}.py", "--help")
-    assert result.returncode == 0
-    lines = result.stdout.splitlines()
+def test_help_documents_every_flag(name, capsys):
+    assert run_main(importlib.import_module(name).main, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10
     for number, line in enumerate(lines):
         if line.startswith("│ --") or line.startswith("│ -d") or line.startswith("│ -m"):
             below = (line[30:] + lines[number + 1]).strip("│ ")
@@ -74,7 +75,7 @@ def test_help_documents_every_flag(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_unknown_flag_exits_with_2(name):
-    assert script(f"{name}.py", "--no-such-flag").returncode == 2
+    assert run_main(importlib.import_module(name).main, "--no-such-flag") == 2
 
 
 def test_the_tests_that_the_readme_names_are_there():

@@ -14,6 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy, for_scoring
 from model import GPT, GPTConfig, KVCache, MixtureOfExperts, causal_mask, rotate, rotation_of
+from train import PRESETS
 
 SHAPE = dict(vocab_size=97, seq_len=24, n_layer=4, n_head=4, n_embd=32)
 LLAMA = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, tied_head=False)
@@ -41,6 +42,10 @@ VARIANTS = {
     "shared": dict(share_layers=2, value_residual=True, embed_shortcut=True),
     "experts": dict(n_expert=4, n_expert_active=2, mlp="swiglu"),
     "one expert of three": dict(n_expert=3, n_expert_active=1),
+    "many at once": dict(
+        pos="rope", n_kv_head=2, window=5, window_pattern="SSLL", doc_mask=True, share_layers=2, n_expert=3, n_expert_active=2, mlp="swiglu"
+    ),
+    "modern": {name: getattr(PRESETS["modern"].model, name) for name in PRESETS["modern"].model.variants()},
 }
 
 
@@ -239,6 +244,20 @@ def test_logits_equal_the_plain_formula(switches):
     assert (model(idx)[0][0] - reference(model, idx[0])).abs().max() <= 1e-5
 
 
+def test_zero_init_begins_with_guessing_and_all_else_as_ever():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE, zero_init=True, tied_head=False, n_expert=2, mlp="swiglu"))
+    for name, p in model.named_parameters():
+        zero = name.endswith("bias") or "c_proj" in name or name == "lm_head.weight"
+        assert (p == 0).all() == zero, name
+        if p.dim() == 2 and not zero:
+            assert p.std().item() == pytest.approx(0.02, rel=0.2), name
+    idx = ids_for(model.config)
+    assert model(idx, idx)[1].item() == pytest.approx(torch.tensor(97.0).log().item(), abs=1e-5)
+    tied = GPT(GPTConfig(**SHAPE, zero_init=True))
+    assert tied.lm_head.weight.std() > 0.01
+
+
 def test_no_biases_is_biases_of_zero():
     plain, without = randomized(), GPT(GPTConfig(**SHAPE, bias=False))
     for name, p in plain.named_parameters():
@@ -391,6 +410,18 @@ def test_parameters_of_experts_active_and_in_all():
     assert experts.num_params(active=True) == dense.num_params() + routers - biases
 
 
+def test_parameters_and_flops_by_hand():
+    """Six for each weight at work, as often as it is, and twelve for a channel of each position seen (Chowdhery et al., 2022)."""
+    model = GPT(GPTConfig(**SHAPE, pos="rope", bias=False, norm="rmsnorm", tied_head=False, share_layers=2, n_kv_head=2, window=5,
+                          window_pattern="SSSL", n_expert=4, n_expert_active=2, mlp="swiglu"))  # fmt: skip
+    attention, router, expert = 32 * (32 + 2 * 16) + 32 * 32, 4 * 32, 3 * 32 * 44
+    block = attention + router + 4 * expert + 2 * 32
+    assert model.num_params() == 2 * block + 32 + 2 * 97 * 32
+    assert model.num_params(active=True) == 2 * (block - 2 * expert) + 32 + 2 * 97 * 32
+    at_work = 4 * (block - 2 * expert) + 32 + 128 * 32
+    assert model.flops_per_token() == 6 * at_work + 12 * 32 * (5 + 5 + 5 + 24)
+
+
 # ---- every variant ----
 
 
@@ -454,6 +485,27 @@ def test_manual_attention_scoring_copy_and_recomputation_equal_the_plain_way(var
     model(idx, idx)[1].backward()
     for p, grad in zip(model.parameters(), grads, strict=True):
         assert (p.grad - grad).abs().max() <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["modern", "many at once"])
+def test_compiled_variants_have_the_loss_and_gradients_of_plain_ones(variant):
+    model = randomized(**VARIANTS[variant])
+    idx = ids_with_documents(model.config)
+    loss = model(idx, idx)[1]
+    loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    torch._dynamo.reset()  # what other tests compiled counts against the limit
+    model.compile_blocks()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        compiled = model(idx, idx)[1]
+        compiled.backward()
+        with torch.no_grad():
+            assert (model(idx, idx)[1] - loss).abs() <= 1e-5
+    assert (compiled - loss).abs() <= 1e-5
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert (p.grad - grad).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("variant", ["window", "pattern", "documents", "documents in windows"])
