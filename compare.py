@@ -65,7 +65,9 @@ SMALL = (
     "--n-layer 4 --n-head 4 --n-embd 128 --seq-len 256 --vocab-size 257 --total-batch-tokens 2048 --micro-batch-size 8 --warmup-steps 40 "
     "--max-steps 800 --val-every 0 --val-tokens 262144 --hellaswag-every 0 --sample-every 0 --checkpoint-every 0 --keep 1"
 )
-ADAMW = "--preset gpt2 --max-lr 4e-3 --min-lr-ratio 0.02"  # the best of 2e-3, 4e-3 and 8e-3
+# tuned by the suite rates
+ADAMW = "--preset gpt2 --max-lr 4e-3 --min-lr-ratio 0.02"
+MODERN = "--preset modern --muon-momentum 0.85"
 SUITES = {
     # each switch alone against GPT-2, then each left out of modern
     "switches": {
@@ -91,29 +93,30 @@ SUITES = {
         "wsd": f"{ADAMW} --schedule wsd",
         "average": f"{ADAMW} --ema 0.99",
         "muon": f"{ADAMW} --optimizer muon",
-        "modern": "--preset modern",
-        "modern, learned positions": "--preset modern --pos learned",
-        "modern, no QK-norm": "--preset modern --no-qk-norm",
-        "modern, LayerNorm": "--preset modern --norm layernorm",
-        "modern, GELU": "--preset modern --mlp gelu",
-        "modern, SwiGLU": "--preset modern --mlp swiglu",
-        "modern, biases": "--preset modern --bias",
-        "modern, tied head": "--preset modern --tied-head",
-        "modern, no zero-init": "--preset modern --no-zero-init",
-        "modern, no softcap": "--preset modern --logit-softcap 0",
-        "modern, no value residual": "--preset modern --no-value-residual",
-        "modern, no embedding shortcut": "--preset modern --no-embed-shortcut",
-        "modern, cosine": "--preset modern --schedule cosine",
-        "modern, AdamW": "--preset modern --optimizer adamw --max-lr 4e-3",
+        "modern": MODERN,
+        "modern, learned positions": f"{MODERN} --pos learned",
+        "modern, no QK-norm": f"{MODERN} --no-qk-norm",
+        "modern, LayerNorm": f"{MODERN} --norm layernorm",
+        "modern, GELU": f"{MODERN} --mlp gelu",
+        "modern, SwiGLU": f"{MODERN} --mlp swiglu",
+        "modern, biases": f"{MODERN} --bias",
+        "modern, tied head": f"{MODERN} --tied-head",
+        "modern, no zero-init": f"{MODERN} --no-zero-init",
+        "modern, no softcap": f"{MODERN} --logit-softcap 0",
+        "modern, no value residual": f"{MODERN} --no-value-residual",
+        "modern, no embedding shortcut": f"{MODERN} --no-embed-shortcut",
+        "modern, cosine": f"{MODERN} --schedule cosine",
+        "modern, AdamW": f"{MODERN} --optimizer adamw --max-lr 4e-3",
     },
     "rates": {
         **{f"gpt2, {lr}": f"{ADAMW} --max-lr {lr} --max-steps 4000" for lr in ("2e-3", "4e-3", "8e-3")},
-        **{f"modern, {lr}": f"--preset modern --muon-lr {lr}" for lr in ("0.01", "0.02", "0.04")},
-        **{f"modern, AdamW's {lr}": f"--preset modern --max-lr {lr}" for lr in ("5e-3", "2e-2")},
+        **{f"modern, {lr}": f"{MODERN} --muon-lr {lr}" for lr in ("0.01", "0.02", "0.04")},
+        **{f"modern, AdamW's {lr}": f"{MODERN} --max-lr {lr}" for lr in ("5e-3", "2e-2")},
+        **{f"modern, momentum {m}": f"{MODERN} --muon-momentum {m}" for m in ("0.8", "0.9", "0.95")},
     },
     "modern": {
         "gpt2": f"{ADAMW} --max-steps 4000 --warmup-steps 100",
-        **{f"modern, {steps} steps": f"--preset modern --max-steps {steps}" for steps in (320, 400, 500, 640, 800)},
+        **{f"modern, {steps} steps": f"{MODERN} --max-steps {steps}" for steps in (400, 500, 640)},
     },
     "experts": {
         "dense": f"{ADAMW} --pos rope",
@@ -122,9 +125,9 @@ SUITES = {
         "8 experts, 2 at work": f"{ADAMW} --pos rope --n-expert 8 --n-expert-active 2",
     },
     "teacher": {
-        "alone": "--preset modern --n-layer 2 --n-embd 64 --n-head 2",
-        "teacher": "--preset modern --n-embd 192 --max-steps 1600",
-        "taught": "--preset modern --n-layer 2 --n-embd 64 --n-head 2 --teacher {out_dir}/teacher/1",
+        "alone": f"{MODERN} --n-layer 2 --n-embd 64 --n-head 2",
+        "teacher": f"{MODERN} --n-embd 192 --max-steps 1600",
+        "taught": f"{MODERN} --n-layer 2 --n-embd 64 --n-head 2 --teacher {{out_dir}}/teacher/1",
     },
     "length": {
         "learned": ADAMW,

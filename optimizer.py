@@ -22,12 +22,13 @@ class MuonAndAdamW:
     GradScaler.
     """
 
-    def __init__(self, model: GPT, lr: float, muon_lr: float, weight_decay: float, world: World):
+    def __init__(self, model: GPT, lr: float, muon_lr: float, momentum: float, weight_decay: float, world: World):
         self.world = world
         matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+        matrices.sort(key=lambda p: -p.numel())  # dealt out in turns, so that all shares cost about the same
         self.matrices, taken = matrices, set(matrices)
         rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in model.param_groups(weight_decay)]
-        self.muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay)
+        self.muon = torch.optim.Muon(matrices, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     @property

@@ -85,6 +85,8 @@ class TrainConfig:
     """muon: for the blocks' matrices (Jordan et al., 2024), AdamW for all else."""
     muon_lr: float = 0.02
     """Muon's learning rate at the end of the warmup, the same for all widths."""
+    muon_momentum: float = 0.95
+    """Muon's momentum; short runs learn faster with less."""
     weight_decay: float = 0.1
     """Decoupled (Loshchilov & Hutter, 2019), on tensors of 2 or more dimensions only."""
     grad_clip: float = 1.0
@@ -159,8 +161,9 @@ class TrainConfig:
             faults.append(f"--activation-memory is {self.activation_memory}: it must be from 0 to 1")
         elif 0 < self.activation_memory < 1 and not self.compile:
             faults.append("--activation-memory between 0 and 1 needs a compiled run: give --compile, or 0 or 1")
-        if not 0 <= self.ema < 1:
-            faults.append(f"--ema is {self.ema}: it must be at least 0 and below 1")
+        for name in ("ema", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                faults.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be at least 0 and below 1")
         for name in ("decay_ratio", "teacher_weight"):
             if not 0 < getattr(self, name) <= 1:
                 faults.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be above 0 and at most 1")
@@ -238,6 +241,7 @@ PRESETS = {
         ),
         optimizer="muon",
         schedule="wsd",
+        decay_ratio=0.5,
         max_lr=1e-2,
         min_lr_ratio=0.0,
         warmup_steps=250,
@@ -454,7 +458,8 @@ class Trainer:
         self.model.recompute = not compiled and config.activation_memory == 0
         self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if world.size > 1 else self.model
         if config.optimizer == "muon":
-            self.optimizer = optimizer.MuonAndAdamW(self.model, config.max_lr, config.muon_lr, config.weight_decay, world)
+            rates = config.max_lr, config.muon_lr, config.muon_momentum, config.weight_decay
+            self.optimizer = optimizer.MuonAndAdamW(self.model, *rates, world)
         else:
             self.optimizer = optimizer.adamw(self.model, config.max_lr, config.weight_decay)
         self.largest_lrs = [group["lr"] for group in self.optimizer.param_groups]

@@ -51,12 +51,12 @@ def test_muon_is_torchs_for_the_matrices_and_adamw_for_the_rest(switches):
         model = GPT(GPTConfig(97, 16, 2, 2, 16, **switches))
         matrices = {p for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
         if ours:
-            optimizers = [MuonAndAdamW(model, 1e-2, 2e-2, 0.1, ALONE)]
+            optimizers = [MuonAndAdamW(model, 1e-2, 2e-2, 0.9, 0.1, ALONE)]
             assert sum(len(group["params"]) for group in optimizers[0].param_groups) == len(list(model.parameters()))
         else:
             rest = [p for p in model.parameters() if p not in matrices]
             optimizers = [
-                torch.optim.Muon(matrices, lr=2e-2, weight_decay=0.1),
+                torch.optim.Muon(matrices, lr=2e-2, momentum=0.9, weight_decay=0.1),
                 torch.optim.AdamW([p for p in rest if p.dim() > 1], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
                 torch.optim.AdamW([p for p in rest if p.dim() < 2], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
             ]
@@ -77,11 +77,27 @@ def test_an_update_of_muon_is_nearly_orthogonal():
     model = GPT(GPTConfig(97, 16, 1, 2, 16))
     weight = model.transformer.h[0].mlp.c_fc.weight  # (64, 16)
     before, idx = weight.detach().clone(), ids_for(model.config)
-    optimizer = MuonAndAdamW(model, 1e-2, 0.5, 0.0, ALONE)
+    optimizer = MuonAndAdamW(model, 1e-2, 0.5, 0.95, 0.0, ALONE)
     model(idx, idx)[1].backward()
     optimizer.step()
     singular = torch.linalg.svdvals((before - weight.detach()) / (0.5 * 2))
     assert singular[0] < 1.4 and singular[-1] > 0.2
+
+
+def test_each_process_does_a_fair_share_of_the_matrices_and_no_more():
+    shares = []
+    for rank in range(4):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(97, 16, 4, 2, 16))
+        world = World(torch.device("cpu"), rank, 4)
+        object.__setattr__(world, "broadcast", lambda tensors, owner: None)
+        optimizer = MuonAndAdamW(model, 1e-2, 2e-2, 0.95, 0.1, world)
+        before, idx = [p.detach().clone() for p in optimizer.matrices], ids_for(model.config)
+        model(idx, idx)[1].backward()
+        optimizer.step()
+        shares.append({i for i, (p, q) in enumerate(zip(optimizer.matrices, before, strict=True)) if (p != q).any()})
+        assert sum(optimizer.matrices[i].numel() for i in shares[-1]) == sum(p.numel() for p in before) / 4
+    assert sorted(i for share in shares for i in share) == list(range(16))
 
 
 def test_the_average_is_torchs():

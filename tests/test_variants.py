@@ -551,6 +551,12 @@ def test_a_combination_that_makes_no_sense_is_refused(switches, message):
         GPT(GPTConfig(**SHAPE | switches))
 
 
+def test_a_variant_is_not_saved_as_what_it_is_not(tmp_path):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel computes no pos, bias: only the plain GPT-2"):
+        GPT(GPTConfig(**SHAPE, pos="rope", bias=False)).save_pretrained(tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_all_faults_are_named_at_once():
     faults = GPTConfig(**SHAPE | dict(n_kv_head=3, n_expert_active=3, window_pattern="")).faults()
     assert len(faults) == 3
