@@ -6,14 +6,16 @@ python compare.py --suite switches --data-dir webdocs_bytes    # what results/ s
 
 import json
 import math
+import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +55,10 @@ class CompareConfig:
         faults = cli.at_least(1, self, "seeds", "workers")
         if (self.suite == "none") == (not self.variants):
             faults.append('give variants, as "plain=" "rope=--pos rope" --flags="--preset quickstart", or a --suite')
-        names = [variant.split("=")[0] for variant in self.variants]
+        folders = [folder_of("", variant.split("=")[0], 1) for variant in self.variants]
         faults += [f"{variant!r} is no NAME=FLAGS" for variant in self.variants if "=" not in variant or not variant.split("=")[0]]
-        if len(set(names)) < len(names):
-            faults.append(f"two variants have the same name: {', '.join(names)}")
+        if len(set(folders)) < len(folders):
+            faults.append(f"two variants have the same name for a folder: {', '.join(str(folder.parent) for folder in folders)}")
         cli.refuse(faults)
 
 
@@ -141,46 +143,83 @@ SUITES = {
 
 def variants_of(config: CompareConfig) -> dict[str, list[str]]:
     """Name → flags of train.py."""
-    common, variants = shlex.split(config.flags), dict(variant.split("=", 1) for variant in config.variants)
+    common, variants = config.flags, dict(variant.split("=", 1) for variant in config.variants)
     if config.suite != "none":
-        common, variants = [*shlex.split(SMALL), "--data-dir", config.data_dir, *common], SUITES[config.suite]
-    # a variant's own flags come later and win
-    return {name: common + shlex.split(flags.format(out_dir=config.out_dir)) for name, flags in variants.items()}
+        common, variants = f"{SMALL} --data-dir {shlex.quote(config.data_dir)} {common}", SUITES[config.suite]
+    try:  # a variant's own flags come later and win
+        return {name: shlex.split(f"{common} {flags.format(out_dir=shlex.quote(config.out_dir))}") for name, flags in variants.items()}
+    except ValueError as e:
+        raise ValueError(f"{e}: a quote or brace of the flags has no second one") from e
 
 
 def folder_of(out_dir: str, name: str, seed: int) -> Path:
-    return Path(out_dir, "".join(c if c.isalnum() or c in ".-" else "_" for c in name), str(seed))
+    return Path(out_dir, re.sub(r"[^\w.-]|^\.", "_", name), str(seed))
 
 
-def run(flags: list[str], folder: Path, seed: int):
-    """Trains one variant, or goes on with it. ValueError with what train.py said when it can't."""
-    begin = ["--resume"] if (folder / train.RUN).exists() else [*flags, "--seed", str(seed)]
-    argv = [*begin, "--out-dir", str(folder)]
-    result = launch(argv)
-    if result.returncode:
-        said = [line for line in result.stderr.splitlines() if line.strip()] or ["nothing"]
-        raise ValueError(f"train.py {shlex.join(argv)} ended with {result.returncode}: {said[-1]}")
+class Run(NamedTuple):
+    """One variant with one seed."""
+
+    name: str
+    flags: list[str]
+    folder: Path
+    seed: int
+
+    def config(self) -> train.TrainConfig:
+        """What its flags say. Exits 2 on an unknown one, ValueError names the variant whose settings can't be."""
+        config = train.parse_flags([*self.flags, *self.last()])
+        try:
+            config.validate(1)
+        except ValueError as e:
+            raise ValueError(f"{self.name}: {e}") from e
+        return config
+
+    def last(self) -> list[str]:
+        return ["--out-dir", str(self.folder), "--seed", str(self.seed)]
+
+    def state(self) -> Literal["new", "begun", "finished"]:
+        """ValueError where its folder has a run with other flags."""
+        if not (self.folder / train.RUN).exists():
+            return "new"
+        wanted, there = self.config(), train.read_run(self.folder)
+        wanted.model.vocab_size, wanted.teacher = there.model.vocab_size, there.teacher  # the shards', the checkpoint's in the folder
+        try:
+            train.refuse_changes(there, wanted, {"verify_shards", "timeout_minutes"}, str(self.folder))
+        except ValueError as e:
+            raise ValueError(f"{self.name}: {e}; or remove that folder, or choose another --out-dir") from e
+        log = self.folder / "log.txt"
+        return "finished" if log.exists() and there.max_steps in plot_log.read_log(log).get("val", {}) else "begun"
 
 
-def launch(argv: list[str]) -> subprocess.CompletedProcess:
-    script = Path(__file__).with_name("train.py")
-    return subprocess.run([sys.executable, script, *argv], capture_output=True, text=True, errors="replace")
-
-
-def run_all(config: CompareConfig, variants: dict[str, list[str]]):
-    """All runs, a seed of each variant before the next seed, so that a machine whose speed drifts is fair to all."""
-    jobs = [(flags, folder_of(config.out_dir, name, seed), seed) for seed in range(1, config.seeds + 1) for name, flags in variants.items()]
-    jobs = [job for job in jobs if not is_finished(job[1])]
-    pool = ThreadPoolExecutor(config.workers)
+def run_all(runs: list[Run], workers: int):
+    """Trains those that have not finished yet."""
+    runs, running = [run for run in runs if run.state() != "finished"], []
+    pool = ThreadPoolExecutor(workers)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        for _ in cli.bar(pool.map(lambda job: run(*job), jobs), total=len(jobs), desc="runs", unit="run", disable=not jobs):
+        done = pool.map(lambda run: train_one(run, running), runs)
+        for _ in cli.bar(done, total=len(runs), desc="runs", unit="run", disable=not runs):
             pass
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, which stops those that run too, no other begins
+    finally:  # after an error or a signal no other run begins, and those that are under way save and end
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.terminate()
+        pool.shutdown()
 
 
-def is_finished(folder: Path) -> bool:
-    return (folder / train.RUN).exists() and train.read_run(folder).max_steps in plot_log.read_log(folder / "log.txt").get("val", {})
+def train_one(run: Run, running: list[subprocess.Popen]):
+    """ValueError with what train.py said when it fails."""
+    argv = ["--resume", *run.last()[:2]] if run.state() == "begun" else [*run.flags, *run.last()]
+    process = launch(argv)
+    running.append(process)
+    said = [line for line in process.communicate()[1].splitlines() if line.strip()] or ["nothing"]
+    running.remove(process)
+    if process.returncode:
+        raise ValueError(f"{run.name}: train.py {shlex.join(argv)} ended with {process.returncode}: {said[-1]}")
+
+
+def launch(argv: list[str]) -> subprocess.Popen:
+    script = Path(__file__).with_name("train.py")
+    return subprocess.Popen([sys.executable, script, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
 
 
 # ---- what came of them ----
@@ -194,7 +233,7 @@ def measure(folder: Path) -> dict:
     model = GPT(config.model)
     return {
         "tokens": config.max_steps * config.total_batch_tokens,
-        "val_loss": rows[-1]["val_loss"],
+        "val_loss": [row["val_loss"] for row in rows if "val_loss" in row][-1],
         "seconds": rows[-1]["seconds"],
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps[len(steps) // 2 :]),  # compiled by then
         "memory_bytes": max(row["memory_bytes"] or 0 for row in steps),
@@ -344,9 +383,13 @@ def main():
     with cli.one_line_errors():
         config = cli.parse(CompareConfig)
         config.validate()
-        variants = variants_of(config)
-        run_all(config, variants)
-        runs = {name: [measure(folder_of(config.out_dir, name, seed)) for seed in range(1, config.seeds + 1)] for name in variants}
+        variants, seeds = variants_of(config), range(1, config.seeds + 1)
+        # a seed of each variant before the next seed, so that a machine whose speed drifts is fair to all
+        jobs = [Run(name, flags, folder_of(config.out_dir, name, seed), seed) for seed in seeds for name, flags in variants.items()]
+        for run in jobs[: len(variants)]:
+            run.config()
+        run_all(jobs, config.workers)
+        runs = {name: [measure(run.folder) for run in jobs if run.name == name] for name in variants}
         rows = summary(runs)
         print(json.dumps(rows, indent=2) if config.json else show(rows, config.seeds))
         if config.suite == "modern":

@@ -82,7 +82,7 @@ class BlockwiseAttention(torch.autograd.Function):
         return [(slice(start, end), slice(f, end)) for start, f, end in zip(starts, first, ends, strict=True)]
 
     @staticmethod
-    def hidden(block: slice, keys: slice, window: int | None, device) -> Tensor:
+    def unseen(block: slice, keys: slice, window: int | None, device) -> Tensor:
         """(block, keys), True where the query may not look."""
         ones = torch.ones(block.stop - block.start, keys.stop - keys.start, dtype=torch.bool, device=device)
         back = block.start - keys.start
@@ -95,7 +95,7 @@ class BlockwiseAttention(torch.autograd.Function):
         y, log_norm = [], []
         for block, keys in BlockwiseAttention.blocks(q.size(2), window):
             scores = (q[:, :, block] @ k[:, :, keys].transpose(2, 3)).float() / q.size(3) ** 0.5
-            scores = scores.masked_fill(BlockwiseAttention.hidden(block, keys, window, q.device), float("-inf"))
+            scores = scores.masked_fill(BlockwiseAttention.unseen(block, keys, window, q.device), float("-inf"))
             log_norm.append(scores.logsumexp(-1))  # (B, H, block)
             y.append((scores - log_norm[-1][..., None]).exp().to(v.dtype) @ v[:, :, keys])
         y = torch.cat(y, dim=2)
@@ -112,8 +112,8 @@ class BlockwiseAttention(torch.autograd.Function):
             # transposed, (B, H, keys, queries), so that torch.compile does not see the forward pass's scores and keep them
             q_block, k_seen, v_seen, dy_block = q[:, :, block], k[:, :, keys], v[:, :, keys], dy[:, :, block]
             scores = (k_seen @ q_block.transpose(2, 3)).float() / q.size(3) ** 0.5
-            hidden = BlockwiseAttention.hidden(block, keys, ctx.window, q.device).t()
-            weights = (scores - log_norm[:, :, None, block]).exp().masked_fill(hidden, 0)
+            unseen = BlockwiseAttention.unseen(block, keys, ctx.window, q.device).t()
+            weights = (scores - log_norm[:, :, None, block]).exp().masked_fill(unseen, 0)
             dweights = (v_seen @ dy_block.transpose(2, 3)).float()
             dscores = (weights * (dweights - row_sum[..., block]) / q.size(3) ** 0.5).to(q.dtype)
             dq.append(dscores.transpose(2, 3) @ k_seen)

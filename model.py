@@ -6,6 +6,7 @@ K = n_kv_head have keys and values, V ids of the vocabulary, S positions to look
 
 import math
 from dataclasses import dataclass, fields
+from string import Formatter
 from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
@@ -80,27 +81,13 @@ class GPTConfig:
 
     def faults(self) -> list[str]:
         """What is wrong with the shape, a line each."""
-        values = [(f, getattr(self, f.name)) for f in fields(self)]
-        if faults := [f"{f.name} is {value!r}: {needs(f.type)}" for f, value in values if not fits(value, f.type)]:
-            return faults
-        D, pattern, scaling, factor = self.n_embd // self.n_head, self.window_pattern, self.rope_scaling, self.rope_factor
-        for name, divisor in (("n_embd", "n_head"), ("n_head", "n_kv_head"), ("n_layer", "share_layers")):
-            if getattr(self, name) % (getattr(self, divisor) or 1):
-                faults.append(f"{name} {getattr(self, name)} is not a multiple of {divisor} {getattr(self, divisor)}: change one of them")
-        for name, least in (("rope_factor", 1), ("rope_base", 1), ("logit_softcap", 0), ("load_balance", 0)):
-            if not least <= getattr(self, name) < math.inf:
-                faults.append(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        if self.n_expert_active > self.n_expert:
-            faults.append(f"n_expert_active {self.n_expert_active} is more than n_expert {self.n_expert}: lower it")
-        if not pattern or set(pattern) - set("SL"):
-            faults.append(f"window_pattern is {pattern!r}: it must be letters S and L")
-        if self.pos == "rope" and D % 2:
-            faults.append(f"rope turns pairs of channels, and a head has {D}: choose another n_head")
-        if self.pos != "rope" and scaling != "none":
-            faults.append(f"rope_scaling {scaling} is for pos rope, not for {self.pos}")
-        if (scaling == "none") != (factor == 1):
-            faults.append(f"rope_scaling {scaling} with rope_factor {factor}: give both or none")
-        return faults
+        odd = {
+            f.name: f"{f.name} is {getattr(self, f.name)!r}: {needs(f.type)}"
+            for f in fields(self)
+            if not fits(getattr(self, f.name), f.type)
+        }
+        judged = [(rule, holds) for rule, holds in RULES if not odd.keys() & {name for _, name, _, _ in Formatter().parse(rule)}]
+        return [*odd.values(), *(rule.format(**vars(self)) for rule, holds in judged if not holds(self))]
 
     def variants(self) -> list[str]:
         """The switches that are not as in GPT-2."""
@@ -291,6 +278,7 @@ class GPT(nn.Module):
         from torch._functorch import config
 
         config.activation_memory_budget = activation_memory
+        torch._dynamo.config.recompile_limit = 64  # blocks are alike in kinds: first or not, with a window or not, of model or teacher
         for block in self.transformer.h:
             if isinstance(block.mlp, MixtureOfExperts):  # there the sizes are others each time
                 block.mlp.by_expert = torch.compiler.disable(by_expert)
@@ -566,8 +554,8 @@ class MixtureOfExperts(nn.Module):
         self.activation, self.by_expert = ACTIVATIONS[config.mlp], by_expert
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, T, C) → the same, and the load-balancing loss: n_expert · Σ (share of the tokens · mean probability), which is
-        at least 1 where both are equal for all experts (Fedus et al., 2021, equation 4)."""
+        """x: (B, T, C) → the same, and the load-balancing loss: n_expert · Σ (share of the tokens · mean probability), 1
+        where both are equal for all experts (Fedus et al., 2021, equation 4)."""
         tokens = x.flatten(0, 1)  # (N, C)
         probs = self.router(tokens).float().softmax(-1)  # (N, experts)
         weights, chosen = probs.topk(self.n_active)  # (N, active)
@@ -600,7 +588,7 @@ class KVCache:
         self.max_len, self.slack = max_len, slack
         self.length = 0
         self.layers: dict[int, LayerCache] = {}
-        self.document: Tensor | None = None  # (B, max_len), of each position
+        self.document_of: Tensor | None = None  # (B, max_len), of each position
 
     def layer(self, number: int, window: int | None) -> "LayerCache":
         if number not in self.layers:
@@ -624,10 +612,10 @@ class KVCache:
 
     def documents(self, starts: Tensor, positions: Tensor) -> Tensor:
         """starts (B, T): where among the new positions (T,) a document begins → (B, max_len), the documents of all."""
-        if self.document is None:
-            self.document = starts.new_zeros(len(starts), self.max_len, dtype=torch.long)
-        before = self.document[:, (positions[:1] - 1).clamp(min=0)] * (positions[0] > 0)  # (B, 1)
-        return self.document.index_copy_(1, positions, before + starts.cumsum(1))
+        if self.document_of is None:
+            self.document_of = starts.new_zeros(len(starts), self.max_len, dtype=torch.long)
+        before = self.document_of[:, (positions[:1] - 1).clamp(min=0)] * (positions[0] > 0)  # (B, 1)
+        return self.document_of.index_copy_(1, positions, before + starts.cumsum(1))
 
     def nbytes(self) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers.values())
@@ -672,3 +660,31 @@ def needs(kind) -> str:
     if get_origin(kind) is Literal:
         return f"choose {' or '.join(get_args(kind))}"
     return f"it must be {'a whole number of at least 1' if kind in (int, int | None) else f'a {kind.__name__}'}"
+
+
+RULES = (  # with the fields that each speaks of
+    ("n_embd {n_embd} is not a multiple of n_head {n_head}: change one of them", lambda c: c.n_embd % c.n_head == 0),
+    ("n_head {n_head} is not a multiple of n_kv_head {n_kv_head}: change one of them", lambda c: c.n_head % c.kv_heads == 0),
+    ("n_layer {n_layer} is not a multiple of share_layers {share_layers}: change one of them", lambda c: c.n_layer % c.share_layers == 0),
+    ("n_expert_active {n_expert_active} is more than n_expert {n_expert}: lower it", lambda c: c.n_expert_active <= c.n_expert),
+    ("n_expert is {n_expert}: it must be at most 1024", lambda c: c.n_expert <= 1024),
+    (
+        "window_pattern is {window_pattern!r}: it must be letters S and L",
+        lambda c: c.window_pattern and not set(c.window_pattern) - set("SL"),
+    ),
+    ("window_pattern {window_pattern} is for a window, which is {window}: give one", lambda c: c.window or c.window_pattern == "S"),
+    (
+        "pos {pos} turns pairs of channels: n_embd {n_embd} / n_head {n_head} must be even",
+        lambda c: c.pos != "rope" or c.n_embd // c.n_head % 2 == 0,
+    ),
+    ("rope_base {rope_base} is for pos rope, not for {pos}", lambda c: c.pos == "rope" or c.rope_base == 10000),
+    ("rope_scaling {rope_scaling} is for pos rope, not for {pos}", lambda c: c.pos == "rope" or c.rope_scaling == "none"),
+    (
+        "rope_scaling {rope_scaling} with rope_factor {rope_factor}: give both or none",
+        lambda c: (c.rope_scaling == "none") == (c.rope_factor == 1),
+    ),
+    ("rope_base is {rope_base}: it must be from 2 to 10^12", lambda c: 2 <= c.rope_base <= 10**12),
+    ("rope_factor is {rope_factor}: it must be from 1 to 10^6", lambda c: 1 <= c.rope_factor <= 10**6),
+    ("logit_softcap is {logit_softcap}: it must be from 0 to 10^6", lambda c: 0 <= c.logit_softcap <= 10**6),
+    ("load_balance is {load_balance}: it must be from 0 to 10^6", lambda c: 0 <= c.load_balance <= 10**6),
+)

@@ -71,7 +71,7 @@ def schedule(name: str, step: int, max_steps: int, warmup_steps: int, min_ratio:
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if name == "wsd":
-        fall = max(1, round(max_steps * decay_ratio))
+        fall = max(1, min(round(max_steps * decay_ratio), max_steps - warmup_steps))
         return min_ratio + (1 - min_ratio) * min(1.0, (max_steps - step) / fall)
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -99,6 +99,8 @@ def generate(
     """
     if idx.size(1) == 0:
         raise ValueError("generate needs at least one id to go on from")
+    if compile and model.config.n_expert > 1:
+        raise ValueError("a token's path through experts can't be compiled: leave --compile out")
     limit, end = model.config.seq_len, idx.size(1) + max_new_tokens
     counts = Counter() if counts is None else counts
     how = temperature, top_k, top_p

@@ -70,7 +70,8 @@ class TrainConfig:
     total_batch_tokens: int = 524288
     """Tokens of an update, over all processes; gradients are accumulated to reach it."""
     micro_batch_size: int = 64
-    """Sequences a process puts through the model at a time: lower it when memory runs out; only rounding changes."""
+    """Sequences a process puts through the model at a time: lower it when memory runs out; only rounding changes,
+    and with experts what they balance: the micro batch."""
     max_lr: float = 6e-4
     """AdamW's learning rate at the end of the warmup."""
     min_lr_ratio: float = 0.1
@@ -417,13 +418,14 @@ def load_teacher(config: TrainConfig) -> GPT:
 
 def refuse_too_large(config: GPTConfig, where: torch.device):
     """ValueError when the matrices, their gradients and AdamW's two moments, 16 bytes a weight, can't fit."""
-    block = (4 + 8 * config.n_expert // config.n_expert_active) * config.n_embd**2
-    weights = config.n_layer // config.share_layers * block + (config.padded_vocab_size + config.seq_len) * config.n_embd
+    block = (4 * config.n_embd + 2 * config.n_expert * config.n_inner) * config.n_embd
+    rows = (1 if config.tied_head else 2) * config.padded_vocab_size + (config.seq_len if config.pos == "learned" else 0)
+    weights = config.n_layer // config.share_layers * block + rows * config.n_embd
     need, have = 16 * weights, device.total_memory(where)
     if need > have:
         raise ValueError(
             f"weights, gradients and optimizer of this model need {need / 1e9:.1f} GB, {where.type} has {have / 1e9:.1f} GB: "
-            "choose a smaller --n-layer or --n-embd"
+            f"choose a smaller --n-layer{', --n-expert' if config.n_expert > 1 else ''} or --n-embd"
         )
 
 
@@ -525,7 +527,8 @@ class Trainer:
             with torch.no_grad():
                 expected = self.teacher(x)[0]
             logits, loss = model(x, y, with_logits=True)
-            return loss + self.config.teacher_weight * changes_gradient_only(divergence(logits, expected) - loss)
+            text = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())  # the loss, but without the experts' balance
+            return loss + self.config.teacher_weight * changes_gradient_only(divergence(logits, expected) - text)
 
     def forbids(self, losses, mean: float, norm: float) -> str:
         """Why this update must not reach the weights, or ''."""
@@ -889,9 +892,8 @@ class PresetFlag:
 def parse_config(argv: list[str] | None = None) -> TrainConfig:
     """Flags over the defaults of a preset, of the weights to start from, or of the run to go on with. ValueError when
     they do not fit it, or would overwrite a run."""
-    first, _ = tyro.cli(PresetFlag, args=argv, return_unknown_args=True, add_help=False)
-    preset = PRESETS.get(first.preset, PRESETS["gpt2"])  # a wrong name is for the full parser to refuse
-    config = cli.parse(TrainConfig, argv, preset)
+    config = parse_flags(argv)
+    preset = PRESETS[config.preset]
     out_dir = Path(config.out_dir)
     if config.resume or config.replay_step is not None or is_restart(out_dir):
         previous = replace(read_run(out_dir, config.replay_step), out_dir=config.out_dir, resume=True)
@@ -904,7 +906,15 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         config = cli.parse(TrainConfig, argv, source)
         config.init_revision = checkpoint.hub_commit(config.init_from, config.init_revision)
         refuse_changes(source.model, config.model, NOT_IN_WEIGHTS, config.init_from)
+    if config.teacher and not config.resume:  # a folder's newest checkpoint may be another one when the run goes on
+        config.teacher = str(checkpoint.checkpoint_file(config.teacher) or config.teacher)
     return config
+
+
+def parse_flags(argv: list[str] | None = None) -> TrainConfig:
+    """Flags over the defaults of a preset."""
+    first, _ = tyro.cli(PresetFlag, args=argv, return_unknown_args=True, add_help=False)
+    return cli.parse(TrainConfig, argv, PRESETS.get(first.preset, PRESETS["gpt2"]))  # a wrong name is for the full parser to refuse
 
 
 def is_restart(out_dir: Path) -> bool:

@@ -68,7 +68,9 @@ def test_mistakes_are_one_line(capsys, tmp_path):
         ([], "give variants, as"),
         (["a=--max-steps 1", "--suite", "length"], "give variants, as"),
         (["a", "--seeds", 0], "--seeds is 0: it must be at least 1; 'a' is no NAME=FLAGS"),
-        (["a=", "a=--max-steps 1"], "two variants have the same name"),
+        (["a b=", "a_b=--max-steps 1"], "two variants have the same name for a folder"),
+        (["a=--n-head 5"], "a: n_embd 768 is not a multiple of n_head 5"),
+        (["a='"], "No closing quotation"),
     ):
         assert run_main(compare.main, *argv, "--out-dir", tmp_path / "out") == 2
         (error,) = capsys.readouterr().err.strip().splitlines()
@@ -76,14 +78,25 @@ def test_mistakes_are_one_line(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+class Ended:
+    """A finished process, as subprocess.Popen has it."""
+
+    def __init__(self, result):
+        self.returncode, self.communicate = result.returncode, lambda: ("", result.stderr)
+
+
 def test_two_variants_are_compared_and_what_is_there_is_not_done_again(shards, tmp_path, capsys, monkeypatch):
-    flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0"])
+    flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0", "--sample-every", "20"])
     argv = ["plain=", "rope, 1 KV head=--pos rope --n-kv-head 1", f"--flags={flags}", "--out-dir", tmp_path, "--seeds", 2]
-    monkeypatch.setattr(compare, "launch", lambda argv: forked(tmp_path, "train", *argv))
+    monkeypatch.setattr(compare, "launch", lambda argv: Ended(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, *argv) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 4 and table[3].startswith("| rope, 1 KV head | 31,") and table[3].endswith("| 8 kB |")
+    with open(tmp_path / "plain" / "1" / "metrics.jsonl", "a") as file:  # HellaSwag comes after the last validation
+        file.write(json.dumps({"step": 20, "hellaswag_acc": 0.25, "seconds": 1.0}) + "\n")
     monkeypatch.setattr(compare, "launch", None)
+    assert run_main(compare.main, "plain=--max-steps 30", *argv[2:]) == 2
+    assert "plain: max_steps 30 does not fit" in capsys.readouterr().err
     assert run_main(compare.main, *argv, "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["variant"] for row in rows] == ["plain", "rope, 1 KV head"] and rows[0]["difference"] == 0
@@ -91,5 +104,5 @@ def test_two_variants_are_compared_and_what_is_there_is_not_done_again(shards, t
 
 @pytest.mark.slow
 def test_the_script_says_what_a_run_said(shards, tmp_path):
-    result = script("compare.py", "a=--preset quickstart --n-head 3", "--out-dir", tmp_path, "--seeds", 1)
-    assert result.returncode == 2 and "n_embd 128 is not a multiple of n_head 3" in result.stderr.splitlines()[-1]
+    result = script("compare.py", "a=--preset quickstart --data-dir nowhere", "--out-dir", tmp_path, "--seeds", 1)
+    assert result.returncode == 2 and "a: train.py" in result.stderr and "does not exist" in result.stderr.splitlines()[-1]

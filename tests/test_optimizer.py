@@ -41,6 +41,8 @@ def test_the_learning_rate_is_torchs_warmup_plateau_and_fall():
         "wsd", 60, 10, 0.1, 0.2,
     )  # fmt: skip
     assert schedule("wsd", 60, 60, 10, 0.1, 0.2) == pytest.approx(0.1)
+    late = [schedule("wsd", step, 100, 90, 0.0, 0.5) for step in (89, 90, 95)]  # the fall begins after the warmup
+    assert late == pytest.approx([1.0, 1.0, 0.5])
 
 
 @pytest.mark.parametrize("switches", [{}, dict(n_expert=3, n_expert_active=2, value_residual=True, tied_head=False, qk_norm=True)])

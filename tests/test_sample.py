@@ -289,3 +289,8 @@ def test_a_model_that_diverged_is_named(model, temperature):
 def test_nothing_to_go_on_from_is_refused(model):
     with pytest.raises(ValueError, match="at least one id"):
         generate(model, torch.zeros(1, 0, dtype=torch.long), 1)
+
+
+def test_compiled_steps_are_refused_for_experts():
+    with pytest.raises(ValueError, match="leave --compile out"):
+        generate(GPT(GPTConfig(97, 16, 1, 2, 16, n_expert=2)), torch.zeros(1, 1, dtype=torch.long), 4, compile=True)

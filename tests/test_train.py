@@ -23,6 +23,7 @@ import device
 import sample
 import train
 from dataloader import TokenStream, find_shards
+from distributed import World
 from model import GPT, GPTConfig
 from optimizer import schedule
 from train import PRESETS
@@ -179,6 +180,29 @@ def test_a_student_follows_the_plain_formula_of_distillation(teacher, shards, tm
     assert row["grad_norm"] == pytest.approx(sum((p.grad**2).sum() for p in student.parameters()).item() ** 0.5, rel=1e-4)
 
 
+def test_a_teacher_stays_the_same_when_its_run_goes_on(teacher, shards, tmp_path):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    assert run_train(shards, tmp_path / "run", "--teacher", tmp_path / "teacher") == 0
+    assert run_main(train.main, "--resume", "--out-dir", tmp_path / "teacher", "--max-steps", 60) == 0
+    assert run_main(train.main, "--replay-step", 15, "--out-dir", tmp_path / "run") == 0
+
+
+def test_a_teacher_of_experts_leaves_their_balance_as_it_is(teacher, shards):
+    """With the text's share in the gradient at 0 the router still learns to be fair."""
+    config = train.parse_flags([*TINY, "--data-dir", str(shards), "--n-expert", "4", "--teacher", str(teacher), "--teacher-weight", "1"])
+    world = World(torch.device("cpu"))
+    grads = []
+    for balance in (0.01, 0.0):
+        config.model.load_balance = balance
+        trainer, _ = train.build(config, world, train.Log(config, world))
+        trainer.loss(trainer.model, range(4)).backward()
+        grads.append(trainer.model.transformer.h[0].mlp.router.weight.grad)
+        x = torch.from_numpy(trainer.train_stream.batch(range(4))[0])
+        (of_balance,) = torch.autograd.grad(trainer.model.trunk(x)[1], trainer.model.transformer.h[0].mlp.router.weight)
+    assert of_balance.abs().max() > 1e-4
+    assert (grads[0] - grads[1] - 0.01 * of_balance).abs().max() <= 1e-7
+
+
 def test_a_teacher_that_reads_something_else_is_refused(teacher, shards, tmp_path, capsys):
     hf = random_hf(97, 64, 1, 2, 16)
     hf.save_pretrained(tmp_path / "hf")
@@ -223,8 +247,9 @@ def test_a_model_with_rope_may_be_tuned_on_longer_sequences(shards, tmp_path, ca
     model = checkpoint.load_model(tmp_path / "long")[0]
     assert (model.config.seq_len, model.config.rope_scaling, model.config.rope_factor) == (128, "yarn", 4.0)
     assert float(read_stream(tmp_path / "long", "train")[0]) < 4.5
-    assert run_train(shards, tmp_path / "no", "--init-from", tmp_path / "short", "--qk-norm") == 2
-    assert "qk_norm True does not fit" in capsys.readouterr().err
+    for argv, message in ((["--qk-norm"], "qk_norm True does not fit"), (["--n-expert", 2], "n_expert 2 does not fit")):
+        assert run_train(shards, tmp_path / "no", "--init-from", tmp_path / "short", *argv) == 2
+        assert message in capsys.readouterr().err
 
 
 # ---- resume ----
@@ -521,7 +546,7 @@ def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, messa
             "--muon-lr is -1.0: it must be at least 0; --ema is 1.0: it must be at least 0 and below 1; --decay-ratio is 0.0",
         ),
         (["--window", 0], "window is 0: it must be a whole number of at least 1"),
-        (["--n-embd", 34, "--pos", "rope"], "rope turns pairs of channels, and a head has 17"),
+        (["--n-embd", 34, "--pos", "rope"], "pos rope turns pairs of channels: n_embd 34 / n_head 2 must be even"),
         (["--max-steps", 0, "--max-lr", -1, "--keep", -1], "--max-steps is 0: it must be at least 1; --max-lr is -1.0"),
         (["--max-lr", "nan"], "--max-lr is nan"),
         (["--max-steps", 10**21], "it must be at most 1,000,000,000"),

@@ -401,6 +401,14 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts(active):
     assert balance >= 0.99
 
 
+def test_every_parameter_has_a_gradient_also_in_a_single_layer():
+    """What has none would end a run on several processes."""
+    model = randomized(n_layer=1, value_residual=True, embed_shortcut=True)
+    idx = ids_for(model.config)
+    model(idx, idx)[1].backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_parameters_of_experts_active_and_in_all():
     dense, experts = GPT(GPTConfig(**SHAPE)), GPT(GPTConfig(**SHAPE, n_expert=8, n_expert_active=2))
     routers = 4 * 8 * 32
@@ -529,9 +537,14 @@ def test_flex_attention_sees_the_same(variant):
     [
         (dict(n_kv_head=3), "n_head 4 is not a multiple of n_kv_head 3"),
         (dict(n_kv_head=0), "n_kv_head is 0"),
-        (dict(n_embd=20, pos="rope"), "rope turns pairs of channels, and a head has 5"),
+        (dict(n_embd=20, pos="rope"), "pos rope turns pairs of channels: n_embd 20 / n_head 4 must be even"),
         (dict(window=0), "window is 0"),
-        (dict(window_pattern="SX"), "window_pattern is 'SX'"),
+        (dict(window_pattern="SL"), "window_pattern SL is for a window, which is None"),
+        (dict(rope_base=500.0), "rope_base 500.0 is for pos rope"),
+        (dict(rope_base=1.0, pos="rope"), "rope_base is 1.0: it must be from 2"),
+        (dict(rope_factor=1e308, pos="rope", rope_scaling="ntk"), "rope_factor is 1e\\+308: it must be from 1"),
+        (dict(n_expert=10_000), "n_expert is 10000: it must be at most 1024"),
+        (dict(window_pattern="SX", window=3), "window_pattern is 'SX'"),
         (dict(window_pattern=""), "window_pattern is ''"),
         (dict(n_expert=2, n_expert_active=3), "n_expert_active 3 is more than n_expert 2"),
         (dict(share_layers=3), "n_layer 4 is not a multiple of share_layers 3"),
@@ -558,6 +571,8 @@ def test_a_variant_is_not_saved_as_what_it_is_not(tmp_path):
 
 
 def test_all_faults_are_named_at_once():
-    faults = GPTConfig(**SHAPE | dict(n_kv_head=3, n_expert_active=3, window_pattern="")).faults()
-    assert len(faults) == 3
+    faults = GPTConfig(
+        **SHAPE | dict(n_kv_head=3, n_expert_active=3, window_pattern="", window=0, rope_factor=2.0, load_balance=torch.inf)
+    ).faults()
+    assert len(faults) == 6
     assert len(GPTConfig(n_layer="2", mlp="relu", bias=None).faults()) == 3
