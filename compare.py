@@ -1,7 +1,7 @@
 """Ideas at equal tokens: trains each variant with several seeds, in turns, and prints one table.
 
 python compare.py "plain=" "rope=--pos rope" --flags="--preset quickstart"
-python compare.py --suite switches --data-dir webdocs_bytes    # what results/ shows
+python compare.py --suite modern --data-dir webdocs_bytes    # preset modern against gpt2, each with its own rates
 """
 
 import json
@@ -272,7 +272,7 @@ def summary(runs: dict[str, list[dict]]) -> list[dict]:
 
 def show(rows: list[dict], seeds: int) -> str:
     lines = [
-        f"| variant | parameters (active) | tokens | val loss, {seeds} seeds | spread | to the first | perplexity "
+        f"| variant | parameters (active) | tokens | val loss, mean of {seeds} | spread | to the first | perplexity "
         "| tok/s | × first | memory | KV cache |",
         "| --- " * 11 + "|",
     ]

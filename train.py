@@ -70,8 +70,7 @@ class TrainConfig:
     total_batch_tokens: int = 524288
     """Tokens of an update, over all processes; gradients are accumulated to reach it."""
     micro_batch_size: int = 64
-    """Sequences a process puts through the model at a time: lower it when memory runs out; only rounding changes,
-    and with experts what they balance: the micro batch."""
+    """Sequences a process puts through the model at a time: lower it when memory runs out; but for experts only rounding changes."""
     max_lr: float = 6e-4
     """AdamW's learning rate at the end of the warmup."""
     min_lr_ratio: float = 0.1
@@ -225,7 +224,7 @@ PRESETS = {
     "gpt2-medium": TrainConfig(preset="gpt2-medium", model=GPTConfig(**SIZES["gpt2-medium"]), max_lr=3e-4, micro_batch_size=32),
     "gpt2-large": TrainConfig(preset="gpt2-large", model=GPTConfig(**SIZES["gpt2-large"]), max_lr=2.5e-4, micro_batch_size=16),
     "gpt2-xl": TrainConfig(preset="gpt2-xl", model=GPTConfig(**SIZES["gpt2-xl"]), max_lr=2e-4, micro_batch_size=8),
-    # GPT-2's size with what makes it learn from fewer tokens; each part's share is measured in results/
+    # GPT-2's size with what makes it learn from fewer tokens; compare.py --suite switches measures each part's share
     "modern": TrainConfig(
         preset="modern",
         model=GPTConfig(
