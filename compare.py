@@ -59,6 +59,8 @@ class CompareConfig:
         faults += [f"{variant!r} is no NAME=FLAGS" for variant in self.variants if "=" not in variant or not variant.split("=")[0]]
         if len(set(folders)) < len(folders):
             faults.append(f"two variants have the same name for a folder: {', '.join(str(folder.parent) for folder in folders)}")
+        if self.suite == "teacher" and self.workers > 1:
+            faults.append("the teacher must have finished before its students begin: leave --workers out")
         cli.refuse(faults)
 
 
@@ -147,9 +149,10 @@ def variants_of(config: CompareConfig) -> dict[str, list[str]]:
     if config.suite != "none":
         common, variants = f"{SMALL} --data-dir {shlex.quote(config.data_dir)} {common}", SUITES[config.suite]
     try:  # a variant's own flags come later and win
-        return {name: shlex.split(f"{common} {flags.format(out_dir=shlex.quote(config.out_dir))}") for name, flags in variants.items()}
+        split = {name: shlex.split(f"{common} {flags}") for name, flags in variants.items()}
     except ValueError as e:
-        raise ValueError(f"{e}: a quote or brace of the flags has no second one") from e
+        raise ValueError(f"{e}: a quote in the flags has no second one") from e
+    return {name: [word.replace("{out_dir}", config.out_dir) for word in words] for name, words in split.items()}
 
 
 def folder_of(out_dir: str, name: str, seed: int) -> Path:
