@@ -44,9 +44,11 @@ def test_the_cache_is_as_large_as_a_real_one(switches):
 
 
 @pytest.mark.parametrize("suite", compare.SUITES)
-def test_every_variant_of_a_suite_is_a_run_that_can_be(suite):
-    for flags in compare.variants_of(CompareConfig(suite=suite)).values():
-        train.parse_config([*flags, "--out-dir", "none"]).validate(1)
+def test_every_variant_of_a_suite_is_a_run_that_can_be_and_another(suite):
+    configs = [train.parse_config([*flags, "--out-dir", "none"]) for flags in compare.variants_of(CompareConfig(suite=suite)).values()]
+    for config in configs:
+        config.validate(1)
+    assert len(set(map(repr, configs))) == len(configs)
 
 
 @pytest.mark.parametrize("pos", ["learned", "rope"])

@@ -477,22 +477,25 @@ def test_a_cache_is_as_large_as_its_heads_and_windows():
     assert size(window=6, window_pattern="SSSL") == plain * (3 * 6 + 24) // (4 * 24)
 
 
+def loss_and_gradients(model: GPT, idx: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(idx, idx)[1]
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters()]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_manual_attention_scoring_copy_and_recomputation_equal_the_plain_way(variant):
     model = randomized(**VARIANTS[variant])
     idx = ids_with_documents(model.config)
-    loss = model(idx, idx)[1]
-    loss.backward()
-    grads = [p.grad for p in model.parameters()]
-    model.zero_grad(set_to_none=True)
+    loss, grads = loss_and_gradients(model, idx)
     model.config.attention = "manual"
-    assert (model(idx, idx)[1] - loss).abs() <= 1e-5
     with torch.no_grad():
+        assert (model(idx, idx)[1] - loss).abs() <= 1e-5
         assert (for_scoring(model)(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
     model.config.attention, model.recompute = "flash", True
-    model(idx, idx)[1].backward()
-    for p, grad in zip(model.parameters(), grads, strict=True):
-        assert (p.grad - grad).abs().max() <= 1e-5
+    for again, grad in zip(loss_and_gradients(model, idx)[1], grads, strict=True):
+        assert (again - grad).abs().max() <= 1e-5
 
 
 @pytest.mark.slow
@@ -500,20 +503,16 @@ def test_manual_attention_scoring_copy_and_recomputation_equal_the_plain_way(var
 def test_compiled_variants_have_the_loss_and_gradients_of_plain_ones(variant):
     model = randomized(**VARIANTS[variant])
     idx = ids_with_documents(model.config)
-    loss = model(idx, idx)[1]
-    loss.backward()
-    grads = [p.grad for p in model.parameters()]
-    model.zero_grad(set_to_none=True)
+    loss, grads = loss_and_gradients(model, idx)
     torch._dynamo.reset()  # what other tests compiled counts against the limit
     model.compile_blocks()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        compiled = model(idx, idx)[1]
-        compiled.backward()
+        compiled, compiled_grads = loss_and_gradients(model, idx)
         with torch.no_grad():
             assert (model(idx, idx)[1] - loss).abs() <= 1e-5
     assert (compiled - loss).abs() <= 1e-5
-    for p, grad in zip(model.parameters(), grads, strict=True):
-        assert (p.grad - grad).abs().max() <= 2e-5
+    for again, grad in zip(compiled_grads, grads, strict=True):
+        assert (again - grad).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("variant", ["window", "pattern", "documents", "documents in windows"])
