@@ -366,8 +366,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config) if config.n_expert == 1 else MixtureOfExperts(config)
 
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | float]:
-        """x: (B, T, C) → the same, the layer's values, and its load-balancing loss."""
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None, Tensor | float]:
+        """x: (B, T, C) → the same, the layer's values where later layers want them, and its load-balancing loss."""
         if context.shortcut is not None:
             embedding, stream_scale, embed_scale = context.shortcut
             x = stream_scale * x + embed_scale * embedding
@@ -405,15 +405,15 @@ class CausalSelfAttention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(self.head_size), RMSNorm(self.head_size)
 
-    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """x: (B, T, C) → the same, and the values (B, K, T, D)."""
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+        """x: (B, T, C) → the same, and the values (B, K, T, D) where later layers want them."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split([C, self.kv_size, self.kv_size], dim=2)
         q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), twice (B, K, T, D)
+        values = None
         if context.values is not None:
             first, share = context.values
-            v = v + share * ((v if first is None else first) - v)
-        values = v
+            values = v = v + share * ((v if first is None else first) - v)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rotation is not None:
