@@ -9,9 +9,9 @@ from distributed import World
 from model import GPT
 
 
-def adamw(model: GPT, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2019) with GPT-3's betas and eps (Brown et al., 2020, appendix B)."""
-    return torch.optim.AdamW(model.param_groups(weight_decay), lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 class MuonAndAdamW:
@@ -29,7 +29,7 @@ class MuonAndAdamW:
         self.matrices, taken = matrices, set(matrices)
         rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in model.param_groups(weight_decay)]
         self.muon = torch.optim.Muon(matrices, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
-        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        self.adamw = adamw(rest, lr)
 
     @property
     def param_groups(self) -> list[dict]:

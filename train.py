@@ -462,7 +462,7 @@ class Trainer:
             rates = config.max_lr, config.muon_lr, config.muon_momentum, config.weight_decay
             self.optimizer = optimizer.MuonAndAdamW(self.model, *rates, world)
         else:
-            self.optimizer = optimizer.adamw(self.model, config.max_lr, config.weight_decay)
+            self.optimizer = optimizer.adamw(self.model.param_groups(config.weight_decay), config.max_lr)
         self.largest_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.average = optimizer.AverageWeights(self.model, config.ema) if config.ema else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
