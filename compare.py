@@ -37,7 +37,7 @@ class CompareConfig:
     """NAME=FLAGS of train.py, each in quotes; the first is what the others are compared with."""
     flags: str = ""
     """Flags of train.py for all of them, in quotes and after an equals sign."""
-    suite: Literal["none", "switches", "modern", "rates", "experts", "teacher", "length"] = "none"
+    suite: Literal["none", "switches", "without", "modern", "rates", "experts", "teacher", "length"] = "none"
     """A comparison that is there ready-made, of small models that two CPU cores train in minutes each."""
     data_dir: str = "webdocs_bytes"
     """Shards for a suite, of bytes."""
@@ -64,23 +64,24 @@ class CompareConfig:
         cli.refuse(faults)
 
 
-# 0.9 M parameters that see 1.6 M bytes in 800 steps
+# 0.9 M parameters that see 0.8 M bytes in 400 steps
 SMALL = (
     "--n-layer 4 --n-head 4 --n-embd 128 --seq-len 256 --vocab-size 257 --total-batch-tokens 2048 --micro-batch-size 8 --warmup-steps 40 "
-    "--max-steps 800 --val-every 0 --val-tokens 262144 --hellaswag-every 0 --sample-every 0 --checkpoint-every 0 --keep 1"
+    "--max-steps 400 --val-every 0 --val-tokens 262144 --hellaswag-every 0 --sample-every 0 --checkpoint-every 0 --keep 1"
 )
 # tuned by the suite rates
 ADAMW = "--preset gpt2 --max-lr 4e-3 --min-lr-ratio 0.02"
 MODERN = "--preset modern --muon-momentum 0.85"
+# variants of the same name are the same runs, which suites in the same --out-dir share
 SUITES = {
-    # each switch alone against GPT-2, then each left out of modern
-    "switches": {
+    "switches": {  # each alone
         "gpt2": ADAMW,
         "rope": f"{ADAMW} --pos rope",
         "rope, 2 KV heads": f"{ADAMW} --pos rope --n-kv-head 2",
         "rope, 1 KV head": f"{ADAMW} --pos rope --n-kv-head 1",
         "rope, window 64": f"{ADAMW} --pos rope --window 64",
         "rope, window 64 in 3 of 4": f"{ADAMW} --pos rope --window 64 --window-pattern SSSL",
+        "rope, 4 experts, 1 at work": f"{ADAMW} --pos rope --n-expert 4",
         "QK-norm": f"{ADAMW} --qk-norm",
         "RMSNorm": f"{ADAMW} --norm rmsnorm",
         "ReLU²": f"{ADAMW} --mlp relu2",
@@ -93,10 +94,12 @@ SUITES = {
         "embedding shortcut": f"{ADAMW} --embed-shortcut",
         "documents apart": f"{ADAMW} --doc-mask",
         "layers shared by twos": f"{ADAMW} --share-layers 2",
-        "4 experts, 2 at work": f"{ADAMW} --n-expert 4 --n-expert-active 2",
         "wsd": f"{ADAMW} --schedule wsd",
         "average": f"{ADAMW} --ema 0.99",
         "muon": f"{ADAMW} --optimizer muon",
+        "modern": MODERN,
+    },
+    "without": {  # each left out
         "modern": MODERN,
         "modern, learned positions": f"{MODERN} --pos learned",
         "modern, no QK-norm": f"{MODERN} --no-qk-norm",
@@ -119,23 +122,23 @@ SUITES = {
         **{f"modern, momentum {m}": f"{MODERN} --muon-momentum {m}" for m in ("0.8", "0.9", "0.95")},
     },
     "modern": {
-        "gpt2": f"{ADAMW} --max-steps 4000 --warmup-steps 100",
+        "gpt2, 4000 steps": f"{ADAMW} --max-steps 4000 --warmup-steps 100",
         **{f"modern, {steps} steps": f"{MODERN} --max-steps {steps}" for steps in (400, 500, 640)},
     },
-    "experts": {
-        "dense": f"{ADAMW} --pos rope",
-        "4 experts, 1 at work": f"{ADAMW} --pos rope --n-expert 4",
-        "4 experts, 2 at work": f"{ADAMW} --pos rope --n-expert 4 --n-expert-active 2",
-        "8 experts, 2 at work": f"{ADAMW} --pos rope --n-expert 8 --n-expert-active 2",
+    "experts": {  # all with as many active parameters but for the router's
+        "rope": f"{ADAMW} --pos rope",
+        "rope, 4 experts, 1 at work": f"{ADAMW} --pos rope --n-expert 4",
+        "rope, 4 experts, 2 at work": f"{ADAMW} --pos rope --n-expert 4 --n-expert-active 2",
+        "rope, 8 experts, 2 at work": f"{ADAMW} --pos rope --n-expert 8 --n-expert-active 2",
     },
     "teacher": {
         "alone": f"{MODERN} --n-layer 2 --n-embd 64 --n-head 2",
-        "teacher": f"{MODERN} --n-embd 192 --max-steps 1600",
-        "taught": f"{MODERN} --n-layer 2 --n-embd 64 --n-head 2 --teacher {{out_dir}}/teacher/1",
+        "teacher": f"{MODERN} --max-steps 1200",
+        "taught": f"{MODERN} --n-layer 2 --n-embd 64 --n-head 2 --teacher {{out_dir}}/teacher/{{seed}}",
     },
     "length": {
-        "learned": ADAMW,
-        "rope": f"{ADAMW} --pos rope",
+        "learned, 1200 steps": f"{ADAMW} --max-steps 1200",
+        "rope, 1200 steps": f"{ADAMW} --pos rope --max-steps 1200",
     },
 }
 
@@ -144,19 +147,23 @@ SUITES = {
 
 
 def variants_of(config: CompareConfig) -> dict[str, list[str]]:
-    """Name → flags of train.py."""
+    """Name → flags of train.py, in which {out_dir} and {seed} may stand."""
     common, variants = config.flags, dict(variant.split("=", 1) for variant in config.variants)
     if config.suite != "none":
         common, variants = f"{SMALL} --data-dir {shlex.quote(config.data_dir)} {common}", SUITES[config.suite]
     try:  # a variant's own flags come later and win
-        split = {name: shlex.split(f"{common} {flags}") for name, flags in variants.items()}
+        return {name: shlex.split(f"{common} {flags}") for name, flags in variants.items()}
     except ValueError as e:
         raise ValueError(f"{e}: a quote in the flags has no second one") from e
-    return {name: [word.replace("{out_dir}", config.out_dir) for word in words] for name, words in split.items()}
 
 
 def folder_of(out_dir: str, name: str, seed: int) -> Path:
     return Path(out_dir, re.sub(r"[^\w.-]|^\.", "_", name), str(seed))
+
+
+def run_of(config: CompareConfig, name: str, flags: list[str], seed: int) -> "Run":
+    flags = [word.replace("{out_dir}", config.out_dir).replace("{seed}", str(seed)) for word in flags]
+    return Run(name, flags, folder_of(config.out_dir, name, seed), seed)
 
 
 class Run(NamedTuple):
@@ -346,7 +353,8 @@ def stretched(folder: Path, times: int, scaling: str) -> GPT:
 def extrapolate(config: CompareConfig, times: int = 4, sequences: int = 64) -> list[dict]:
     """Loss by position up to `times` the length of training, for learned positions and for rope as it is and scaled."""
     curves = []
-    for name, scaling in (("learned", "none"), ("rope", "none"), ("rope", "linear"), ("rope", "ntk"), ("rope", "yarn")):
+    learned, rope = SUITES["length"]
+    for name, scaling in ((learned, "none"), (rope, "none"), (rope, "linear"), (rope, "ntk"), (rope, "yarn")):
         losses = []
         for seed in range(1, config.seeds + 1):
             model = stretched(folder_of(config.out_dir, name, seed), times, scaling)
@@ -388,7 +396,7 @@ def main():
         config.validate()
         variants, seeds = variants_of(config), range(1, config.seeds + 1)
         # a seed of each variant before the next seed, so that a machine whose speed drifts is fair to all
-        jobs = [Run(name, flags, folder_of(config.out_dir, name, seed), seed) for seed in seeds for name, flags in variants.items()]
+        jobs = [run_of(config, name, flags, seed) for seed in seeds for name, flags in variants.items()]
         for run in jobs[: len(variants)]:
             run.config()
         run_all(jobs, config.workers)

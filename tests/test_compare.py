@@ -51,6 +51,15 @@ def test_every_variant_of_a_suite_is_a_run_that_can_be_and_another(suite):
     assert len(set(map(repr, configs))) == len(configs)
 
 
+def test_suites_share_an_out_dir_so_that_a_name_stands_for_one_run():
+    flags = {}
+    for suite in compare.SUITES.values():
+        for name, its in suite.items():
+            assert flags.setdefault(name, its) == its
+    run = compare.run_of(CompareConfig(out_dir="o"), "b", ["--teacher", "{out_dir}/a/{seed}"], 2)
+    assert run.flags == ["--teacher", "o/a/2"] and str(run.folder) == "o/b/2"
+
+
 @pytest.mark.parametrize("pos", ["learned", "rope"])
 def test_loss_by_position_is_the_loss_and_longer_models_are_the_same_at_first(shards, tmp_path, pos):
     assert run_train(shards, tmp_path, "--pos", pos, "--val-every", 0) == 0
