@@ -33,6 +33,7 @@ import device as hardware
 import fineweb
 import hellaswag
 import train
+from config import TrainConfig
 from dataloader import TokenStream, find_shards, write_shard
 from distributed import World
 from files import write_json
@@ -98,7 +99,7 @@ class Bench:
 
 def trainer_of(bench: Bench) -> train.Trainer:
     config, B, T = bench.config, bench.config.micro_batch_size, bench.config.model.seq_len
-    settings = train.TrainConfig(
+    settings = TrainConfig(
         model=config.model, data_dir=str(bench.folder / "shards"), out_dir=str(bench.folder / "run"), total_batch_tokens=B * T,
         micro_batch_size=B, device=config.device, dtype=config.dtype, compile=config.compile, warmup_steps=0, max_lr=1e-4, keep=1,
     )  # fmt: skip

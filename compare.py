@@ -24,9 +24,10 @@ import tyro
 import checkpoint
 import cli
 import plot_log
-import train
+from config import RUN, TrainConfig, parse_flags, read_run, refuse_changes
 from dataloader import TokenStream, find_shards
-from model import GPT, GPTConfig, KVCache
+from kv_cache import KVCache
+from model import GPT, GPTConfig
 
 
 @dataclass
@@ -64,56 +65,63 @@ class CompareConfig:
         cli.refuse(faults)
 
 
-# 0.9 M parameters that see 0.8 M bytes in 400 steps
+# 0.9 M parameters that see 1.6 M bytes in 800 steps
 SMALL = (
     "--n-layer 4 --n-head 4 --n-embd 128 --seq-len 256 --vocab-size 257 --total-batch-tokens 2048 --micro-batch-size 8 --warmup-steps 40 "
-    "--max-steps 400 --val-every 0 --val-tokens 262144 --hellaswag-every 0 --sample-every 0 --checkpoint-every 0 --keep 1"
+    "--max-steps 800 --val-every 0 --val-tokens 262144 --hellaswag-every 0 --sample-every 0 --checkpoint-every 0 --keep 1"
 )
 # tuned by the suite rates
 ADAMW = "--preset gpt2 --max-lr 4e-3 --min-lr-ratio 0.02"
 MODERN = "--preset modern --muon-momentum 0.85"
+ROPE = f"{ADAMW} --pos rope"  # by 800 steps GPT-2's own positions have hardly begun to tell
 # variants of the same name are the same runs, which suites in the same --out-dir share
 SUITES = {
-    "switches": {  # each alone
+    "switches": {  # each alone, beside rope
         "gpt2": ADAMW,
-        "rope": f"{ADAMW} --pos rope",
-        "rope, 2 KV heads": f"{ADAMW} --pos rope --n-kv-head 2",
-        "rope, 1 KV head": f"{ADAMW} --pos rope --n-kv-head 1",
-        "rope, window 64": f"{ADAMW} --pos rope --window 64",
-        "rope, window 64 in 3 of 4": f"{ADAMW} --pos rope --window 64 --window-pattern SSSL",
-        "rope, 4 experts, 1 at work": f"{ADAMW} --pos rope --n-expert 4",
-        "QK-norm": f"{ADAMW} --qk-norm",
-        "RMSNorm": f"{ADAMW} --norm rmsnorm",
-        "ReLU²": f"{ADAMW} --mlp relu2",
-        "SwiGLU": f"{ADAMW} --mlp swiglu",
-        "no biases": f"{ADAMW} --no-bias",
-        "untied head": f"{ADAMW} --no-tied-head",
-        "zero-init": f"{ADAMW} --zero-init",
-        "softcap 15": f"{ADAMW} --logit-softcap 15",
-        "value residual": f"{ADAMW} --value-residual",
-        "embedding shortcut": f"{ADAMW} --embed-shortcut",
-        "documents apart": f"{ADAMW} --doc-mask",
-        "layers shared by twos": f"{ADAMW} --share-layers 2",
-        "wsd": f"{ADAMW} --schedule wsd",
-        "average": f"{ADAMW} --ema 0.99",
-        "muon": f"{ADAMW} --optimizer muon",
+        "rope": ROPE,
+        "rope, 2 KV heads": f"{ROPE} --n-kv-head 2",
+        "rope, 1 KV head": f"{ROPE} --n-kv-head 1",
+        "rope, window 64": f"{ROPE} --window 64",
+        "rope, window 64 in 3 of 4": f"{ROPE} --window 64 --window-pattern SSSL",
+        "rope, 4 experts, 1 at work": f"{ROPE} --n-expert 4",
+        "rope, QK-norm": f"{ROPE} --qk-norm",
+        "rope, RMSNorm": f"{ROPE} --norm rmsnorm",
+        "rope, ReLU²": f"{ROPE} --mlp relu2",
+        "rope, SwiGLU": f"{ROPE} --mlp swiglu",
+        "rope, no biases": f"{ROPE} --no-bias",
+        "rope, untied head": f"{ROPE} --no-tied-head",
+        "rope, zero-init": f"{ROPE} --zero-init",
+        "rope, softcap 15": f"{ROPE} --logit-softcap 15",
+        "rope, value residual": f"{ROPE} --value-residual",
+        "rope, embedding shortcut": f"{ROPE} --embed-shortcut",
+        "rope, documents apart": f"{ROPE} --doc-mask",
+        "rope, layers shared by twos": f"{ROPE} --share-layers 2",
+        "rope, 2 layers": f"{ROPE} --n-layer 2",
+        "rope, wsd": f"{ROPE} --schedule wsd",
+        "rope, average": f"{ROPE} --ema 0.99",
+        "rope, muon": f"{ROPE} --optimizer muon",
         "modern": MODERN,
     },
     "without": {  # each left out
-        "modern": MODERN,
-        "modern, learned positions": f"{MODERN} --pos learned",
-        "modern, no QK-norm": f"{MODERN} --no-qk-norm",
-        "modern, LayerNorm": f"{MODERN} --norm layernorm",
-        "modern, GELU": f"{MODERN} --mlp gelu",
-        "modern, SwiGLU": f"{MODERN} --mlp swiglu",
-        "modern, biases": f"{MODERN} --bias",
-        "modern, tied head": f"{MODERN} --tied-head",
-        "modern, no zero-init": f"{MODERN} --no-zero-init",
-        "modern, no softcap": f"{MODERN} --logit-softcap 0",
-        "modern, no value residual": f"{MODERN} --no-value-residual",
-        "modern, no embedding shortcut": f"{MODERN} --no-embed-shortcut",
-        "modern, cosine": f"{MODERN} --schedule cosine",
-        "modern, AdamW": f"{MODERN} --optimizer adamw --max-lr 4e-3",
+        "modern, 400 steps": f"{MODERN} --max-steps 400",
+        **{
+            f"modern, 400 steps, {name}": f"{MODERN} --max-steps 400 {flags}"
+            for name, flags in {
+                "learned positions": "--pos learned",
+                "no QK-norm": "--no-qk-norm",
+                "LayerNorm": "--norm layernorm",
+                "GELU": "--mlp gelu",
+                "SwiGLU": "--mlp swiglu",
+                "biases": "--bias",
+                "tied head": "--tied-head",
+                "no zero-init": "--no-zero-init",
+                "no softcap": "--logit-softcap 0",
+                "no value residual": "--no-value-residual",
+                "no embedding shortcut": "--no-embed-shortcut",
+                "cosine": "--schedule cosine",
+                "AdamW": "--optimizer adamw --max-lr 4e-3",
+            }.items()
+        },
     },
     "rates": {
         **{f"gpt2, {lr}": f"{ADAMW} --max-lr {lr} --max-steps 4000" for lr in ("2e-3", "4e-3", "8e-3")},
@@ -126,10 +134,10 @@ SUITES = {
         **{f"modern, {steps} steps": f"{MODERN} --max-steps {steps}" for steps in (400, 500, 640)},
     },
     "experts": {  # all with as many active parameters but for the router's
-        "rope": f"{ADAMW} --pos rope",
-        "rope, 4 experts, 1 at work": f"{ADAMW} --pos rope --n-expert 4",
-        "rope, 4 experts, 2 at work": f"{ADAMW} --pos rope --n-expert 4 --n-expert-active 2",
-        "rope, 8 experts, 2 at work": f"{ADAMW} --pos rope --n-expert 8 --n-expert-active 2",
+        "rope": ROPE,
+        "rope, 4 experts, 1 at work": f"{ROPE} --n-expert 4",
+        "rope, 4 experts, 2 at work": f"{ROPE} --n-expert 4 --n-expert-active 2",
+        "rope, 8 experts, 2 at work": f"{ROPE} --n-expert 8 --n-expert-active 2",
     },
     "teacher": {
         "alone": f"{MODERN} --n-layer 2 --n-embd 64 --n-head 2",
@@ -138,7 +146,7 @@ SUITES = {
     },
     "length": {
         "learned, 1200 steps": f"{ADAMW} --max-steps 1200",
-        "rope, 1200 steps": f"{ADAMW} --pos rope --max-steps 1200",
+        "rope, 1200 steps": f"{ROPE} --max-steps 1200",
     },
 }
 
@@ -174,9 +182,9 @@ class Run(NamedTuple):
     folder: Path
     seed: int
 
-    def config(self) -> train.TrainConfig:
+    def config(self) -> TrainConfig:
         """What its flags say. Exits 2 on an unknown one, ValueError names the variant whose settings can't be."""
-        config = train.parse_flags([*self.flags, *self.last()])
+        config = parse_flags([*self.flags, *self.last()])
         try:
             config.validate(1)
         except ValueError as e:
@@ -188,12 +196,12 @@ class Run(NamedTuple):
 
     def state(self) -> Literal["new", "begun", "finished"]:
         """ValueError where its folder has a run with other flags."""
-        if not (self.folder / train.RUN).exists():
+        if not (self.folder / RUN).exists():
             return "new"
-        wanted, there = self.config(), train.read_run(self.folder)
+        wanted, there = self.config(), read_run(self.folder)
         wanted.model.vocab_size, wanted.teacher = there.model.vocab_size, there.teacher  # the shards', the checkpoint's in the folder
         try:
-            train.refuse_changes(there, wanted, {"verify_shards", "timeout_minutes"}, str(self.folder))
+            refuse_changes(there, wanted, {"verify_shards", "timeout_minutes"}, str(self.folder))
         except ValueError as e:
             raise ValueError(f"{self.name}: {e}; or remove that folder, or choose another --out-dir") from e
         log = self.folder / "log.txt"
@@ -237,7 +245,7 @@ def launch(argv: list[str]) -> subprocess.Popen:
 
 def measure(folder: Path) -> dict:
     """One finished run."""
-    config = train.read_run(folder)
+    config = read_run(folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "tokens_per_second" in row]
     model = GPT(config.model)

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 from kernels import BlockwiseAttention, Linear, chunk_loss, chunked_cross_entropy
+from kv_cache import KVCache, LayerCache
 
 
 @dataclass
@@ -170,7 +171,7 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 p.zero_()
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: "KVCache | None" = None, with_logits: bool = False):
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, with_logits: bool = False):
         """Next-token logits, or with targets the loss.
 
         idx: (B, T) ids. targets: (B, T) ids, -100 where a position does not count. cache: the positions before idx.
@@ -202,7 +203,7 @@ class GPT(nn.Module):
         logits, cap = self.lm_head(x)[..., : self.config.vocab_size], self.config.logit_softcap
         return cap * torch.tanh(logits.float() / cap) if cap else logits
 
-    def hidden(self, idx: Tensor, cache: "KVCache | None" = None, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Ids (B, T) → the residual stream after the last norm (B, T, C).
 
         positions (B, T) and mask (B, 1, T, T), True where a query may look, are for what is not one sequence from left to
@@ -212,7 +213,7 @@ class GPT(nn.Module):
         """
         return self.trunk(idx, cache, positions, mask)[0]
 
-    def trunk(self, idx: Tensor, cache=None, positions=None, mask=None) -> tuple[Tensor, Tensor | float]:
+    def trunk(self, idx: Tensor, cache: KVCache | None = None, positions=None, mask=None) -> tuple[Tensor, Tensor | float]:
         """As hidden, and the load-balancing loss of all experts."""
         config = self.config
         if positions is None:
@@ -248,7 +249,7 @@ class GPT(nn.Module):
             balance = balance + more
         return self.transformer.ln_f(x), balance
 
-    def masks(self, idx: Tensor, cache: "KVCache | None", positions: Tensor, mask: Tensor | None) -> dict:
+    def masks(self, idx: Tensor, cache: KVCache | None, positions: Tensor, mask: Tensor | None) -> dict:
         """For each window of a layer, what its queries may see: (…, T, S), True for it; None: all before them in the window."""
         config, masks, documents = self.config, {}, None
         if config.doc_mask and mask is None:
@@ -351,7 +352,7 @@ class Context(NamedTuple):
     window: int | None  # how far a query sees, where there is no mask
     mask: Tensor | BlockMask | None  # (…, T, S), True where a query may look
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines for rope, (…, T, D/2) each
-    cache: "LayerCache | None"
+    cache: LayerCache | None
     values: tuple[Tensor | None, Tensor] | None  # of the first layer (B, K, T, D), and their share in this one's
     shortcut: tuple[Tensor, Tensor, Tensor] | None  # the embedding (B, T, C), and the scales of the stream and of it
 
@@ -574,74 +575,6 @@ class MixtureOfExperts(nn.Module):
 def by_expert(x: Tensor, weights: nn.ParameterList, counts: Tensor) -> Tensor:
     """The first counts[0] rows of x (N, in) times the first weight (out, in), the next counts[1] times the second, …: (N, out)."""
     return torch.cat([part @ weight.t() for part, weight in zip(x.split(counts.tolist()), weights, strict=True)])
-
-
-class KVCache:
-    """Keys and values of the positions seen so far, so that generating a token costs one position, not all.
-
-    Room for max_len positions, or as many as the layer's window and slack, is taken at a layer's first use, when its shape and
-    dtype are known, and attention is over all of it under a mask: shapes that never change are what torch.compile and CUDA
-    graphs ask for. length may be set back by up to slack positions, to forget the last ones.
-    """
-
-    def __init__(self, max_len: int, slack: int = 0):
-        self.max_len, self.slack = max_len, slack
-        self.length = 0
-        self.layers: dict[int, LayerCache] = {}
-        self.document_of: Tensor | None = None  # (B, max_len), of each position
-
-    def layer(self, number: int, window: int | None) -> "LayerCache":
-        if number not in self.layers:
-            self.layers[number] = LayerCache(self.room(window), self.is_ring(window), self.slack)
-        return self.layers[number]
-
-    def room(self, window: int | None) -> int:
-        return self.max_len if window is None else min(self.max_len, window + self.slack)
-
-    def is_ring(self, window: int | None) -> bool:
-        return self.room(window) < self.max_len
-
-    def positions(self, window: int | None, new: Tensor) -> Tensor:
-        """(S,): which position each key that LayerCache.append returns is of, negative where there is none yet."""
-        room = self.room(window)
-        slots = torch.arange(room, device=new.device)
-        if self.is_ring(window) and len(new) > self.slack + 1:
-            last = new[0] - 1
-            return torch.cat([last - (last - slots) % room, new])
-        return new[-1] - (new[-1] - slots) % room
-
-    def documents(self, starts: Tensor, positions: Tensor) -> Tensor:
-        """starts (B, T): where among the new positions (T,) a document begins → (B, max_len), the documents of all."""
-        if self.document_of is None:
-            self.document_of = starts.new_zeros(len(starts), self.max_len, dtype=torch.long)
-        before = self.document_of[:, (positions[:1] - 1).clamp(min=0)] * (positions[0] > 0)  # (B, 1)
-        return self.document_of.index_copy_(1, positions, before + starts.cumsum(1))
-
-    def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers.values())
-
-
-class LayerCache:
-    """The part of one layer: position p lies in slot p modulo room."""
-
-    def __init__(self, room: int, is_ring: bool, slack: int):
-        self.room, self.is_ring, self.slack = room, is_ring, slack
-        self.keys: Tensor | None = None  # (B, K, room, D)
-        self.values: Tensor | None = None
-
-    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v of the new positions (T,): (B, K, T, D) → of all that they may see, (B, K, S, D), zeros where there is none yet."""
-        if self.keys is None:
-            B, K, _, D = k.shape
-            self.keys, self.values = k.new_zeros(B, K, self.room, D), v.new_zeros(B, K, self.room, D)
-        seen = self.keys, self.values
-        if self.is_ring and len(positions) > self.slack + 1:  # the last of them take the slots of what the first still see
-            seen = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
-            k, v, positions = k[:, :, -self.room :], v[:, :, -self.room :], positions[-self.room :]
-        slots = positions % self.room
-        self.keys.index_copy_(2, slots, k)
-        self.values.index_copy_(2, slots, v)
-        return seen
 
 
 # ---- what a field of GPTConfig may be ----

@@ -18,7 +18,8 @@ import cli
 from checkpoint import load_with_tokenizer
 from device import can_compile, pick_device, pick_dtype
 from fineweb import Tokenizer
-from model import GPT, KVCache
+from kv_cache import KVCache
+from model import GPT
 
 
 @dataclass

@@ -8,10 +8,11 @@ import torch
 from conftest import TINY, forked, ids_for, run_main, run_train, script
 
 import compare
-import train
 from compare import CompareConfig, amount_for, cache_bytes, loss_by_position, stretched, summary, tokens_to_the_same_loss
+from config import parse_config
 from dataloader import TokenStream, find_shards
-from model import GPT, GPTConfig, KVCache
+from kv_cache import KVCache
+from model import GPT, GPTConfig
 
 
 def one(val_loss: float, speed: float = 10.0, tokens: int = 1000, seconds: float = 5.0) -> dict:
@@ -45,7 +46,7 @@ def test_the_cache_is_as_large_as_a_real_one(switches):
 
 @pytest.mark.parametrize("suite", compare.SUITES)
 def test_every_variant_of_a_suite_is_a_run_that_can_be_and_another(suite):
-    configs = [train.parse_config([*flags, "--out-dir", "none"]) for flags in compare.variants_of(CompareConfig(suite=suite)).values()]
+    configs = [parse_config([*flags, "--out-dir", "none"]) for flags in compare.variants_of(CompareConfig(suite=suite)).values()]
     for config in configs:
         config.validate(1)
     assert len(set(map(repr, configs))) == len(configs)

@@ -19,7 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from huggingface import hf_state
 from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy, for_scoring
-from model import GPT, SIZES, GPTConfig, KVCache, flash_attention, manual_attention
+from kv_cache import KVCache
+from model import GPT, SIZES, GPTConfig, flash_attention, manual_attention
 
 # vocabulary, positions, layers, heads, channels: padded and not, heads of odd size, one layer, one head
 SHAPES = [(97, 24, 2, 2, 16), (128, 16, 1, 1, 8), (257, 40, 3, 4, 64), (1000, 33, 2, 3, 33)]

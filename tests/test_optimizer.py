@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel
 
 import checkpoint
-import train
+from config import read_run
 from dataloader import TokenStream, find_shards
 from distributed import World
 from model import GPT, GPTConfig
@@ -164,7 +164,7 @@ def test_the_average_is_what_is_validated_and_saved(with_muon):
     weights = GPT(GPTConfig(**model["config"]))
     checkpoint.load_weights(weights, state["weights"], with_muon)
     assert max((p - q).abs().max() for p, q in zip(average.parameters(), weights.parameters(), strict=True)) > 1e-3
-    stream = TokenStream(find_shards(train.read_run(with_muon).data_dir), "val", 32, shuffle=False)
+    stream = TokenStream(find_shards(read_run(with_muon).data_dir), "val", 32, shuffle=False)
     there = stream.sequences_per_epoch
     x, y = map(torch.from_numpy, stream.batch([i * there // 20 for i in range(20)]))
     with torch.no_grad():

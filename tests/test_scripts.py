@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import REPO, run_main
 
-import train
+from config import parse_config
 
 SCRIPTS = ["train", "fineweb", "hellaswag", "sample", "plot_log", "bench", "compare"]
 MODULES = [path.stem for path in sorted(REPO.glob("*.py"))]
@@ -85,6 +85,6 @@ def test_the_tests_that_the_readme_names_are_there():
 
 
 def test_both_spellings_of_a_flag():
-    a = train.parse_config(["--micro-batch-size", "7", "--out-dir", "nowhere"])
-    b = train.parse_config(["--micro_batch_size", "7", "--out_dir", "nowhere"])
+    a = parse_config(["--micro-batch-size", "7", "--out-dir", "nowhere"])
+    b = parse_config(["--micro_batch_size", "7", "--out_dir", "nowhere"])
     assert a == b and a.micro_batch_size == 7

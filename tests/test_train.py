@@ -22,11 +22,11 @@ import checkpoint
 import device
 import sample
 import train
+from config import PRESETS, parse_config, parse_flags, read_run
 from dataloader import TokenStream, find_shards
 from distributed import World
 from model import GPT, GPTConfig
 from optimizer import schedule
-from train import PRESETS
 
 
 def final_weights(out_dir, step=20) -> dict:
@@ -189,7 +189,7 @@ def test_a_teacher_stays_the_same_when_its_run_goes_on(teacher, shards, tmp_path
 
 def test_a_teacher_of_experts_leaves_their_balance_as_it_is(teacher, shards):
     """With the text's share in the gradient at 0 the router still learns to be fair."""
-    config = train.parse_flags([*TINY, "--data-dir", str(shards), "--n-expert", "4", "--teacher", str(teacher), "--teacher-weight", "1"])
+    config = parse_flags([*TINY, "--data-dir", str(shards), "--n-expert", "4", "--teacher", str(teacher), "--teacher-weight", "1"])
     world = World(torch.device("cpu"))
     grads = []
     for balance in (0.01, 0.0):
@@ -236,7 +236,7 @@ def test_a_variant_trains_on_two_processes_and_is_loaded_again(argv, shards, tmp
     assert max(abs(float(one[step]) - float(two[step])) for step in one) <= 1e-5
     assert float(one[19]) < float(one[0]) - 0.5
     model, _ = checkpoint.load_model(tmp_path / "one")
-    assert model.config == train.read_run(tmp_path / "one").model
+    assert model.config == read_run(tmp_path / "one").model
     assert run_main(sample.main, "-m", tmp_path / "one", "-d", "cpu", "--max-new-tokens", 40) == 0
 
 
@@ -737,9 +737,9 @@ def test_a_damaged_shard_ends_the_run_before_it_trains(shards, tmp_path, capsys)
 
 
 def test_presets_are_defaults_that_flags_override():
-    config = train.parse_config(["--preset", "gpt2-xl", "--n-layer", "2", "--out-dir", "nowhere"])
+    config = parse_config(["--preset", "gpt2-xl", "--n-layer", "2", "--out-dir", "nowhere"])
     assert (config.model.n_layer, config.model.n_embd, config.max_lr) == (2, 1600, 2e-4)
-    default = train.parse_config(["--out-dir", "nowhere"])
+    default = parse_config(["--out-dir", "nowhere"])
     assert (default.total_batch_tokens, default.max_steps, default.warmup_steps, default.max_lr) == (524288, 19073, 715, 6e-4)
     for config in PRESETS.values():
         config.validate(1)

@@ -12,9 +12,10 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from config import PRESETS
 from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy, for_scoring
-from model import GPT, GPTConfig, KVCache, MixtureOfExperts, causal_mask, rotate, rotation_of
-from train import PRESETS
+from kv_cache import KVCache
+from model import GPT, GPTConfig, MixtureOfExperts, causal_mask, rotate, rotation_of
 
 SHAPE = dict(vocab_size=97, seq_len=24, n_layer=4, n_head=4, n_embd=32)
 LLAMA = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, tied_head=False)
