@@ -23,7 +23,6 @@ import tyro
 
 import checkpoint
 import cli
-import plot_log
 from config import RUN, TrainConfig, parse_flags, read_run, refuse_changes
 from dataloader import TokenStream, find_shards
 from kv_cache import KVCache
@@ -204,8 +203,14 @@ class Run(NamedTuple):
             refuse_changes(there, wanted, {"verify_shards", "timeout_minutes"}, str(self.folder))
         except ValueError as e:
             raise ValueError(f"{self.name}: {e}; or remove that folder, or choose another --out-dir") from e
-        log = self.folder / "log.txt"
-        return "finished" if log.exists() and there.max_steps in plot_log.read_log(log).get("val", {}) else "begun"
+        return "finished" if last_checkpoint(self.folder).get("step") == there.max_steps else "begun"
+
+
+def last_checkpoint(folder: Path) -> dict:
+    """The newest one that was validated, {} where there is none."""
+    file = checkpoint.checkpoint_file(str(folder))
+    content = checkpoint.load_torch(file) if file else {}
+    return content if content.get("val_loss") is not None else {}
 
 
 def run_all(runs: list[Run], workers: int):
@@ -246,12 +251,13 @@ def launch(argv: list[str]) -> subprocess.Popen:
 def measure(folder: Path) -> dict:
     """One finished run."""
     config = read_run(folder)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may leave half a line
     steps = [row for row in rows if "tokens_per_second" in row]
     model = GPT(config.model)
     return {
         "tokens": config.max_steps * config.total_batch_tokens,
-        "val_loss": [row["val_loss"] for row in rows if "val_loss" in row][-1],
+        "val_loss": last_checkpoint(folder)["val_loss"],
         "seconds": rows[-1]["seconds"],
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps[len(steps) // 2 :]),  # compiled by then
         "memory_bytes": max(row["memory_bytes"] or 0 for row in steps),

@@ -261,14 +261,12 @@ class GPT(nn.Module):
                 masks[window] = block_mask(idx.size(1), window, documents, idx.device) if use_flex else None
                 continue
             keys = positions if cache is None else cache.positions(window, positions)
-            seen = sees(positions, keys, window)  # (T, S) or (B, T, S)
+            seen = sees(positions[..., :, None], keys[..., None, :], window)  # (T, S) or (B, T, S)
             seen = seen if seen.dim() == 2 else seen[:, None]
             seen = seen if mask is None else seen & mask
             if documents is not None:
-                of_queries, of_keys = (
-                    (documents, documents) if cache is None else (documents[:, positions], documents[:, keys.clamp(min=0)])
-                )
-                seen = seen & (of_queries[:, None, :, None] == of_keys[:, None, None, :])
+                theirs, its = (documents, documents) if cache is None else (documents[:, keys.clamp(min=0)], documents[:, positions])
+                seen = seen & (its[:, None, :, None] == theirs[:, None, None, :])
             masks[window] = seen
         return masks
 
@@ -430,22 +428,20 @@ class CausalSelfAttention(nn.Module):
 
 def causal_mask(T: int, S: int, device, window: int | None = None) -> Tensor:
     """(T, S), True where the query may look: the T queries are the last of S positions."""
-    return sees(torch.arange(S - T, S, device=device), torch.arange(S, device=device), window)
+    return sees(torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device), window)
 
 
-def sees(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
-    """Positions (…, T) and (…, S) → (…, T, S), True where the query may look: not ahead, and no further back than the window;
-    a negative position is none."""
-    queries, keys = queries[..., :, None], keys[..., None, :]
-    seen = (keys <= queries) & (keys >= 0)
-    return seen if window is None else seen & (queries - keys < window)
+def sees(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Positions → whether the query may look: not ahead, and no further back than the window; a negative position is none."""
+    seen = (key <= query) & (key >= 0)
+    return seen if window is None else seen & (query - key < window)
 
 
 def block_mask(T: int, window: int | None, documents: Tensor | None, device) -> BlockMask:
     """For FlexAttention, which skips the blocks in which nothing is seen (Dong et al., 2024)."""
 
     def seen(batch, head, query, key):
-        near = (key <= query) if window is None else (key <= query) & (query - key < window)
+        near = sees(query, key, window)
         return near if documents is None else near & (documents[batch, query] == documents[batch, key])
 
     return create_block_mask(seen, None if documents is None else len(documents), None, T, T, device=device)

@@ -15,7 +15,7 @@ def adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
 
 
 class MuonAndAdamW:
-    """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for embeddings, head, norms and scales.
+    """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for embeddings, head, routers, norms and scales.
 
     Muon's update is the gradient's momentum made orthogonal, which costs more than all else in an optimizer's step, so that
     each process does it for its share of the matrices and sends the others the result. Behaves as one optimizer, also for a
@@ -24,7 +24,7 @@ class MuonAndAdamW:
 
     def __init__(self, model: GPT, lr: float, muon_lr: float, momentum: float, weight_decay: float, world: World):
         self.world = world
-        matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+        matrices = [p for name, p in model.transformer.h.named_parameters() if p.dim() == 2 and "router" not in name]
         matrices.sort(key=lambda p: -p.numel())  # dealt out in turns, so that all shares cost about the same
         self.matrices, taken = matrices, set(matrices)
         rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in model.param_groups(weight_decay)]

@@ -104,8 +104,8 @@ def test_two_variants_are_compared_and_what_is_there_is_not_done_again(shards, t
     assert run_main(compare.main, *argv) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 4 and table[3].startswith("| rope, 1 KV head | 31,") and table[3].endswith("| 8 kB |")
-    with open(tmp_path / "plain" / "1" / "metrics.jsonl", "a") as file:  # HellaSwag comes after the last validation
-        file.write(json.dumps({"step": 20, "hellaswag_acc": 0.25, "seconds": 1.0}) + "\n")
+    with open(tmp_path / "plain" / "1" / "metrics.jsonl", "a") as file:  # HellaSwag comes after the last validation, and then a kill
+        file.write(json.dumps({"step": 20, "hellaswag_acc": 0.25, "seconds": 1.0}) + '\n{"step": 20, "hella')
     monkeypatch.setattr(compare, "launch", None)
     assert run_main(compare.main, "plain=--max-steps 30", *argv[2:]) == 2
     assert "plain: max_steps 30 does not fit" in capsys.readouterr().err
