@@ -1,11 +1,12 @@
 """Pictures of a run: loss and HellaSwag, side by side, from the log that train.py writes.
 
 python plot_log.py log/log.txt                               # one run
-python plot_log.py a/log.txt b/log.txt --x tokens --out ab.png    # two, over each other
+python plot_log.py a/log.txt b/log.txt --x tokens --smooth 0.98 --panels lr grad_norm --out ab.svg    # two, over each other
 """
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,31 @@ GPT2_LOSS = {"124M": 3.2924}
 GPT2_HELLASWAG = {"124M": 0.2955, "350M": 0.3752, "774M": 0.4320, "1558M": 0.4893}
 GPT3_HELLASWAG = {"124M": ("125M", 0.337), "350M": ("350M", 0.436), "774M": ("760M", 0.510), "1558M": ("1.3B", 0.547)}
 FORMATS = ("png", "svg", "pdf", "jpg", "webp")
-UNITS = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training", "epoch": "epochs"}
+UNITS = {
+    "step": "steps",
+    "tokens": "tokens",
+    "seconds": "seconds of training",
+    "epoch": "epochs",
+    "flops": "floating point operations",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens a second",
+    "mfu": "share of the peak FLOPs",
+    "memory_bytes": "peak memory, bytes",
+}
+TITLES = {"loss": ("Loss", "cross entropy, nats a token"), "hella": ("HellaSwag, completion style", "acc_norm")}
+
+# the lines of a log that have a value in them; what else a program prints is passed over
+LINES = [
+    re.compile(pattern)
+    for pattern in (
+        r"(?P<step>\d+) (?P<stream>\w+) (?P<value>\S+)$",  # train.py's, build-nanogpt's
+        r"step (?P<step>\d+): train loss \S+, val loss (?P<val>\S+)$",  # nanoGPT
+        r"iter (?P<step>\d+): loss (?P<train>\S+), ",
+        r"s:(?P<step>\d+) (tel:(?P<val>\S+)|eval:(?P<hella>\S+)|trl:(?P<train>\S+)( lr:(?P<lr>\S+) norm:(?P<grad_norm>\S+))?)$",  # llm.c
+        r"step:(?P<step>\d+)/\d+ (val_loss:(?P<val>\S+)|train_loss:(?P<train>\S+))",  # modded-nanogpt
+    )
+]
 
 
 @dataclass
@@ -30,13 +55,19 @@ class PlotConfig:
     """Draw one or more logs."""
 
     logs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """log.txt files."""
+    """log.txt files, or what build-nanogpt, nanoGPT, llm.c or modded-nanogpt have printed."""
     out: str = "plots/log_plot.png"
     """The picture; its ending chooses the format."""
-    x: Literal["step", "tokens", "seconds", "epoch"] = "step"
+    x: Literal["step", "tokens", "seconds", "epoch", "flops"] = "step"
     """The horizontal axis; all but step are read from the metrics.jsonl beside each log."""
+    smooth: float = 0.0
+    """Draw what is noisy as a moving average, in which what came before has this weight, as 0.99, and faintly behind it as it is."""
+    panels: tuple[Literal["lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes"], ...] = ()
+    """What else of metrics.jsonl to draw, each in a panel of its own."""
     size: Literal["124M", "350M", "774M", "1558M", "none"] = "124M"
     """Which of OpenAI's models to draw as baselines; 'none' for other data or tokenizers."""
+    baselines: tuple[str, ...] = ()
+    """Other losses to draw a line at, as "GPT-2 on my val shard=3.12"."""
 
 
 def size_of(params: int) -> str:
@@ -45,37 +76,41 @@ def size_of(params: int) -> str:
 
 
 def read_log(path: Path) -> dict[str, dict[int, float]]:
-    """Stream → step → value. A later line of the same step counts; a line that is no 'step stream value' is left out."""
+    """Stream → step → value. A later line of the same step counts."""
     if not path.is_file():
         raise ValueError(f"no log {path}: give the log.txt in a run's folder")
-    streams = {}
-    bad = 0
+    streams, others = {}, 0
     for line in path.read_text(errors="replace").splitlines():
+        match = next((match for pattern in LINES if (match := pattern.match(line.strip()))), None)
         try:
-            step, stream, value = line.split()
-            streams.setdefault(stream, {})[int(step)] = float(value)
-        except ValueError:
-            bad += bool(line.strip())
-    if bad:
-        print(f"warning: {path}: {bad} lines are not 'step stream value' and are left out", file=sys.stderr)
+            found = match.groupdict()
+            step = int(found.pop("step"))
+            named = {found["stream"]: found["value"]} if "stream" in found else found
+            for stream, value in named.items():
+                if value is not None:
+                    streams.setdefault(stream, {})[step] = float(value)
+        except (AttributeError, ValueError):
+            others += bool(line.strip())
     if not streams:
         raise ValueError(f"{path} has no line 'step stream value': is it a log.txt?")
+    if others:
+        print(f"warning: {path}: {others} lines are not 'step stream value' and are left out", file=sys.stderr)
     return streams
 
 
-def read_axis(path: Path, x: str) -> dict[int, float]:
-    """Step → tokens, seconds or epoch, from the metrics beside a log."""
+def read_metrics(path: Path, names: list[str]) -> dict[str, dict[int, float]]:
+    """Name → step → number, from the metrics.jsonl beside a log. A later line of the same step counts."""
     metrics = path.with_name("metrics.jsonl")
-    if not metrics.is_file():
-        raise ValueError(f"--x {x} needs {metrics}, which is not there: use --x step")
-    axis = {}
-    for line in metrics.read_text(errors="replace").splitlines():
+    found = {name: {} for name in names}
+    for line in metrics.read_text(errors="replace").splitlines() if names and metrics.is_file() else ():
         try:
             row = json.loads(line)
-            axis[row["step"]] = row[x]
-        except (ValueError, KeyError, TypeError):
+            for name in names:
+                if row.get(name) is not None:
+                    found[name][row["step"]] = row[name]
+        except (ValueError, KeyError, TypeError, AttributeError):
             pass  # the line that a killed run was writing
-    return axis
+    return found
 
 
 def points(values: dict[int, float], axis: dict[int, float] | None) -> tuple[list[float], list[float]]:
@@ -84,43 +119,96 @@ def points(values: dict[int, float], axis: dict[int, float] | None) -> tuple[lis
     return [axis[step] if axis else step for step in steps], [values[step] for step in steps]
 
 
-def plot(logs: list[str], out: str, x: str = "step", size: str = "124M"):
-    """Draws the logs into the file `out`: loss, and beside it HellaSwag where there is a score or a baseline of it."""
+def smoothed(values: list[float], weight: float) -> list[float]:
+    """The exponential moving average, divided by the weights there were so far, as in Adam (Kingma & Ba, 2014)."""
+    average, share, out = 0.0, 0.0, []
+    for value in values:
+        average, share = weight * average + (1 - weight) * value, weight * share + (1 - weight)
+        out.append(average / share)
+    return out
+
+
+def plot(config: PlotConfig):
+    """Draws config.logs into the file config.out: loss, beside it HellaSwag where there is a score or a baseline of it, and the panels.
+    ValueError for what can't be drawn."""
     from matplotlib.figure import Figure  # not pyplot: no window system is touched
 
-    runs = [read_log(Path(log)) for log in logs]
-    if Path(out).suffix[1:] not in FORMATS:
-        raise ValueError(f"--out {out}: its ending chooses the format, one of {', '.join(FORMATS)}")
-    panels = 2 if size != "none" or any("hella" in streams for streams in runs) else 1
-    figure = Figure(figsize=(7 * panels, 5.5), layout="constrained")
-    loss, *hella = figure.subplots(1, panels, squeeze=False)[0]
+    faults = [] if 0 <= config.smooth < 1 else [f"--smooth is {config.smooth}: it must be at least 0 and below 1"]
+    if Path(config.out).suffix[1:] not in FORMATS:
+        faults.append(f"--out {config.out}: its ending chooses the format, one of {', '.join(FORMATS)}")
+    cli.refuse(faults)
+    logs, baselines = [Path(log) for log in config.logs], parse_baselines(config.baselines)
+    runs = [read_log(log) for log in logs]
+    has_hella = config.size != "none" or any("hella" in streams for streams in runs)
+    names = ["loss", *(["hella"] if has_hella else []), *config.panels]
+    columns = 2 if len(names) == 4 else min(len(names), 3)
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(7 * columns, 5.5 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = dict(zip(names, grid, strict=False))
+    for unused in grid[len(names) :]:
+        unused.remove()
     for number, (log, streams) in enumerate(zip(logs, runs, strict=True)):
-        axis = read_axis(Path(log), x) if x != "step" else None
-        name = (log if len({Path(path).parent.name for path in logs}) < len(logs) else Path(log).parent.name or log).replace("$", r"\$")
-        color = f"C{number}"
-        if "train" in streams:
-            loss.plot(*points(streams["train"], axis), color=color, alpha=0.35, linewidth=0.8, label=f"{name}: train")
-        if "val" in streams:
-            loss.plot(*points(streams["val"], axis), color=color, marker=".", label=f"{name}: val")
-        if "hella" in streams:
-            hella[0].plot(*points(streams["hella"], axis), color=color, marker=".", label=name)
-    if size in GPT2_LOSS:
-        loss.axhline(GPT2_LOSS[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size}), FineWeb-Edu val")
-    if size != "none":
-        hella[0].axhline(GPT2_HELLASWAG[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size})")
-        gpt3, accuracy = GPT3_HELLASWAG[size]
-        hella[0].axhline(accuracy, color="g", linestyle="--", label=f"OpenAI GPT-3 ({gpt3})")
-    loss.set(title="Loss", xlabel=UNITS[x], ylabel="cross entropy, nats a token", yscale="log")
-    loss.yaxis.set_major_formatter("{x:.2f}")
-    loss.yaxis.set_minor_formatter("{x:.2f}")
-    for panel in hella:
-        panel.set(title="HellaSwag, completion style", xlabel=UNITS[x], ylabel="acc_norm")
-    for panel in (loss, *hella):
+        metrics = read_metrics(log, [*config.panels, *([config.x] if config.x != "step" else [])])
+        if config.x != "step" and not metrics[config.x]:
+            metrics_file = log.with_name("metrics.jsonl")
+            raise ValueError(f"--x {config.x} needs {metrics_file}, which is not there or has no {config.x}: use --x step")
+        same_folders = len({path.parent.name for path in logs}) < len(logs)
+        name = str(log) if same_folders else log.parent.name or str(log)
+        draw_run(axes, name.replace("$", r"\$"), f"C{number}", streams, metrics, config)
+    draw_baselines(axes, config.size, {name: (loss, f"C{len(logs) + i}") for i, (name, loss) in enumerate(baselines.items())})
+    for name, panel in axes.items():
+        title, unit = TITLES.get(name) or (UNITS[name].capitalize(), UNITS[name])
+        panel.set(title=title, xlabel=UNITS[config.x], ylabel=unit)
         panel.grid(alpha=0.3, which="both")
         if panel.get_lines():
-            panel.legend()
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
+            panel.legend(loc="lower right" if name == "hella" else "upper right")  # looking for the best place takes seconds
+    axes["loss"].set_yscale("log")
+    axes["loss"].yaxis.set_major_formatter("{x:.2f}")
+    axes["loss"].yaxis.set_minor_formatter("{x:.2f}")
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(config.out, dpi=110)
+
+
+def draw_run(axes: dict, name: str, color: str, streams: dict, metrics: dict, config: PlotConfig):
+    """One run's curves into the panels."""
+    axis = metrics[config.x] if config.x != "step" else None
+    noisy = {"loss": ("train", f"{name}: train"), **{panel: (panel, name) for panel in config.panels}}
+    for panel, (stream, label) in noisy.items():
+        at, values = points(metrics.get(stream) or streams.get(stream, {}), axis)
+        smooth = config.smooth if stream != "lr" else 0.0
+        if values and smooth:
+            axes[panel].plot(at, values, color=color, alpha=0.15, linewidth=0.8)
+            values = smoothed(values, smooth)
+        if values:
+            axes[panel].plot(at, values, color=color, alpha=1.0 if smooth else 0.5, linewidth=0.8, label=label)
+    for panel, stream, label in (("loss", "val", f"{name}: val"), ("hella", "hella", name)):
+        if stream in streams:
+            axes[panel].plot(*points(streams[stream], axis), color=color, marker=".", label=label)
+
+
+def draw_baselines(axes: dict, size: str, others: dict[str, tuple[float, str]]):
+    """OpenAI's models of a size, and other losses by name, each with its color."""
+    if size in GPT2_LOSS:
+        axes["loss"].axhline(GPT2_LOSS[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size}), FineWeb-Edu val")
+    for name, (loss, color) in others.items():
+        axes["loss"].axhline(loss, color=color, linestyle=":", label=name.replace("$", r"\$"))
+    if size != "none":
+        axes["hella"].axhline(GPT2_HELLASWAG[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size})")
+        gpt3, accuracy = GPT3_HELLASWAG[size]
+        axes["hella"].axhline(accuracy, color="g", linestyle="--", label=f"OpenAI GPT-3 ({gpt3})")
+
+
+def parse_baselines(given: tuple[str, ...]) -> dict[str, float]:
+    """ValueError for what is no NAME=LOSS."""
+    pairs = [baseline.rpartition("=") for baseline in given]
+    try:
+        baselines = {name: float(loss) for name, _, loss in pairs}
+    except ValueError:
+        baselines = {"": 0.0}
+    if not all(name and 0 < loss < math.inf for name, loss in baselines.items()):
+        raise ValueError('--baselines are NAME=LOSS each, as "GPT-2 on my val shard=3.12"')
+    return baselines
 
 
 def main():
@@ -131,9 +219,9 @@ def main():
         out = Path(config.out)
         if out.is_dir() or config.out.endswith("/"):
             out = out / Path(PlotConfig.out).name
-        out = str(out if out.suffix else out.with_suffix(".png"))
-        plot(list(config.logs), out, config.x, config.size)
-        print(out)
+        config.out = str(out if out.suffix else out.with_suffix(".png"))
+        plot(config)
+        print(config.out)
 
 
 if __name__ == "__main__":

@@ -394,7 +394,7 @@ class Trainer:
         """What a value of this step can be drawn over."""
         tokens = step * self.config.total_batch_tokens
         epoch = tokens / (self.train_stream.sequences_per_epoch * self.config.model.seq_len)
-        return {"tokens": tokens, "seconds": self.seconds, "epoch": epoch}
+        return {"tokens": tokens, "seconds": self.seconds, "epoch": epoch, "flops": tokens * self.model.flops_per_token()}
 
     def metrics(self, step: int, update: Update, seconds: float) -> dict:
         """A step's line of metrics.jsonl. mfu: the share of the cards' peak, None where that is not known."""
@@ -535,7 +535,7 @@ class Evaluation:
     def plot(self):
         if self.world.is_main:
             log, size = Path(self.config.out_dir, "log.txt"), plot_log.size_of(self.trainer.model.num_params())
-            plot_log.plot([str(log)], str(log.with_name("log_plot.png")), size=size)
+            plot_log.plot(plot_log.PlotConfig((str(log),), str(log.with_name("log_plot.png")), size=size))
 
 
 # ---- what a run leaves behind and shows ----

@@ -2,12 +2,17 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
 
+import pandas
 import pytest
-from conftest import run_main
+from conftest import REPO, run_main
 
 import plot_log
-from plot_log import points, read_axis, read_log
+from plot_log import PlotConfig, points, read_log, read_metrics, smoothed
 
 
 @pytest.fixture
@@ -16,7 +21,7 @@ def log(tmp_path):
     path.parent.mkdir()
     steps = range(0, 100, 10)
     path.write_text("".join(f"{s} train {4 - s / 50}\n{s} val {4 - s / 60:.4f}\n{s} hella {0.25 + s / 1000}\n" for s in steps))
-    rows = [{"step": s, "tokens": s * 1000, "seconds": s / 2, "epoch": s / 200} for s in steps]
+    rows = [{"step": s, "tokens": s * 1000, "seconds": s / 2, "epoch": s / 200, "flops": s * 1e6, "lr": 1 / (s + 1)} for s in steps]
     (path.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9')
     return path
 
@@ -35,12 +40,42 @@ def test_build_nanogpts_log_is_read(tmp_path):
     assert read_log(tmp_path / "log.txt") == {"val": {0: 10.9511, 250: 5.9}, "hella": {0: 0.2463}, "train": {0: 10.955029}}
 
 
-@pytest.mark.parametrize(("x", "value"), [("tokens", 50_000), ("seconds", 25), ("epoch", 0.25)])
-def test_axes_come_from_the_metrics(log, x, value):
-    assert read_axis(log, x)[50] == value
+@pytest.mark.parametrize(
+    ("text", "streams"),
+    [
+        (
+            "number of parameters: 10.65M\nstep 0: train loss 4.2874, val loss 4.2823\niter 0: loss 4.2664, time 26523.50ms, mfu -100.00%\n"
+            "iter 10: loss 3.1436, time 21.17ms, mfu 17.60%\nsaving checkpoint to out\n",  # nanoGPT
+            {"val": {0: 4.2823}, "train": {0: 4.2664, 10: 3.1436}},
+        ),
+        (
+            "s:0 tel:11.0128\ns:0 eval:0.2501\ns:0 trl:11.0113 lr:0.000001 norm:15.20\n",  # llm.c
+            {"val": {0: 11.0128}, "hella": {0: 0.2501}, "train": {0: 11.0113}, "lr": {0: 0.000001}, "grad_norm": {0: 15.2}},
+        ),
+        (
+            "step:0/5100 val_loss:10.8258 train_time:0ms step_avg:nanms\nstep:1/5100 train_loss:10.8251 train_time:30006ms step_avg:nanms\n"
+            "step:2/5100 train_time:32006ms step_avg:nanms\n",  # modded-nanogpt
+            {"val": {0: 10.8258}, "train": {1: 10.8251}},
+        ),
+    ],
+)
+def test_logs_of_other_projects_are_read(tmp_path, text, streams):
+    (tmp_path / "x.log").write_text(text)
+    assert read_log(tmp_path / "x.log") == streams
 
 
-@pytest.mark.parametrize("x", ["step", "tokens", "seconds", "epoch"])
+@pytest.mark.parametrize(("name", "value"), [("tokens", 50_000), ("seconds", 25), ("epoch", 0.25), ("flops", 5e7), ("lr", 1 / 51)])
+def test_axes_and_panels_come_from_the_metrics(log, name, value):
+    assert read_metrics(log, [name])[name][50] == value
+
+
+def test_smoothing_is_pandas_ewm():
+    values = [3.0, 5.0, 1.0, 4.0]
+    assert smoothed(values, 0.9) == pytest.approx(list(pandas.Series(values).ewm(alpha=0.1).mean()))
+    assert smoothed(values, 0.0) == values
+
+
+@pytest.mark.parametrize("x", ["step", "tokens", "seconds", "epoch", "flops"])
 @pytest.mark.parametrize("size", ["124M", "1558M", "none"])
 def test_the_picture_is_drawn(log, tmp_path, capsys, x, size):
     out = tmp_path / "new folder" / "plot.png"
@@ -54,13 +89,39 @@ def test_what_is_drawn_is_what_the_log_says(log, tmp_path, monkeypatch):
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
-    plot_log.plot([str(log)], str(tmp_path / "x.png"), "tokens", "124M")
+    plain = PlotConfig((str(log),), str(tmp_path / "x.png"), x="tokens")
+    plot_log.plot(plain)
+    plot_log.plot(replace(plain, x="flops", size="none", smooth=0.5, panels=("lr", "grad_norm"), baselines=("mine=3.5",)))
     loss, hella = drawn[0].axes
     assert loss.get_yscale() == "log"
     train, val, baseline = loss.lines
     assert list(train.get_xdata())[:3] == [0, 10_000, 20_000] and list(train.get_ydata())[:2] == [4.0, 3.8]
     assert val.get_ydata()[-1] == 2.5 and baseline.get_ydata()[0] == 3.2924
     assert [line.get_ydata()[0] for line in hella.lines] == [0.25, 0.2955, 0.337]
+    loss, hella, lr, grad_norm = drawn[1].axes
+    faint, smooth, val, mine = loss.lines
+    assert list(faint.get_ydata()) == list(train.get_ydata()) and faint.get_alpha() < smooth.get_alpha()
+    assert list(smooth.get_ydata())[:2] == pytest.approx([4.0, (4.0 * 0.5 + 3.8) / 1.5]) and mine.get_ydata()[0] == 3.5
+    assert list(lr.lines[0].get_xdata())[:2] == [0, 1e7] and lr.lines[0].get_ydata()[1] == 1 / 11 and len(hella.lines) == 1
+    assert len(lr.lines) == 1 and not grad_norm.lines  # this run's metrics have none
+
+
+def test_nineteen_thousand_steps_are_drawn_in_three_seconds(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("".join(f"{s} train {10 / (s + 1) + 3 + (s * 7919 % 101) / 500}\n" for s in range(19073)))
+    rows = ({"step": s, "tokens": s * 524288, "lr": 6e-4, "grad_norm": 0.3} for s in range(19073))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, REPO / "plot_log.py", log, "--x", "tokens", "--smooth", "0.99", "--panels", "lr", "grad_norm"]
+    began = time.monotonic()
+    subprocess.run([*command, "--out", tmp_path / "plot.svg"], check=True, capture_output=True)
+    seconds = time.monotonic() - began
+    assert seconds < 3 or seconds < 3 * seconds_of_matplotlib()  # a machine that busy is slow at all else too
+
+
+def seconds_of_matplotlib() -> float:
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "from matplotlib.figure import Figure; Figure().savefig('/dev/null', format='svg')"], check=True)
+    return time.monotonic() - began
 
 
 def test_a_models_baselines_are_those_of_its_size():
@@ -81,6 +142,9 @@ def test_a_models_baselines_are_those_of_its_size():
         (None, [], "no log"),
         ("hello\n", [], "no line 'step stream value'"),
         ("0 train 1.0\n", ["--x", "tokens"], "use --x step"),
+        ("0 train 1.0\n", ["--smooth", "1"], "--smooth is 1.0: it must be at least 0 and below 1"),
+        ("0 train 1.0\n", ["--baselines", "mine=3", "none"], "--baselines are NAME=LOSS each"),
+        ("0 train 1.0\n", ["--baselines", "mine=-3"], "--baselines are NAME=LOSS each"),
         ("0 train 1.0\n", ["--out", "v1.5"], "--out v1.5: its ending chooses the format, one of png"),
     ],
 )
