@@ -107,6 +107,8 @@ class TrainConfig:
     """Newest whole checkpoints to keep; 0 keeps all."""
     on_save_error: Literal["continue", "stop"] = "continue"
     """When a checkpoint can't be saved, as on a full disk: train on and try the next one, or end the run."""
+    tracker: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
+    """Show the metrics there too; it has to be installed. What goes wrong with it never ends the run."""
     timeout_minutes: float = 10.0
     """How long the processes wait for one that hangs before all of them end; longer than one verifies the shards alone."""
 
@@ -163,7 +165,7 @@ class TrainConfig:
 MAY_CHANGE = {
     "replay_step", "data_dir", "max_steps", "max_bad_steps", "skip_spikes", "micro_batch_size", "attention", "device", "dtype",
     "compile", "activation_memory", "verify_shards", "val_every", "val_tokens", "hellaswag_every", "hellaswag_file",
-    "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep", "on_save_error", "timeout_minutes",
+    "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep", "on_save_error", "tracker", "timeout_minutes",
 }  # fmt: skip
 
 PRESETS = {

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import signal
 import statistics
 import subprocess
@@ -43,6 +44,7 @@ from distributed import PeerLost, Stopped, World, join_world
 from files import append, hold, read_json, write_json
 from model import GPT, GPTConfig
 from sample import sample_texts
+from tracker import Tracker
 
 # ---- the run ----
 
@@ -55,7 +57,7 @@ def train(config: TrainConfig, world: World):
         log.progress(f"{config.out_dir} finished already, at step {start}: raise --max-steps to go on")
         return
     torchruns = world.gather(torchrun_id())
-    world.on_main(lambda: record_launch(config, world, trainer.shards, start, torchruns))
+    world.on_main(lambda: log.track(record_launch(config, world, trainer.shards, start, torchruns), start))
     stop = StopSignal()
     evaluation = Evaluation(trainer, log, stop)
     step, stopping = start, False
@@ -547,13 +549,20 @@ class Log:
 
     def __init__(self, config: TrainConfig, world: World):
         self.config, self.world = config, world
+        self.tracker = None
         self.recent = deque(maxlen=20)  # seconds of the last steps
         self.shown = -math.inf  # when the last progress line was
         self.unwritten = {"log.txt": "", "metrics.jsonl": ""}  # what a full disk did not take yet
 
+    def track(self, run_id: str, step: int):
+        if self.config.tracker != "none":
+            self.tracker = Tracker(self.config.tracker, self.config.out_dir, run_id, asdict(self.config), step, self.progress)
+
     def value(self, step: int, stream: str, value: float, metrics: dict):
         if not self.world.is_main:
             return
+        if self.tracker:
+            self.tracker.log(step, metrics)
         finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in metrics.items()}
         lines = {"log.txt": f"{step} {stream} {value:.6f}\n", "metrics.jsonl": json.dumps({"step": step, **finite}) + "\n"}
         for name, line in lines.items():
@@ -571,6 +580,8 @@ class Log:
 
     def finish(self):
         """Raises OSError when lines are left that can't be written."""
+        if self.tracker:
+            self.tracker.finish()
         for name in self.unwritten:
             self.write(name)
 
@@ -634,10 +645,12 @@ def check_data(config: TrainConfig, shards: Shards):
             )
 
 
-def record_launch(config: TrainConfig, world: World, shards: Shards, step: int, torchruns: list[str]):
-    """run.json: settings, data, and what each launch of the run ran on."""
+def record_launch(config: TrainConfig, world: World, shards: Shards, step: int, torchruns: list[str]) -> str:
+    """run.json: settings, data, and what each launch of the run ran on. Returns the run's id."""
     path = Path(config.out_dir, RUN)
-    before = {"data": shards.contents(), "launches": []} | (read_json(path, RUN_REMEDY) if path.exists() else {})
+    before = {"id": secrets.token_hex(4), "data": shards.contents(), "launches": []}
+    if path.exists():
+        before |= read_json(path, RUN_REMEDY)
     settings = asdict(config) | {"resume": False, "replay_step": None}
     launch = {
         "step": step,
@@ -651,7 +664,8 @@ def record_launch(config: TrainConfig, world: World, shards: Shards, step: int, 
         "torchrun": torchruns,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"config": settings, "data": before["data"], "launches": [*before["launches"], launch]})
+    write_json(path, before | {"config": settings, "launches": [*before["launches"], launch]})
+    return before["id"]
 
 
 def git_commit() -> str:

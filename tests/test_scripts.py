@@ -27,6 +27,7 @@ for path in os.listdir(repo):
                     if module + ".py" not in os.listdir(repo):
                         __import__(module)
 import torch.distributed, torch.utils.data
+already = set(sys.modules)
 events = []
 def hook(event, args):
     mine = event == "open" and not str(args[0]).endswith((".py", ".pyc")) and not str(args[0]).startswith(sys.prefix)
@@ -38,6 +39,7 @@ for path in sorted(os.listdir(repo)):
     if path.endswith(".py"):
         __import__(path[:-3])
         assert not events and dict(os.environ) == before, (path, events)
+assert not {"wandb", "trackio", "tensorboard", "matplotlib", "transformers", "datasets"} & (set(sys.modules) - already)
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 """
 

@@ -1,0 +1,136 @@
+"""--tracker: what the three of them have afterwards is what metrics.jsonl has; nothing of theirs ends a run."""
+
+import json
+import os
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+from conftest import REPO, TINY, forked, run_train
+
+import tracker
+
+
+def losses(folder, name="loss") -> dict[int, float]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row[name] for row in rows if name in row}
+
+
+def in_tensorboard(folder, name) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0})
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+def in_trackio(folder, name) -> dict[int, float]:
+    (path,) = (folder / "trackio").glob("*.db")
+    with sqlite3.connect(path) as database:
+        rows = list(database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id"))
+    assert len({run for run, _, _ in rows}) == 1
+    return {step: json.loads(metrics)[name] for _, step, metrics in rows if name in json.loads(metrics)}
+
+
+def in_wandb(folder, name) -> dict[int, float]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    assert len({path.stem for path in files}) == 1
+    found = {}
+    for record in map(Record.FromString, (content for path in files for content in in_leveldb(path.read_bytes()))):
+        row = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
+        if name in row:
+            found[row["step"]] = row[name]
+    return found
+
+
+def in_leveldb(log: bytes):
+    """The records of LevelDB's log format, which W&B's files have after seven bytes: blocks of 32 KiB, in them parts of records
+    with a checksum, a length and a type."""
+    at, record = 7, b""
+    while at + 7 <= len(log):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", log, at + 4)
+        if kind == 0:
+            return
+        record = (b"" if kind in (1, 2) else record) + log[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield record
+
+
+def set_environment(**names):
+    os.environ.update(names)
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "trackio", "wandb"])
+def test_a_run_and_its_resume_are_one_run_there(shards, tmp_path, kind):
+    first = partial(set_environment, WANDB_MODE="offline", TRACKIO_DIR=str(tmp_path / "trackio"))
+    found = {"tensorboard": in_tensorboard, "trackio": in_trackio, "wandb": in_wandb}[kind]
+    flags = ["--out-dir", tmp_path, "--tracker", kind]
+    result = forked(tmp_path, "train", *TINY, "--data-dir", shards, *flags, first=first)
+    assert result.stdout.count("val loss") == 3
+    result = forked(tmp_path, "train", "--resume", *flags, "--max-steps", 24, first=first)
+    assert result.returncode == 0 and "warning" not in result.stderr
+    assert all(line.startswith("step ") for line in result.stdout.splitlines())
+    for name in ("loss", "val_loss", "lr"):
+        expected = losses(tmp_path, name)
+        assert expected and found(tmp_path, name) == pytest.approx(expected)
+
+
+def test_ctrl_c_is_for_the_run(shards, tmp_path):
+    """W&B's own process gets the signal too."""
+    env = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path, "--tracker", "wandb", "--max-steps", 100_000]
+    command = [sys.executable, REPO / "train.py", *argv]
+    process = subprocess.Popen(list(map(str, command)), env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "log.txt").exists() or "20 train" not in (tmp_path / "log.txt").read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT and "all saved" in said and "Traceback" not in said
+    assert in_wandb(tmp_path, "loss") == pytest.approx(losses(tmp_path))
+
+
+class Broken:
+    """A tracker that fails at a place."""
+
+    where = ""
+
+    def __init__(self, *args):
+        self.call("init")
+
+    def log(self, step, numbers):
+        self.call("log" if step == 5 else "")
+
+    def finish(self):
+        self.call("finish")
+
+    def call(self, where):
+        print(f"chatter of {where}")
+        if where == self.where:
+            raise RuntimeError("the server\nis gone")
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_what_fails_there_is_one_warning(shards, tmp_path, monkeypatch, capsys, where):
+    monkeypatch.setitem(tracker.SINKS, "wandb", type("Sink", (Broken,), {"where": where}))
+    assert run_train(shards, tmp_path, "--tracker", "wandb") == 0
+    out, err = capsys.readouterr()
+    assert err.count("warning: going on without wandb: the server is gone\n") == err.count("warning") == 1
+    assert "chatter" not in out and len(losses(tmp_path)) == 20
+
+
+def test_what_is_not_installed_says_how(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    assert run_train(shards, tmp_path, "--tracker", "trackio") == 0
+    assert ": pip install trackio\n" in capsys.readouterr().err
