@@ -80,7 +80,10 @@ class Tokenizer:
     name: str
     vocab_size: int
     encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
+    decode_bytes: Callable[[list[int]], bytes]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", "replace")
 
     @property
     def eot(self) -> int:
@@ -95,7 +98,7 @@ def get_tokenizer(name: str) -> Tokenizer:
             name,
             VOCAB_SIZES[name],
             lambda text: list(text.encode("utf-8", "replace")),
-            lambda ids: bytes(i for i in ids if i < 256).decode("utf-8", "replace"),
+            lambda ids: bytes(i for i in ids if i < 256),
         )
     if name != "gpt2":
         raise ValueError(f"no tokenizer named {name!r}: choose gpt2 or bytes")
@@ -110,7 +113,7 @@ def get_tokenizer(name: str) -> Tokenizer:
             f"could not fetch GPT-2's vocabulary ({type(e).__name__}): check the network, "
             "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bytes"
         ) from e
-    return Tokenizer(name, VOCAB_SIZES[name], bpe.encode_ordinary, bpe.decode)
+    return Tokenizer(name, VOCAB_SIZES[name], bpe.encode_ordinary, bpe.decode_bytes)
 
 
 @lru_cache

@@ -21,7 +21,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 
 import cli
@@ -30,7 +29,7 @@ from device import pick_dtype
 from distributed import World, join_world
 from files import write_atomically
 from fineweb import Tokenizer
-from kernels import for_scoring
+from kernels import for_scoring, log_likelihoods
 from model import GPT, causal_mask
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -188,7 +187,6 @@ def log_probs(
     """The log-probability in nats of each row's ending given its context; the softmax and the sum are not in bf16.
     stopped: asked before each batch whether to leave the rest."""
     model, device = for_scoring(model), model.transformer.wte.weight.device
-    at_once = 128 if device.type == "cpu" else 8192  # positions whose logits fit into the caches of the one, the memory of the other
     trees = [grow(rows, model.config.seq_len) for rows in tasks]
     result = [[] for _ in tasks]
     with cli.bar(total=len(tasks), desc="HellaSwag", unit="task", leave=False, disable=not progress) as bar:
@@ -207,9 +205,7 @@ def log_probs(
             )
             own = (branch[:, None, :, None] == branch[:, None, None, :]) | (branch[:, None, None, :] == 0)  # or the context
             x = model.hidden(ids, positions=positions, mask=own & causal_mask(L, L, device))  # (B, L, C)
-            x = x.flatten(0, 1)[scored]  # (N, C): no other position needs logits
-            chunks = zip(x.split(at_once), targets.split(at_once), strict=True)
-            log_p = torch.cat([-F.cross_entropy(model.logits(some).float(), theirs, reduction="none") for some, theirs in chunks])  # (N,)
+            log_p = log_likelihoods(model, x.flatten(0, 1)[scored], targets)  # (N,): no other position needs logits
             sums = [part.sum().item() for part in log_p.cpu().double().split([n for i in batch for n in trees[i].counts])]
             for i in batch:
                 result[i], sums = sums[: len(tasks[i])], sums[len(tasks[i]) :]

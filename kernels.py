@@ -4,6 +4,7 @@ Letters in the shapes as in model.py; N positions of all sequences together.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -64,6 +65,14 @@ def for_scoring(model):
             block.mlp.activation = nn.Identity() if gelu else block.mlp.activation
     copy.lm_head = OneDNNLinear(copy.lm_head, dtype)
     return copy.eval()
+
+
+def log_likelihoods(model, x: Tensor, targets: Tensor) -> Tensor:
+    """Of the targets (N,), in nats, given what hidden() returned for the positions before them, (N, C); the softmax is in fp32.
+    As many positions at a time as have logits that fit into a CPU's caches, or a GPU's memory."""
+    at_once = 128 if x.device.type == "cpu" else 8192
+    chunks = zip(x.split(at_once), targets.split(at_once), strict=True)
+    return torch.cat([-F.cross_entropy(model.logits(some).float(), theirs, reduction="none") for some, theirs in chunks])
 
 
 class BlockwiseAttention(torch.autograd.Function):

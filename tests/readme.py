@@ -35,6 +35,7 @@ SMALL = (  # the first pattern that a command matches says what is added to it
     (r"train.py", f"{SHAPE} {STEPS}"),
     (r"hellaswag.py", "--file tasks.jsonl -d cpu"),
     (r"sample.py", "-d cpu"),
+    (r"perplexity.py", "-d cpu --max-tokens 2000"),
     (r"fineweb.py", "--workers 2"),
     (r"bench.py", f"{SHAPE} --seq-len 64 --what train load tokenize --rounds 1 --megabytes 1 --shard-tokens 100000 --no-compile"),
 )

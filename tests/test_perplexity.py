@@ -1,0 +1,119 @@
+"""perplexity.py against Hugging Face's losses over lm-evaluation-harness's windows, and against what train.py logs."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPO, read_stream, run_main, run_train
+from hypothesis import given
+from hypothesis import strategies as st
+
+import perplexity
+from fineweb import get_tokenizer
+from model import GPT, GPTConfig
+from perplexity import rows_of_text, score
+
+TEXT = (REPO / "README.md").read_text()[:1500]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A random model of ours with large weights, saved, and Hugging Face's of it."""
+    from transformers import GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("hf")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(257, 64, 2, 2, 32)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(folder)
+    return folder, model, GPT2LMHeadModel.from_pretrained(folder).eval()
+
+
+def nats_of_the_harness(hf, ids: list[int], context_len: int) -> float:
+    """The sum over lm-evaluation-harness's windows, one at a time."""
+    from lm_eval.utils import get_rolling_token_windows
+
+    total = 0.0
+    with torch.no_grad():
+        for inputs, targets in get_rolling_token_windows(ids, 256, 64, context_len):
+            logits = hf(torch.tensor([inputs])).logits[0, -len(targets) :]
+            total += F.cross_entropy(logits, torch.tensor(targets), reduction="sum").item()
+    return total
+
+
+@pytest.mark.parametrize(("length", "stride"), [(1500, 64), (1500, 10), (1500, 1), (64, 64), (65, 64), (7, 64), (1, 64)])
+def test_a_text_scores_as_in_the_harness(models, length, stride):
+    _, model, hf = models
+    tokenizer = get_tokenizer("bytes")
+    ids = tokenizer.encode(TEXT)[:length]
+    result = score(model, tokenizer, rows_of_text([256, *ids], 64, stride), batch_size=5)
+    expected = nats_of_the_harness(hf, ids, context_len=64 - stride + 1)
+    assert result["tokens"] == length and result["loss"] * length == pytest.approx(expected, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(expected / length), rel=1e-4)
+    assert result["bits_per_byte"] == pytest.approx(expected / math.log(2) / length, rel=1e-5)
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(0, 40))
+def test_every_token_is_predicted_once_from_at_least_as_much_as_the_stride_leaves(count, seq_len, stride):
+    stride = min(stride, seq_len)
+    predicted = []
+    for number, (ids, n) in enumerate(rows_of_text(list(range(count + 1)), seq_len, stride)):
+        assert 1 <= n < len(ids) <= seq_len + 1 and ids == list(range(ids[0], ids[-1] + 1))
+        assert number == 0 or len(ids) == seq_len + 1  # as much context as the model sees
+        predicted += ids[len(ids) - n :]
+    assert predicted == list(range(1, count + 1))
+
+
+def test_bits_a_byte_do_not_depend_on_the_tokenizer(gpt2_tokenizer):
+    """A model that finds all ids equally likely needs log2(V) bits an id."""
+    for tokenizer, V in ((gpt2_tokenizer, 50257), (get_tokenizer("bytes"), 257)):
+        model = GPT(GPTConfig(V, 64, 1, 2, 16))
+        torch.nn.init.zeros_(model.lm_head.weight)
+        ids = tokenizer.encode("Grüße, 你好! " * 9)
+        result = score(model, tokenizer, rows_of_text([tokenizer.eot, *ids, tokenizer.eot], 64, 0), batch_size=4)
+        assert result["bits_per_byte"] == pytest.approx((len(ids) + 1) * math.log2(V) / len(("Grüße, 你好! " * 9).encode()), rel=1e-5)
+
+
+def test_a_run_scores_on_its_shards_as_it_logged(shards, tmp_path, capsys):
+    assert run_train(shards, tmp_path) == 0
+    capsys.readouterr()
+    for argv in (["--max-tokens", 640], ["--max-tokens", 640, "--batch-size", 3], ["--max-tokens", 64]):
+        assert run_main(perplexity.main, shards, "-m", tmp_path, *argv, "--json") == 0
+        (result,) = json.loads(capsys.readouterr().out)
+        assert result["tokens"] <= argv[1]
+        assert (result["loss"] == pytest.approx(float(read_stream(tmp_path, "val")[20]), abs=2e-6)) == (argv[1] == 640)
+
+
+def test_files_are_scored_one_by_one(models, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe not UTF-8")
+    argv = [tmp_path / "a.txt", tmp_path / "b.txt", "-m", models[0], "--stride", 16]
+    assert run_main(perplexity.main, *argv) == 0
+    a, b = capsys.readouterr().out.splitlines()
+    assert a.startswith(f"{tmp_path}/a.txt: {len(TEXT.encode()):,} tokens, loss ") and a.endswith(" bits a byte") and "b.txt: " in b
+    assert run_main(perplexity.main, *argv, "--max-tokens", 100, "--dtype", "bf16") == 0
+    assert "a.txt: 100 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-m", "M"], "give at least one text file or folder of shards"),
+        (["-m", "M", "none.txt", "--stride", -1, "--batch-size", 0], "--stride is -1: it must be at least 0; --batch-size is 0"),
+        (["-m", "M", "none.txt"], "no file none.txt: give text files or folders of shards"),
+        (["-m", "M", "EMPTY"], "is empty: give a file with text"),
+        (["-m", "M", "GPT2"], "has tokens of gpt2, the model those of bytes: score the text itself"),
+    ],
+)
+def test_mistakes_are_one_line(models, tmp_path, capsys, argv, message):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "gpt2").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "gpt2" / f"x_{split}_000000.npy").touch()
+    names = {"M": models[0], "EMPTY": tmp_path / "empty", "GPT2": tmp_path / "gpt2"}
+    assert run_main(perplexity.main, *(names.get(word, word) for word in argv)) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in error
