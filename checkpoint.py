@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import nanogpt
 from files import read_json, replace, sha256, write_json, write_temporary
 from fineweb import VOCAB_SIZES, Tokenizer, get_tokenizer
 from huggingface import config_from_hf, hf_folder
@@ -222,7 +223,8 @@ def load_torch(path: Path) -> dict:
     if not path.exists():
         raise ValueError(f"no checkpoint {path}: check the path")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with nanogpt.allowed():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
         raise ValueError(f"{path} can't be loaded safely: damaged, or not a checkpoint of this project") from e
 
@@ -249,12 +251,13 @@ def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, GPTConf
         raise ValueError(f"{file.parent}: {problem}; use another checkpoint")
     content = load_torch(file)
     try:
+        content = nanogpt.converted(content) if nanogpt.is_nanogpt(content) else content
         weights, config, tokenizer = content["model"], GPTConfig(**content["config"]), content["tokenizer"]
-        if isinstance(tokenizer, str) and all(isinstance(p, torch.Tensor) for p in weights.values()):
+        if isinstance(tokenizer, str | None) and all(isinstance(p, torch.Tensor) for p in weights.values()):
             return content, config, tokenizer
     except (KeyError, TypeError, IndexError, ValueError, AttributeError):
         pass
-    raise ValueError(f"{file} is not a checkpoint of this project: it has no model, config and tokenizer")
+    raise ValueError(f"{file} is not a checkpoint of this project, nanoGPT or build-nanogpt: it has no model, config and tokenizer")
 
 
 def load_config(path: str, revision: str = "") -> GPTConfig:

@@ -57,8 +57,8 @@ class GPTConfig:
     """RMSNorm of each head's queries and keys (Henry et al., 2020)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Of what goes into attention, MLP and head (Ba et al., 2016; Zhang & Sennrich, 2019)."""
-    mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"
-    """The MLP's activation (Hendrycks & Gimpel, 2016; So et al., 2021; Shazeer, 2020), at equal parameters."""
+    mlp: Literal["gelu", "gelu_exact", "relu2", "swiglu"] = "gelu"
+    """The MLP's activation (Hendrycks & Gimpel, 2016; So et al., 2021; Shazeer, 2020), at equal parameters. gelu_exact: nanoGPT's."""
     bias: bool = True
     """Biases in linear layers and norms."""
     tied_head: bool = True
@@ -534,7 +534,7 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-ACTIVATIONS = {"gelu": gelu, "relu2": relu2, "swiglu": swiglu}
+ACTIVATIONS = {"gelu": gelu, "gelu_exact": F.gelu, "relu2": relu2, "swiglu": swiglu}
 
 
 class MixtureOfExperts(nn.Module):

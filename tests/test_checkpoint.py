@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -205,6 +206,54 @@ def test_a_pickle_does_not_run(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="can't be loaded safely"):
             load_model(str(tmp_path / name))
     assert not (tmp_path / "fired").exists()
+
+
+def theirs(kind: str, rows: int, path) -> torch.nn.Module:
+    """Hugging Face's GPT-2 with random weights, saved as nanoGPT or build-nanogpt would have saved it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    act = "gelu" if kind == "nanoGPT" else "gelu_new"
+    hf = GPT2LMHeadModel(
+        GPT2Config(vocab_size=rows, n_positions=16, n_embd=24, n_layer=2, n_head=2, activation_function=act, bos_token_id=0, eos_token_id=0)
+    ).eval()
+    for p in hf.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    state = {name: p.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p for name, p in hf.state_dict().items()}
+    shape = dict(block_size=16, vocab_size=rows, n_layer=2, n_head=2, n_embd=24)
+    if kind == "nanoGPT":
+        state = {f"_orig_mod.{name}": p for name, p in state.items()} | {"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16)}
+        optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3}]}
+        best = {"iter_num": 5, "best_val_loss": torch.tensor(3.0), "config": {"dataset": "x"}}
+        torch.save({"model": state, "optimizer": optimizer, "model_args": shape | {"bias": True, "dropout": 0.0}, **best}, path)
+        return hf
+    config = type("GPTConfig", (), {"__module__": "__main__"})()
+    vars(config).update(shape)
+    main = sys.modules["__main__"]
+    main.GPTConfig = type(config)  # where pickle looks for it
+    torch.save({"model": state, "config": config, "step": 5, "val_loss": 3.0}, path)
+    del main.GPTConfig
+    return hf
+
+
+@pytest.mark.parametrize("kind", ["nanoGPT", "build-nanogpt"])
+@pytest.mark.parametrize("rows", [50304, 50257, 65])
+def test_nanogpts_checkpoints_compute_what_they_did(tmp_path, kind, rows, capsys):
+    hf = theirs(kind, rows, tmp_path / "ckpt.pt")
+    model, tokenizer = checkpoint.load_gpt(str(tmp_path / "ckpt.pt"))
+    assert tokenizer == (None if rows == 65 else "gpt2") and model.config.vocab_size == min(rows, 50257)
+    idx = torch.randint(0, 65, (2, 16))
+    with torch.no_grad():
+        assert (model.eval()(idx)[0] - hf(idx).logits[..., : model.config.vocab_size]).abs().max() <= 1e-5
+
+
+def test_what_only_looks_like_nanogpts_is_one_line(tmp_path):
+    theirs("nanoGPT", 65, tmp_path / "ckpt.pt")
+    content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    for part in ({"model_args": {"n_layer": 2}}, {"model_args": 5}, {"model": {}}):
+        torch.save(content | part, tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match="not a checkpoint of this project, nanoGPT or build-nanogpt"):
+            load_model(str(tmp_path / "odd.pt"))
 
 
 def test_weights_can_be_used_without_their_training_state(run):

@@ -35,6 +35,7 @@ VARIANTS = {
     "rmsnorm": dict(norm="rmsnorm"),
     "relu2": dict(mlp="relu2"),
     "swiglu": dict(mlp="swiglu"),
+    "exact": dict(mlp="gelu_exact"),
     "no biases": dict(bias=False),
     "untied": dict(tied_head=False),
     "softcap": dict(logit_softcap=3.0),
@@ -179,6 +180,7 @@ def test_rope_alone_equals_gpt_neox():
     ("settings", "switches"),
     [
         (dict(activation_function="relu2"), dict(mlp="relu2")),
+        (dict(activation_function="gelu"), dict(mlp="gelu_exact")),
         (dict(tie_word_embeddings=False), dict(tied_head=False)),
     ],
 )

@@ -1,0 +1,52 @@
+"""Checkpoints of nanoGPT and build-nanogpt, read as data: no code in them is run."""
+
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+
+from model import GPTConfig
+
+
+class PickledConfig:
+    """Stands in for build-nanogpt's GPTConfig, which lies in its checkpoints as an object of the script that was run."""
+
+
+def allowed() -> AbstractContextManager:
+    """Within it torch.load(weights_only=True) reads that object too, as its fields alone."""
+    return torch.serialization.safe_globals([(PickledConfig, f"{module}.GPTConfig") for module in ("__main__", "train_gpt2")])
+
+
+def is_nanogpt(content: dict) -> bool:
+    return "model_args" in content or isinstance(content.get("config"), PickledConfig)
+
+
+def converted(content: dict) -> dict:
+    """The content of a checkpoint of this project. KeyError, TypeError or AttributeError when it is not what it seems.
+
+    Where the table has GPT-2's 50,257 ids, or the 50,304 rows that they are padded to, the tokenizer is GPT-2's; of any other it
+    is not known. nanoGPT's GELU is the exact one.
+    """
+    shape = content["model_args"] if "model_args" in content else vars(content["config"])
+    rows = shape["vocab_size"]
+    is_gpt2 = rows in (50257, 50304)
+    config = GPTConfig(
+        50257 if is_gpt2 else rows,
+        shape["block_size"],
+        shape["n_layer"],
+        shape["n_head"],
+        shape["n_embd"],
+        bias=shape.get("bias", True),
+        mlp="gelu_exact" if "model_args" in content else "gelu",
+    )
+    weights = {name.removeprefix("_orig_mod."): p for name, p in content["model"].items() if not name.endswith(".attn.bias")}  # masks
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = F.pad(weights[name], (0, 0, 0, config.padded_vocab_size - rows))
+    return {
+        "model": weights,
+        "config": asdict(config),
+        "step": content.get("iter_num", content.get("step")),
+        "val_loss": None,
+        "tokenizer": "gpt2" if is_gpt2 else None,
+    }
