@@ -152,6 +152,8 @@ SUITES = {
 
 # ---- the runs ----
 
+SCRIPT = Path(__file__).with_name("train.py")
+
 
 def variants_of(config: CompareConfig) -> dict[str, list[str]]:
     """Name → flags of train.py, in which {out_dir} and {seed} may stand."""
@@ -179,7 +181,7 @@ class Run(NamedTuple):
     name: str
     flags: list[str]
     folder: Path
-    seed: int
+    seed: int | None
 
     def config(self) -> TrainConfig:
         """What its flags say. Exits 2 on an unknown one, ValueError names the variant whose settings can't be."""
@@ -191,7 +193,11 @@ class Run(NamedTuple):
         return config
 
     def last(self) -> list[str]:
-        return ["--out-dir", str(self.folder), "--seed", str(self.seed)]
+        return ["--out-dir", str(self.folder), *(["--seed", str(self.seed)] if self.seed is not None else [])]
+
+    def argv(self, resume: bool) -> list[str]:
+        """train.py's command line, for its beginning or to go on with it."""
+        return ["--resume", "--out-dir", str(self.folder)] if resume else [*self.flags, *self.last()]
 
     def state(self) -> Literal["new", "begun", "finished"]:
         """ValueError where its folder has a run with other flags."""
@@ -231,7 +237,7 @@ def run_all(runs: list[Run], workers: int):
 
 def train_one(run: Run, running: list[subprocess.Popen]):
     """ValueError with what train.py said when it fails."""
-    argv = ["--resume", *run.last()[:2]] if run.state() == "begun" else [*run.flags, *run.last()]
+    argv = run.argv(resume=run.state() == "begun")
     process = launch(argv)
     running.append(process)
     said = [line for line in process.communicate()[1].splitlines() if line.strip()] or ["nothing"]
@@ -241,8 +247,7 @@ def train_one(run: Run, running: list[subprocess.Popen]):
 
 
 def launch(argv: list[str]) -> subprocess.Popen:
-    script = Path(__file__).with_name("train.py")
-    return subprocess.Popen([sys.executable, script, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    return subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
 
 
 # ---- what came of them ----

@@ -50,7 +50,7 @@ class WandbSink:
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=out_dir.resolve().name,
-            id=run_id,
+            id=os.environ.get("WANDB_RUN_ID", run_id),  # which an agent of a sweep gives it
             resume="allow",
             dir=str(out_dir),
             config=config,

@@ -27,6 +27,7 @@ STEPS = (
 )
 SMALL = (  # the first pattern that a command matches says what is added to it
     (r"^until", ""),  # the run in log is finished by then: it says so
+    (r"sweep.py", "--trials 2 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
     (r"compare.py", "--seeds 1 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
     (r"--preset quickstart --data-dir mine_bytes", "--max-steps 20"),
     (r"--preset quickstart|log/quickstart|plot_log|pytest", ""),

@@ -11,7 +11,7 @@ from conftest import REPO, run_main
 
 from config import parse_config
 
-SCRIPTS = ["train", "fineweb", "hellaswag", "sample", "plot_log", "bench", "compare", "perplexity"]
+SCRIPTS = ["train", "fineweb", "hellaswag", "sample", "plot_log", "bench", "compare", "perplexity", "sweep"]
 
 # what others made is imported first; after that every file opened, address looked up and process begun counts
 IMPORT_QUIETLY = """

@@ -1,0 +1,328 @@
+"""Looks for the flags of train.py with the lowest validation loss (Optuna).
+
+    python sweep.py max_lr=1e-4..1e-1:log n_layer=2..4 mlp=gelu,relu2 --flags="--preset quickstart --val-every 100"
+
+The same command goes on with a sweep that was stopped. --export FILE writes the space as a sweep of Weights & Biases instead.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import tyro
+
+import cli
+from compare import SCRIPT, Run, last_checkpoint
+from config import parse_flags
+from files import hold, write_atomically
+from plot_log import read_metrics
+
+
+@dataclass
+class SweepConfig:
+    """Look for the best flags of train.py."""
+
+    space: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """FLAG=A,B,C for a choice, FLAG=LOW..HIGH for a range, FLAG=LOW..HIGH:log for one whose logarithm is drawn."""
+    flags: str = ""
+    """The other flags of train.py, in quotes and after an equals sign."""
+    trials: int = 20
+    """Runs in all, with those that were pruned."""
+    workers: int = 1
+    """Runs at a time, on a GPU each where there are several."""
+    prune: bool = True
+    """End a run whose validation loss is worse than the median of those before at the same step."""
+    seed: int = 1337
+    """Of the search; the runs have the seed of their flags."""
+    out_dir: str = "log/sweep"
+    """Has a folder for each run, the study in sweep.db, the table and the picture."""
+    export: str = ""
+    """Write the space as a sweep of Weights & Biases into this .yaml file, and run nothing."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def validate(self):
+        """ValueError with every fault at once."""
+        faults = cli.at_least(1, self, "trials", "workers") + cli.at_least(0, self, "seed")
+        cli.refuse(faults if self.space else [*faults, "give at least one FLAG=VALUES, as max_lr=1e-4..1e-2:log"])
+
+
+# ---- the space ----
+
+
+class Choice(NamedTuple):
+    """A flag that is one of these."""
+
+    values: list[str]
+
+    def suggest(self, trial, name: str):
+        return trial.suggest_categorical(name, self.values)
+
+    def wandb(self) -> dict:
+        return {"values": [{"true": True, "false": False}.get(value, value) for value in self.values]}
+
+
+class Range(NamedTuple):
+    """A flag between two numbers; of whole ones when both are."""
+
+    low: int | float
+    high: int | float
+    log: bool
+
+    def suggest(self, trial, name: str):
+        suggest = trial.suggest_int if isinstance(self.low, int) else trial.suggest_float
+        return suggest(name, self.low, self.high, log=self.log)
+
+    def wandb(self) -> dict:
+        kind = ("q_log_uniform_values" if self.log else "int_uniform") if isinstance(self.low, int) else "log_uniform_values"
+        kind = kind if self.log or isinstance(self.low, int) else "uniform"
+        return {"distribution": kind, "min": self.low, "max": self.high}
+
+
+def parse_space(words: tuple[str, ...]) -> dict[str, Choice | Range]:
+    """ValueError names the first word that is no FLAG=VALUES."""
+    space = {}
+    for word in words:
+        name, _, values = word.partition("=")
+        name = name.replace("-", "_")
+        if not name or not values or name in space or name in ("out_dir", "resume"):
+            raise ValueError(f"{word!r} is no FLAG=VALUES, or its flag stands twice or belongs to the sweep")
+        space[name] = parse_range(word, values) if ".." in values else Choice(values.split(","))
+    return space
+
+
+def parse_range(word: str, values: str) -> Range:
+    ends, _, kind = values.partition(":")
+    try:
+        low, high = ends.split("..")
+        try:
+            low, high = int(low), int(high)
+        except ValueError:
+            low, high = float(low), float(high)
+    except ValueError:
+        low, high = 1, 0
+    if not low <= high or kind not in ("", "log") or (kind == "log" and low <= 0):
+        raise ValueError(f"{word!r} is no FLAG=LOW..HIGH or FLAG=LOW..HIGH:log with LOW at most HIGH, and above 0 for a logarithm")
+    return Range(low, high, kind == "log")
+
+
+def flags_of(params: dict) -> list[str]:
+    """A point of the space as flags of train.py; true and false are for those that have no value."""
+    words = []
+    for name, value in params.items():
+        if value in ("true", "false"):
+            words.append(cli.flag(name if value == "true" else f"no_{name}"))
+        else:
+            words += [cli.flag(name), str(value)]
+    return words
+
+
+def export(config: SweepConfig, space: dict[str, Choice | Range]):
+    """The sweep's file; JSON is YAML. The agent's command puts each run into a folder of its id."""
+    command = f'exec python train.py --tracker wandb --out-dir {shlex.quote(config.out_dir)}/"$WANDB_RUN_ID" {config.flags} "$@"'
+    content = {
+        "program": "train.py",
+        "method": "bayes",
+        "metric": {"name": "val_loss", "goal": "minimize"},
+        "parameters": {name: values.wandb() for name, values in space.items()},
+        "command": ["bash", "-c", command, "train.py", "${args_no_boolean_flags}"],
+    }
+    if config.prune:
+        content["early_terminate"] = {"type": "hyperband", "min_iter": 2}
+    write_atomically(Path(config.export), lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+# ---- the runs ----
+
+
+def check(config: SweepConfig, space: dict[str, Choice | Range]):
+    """Exits 2 on an unknown flag, or a choice that its flag does not have. What only some points can't be is theirs to say."""
+    for name, values in space.items():
+        for value in values.values if isinstance(values, Choice) else [values.low, values.high]:
+            parse_flags([*shlex.split(config.flags), *flags_of({name: value})])
+
+
+def open_study(config: SweepConfig):
+    """A new study, or the one that this command began. ValueError where it is another's."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=f"sqlite:///{Path(config.out_dir, 'sweep.db')}",
+        study_name="sweep",
+        sampler=optuna.samplers.TPESampler(seed=config.seed, constant_liar=True),
+        pruner=optuna.pruners.MedianPruner() if config.prune else optuna.pruners.NopPruner(),
+        load_if_exists=True,
+    )
+    command = shlex.join([*config.space, f"--flags={config.flags}"])
+    before = study.user_attrs.get("command", command)
+    if before != command:
+        raise ValueError(f"{config.out_dir} has the sweep {before}: give that one, or choose another --out-dir")
+    study.set_user_attr("command", command)
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # a stop left it: another one goes on in its folder
+        study.enqueue_trial(trial.params, user_attrs={"folder": folder_of(trial)})
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    return study
+
+
+def folder_of(trial) -> str:
+    return trial.user_attrs.get("folder", str(trial.number))
+
+
+def tried(study) -> list:
+    """The trials that count; of those that a stop cut short their successors do."""
+    return [trial for trial in study.get_trials() if trial.state.name in ("COMPLETE", "PRUNED", "RUNNING")]
+
+
+@dataclass
+class Trial:
+    """One that is under way."""
+
+    trial: object
+    run: Run
+    process: subprocess.Popen
+    slot: int
+    reported: int = 0
+    pruned: bool = False
+
+
+def sweep(config: SweepConfig, space: dict[str, Choice | Range], study):
+    """Runs what is missing. All that touches the study is done here, in one thread: SQLite likes it so."""
+    running: list[Trial] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with cli.bar(total=config.trials, initial=len(tried(study)), desc="trials", unit="trial") as bar:
+        try:
+            while running or len(tried(study)) < config.trials:
+                if len(running) < config.workers and len(tried(study)) < config.trials:
+                    slot = min(set(range(config.workers)) - {one.slot for one in running})
+                    running += begin(config, space, study.ask(), slot)
+                    continue
+                time.sleep(0.5)
+                for one in list(running):
+                    if follow(one, study):
+                        running.remove(one)
+                bar.n = len(tried(study)) - len(running)
+                bar.refresh()
+        finally:  # after a signal those that are under way save and end
+            for one in running:
+                one.process.terminate()
+            for one in running:
+                one.process.wait()
+
+
+def begin(config: SweepConfig, space: dict[str, Choice | Range], trial, slot: int) -> list[Trial]:
+    """Starts a trial's run, or goes on with it; [] for a point that can't be."""
+    params = {name: values.suggest(trial, name) for name, values in space.items()}
+    folder = Path(config.out_dir, folder_of(trial))
+    run = Run(f"trial {trial.number}", [*shlex.split(config.flags), *flags_of(params)], folder, None)
+    try:
+        run.config()
+        resume = run.state() != "new"
+    except ValueError as e:
+        end(trial, str(e))
+        return []
+    gpus, threads = torch.cuda.device_count(), max(1, (os.cpu_count() or 1) // config.workers)
+    env = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    if gpus > 1 and config.workers > 1:
+        env["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+    with open(folder.with_suffix(".out"), "a") as said:
+        process = subprocess.Popen([sys.executable, SCRIPT, *run.argv(resume)], stdout=said, stderr=said, env=env)
+    return [Trial(trial, run, process, slot)]
+
+
+def follow(one: Trial, study) -> bool:
+    """Tells the study what a run has come to, and whether it has ended."""
+    ended = one.process.poll() is not None
+    losses = read_metrics(one.run.folder / "log.txt", ["val_loss"])["val_loss"]
+    for step in sorted(losses):
+        if step > one.reported:  # the loss before the first step says nothing
+            one.trial.report(losses[step], step)
+            one.reported = step
+    if not ended and not one.pruned and one.trial.should_prune():
+        one.pruned = True
+        one.process.terminate()
+    if ended and one.process.returncode == 0:
+        study.tell(one.trial, last_checkpoint(one.run.folder)["val_loss"])
+    elif ended:
+        said = one.run.folder.with_suffix(".out").read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        end(one.trial, f"pruned at step {max(losses, default=0)}" if one.pruned else said[-1])
+    return ended
+
+
+def end(trial, why: str):
+    """For the search a run that was pruned, or failed, is among the worst."""
+    import optuna
+
+    trial.set_user_attr("why", why)
+    trial.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+
+
+# ---- what came of them ----
+
+
+def rows_of(study) -> list[dict]:
+    """The best first, then those that did not come to an end."""
+    rows = [
+        {
+            "run": folder_of(trial),
+            **trial.params,
+            "val_loss": trial.value,
+            "note": trial.user_attrs.get("why", ""),
+        }
+        for trial in tried(study)
+    ]
+    return sorted(rows, key=lambda row: (row["val_loss"] is None, row["val_loss"] or 0.0))
+
+
+def show(rows: list[dict], space: dict[str, Choice | Range]) -> str:
+    names = ["run", *space, "val_loss", "note"]
+    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    for row in rows:
+        cells = [f"{row[name]:.4g}" if isinstance(row[name], float) and name != "val_loss" else row[name] for name in names]
+        loss = "" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
+        lines.append(f"| {' | '.join(str(loss if name == 'val_loss' else cell) for name, cell in zip(names, cells, strict=True))} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], space: dict[str, Choice | Range], out: Path):
+    """The loss over each flag of the space."""
+    from matplotlib.figure import Figure
+
+    done = [row for row in rows if row["val_loss"] is not None]
+    figure = Figure(figsize=(4.5 * len(space), 4), layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, len(space), squeeze=False, sharey=True)[0], space.items(), strict=True):
+        axes.scatter([row[name] for row in done], [row["val_loss"] for row in done])
+        axes.set(xlabel=cli.flag(name), xscale="log" if isinstance(values, Range) and values.log else "linear")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("validation loss, nats a token")
+    figure.savefig(out, dpi=110)
+
+
+def main():
+    with cli.one_line_errors():
+        config = cli.parse(SweepConfig)
+        config.validate()
+        space = parse_space(config.space)
+        check(config, space)
+        if config.export:
+            export(config, space)
+            print(f"{config.export}: wandb sweep {config.export}, then wandb agent with what it says")
+            return
+        with hold(Path(config.out_dir)):
+            study = open_study(config)
+            sweep(config, space, study)
+            rows = rows_of(study)
+            plot(rows, space, Path(config.out_dir, "sweep.png"))
+        print(json.dumps(rows, indent=2) if config.json else show(rows, space))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""sweep.py: the space as Optuna and W&B get it, runs that are pruned, fail, stop and go on."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import optuna
+import pytest
+from conftest import REPO, TINY, run_main
+
+import sweep
+from compare import Run
+from config import parse_flags
+from sweep import Choice, Range, Trial, flags_of, follow, parse_space
+
+SPACE = ("max_lr=1e-3..1e-1:log", "n-layer=1..3", "mlp=gelu,relu2", "qk_norm=true,false", "ema=0..0.5")
+
+
+def test_a_space_is_what_its_words_say():
+    space = parse_space(SPACE)
+    assert space["max_lr"] == Range(1e-3, 1e-1, True) and space["n_layer"] == Range(1, 3, False) and space["ema"] == Range(0.0, 0.5, False)
+    assert space["mlp"] == Choice(["gelu", "relu2"])
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    points = []
+    for _ in range(100):
+        trial = study.ask()
+        points.append({name: values.suggest(trial, name) for name, values in space.items()})
+        config = parse_flags(flags_of(points[-1]))
+        assert (config.max_lr, config.ema) == (points[-1]["max_lr"], points[-1]["ema"])
+        shape = config.model.n_layer, config.model.mlp, config.model.qk_norm
+        assert shape == (points[-1]["n_layer"], points[-1]["mlp"], points[-1]["qk_norm"] == "true")
+    assert {point["n_layer"] for point in points} == {1, 2, 3} and len({(point["mlp"], point["qk_norm"]) for point in points}) == 4
+    assert 30 < sum(point["max_lr"] < 1e-2 for point in points) < 70  # the middle of the logarithms
+
+
+def test_the_exported_sweep_is_one_of_wandbs(tmp_path, capsys):
+    file = tmp_path / "sweep.yaml"
+    argv = [
+        *SPACE,
+        "n_embd=32..64:log",
+        "--flags=--preset quickstart --sample-prompt 'a b'",
+        "--export",
+        file,
+        "--out-dir",
+        tmp_path / "x y",
+    ]
+    assert run_main(sweep.main, *argv) == 0
+    content = json.loads(file.read_text())
+    assert content["metric"] == {"name": "val_loss", "goal": "minimize"} and content["early_terminate"]["type"] == "hyperband"
+    assert content["parameters"]["max_lr"] == {"distribution": "log_uniform_values", "min": 1e-3, "max": 1e-1}
+    assert content["parameters"]["n_layer"] == {"distribution": "int_uniform", "min": 1, "max": 3}
+    assert content["parameters"]["ema"] == {"distribution": "uniform", "min": 0.0, "max": 0.5}
+    assert content["parameters"]["qk_norm"] == {"values": [True, False]}
+    # the agent puts flags in the place of the last word, and the id of the run into the environment
+    command = [*content["command"][:-1], "--max_lr=0.5", "--qk_norm"]
+    command[2] = command[2].replace("python train.py", f"{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'")
+    said = subprocess.run(command, capture_output=True, text=True, env={"WANDB_RUN_ID": "abc"}, check=True).stdout
+    config = parse_flags(json.loads(said))
+    assert config.out_dir == f"{tmp_path}/x y/abc" and config.tracker == "wandb" and config.sample_prompt == "a b"
+    assert config.max_lr == 0.5 and config.model.qk_norm and config.model.n_layer == 2
+    assert not (tmp_path / "x y").exists()
+
+
+class Process:
+    """One that goes on until it is terminated, or has ended with a code."""
+
+    def __init__(self, code=None):
+        self.returncode = code
+
+    def poll(self):
+        return self.returncode
+
+    def terminate(self):
+        self.returncode = 143
+
+
+def write_losses(folder, *losses):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": 10 * i, "val_loss": loss}) + "\n" for i, loss in enumerate(losses)))
+    folder.with_suffix(".out").write_text("step 3\nerror: the loss is nan: begin again\n")
+
+
+def test_a_run_that_is_worse_than_the_median_is_ended(tmp_path):
+    study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_startup_trials=2))
+    for loss in (1.0, 2.0, 3.0):
+        trial = study.ask()
+        trial.report(loss, 10)
+        study.tell(trial, loss)
+    for number, (loss, ends) in enumerate(((1.9, False), (2.1, True))):
+        one = Trial(study.ask(), Run("x", [], tmp_path / str(number), None), Process(), 0)
+        write_losses(tmp_path / str(number), 9.0, loss)
+        assert not follow(one, study) and (one.process.returncode == 143) == ends
+        if ends:
+            assert follow(one, study)
+            last = study.get_trials()[-1]
+            assert last.state.name == "PRUNED" and last.user_attrs["why"] == "pruned at step 10" and last.intermediate_values == {10: 2.1}
+
+
+def test_a_run_that_fails_is_among_the_worst_and_says_why(tmp_path):
+    study = optuna.create_study()
+    write_losses(tmp_path / "0", 9.0)
+    assert follow(Trial(study.ask(), Run("x", [], tmp_path / "0", None), Process(1), 0), study)
+    (trial,) = study.get_trials()
+    assert trial.state.name == "PRUNED" and trial.user_attrs["why"] == "error: the loss is nan: begin again"
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_goes_on(shards, tmp_path):
+    flags = shlex.join([*TINY, "--data-dir", str(shards), "--max-steps", "60"])
+    argv = ["max_lr=1e-3..1e-1:log", "n_head=1,2,3", f"--flags={flags}", "--trials", "5", "--workers", "2", "--out-dir", tmp_path / "sweep"]
+    command = list(map(str, [sys.executable, REPO / "sweep.py", *argv]))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not any("5 train" in log.read_text() for log in (tmp_path / "sweep").glob("*/log.txt")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    rows = [line.strip("| ").split(" | ") for line in again.stdout.splitlines()[2:]]
+    assert len(rows) == 5 and (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
+    losses = [float(row[3]) for row in rows if row[2] != "3"]
+    assert losses == sorted(losses) and all("n_embd 32 is not a multiple of n_head 3" in row[-1] for row in rows if row[2] == "3")
+    for row in rows:
+        if row[2] != "3":
+            log = (tmp_path / "sweep" / row[0] / "log.txt").read_text().splitlines()
+            steps = [int(line.split()[0]) for line in log if " train " in line]
+            assert steps == list(range(60))  # in the folder where they began, and none done twice
+    third = subprocess.run(command, capture_output=True, text=True)
+    assert third.stdout == again.stdout
+    other = subprocess.run([*command[:2], "max_lr=1,2", *command[3:]], capture_output=True, text=True)
+    assert other.returncode == 2 and "give that one, or choose another --out-dir" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give at least one FLAG=VALUES"),
+        (["max_lr=1", "--trials", 0, "--workers", 0], "--trials is 0: it must be at least 1; --workers is 0"),
+        (["max_lr"], "'max_lr' is no FLAG=VALUES"),
+        (["max_lr=1", "max-lr=2"], "'max-lr=2' is no FLAG=VALUES, or its flag stands twice"),
+        (["out_dir=a,b"], "belongs to the sweep"),
+        (["max_lr=1..x"], "'max_lr=1..x' is no FLAG=LOW..HIGH"),
+        (["max_lr=2..1"], "with LOW at most HIGH"),
+        (["max_lr=0..1:log"], "above 0 for a logarithm"),
+        (["max_lr=0..nan"], "is no FLAG=LOW..HIGH"),
+        (["max_lr=0..1:lin"], "is no FLAG=LOW..HIGH"),
+        (["max_lr=1", "--flags='"], "No closing quotation"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, tmp_path, argv, message):
+    assert run_main(sweep.main, *argv, "--out-dir", tmp_path / "out") == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert message in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("word", ["no_such_flag=1,2", "mlp=gelu,none", "n_layer=1..2.5"])
+def test_what_train_does_not_know_is_refused_before_a_run(capsys, tmp_path, word):
+    assert run_main(sweep.main, word, "--out-dir", tmp_path / "out") == 2
+    assert not (tmp_path / "out").exists()
