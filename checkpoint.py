@@ -251,11 +251,13 @@ def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, GPTConf
         raise ValueError(f"{file.parent}: {problem}; use another checkpoint")
     content = load_torch(file)
     try:
+        if not isinstance(content, dict):
+            raise TypeError("no dict")
         content = nanogpt.converted(content) if nanogpt.is_nanogpt(content) else content
         weights, config, tokenizer = content["model"], GPTConfig(**content["config"]), content["tokenizer"]
         if isinstance(tokenizer, str | None) and all(isinstance(p, torch.Tensor) for p in weights.values()):
             return content, config, tokenizer
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError):
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError, RuntimeError):
         pass
     raise ValueError(f"{file} is not a checkpoint of this project, nanoGPT or build-nanogpt: it has no model, config and tokenizer")
 

@@ -27,6 +27,8 @@ from config import RUN, TrainConfig, parse_flags, read_run, refuse_changes
 from dataloader import TokenStream, find_shards
 from kv_cache import KVCache
 from model import GPT, GPTConfig
+from plot_log import read_metrics
+from train import find_data
 
 
 @dataclass
@@ -160,8 +162,12 @@ def variants_of(config: CompareConfig) -> dict[str, list[str]]:
     common, variants = config.flags, dict(variant.split("=", 1) for variant in config.variants)
     if config.suite != "none":
         common, variants = f"{SMALL} --data-dir {shlex.quote(config.data_dir)} {common}", SUITES[config.suite]
-    try:  # a variant's own flags come later and win
-        return {name: shlex.split(f"{common} {flags}") for name, flags in variants.items()}
+    return {name: split(f"{common} {flags}") for name, flags in variants.items()}  # a variant's own flags come later and win
+
+
+def split(flags: str) -> list[str]:
+    try:
+        return shlex.split(flags)
     except ValueError as e:
         raise ValueError(f"{e}: a quote in the flags has no second one") from e
 
@@ -172,39 +178,38 @@ def folder_of(out_dir: str, name: str, seed: int) -> Path:
 
 def run_of(config: CompareConfig, name: str, flags: list[str], seed: int) -> "Run":
     flags = [word.replace("{out_dir}", config.out_dir).replace("{seed}", str(seed)) for word in flags]
-    return Run(name, flags, folder_of(config.out_dir, name, seed), seed)
+    return Run(name, [*flags, "--seed", str(seed)], folder_of(config.out_dir, name, seed))
 
 
 class Run(NamedTuple):
-    """One variant with one seed."""
+    """A run of train.py in a folder of its own."""
 
     name: str
     flags: list[str]
     folder: Path
-    seed: int | None
 
     def config(self) -> TrainConfig:
         """What its flags say. Exits 2 on an unknown one, ValueError names the variant whose settings can't be."""
-        config = parse_flags([*self.flags, *self.last()])
+        config = parse_flags(self.argv())
+        if config.init_from:  # whose weights decide the shape
+            config = parse_flags(self.argv(), checkpoint.load_config(config.init_from, config.init_revision))
         try:
             config.validate(1)
         except ValueError as e:
             raise ValueError(f"{self.name}: {e}") from e
         return config
 
-    def last(self) -> list[str]:
-        return ["--out-dir", str(self.folder), *(["--seed", str(self.seed)] if self.seed is not None else [])]
-
-    def argv(self, resume: bool) -> list[str]:
+    def argv(self, resume: bool = False) -> list[str]:
         """train.py's command line, for its beginning or to go on with it."""
-        return ["--resume", "--out-dir", str(self.folder)] if resume else [*self.flags, *self.last()]
+        return [*(["--resume"] if resume else self.flags), "--out-dir", str(self.folder)]
 
     def state(self) -> Literal["new", "begun", "finished"]:
         """ValueError where its folder has a run with other flags."""
         if not (self.folder / RUN).exists():
             return "new"
         wanted, there = self.config(), read_run(self.folder)
-        wanted.model.vocab_size, wanted.teacher = there.model.vocab_size, there.teacher  # the shards', the checkpoint's in the folder
+        # the shards', the checkpoint's in the folder, the hub's
+        wanted.model.vocab_size, wanted.teacher, wanted.init_revision = there.model.vocab_size, there.teacher, there.init_revision
         try:
             refuse_changes(there, wanted, {"verify_shards", "timeout_minutes"}, str(self.folder))
         except ValueError as e:
@@ -213,7 +218,7 @@ class Run(NamedTuple):
 
 
 def last_checkpoint(folder: Path) -> dict:
-    """The newest one that was validated, {} where there is none."""
+    """The newest one; {} where there is none or it was not validated."""
     file = checkpoint.checkpoint_file(str(folder))
     content = checkpoint.load_torch(file) if file else {}
     return content if content.get("val_loss") is not None else {}
@@ -256,16 +261,15 @@ def launch(argv: list[str]) -> subprocess.Popen:
 def measure(folder: Path) -> dict:
     """One finished run."""
     config = read_run(folder)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may leave half a line
-    steps = [row for row in rows if "tokens_per_second" in row]
+    metrics = read_metrics(folder / "metrics.jsonl", ["tokens_per_second", "memory_bytes", "seconds"])
+    rates = list(metrics["tokens_per_second"].values())
     model = GPT(config.model)
     return {
         "tokens": config.max_steps * config.total_batch_tokens,
         "val_loss": last_checkpoint(folder)["val_loss"],
-        "seconds": rows[-1]["seconds"],
-        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps[len(steps) // 2 :]),  # compiled by then
-        "memory_bytes": max(row["memory_bytes"] or 0 for row in steps),
+        "seconds": max(metrics["seconds"].values()),
+        "tokens_per_second": statistics.median(rates[len(rates) // 2 :]),  # compiled by then
+        "memory_bytes": max(metrics["memory_bytes"].values()),
         "params": model.num_params(),
         "active_params": model.num_params(active=True),
         "cache_bytes": cache_bytes(config.model),
@@ -417,17 +421,19 @@ def main():
         # a seed of each variant before the next seed, so that a machine whose speed drifts is fair to all
         jobs = [run_of(config, name, flags, seed) for seed in seeds for name, flags in variants.items()]
         for run in jobs[: len(variants)]:
-            run.config()
+            find_data(run.config())  # once, and not by two runs at a time
         run_all(jobs, config.workers)
         runs = {name: [measure(run.folder) for run in jobs if run.name == name] for name in variants}
-        rows = summary(runs)
-        print(json.dumps(rows, indent=2) if config.json else show(rows, config.seeds))
+        found, text = {"variants": summary(runs)}, []
+        text.append(show(found["variants"], config.seeds))
         if config.suite == "modern":
-            print(tokens_to_the_same_loss(runs))
+            found["to_the_same_loss"] = tokens_to_the_same_loss(runs)
+            text.append(found["to_the_same_loss"])
         if config.suite == "length":
-            curves = extrapolate(config)
-            print(json.dumps(curves) if config.json else show_curves(curves))
-            plot_curves(curves, len(curves[0]["loss"]) // 4, Path(config.out_dir, "length.png"))
+            found["by_position"] = extrapolate(config)
+            text.append(show_curves(found["by_position"]))
+            plot_curves(found["by_position"], len(found["by_position"][0]["loss"]) // 4, Path(config.out_dir, "length.png"))
+        print(json.dumps(found, indent=2) if config.json else "\n".join(text))
 
 
 if __name__ == "__main__":

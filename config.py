@@ -52,7 +52,7 @@ class TrainConfig:
     decay_ratio: float = 0.2
     """Share of --max-steps in which wsd falls."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: for the blocks' matrices (Jordan et al., 2024), AdamW for all else."""
+    """muon: for the blocks' matrices but routers (Jordan et al., 2024), AdamW for all else."""
     muon_lr: float = 0.02
     """Muon's learning rate at the end of the warmup, the same for all widths."""
     muon_momentum: float = 0.95
@@ -236,7 +236,6 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     """Flags over the defaults of a preset, of the weights to start from, or of the run to go on with. ValueError when
     they do not fit it, or would overwrite a run."""
     config = parse_flags(argv)
-    preset = PRESETS[config.preset]
     out_dir = Path(config.out_dir)
     if config.resume or config.replay_step is not None or is_restart(out_dir):
         previous = replace(read_run(out_dir, config.replay_step), out_dir=config.out_dir, resume=True)
@@ -245,19 +244,20 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     elif any((out_dir / name).exists() for name in ("run.json", "log.txt", "config.json")) or any(out_dir.glob("model*")):
         raise ValueError(f"{out_dir} holds a run or a model already: add --resume to go on with it, or choose another --out-dir")
     elif config.init_from:
-        source = replace(preset, model=checkpoint.load_config(config.init_from, config.init_revision))
-        config = cli.parse(TrainConfig, argv, source)
+        shape = checkpoint.load_config(config.init_from, config.init_revision)
+        config = parse_flags(argv, shape)
         config.init_revision = checkpoint.hub_commit(config.init_from, config.init_revision)
-        refuse_changes(source.model, config.model, NOT_IN_WEIGHTS, config.init_from)
+        refuse_changes(shape, config.model, NOT_IN_WEIGHTS, config.init_from)
     if config.teacher and not config.resume:  # a folder's newest checkpoint may be another one when the run goes on
         config.teacher = str(checkpoint.checkpoint_file(config.teacher) or config.teacher)
     return config
 
 
-def parse_flags(argv: list[str] | None = None) -> TrainConfig:
-    """Flags over the defaults of a preset."""
+def parse_flags(argv: list[str] | None = None, model: GPTConfig | None = None) -> TrainConfig:
+    """Flags over the defaults of a preset, and over a model's shape where one is given."""
     first, _ = tyro.cli(PresetFlag, args=argv, return_unknown_args=True, add_help=False)
-    return cli.parse(TrainConfig, argv, PRESETS.get(first.preset, PRESETS["gpt2"]))  # a wrong name is for the full parser to refuse
+    preset = PRESETS.get(first.preset, PRESETS["gpt2"])  # a wrong name is for the full parser to refuse
+    return cli.parse(TrainConfig, argv, replace(preset, model=model or preset.model))
 
 
 def is_restart(out_dir: Path) -> bool:

@@ -21,12 +21,16 @@ def save(model: GPT, folder: str | Path):
     """GPT.save_pretrained."""
     from safetensors.torch import save_file
 
-    if variants := model.config.variants():
+    if variants := [name for name in model.config.variants() if name != "mlp" or model.config.mlp not in ACTIVATIONS]:
         raise ValueError(f"GPT2LMHeadModel computes no {', '.join(variants)}: only the plain GPT-2 is saved as one")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_to_hf(model.config), indent=2) + "\n")
     save_file(hf_state(model), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# mlp → activation_function
+ACTIVATIONS = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu2": "relu2"}
 
 
 def is_conv1d(name: str) -> bool:
@@ -66,11 +70,12 @@ def config_from_hf(folder: Path) -> GPTConfig:
     missing = [key for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd") if key not in hf]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it does not describe a GPT-2")
-    config = GPTConfig(hf["vocab_size"], hf["n_positions"], hf["n_layer"], hf["n_head"], hf["n_embd"])
+    mlp = next((ours for ours, theirs in ACTIVATIONS.items() if theirs == hf.get("activation_function")), "gelu")
+    config = GPTConfig(hf["vocab_size"], hf["n_positions"], hf["n_layer"], hf["n_head"], hf["n_embd"], mlp=mlp)
     if faults := config.faults():
         raise ValueError(f"{path}: {'; '.join(faults)}")
     computed_here = {
-        "activation_function": ("gelu_new",),
+        "activation_function": tuple(ACTIVATIONS.values()),
         "layer_norm_epsilon": (1e-5,),
         "n_inner": (None, 4 * config.n_embd),
         "scale_attn_weights": (True,),
@@ -80,7 +85,8 @@ def config_from_hf(folder: Path) -> GPTConfig:
     }
     for key, values in computed_here.items():
         if hf.get(key, values[0]) not in values:
-            raise ValueError(f"{path}: {key} is {hf[key]!r}, this model computes {values[-1]!r} only")
+            computed = " or ".join(repr(value) for value in values if value is not None)
+            raise ValueError(f"{path}: {key} is {hf[key]!r}, this model computes {computed} only")
     return config
 
 
@@ -94,7 +100,7 @@ def config_to_hf(config: GPTConfig) -> dict:
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_embd": config.n_embd,
-        "activation_function": "gelu_new",
+        "activation_function": ACTIVATIONS[config.mlp],
         "layer_norm_epsilon": 1e-5,
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,

@@ -1,4 +1,4 @@
-"""Keys and values of what was read before, for generating and scoring; shapes as in model.py."""
+"""Keys and values of what was read before, for generating; shapes as in model.py."""
 
 import torch
 from torch import Tensor

@@ -265,8 +265,9 @@ class GPT(nn.Module):
             seen = seen if seen.dim() == 2 else seen[:, None]
             seen = seen if mask is None else seen & mask
             if documents is not None:
-                theirs, its = (documents, documents) if cache is None else (documents[:, keys.clamp(min=0)], documents[:, positions])
-                seen = seen & (its[:, None, :, None] == theirs[:, None, None, :])
+                of_keys = documents if cache is None else documents[:, keys.clamp(min=0)]
+                of_queries = documents if cache is None else documents[:, positions]
+                seen = seen & (of_queries[:, None, :, None] == of_keys[:, None, None, :])
             masks[window] = seen
         return masks
 

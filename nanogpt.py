@@ -23,7 +23,8 @@ def is_nanogpt(content: dict) -> bool:
 
 
 def converted(content: dict) -> dict:
-    """The content of a checkpoint of this project. KeyError, TypeError or AttributeError when it is not what it seems.
+    """Model, config and tokenizer as in a checkpoint of this project. KeyError, TypeError, AttributeError or RuntimeError when it
+    is not what it seems.
 
     Where the table has GPT-2's 50,257 ids, or the 50,304 rows that they are padded to, the tokenizer is GPT-2's; of any other it
     is not known. nanoGPT's GELU is the exact one.
@@ -43,10 +44,4 @@ def converted(content: dict) -> dict:
     weights = {name.removeprefix("_orig_mod."): p for name, p in content["model"].items() if not name.endswith(".attn.bias")}  # masks
     for name in ("transformer.wte.weight", "lm_head.weight"):
         weights[name] = F.pad(weights[name], (0, 0, 0, config.padded_vocab_size - rows))
-    return {
-        "model": weights,
-        "config": asdict(config),
-        "step": content.get("iter_num", content.get("step")),
-        "val_loss": None,
-        "tokenizer": "gpt2" if is_gpt2 else None,
-    }
+    return {"model": weights, "config": asdict(config), "tokenizer": "gpt2" if is_gpt2 else None}

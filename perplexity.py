@@ -6,7 +6,6 @@ python perplexity.py -m gpt2 edu_fineweb10B       # a folder of shards: what tra
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +17,7 @@ import tyro
 
 import cli
 from checkpoint import load_with_tokenizer
-from dataloader import TokenStream, find_shards
+from dataloader import Shards, TokenStream, find_shards
 from device import pick_device, pick_dtype
 from fineweb import Tokenizer
 from kernels import for_scoring, log_likelihoods
@@ -38,12 +37,12 @@ class PerplexityConfig:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Precision of the matrix products; the losses are in fp32 in any case."""
     max_tokens: int = 10_485_760
-    """Tokens at most: the first of a text, those of train.py's --val-tokens of a folder; 0 for all."""
+    """The first tokens of a text, or as many whole sequences of a folder as train.py's --val-tokens would take, at least one; 0: all."""
     stride: int = 0
     """For texts: predict so many tokens a window, with as much before them as the model sees. Fewer give each token more to go
     by and take longer; 0: as many as the window has, as lm-evaluation-harness does."""
     batch_size: int = 8
-    """Windows at a time; changes no number."""
+    """Windows at a time; changes nothing but the rounding."""
     json: bool = False
     """Print JSON."""
 
@@ -67,9 +66,9 @@ def rows_of_text(ids: list[int], seq_len: int, stride: int) -> Iterator[Row]:
         done = end
 
 
-def rows_of_shards(folder: str, seq_len: int, max_tokens: int) -> Iterator[Row]:
+def rows_of_shards(shards: Shards, seq_len: int, max_tokens: int) -> Iterator[Row]:
     """The sequences that train.py validates on."""
-    stream = TokenStream(find_shards(folder), "val", seq_len, shuffle=False)
+    stream = TokenStream(shards, "val", seq_len, shuffle=False)
     there = stream.sequences_per_epoch
     count = max(1, min(there, max_tokens // seq_len)) if max_tokens else there
     for i in range(count):
@@ -89,7 +88,7 @@ def score(model: GPT, tokenizer: Tokenizer, rows: Iterator[Row], batch_size: int
             wanted = [row * (longest - 1) + i for row, (ids, n) in enumerate(batch) for i in range(len(ids) - 1 - n, len(ids) - 1)]
             targets = [target for ids, n in batch for target in ids[len(ids) - n :]]
             x = scorer.hidden(padded[:, :-1]).flatten(0, 1)[wanted]  # (N, C)
-            nats -= log_likelihoods(scorer, x, torch.tensor(targets, device=device)).double().sum().item()
+            nats -= log_likelihoods(scorer, x, torch.tensor(targets, device=device)).cpu().double().sum().item()
             tokens += len(targets)
             size += len(tokenizer.decode_bytes([target for target in targets if target != tokenizer.eot]))
             bar.update(len(targets))
@@ -106,7 +105,7 @@ def read_text(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
     """<|endoftext|>, which every text of the training data has before it, and the text's ids. ValueError where there is none."""
     if not path.exists():
         raise ValueError(f"no file {path}: give text files or folders of shards")
-    ids = tokenizer.encode(path.read_text(errors="replace"))
+    ids = tokenizer.encode(path.read_text(encoding="utf-8", errors="replace"))
     if not ids:
         raise ValueError(f"{path} is empty: give a file with text")
     return [tokenizer.eot, *(ids[:max_tokens] if max_tokens else ids)]
@@ -122,21 +121,18 @@ def main():
         T, results = model.config.seq_len, []
         for path in config.paths:
             if Path(path).is_dir():
-                if (theirs := find_shards(path).tokenizer) != tokenizer.name:
-                    raise ValueError(f"{path} has tokens of {theirs}, the model those of {tokenizer.name}: score the text itself")
-                rows, total = rows_of_shards(path, T, config.max_tokens), None
+                shards = find_shards(path)
+                if shards.tokenizer != tokenizer.name:
+                    raise ValueError(f"{path} has tokens of {shards.tokenizer}, the model those of {tokenizer.name}: score the text itself")
+                rows, total = rows_of_shards(shards, T, config.max_tokens), None
             else:
                 ids = read_text(Path(path), tokenizer, config.max_tokens)
                 rows, total = rows_of_text(ids, T, min(config.stride, T)), len(ids) - 1
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 results.append({"path": path, **score(model, tokenizer, rows, config.batch_size, total)})
             if not config.json:
-                print(
-                    "{path}: {tokens:,} tokens, loss {loss:.4f}, perplexity {perplexity:.4f}, {bits_per_byte:.4f} bits a byte".format(
-                        **results[-1]
-                    )
-                )
-                sys.stdout.flush()
+                text = "{path}: {tokens:,} tokens, loss {loss:.4f}, perplexity {perplexity:.4f}, {bits_per_byte:.4f} bits a byte"
+                print(text.format(**results[-1]), flush=True)
         if config.json:
             print(json.dumps(results, indent=2))
 

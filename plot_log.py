@@ -37,7 +37,7 @@ UNITS = {
 }
 TITLES = {"loss": ("Loss", "cross entropy, nats a token"), "hella": ("HellaSwag, completion style", "acc_norm")}
 
-# the lines of a log that have a value in them; what else a program prints is passed over
+# the lines of a log that have a value in them
 LINES = [
     re.compile(pattern)
     for pattern in (
@@ -55,7 +55,7 @@ class PlotConfig:
     """Draw one or more logs."""
 
     logs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """log.txt files, or what build-nanogpt, nanoGPT, llm.c or modded-nanogpt have printed."""
+    """log.txt files, also build-nanogpt's; llm.c's main.log, modded-nanogpt's logs, what nanoGPT has printed."""
     out: str = "plots/log_plot.png"
     """The picture; its ending chooses the format."""
     x: Literal["step", "tokens", "seconds", "epoch", "flops"] = "step"
@@ -99,10 +99,9 @@ def read_log(path: Path) -> dict[str, dict[int, float]]:
 
 
 def read_metrics(path: Path, names: list[str]) -> dict[str, dict[int, float]]:
-    """Name → step → number, from the metrics.jsonl beside a log. A later line of the same step counts."""
-    metrics = path.with_name("metrics.jsonl")
+    """Name → step → number, from a metrics.jsonl, if it is there. A later line of the same step counts."""
     found = {name: {} for name in names}
-    for line in metrics.read_text(errors="replace").splitlines() if names and metrics.is_file() else ():
+    for line in path.read_text(errors="replace").splitlines() if names and path.is_file() else ():
         try:
             row = json.loads(line)
             for name in names:
@@ -149,10 +148,10 @@ def plot(config: PlotConfig):
     for unused in grid[len(names) :]:
         unused.remove()
     for number, (log, streams) in enumerate(zip(logs, runs, strict=True)):
-        metrics = read_metrics(log, [*config.panels, *([config.x] if config.x != "step" else [])])
+        path = log.with_name("metrics.jsonl")
+        metrics = read_metrics(path, [*config.panels, *([config.x] if config.x != "step" else [])])
         if config.x != "step" and not metrics[config.x]:
-            metrics_file = log.with_name("metrics.jsonl")
-            raise ValueError(f"--x {config.x} needs {metrics_file}, which is not there or has no {config.x}: use --x step")
+            raise ValueError(f"--x {config.x} needs {path}, which is not there or has no {config.x}: use --x step")
         same_folders = len({path.parent.name for path in logs}) < len(logs)
         name = str(log) if same_folders else log.parent.name or str(log)
         draw_run(axes, name.replace("$", r"\$"), f"C{number}", streams, metrics, config)

@@ -20,10 +20,11 @@ import torch
 import tyro
 
 import cli
-from compare import SCRIPT, Run, last_checkpoint
+from compare import SCRIPT, Run, last_checkpoint, split
 from config import parse_flags
-from files import hold, write_atomically
+from files import hold, write_json
 from plot_log import read_metrics
+from train import find_data
 
 
 @dataclass
@@ -31,7 +32,8 @@ class SweepConfig:
     """Look for the best flags of train.py."""
 
     space: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """FLAG=A,B,C for a choice, FLAG=LOW..HIGH for a range, FLAG=LOW..HIGH:log for one whose logarithm is drawn."""
+    """FLAG=A,B,C for a choice (true,false where a flag has no value), FLAG=LOW..HIGH for a range, of whole numbers when both ends are
+    such, FLAG=LOW..HIGH:log for one whose logarithm is drawn."""
     flags: str = ""
     """The other flags of train.py, in quotes and after an equals sign."""
     trials: int = 20
@@ -39,11 +41,11 @@ class SweepConfig:
     workers: int = 1
     """Runs at a time, on a GPU each where there are several."""
     prune: bool = True
-    """End a run whose validation loss is worse than the median of those before at the same step."""
+    """Once five runs have finished, end one that never came below their median validation loss at the same step."""
     seed: int = 1337
     """Of the search; the runs have the seed of their flags."""
     out_dir: str = "log/sweep"
-    """Has a folder for each run, the study in sweep.db, the table and the picture."""
+    """Has a folder for each run, the study in sweep.db, and the picture."""
     export: str = ""
     """Write the space as a sweep of Weights & Biases into this .yaml file, and run nothing."""
     json: bool = False
@@ -77,14 +79,17 @@ class Range(NamedTuple):
     high: int | float
     log: bool
 
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
     def suggest(self, trial, name: str):
-        suggest = trial.suggest_int if isinstance(self.low, int) else trial.suggest_float
+        suggest = trial.suggest_int if self.whole else trial.suggest_float
         return suggest(name, self.low, self.high, log=self.log)
 
     def wandb(self) -> dict:
-        kind = ("q_log_uniform_values" if self.log else "int_uniform") if isinstance(self.low, int) else "log_uniform_values"
-        kind = kind if self.log or isinstance(self.low, int) else "uniform"
-        return {"distribution": kind, "min": self.low, "max": self.high}
+        names = {(True, True): "q_log_uniform_values", (True, False): "int_uniform", (False, True): "log_uniform_values"}
+        return {"distribution": names.get((self.whole, self.log), "uniform"), "min": self.low, "max": self.high}
 
 
 def parse_space(words: tuple[str, ...]) -> dict[str, Choice | Range]:
@@ -95,27 +100,32 @@ def parse_space(words: tuple[str, ...]) -> dict[str, Choice | Range]:
         name = name.replace("-", "_")
         if not name or not values or name in space or name in ("out_dir", "resume"):
             raise ValueError(f"{word!r} is no FLAG=VALUES, or its flag stands twice or belongs to the sweep")
-        space[name] = parse_range(word, values) if ".." in values else Choice(values.split(","))
+        low, dots, rest = values.partition("..")
+        is_range = dots and number(low) is not None
+        space[name] = parse_range(word, low, rest) if is_range else Choice(values.split(","))
     return space
 
 
-def parse_range(word: str, values: str) -> Range:
-    ends, _, kind = values.partition(":")
-    try:
-        low, high = ends.split("..")
-        try:
-            low, high = int(low), int(high)
-        except ValueError:
-            low, high = float(low), float(high)
-    except ValueError:
-        low, high = 1, 0
-    if not low <= high or kind not in ("", "log") or (kind == "log" and low <= 0):
+def parse_range(word: str, low: str, rest: str) -> Range:
+    high, _, kind = rest.partition(":")
+    low, high = number(low), number(high)
+    fits = high is not None and -float("inf") < low <= high < float("inf")
+    if not fits or kind not in ("", "log") or (kind == "log" and low <= 0):
         raise ValueError(f"{word!r} is no FLAG=LOW..HIGH or FLAG=LOW..HIGH:log with LOW at most HIGH, and above 0 for a logarithm")
     return Range(low, high, kind == "log")
 
 
+def number(text: str) -> int | float | None:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return None
+
+
 def flags_of(params: dict) -> list[str]:
-    """A point of the space as flags of train.py; true and false are for those that have no value."""
+    """A point of the space as flags of train.py."""
     words = []
     for name, value in params.items():
         if value in ("true", "false"):
@@ -125,9 +135,19 @@ def flags_of(params: dict) -> list[str]:
     return words
 
 
+def check(config: SweepConfig, space: dict[str, Choice | Range]):
+    """Exits 2 on an unknown flag, or a choice that its flag does not have. What only some points can't be is theirs to say."""
+    for name, values in space.items():
+        for value in values.values if isinstance(values, Choice) else [values.low, values.high]:
+            parse_flags([*split(config.flags), *flags_of({name: value})])
+
+
 def export(config: SweepConfig, space: dict[str, Choice | Range]):
-    """The sweep's file; JSON is YAML. The agent's command puts each run into a folder of its id."""
-    command = f'exec python train.py --tracker wandb --out-dir {shlex.quote(config.out_dir)}/"$WANDB_RUN_ID" {config.flags} "$@"'
+    """The sweep's file; JSON is YAML. The agent's command puts each run into a folder of its id. W&B gives a flag that is true as it
+    is and leaves one that is false out, so that all begin as false."""
+    off = [cli.flag(f"no_{name}") for name, values in space.items() if isinstance(values, Choice) and "false" in values.values]
+    flags = shlex.join([*split(config.flags), *off])
+    command = f'exec python train.py --tracker wandb --out-dir {shlex.quote(config.out_dir)}/"$WANDB_RUN_ID" {flags} "$@"'
     content = {
         "program": "train.py",
         "method": "bayes",
@@ -137,31 +157,32 @@ def export(config: SweepConfig, space: dict[str, Choice | Range]):
     }
     if config.prune:
         content["early_terminate"] = {"type": "hyperband", "min_iter": 2}
-    write_atomically(Path(config.export), lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+    write_json(Path(config.export), content)
 
 
 # ---- the runs ----
 
 
-def check(config: SweepConfig, space: dict[str, Choice | Range]):
-    """Exits 2 on an unknown flag, or a choice that its flag does not have. What only some points can't be is theirs to say."""
-    for name, values in space.items():
-        for value in values.values if isinstance(values, Choice) else [values.low, values.high]:
-            parse_flags([*shlex.split(config.flags), *flags_of({name: value})])
+def import_optuna():
+    try:
+        import optuna
+    except ImportError as e:
+        raise ValueError(f"sweep.py needs Optuna ({e}): pip install optuna") from e
+    return optuna
 
 
 def open_study(config: SweepConfig):
     """A new study, or the one that this command began. ValueError where it is another's."""
-    import optuna
-
+    optuna = import_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         storage=f"sqlite:///{Path(config.out_dir, 'sweep.db')}",
         study_name="sweep",
-        sampler=optuna.samplers.TPESampler(seed=config.seed, constant_liar=True),
         pruner=optuna.pruners.MedianPruner() if config.prune else optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
+    # a seed for each launch: its first points are random ones, and not those of the launch before
+    study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.get_trials()), constant_liar=True)
     command = shlex.join([*config.space, f"--flags={config.flags}"])
     before = study.user_attrs.get("command", command)
     if before != command:
@@ -179,24 +200,25 @@ def folder_of(trial) -> str:
 
 def tried(study) -> list:
     """The trials that count; of those that a stop cut short their successors do."""
-    return [trial for trial in study.get_trials() if trial.state.name in ("COMPLETE", "PRUNED", "RUNNING")]
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in ("COMPLETE", "PRUNED", "RUNNING")]
 
 
 @dataclass
-class Trial:
-    """One that is under way."""
+class Running:
+    """A trial that is under way."""
 
     trial: object
     run: Run
     process: subprocess.Popen
     slot: int
-    reported: int = 0
+    metrics_size: int = 0
+    reported: int = 0  # the last step whose loss the study knows
     pruned: bool = False
 
 
 def sweep(config: SweepConfig, space: dict[str, Choice | Range], study):
-    """Runs what is missing. All that touches the study is done here, in one thread: SQLite likes it so."""
-    running: list[Trial] = []
+    """Runs what is missing. Only this thread touches the study: two that ask at once can be given the same trial by SQLite."""
+    running: list[Running] = []
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with cli.bar(total=config.trials, initial=len(tried(study)), desc="trials", unit="trial") as bar:
         try:
@@ -205,64 +227,70 @@ def sweep(config: SweepConfig, space: dict[str, Choice | Range], study):
                     slot = min(set(range(config.workers)) - {one.slot for one in running})
                     running += begin(config, space, study.ask(), slot)
                     continue
-                time.sleep(0.5)
-                for one in list(running):
-                    if follow(one, study):
-                        running.remove(one)
+                time.sleep(1)
+                running = [one for one in running if not follow(one, study)]
                 bar.n = len(tried(study)) - len(running)
                 bar.refresh()
-        finally:  # after a signal those that are under way save and end
+        finally:  # after an error or a signal those that are under way save and end
             for one in running:
                 one.process.terminate()
             for one in running:
                 one.process.wait()
 
 
-def begin(config: SweepConfig, space: dict[str, Choice | Range], trial, slot: int) -> list[Trial]:
+def begin(config: SweepConfig, space: dict[str, Choice | Range], trial, slot: int) -> list[Running]:
     """Starts a trial's run, or goes on with it; [] for a point that can't be."""
     params = {name: values.suggest(trial, name) for name, values in space.items()}
     folder = Path(config.out_dir, folder_of(trial))
-    run = Run(f"trial {trial.number}", [*shlex.split(config.flags), *flags_of(params)], folder, None)
+    run = Run(f"trial {trial.number}", [*split(config.flags), *flags_of(params)], folder)
     try:
         run.config()
-        resume = run.state() != "new"
     except ValueError as e:
         end(trial, str(e))
         return []
-    gpus, threads = torch.cuda.device_count(), max(1, (os.cpu_count() or 1) // config.workers)
-    env = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    if gpus > 1 and config.workers > 1:
-        env["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
     with open(folder.with_suffix(".out"), "a") as said:
-        process = subprocess.Popen([sys.executable, SCRIPT, *run.argv(resume)], stdout=said, stderr=said, env=env)
-    return [Trial(trial, run, process, slot)]
+        argv = run.argv(resume=run.state() != "new")
+        process = subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=said, stderr=said, env=environment(config.workers, slot))
+    return [Running(trial, run, process, slot)]
 
 
-def follow(one: Trial, study) -> bool:
-    """Tells the study what a run has come to, and whether it has ended."""
-    ended = one.process.poll() is not None
-    losses = read_metrics(one.run.folder / "log.txt", ["val_loss"])["val_loss"]
-    for step in sorted(losses):
-        if step > one.reported:  # the loss before the first step says nothing
-            one.trial.report(losses[step], step)
-            one.reported = step
+def environment(workers: int, slot: int) -> dict:
+    """Of a worker's run: its share of the cores, and one of the GPUs that this process may use."""
+    env = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))} | os.environ
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    gpus = cards if cards != [""] else [str(i) for i in range(torch.cuda.device_count())]
+    return env | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if workers > 1 and gpus else {})
+
+
+def follow(one: Running, study) -> bool:
+    """Tells the study what a run has come to, and returns whether it has ended. ValueError for an end that is not its point's fault."""
+    ended, metrics = one.process.poll() is not None, one.run.folder / "metrics.jsonl"
+    size = metrics.stat().st_size if metrics.exists() else 0
+    if size != one.metrics_size:
+        one.metrics_size, losses = size, read_metrics(metrics, ["val_loss"])["val_loss"]
+        for step in sorted(losses):
+            if step > one.reported:  # the loss before the first step says nothing
+                one.trial.report(losses[step], step)
+                one.reported = step
     if not ended and not one.pruned and one.trial.should_prune():
         one.pruned = True
         one.process.terminate()
     if ended and one.process.returncode == 0:
         study.tell(one.trial, last_checkpoint(one.run.folder)["val_loss"])
+    elif ended and one.pruned:
+        end(one.trial, f"pruned at step {one.reported}")
     elif ended:
-        said = one.run.folder.with_suffix(".out").read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        end(one.trial, f"pruned at step {max(losses, default=0)}" if one.pruned else said[-1])
+        said = one.run.folder.with_suffix(".out").read_text(errors="replace").strip().splitlines() or ["nothing"]
+        if "lower --" not in said[-1]:  # what diverges or takes too much memory says so; for all else the point is tried again
+            raise ValueError(f"{one.run.name}, in {one.run.folder}, ended with {one.process.returncode}: {said[-1]}")
+        end(one.trial, said[-1])
     return ended
 
 
 def end(trial, why: str):
-    """For the search a run that was pruned, or failed, is among the worst."""
-    import optuna
-
+    """For the search a run that was pruned, or diverged, or can't be, is among the worst."""
     trial.set_user_attr("why", why)
-    trial.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    trial.study.tell(trial, state=import_optuna().trial.TrialState.PRUNED)
 
 
 # ---- what came of them ----
@@ -271,29 +299,25 @@ def end(trial, why: str):
 def rows_of(study) -> list[dict]:
     """The best first, then those that did not come to an end."""
     rows = [
-        {
-            "run": folder_of(trial),
-            **trial.params,
-            "val_loss": trial.value,
-            "note": trial.user_attrs.get("why", ""),
-        }
+        {"run": folder_of(trial), **trial.params, "val_loss": trial.value, "note": trial.user_attrs.get("why", "")}
         for trial in tried(study)
     ]
     return sorted(rows, key=lambda row: (row["val_loss"] is None, row["val_loss"] or 0.0))
 
 
 def show(rows: list[dict], space: dict[str, Choice | Range]) -> str:
+    def cell(name: str, value) -> str:
+        if value is None:
+            return ""
+        return f"{value:.4f}" if name == "val_loss" else f"{value:.4g}" if isinstance(value, float) else str(value)
+
     names = ["run", *space, "val_loss", "note"]
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
-    for row in rows:
-        cells = [f"{row[name]:.4g}" if isinstance(row[name], float) and name != "val_loss" else row[name] for name in names]
-        loss = "" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
-        lines.append(f"| {' | '.join(str(loss if name == 'val_loss' else cell) for name, cell in zip(names, cells, strict=True))} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"| {' | '.join(cell(name, row[name]) for name in names)} |" for row in rows)])
 
 
 def plot(rows: list[dict], space: dict[str, Choice | Range], out: Path):
-    """The loss over each flag of the space."""
+    """The loss over each flag of the space, of the runs that came to an end."""
     from matplotlib.figure import Figure
 
     done = [row for row in rows if row["val_loss"] is not None]
@@ -316,6 +340,9 @@ def main():
             export(config, space)
             print(f"{config.export}: wandb sweep {config.export}, then wandb agent with what it says")
             return
+        import_optuna()
+        if not space.keys() & {"preset", "data_dir"}:
+            find_data(parse_flags(split(config.flags)))  # once, and not by two runs at a time
         with hold(Path(config.out_dir)):
             study = open_study(config)
             sweep(config, space, study)

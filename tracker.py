@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
-PROJECT = "gpt2"  # unless the environment names another
+PROJECT = "gpt2"
 
 
 class Tracker:
@@ -49,10 +49,10 @@ class WandbSink:
         wandb = importlib.import_module("wandb")
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=out_dir.resolve().name,
+            name=os.environ.get("WANDB_NAME", out_dir.resolve().name),
             id=os.environ.get("WANDB_RUN_ID", run_id),  # which an agent of a sweep gives it
             resume="allow",
-            dir=str(out_dir),
+            dir=os.environ.get("WANDB_DIR", str(out_dir)),
             config=config,
             settings=wandb.Settings(console="off"),
         )

@@ -245,12 +245,16 @@ def test_nanogpts_checkpoints_compute_what_they_did(tmp_path, kind, rows, capsys
     idx = torch.randint(0, 65, (2, 16))
     with torch.no_grad():
         assert (model.eval()(idx)[0] - hf(idx).logits[..., : model.config.vocab_size]).abs().max() <= 1e-5
+        model.save_pretrained(tmp_path / "hf")  # and on to transformers, with the GELU it has
+        again = type(hf).from_pretrained(tmp_path / "hf").eval()
+        assert (model(idx)[0] - again(idx).logits).abs().max() <= 1e-5
+        assert (GPT.from_pretrained(tmp_path / "hf").eval()(idx)[0] == model(idx)[0]).all()
 
 
 def test_what_only_looks_like_nanogpts_is_one_line(tmp_path):
     theirs("nanoGPT", 65, tmp_path / "ckpt.pt")
     content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    for part in ({"model_args": {"n_layer": 2}}, {"model_args": 5}, {"model": {}}):
+    for part in ({"model_args": {"n_layer": 2}}, {"model_args": 5}, {"model": {}}, {"model": {"transformer.wte.weight": torch.zeros(1)}}):
         torch.save(content | part, tmp_path / "odd.pt")
         with pytest.raises(ValueError, match="not a checkpoint of this project, nanoGPT or build-nanogpt"):
             load_model(str(tmp_path / "odd.pt"))
@@ -272,6 +276,9 @@ def test_wrong_checkpoints_are_named(tmp_path, run, model):
     with pytest.raises(ValueError, match="model_00015.pt is damaged"):
         load_model(str(run / "model_00015.pt"))
     content = torch.load(run / "model_00010.pt", weights_only=True)
+    torch.save(torch.zeros(2), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        load_model(str(tmp_path / "other.pt"))
     for part in ({"tokenizer": ["bytes"]}, {"model": {"a": 1}}, {"model": 5}):
         torch.save(content | part, tmp_path / "other.pt")
         with pytest.raises(ValueError, match="not a checkpoint of this project"):

@@ -56,9 +56,9 @@ def test_suites_share_an_out_dir_so_that_a_name_stands_for_one_run():
     flags = {}
     for suite in compare.SUITES.values():
         for name, its in suite.items():
-            assert flags.setdefault(name, its) == its
+            assert flags.setdefault(compare.folder_of("", name, 1), (name, its)) == (name, its)
     run = compare.run_of(CompareConfig(out_dir="o"), "b", ["--teacher", "{out_dir}/a/{seed}"], 2)
-    assert run.flags == ["--teacher", "o/a/2"] and str(run.folder) == "o/b/2"
+    assert run.argv() == ["--teacher", "o/a/2", "--seed", "2", "--out-dir", "o/b/2"]
 
 
 @pytest.mark.parametrize("pos", ["learned", "rope"])
@@ -110,11 +110,27 @@ def test_two_variants_are_compared_and_what_is_there_is_not_done_again(shards, t
     assert run_main(compare.main, "plain=--max-steps 30", *argv[2:]) == 2
     assert "plain: max_steps 30 does not fit" in capsys.readouterr().err
     assert run_main(compare.main, *argv, "--json") == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["variants"]
     assert [row["variant"] for row in rows] == ["plain", "rope, 1 KV head"] and rows[0]["difference"] == 0
+
+
+def test_fine_tuning_is_compared_and_not_done_again(shards, tmp_path, capsys, monkeypatch):
+    assert run_train(shards, tmp_path / "base", "--pos", "rope", "--max-steps", 4) == 0
+    flags = shlex.join(
+        [*TINY[8:], "--init-from", str(tmp_path / "base"), "--data-dir", str(shards), "--val-every", "0", "--max-steps", "4"]
+    )
+    argv = ["tuned=", "window=--window 8", f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
+    monkeypatch.setattr(compare, "launch", lambda argv: Ended(forked(tmp_path, "train", *argv)))
+    assert run_main(compare.main, *argv) == 0
+    table = capsys.readouterr().out.splitlines()[-4:]
+    monkeypatch.setattr(compare, "launch", None)
+    assert run_main(compare.main, *argv) == 0
+    assert capsys.readouterr().out.splitlines() == table
+    assert run_main(compare.main, *argv[:1], "window=--window 9", *argv[2:]) == 2
+    assert "window: window 9 does not fit" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_the_script_says_what_a_run_said(shards, tmp_path):
     result = script("compare.py", "a=--preset quickstart --data-dir nowhere", "--out-dir", tmp_path, "--seeds", 1)
-    assert result.returncode == 2 and "a: train.py" in result.stderr and "does not exist" in result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and "the folder nowhere does not exist" in result.stderr.splitlines()[-1]

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,6 +99,11 @@ def test_files_are_scored_one_by_one(models, tmp_path, capsys):
     assert a.startswith(f"{tmp_path}/a.txt: {len(TEXT.encode()):,} tokens, loss ") and a.endswith(" bits a byte") and "b.txt: " in b
     assert run_main(perplexity.main, *argv, "--max-tokens", 100, "--dtype", "bf16") == 0
     assert "a.txt: 100 tokens" in capsys.readouterr().out
+    (tmp_path / "u.txt").write_bytes("ü".encode())
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, REPO / "perplexity.py", tmp_path / "u.txt", "-m", models[0]]
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert "u.txt: 2 tokens" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_logs_of_other_projects_are_read(tmp_path, text, streams):
 
 @pytest.mark.parametrize(("name", "value"), [("tokens", 50_000), ("seconds", 25), ("epoch", 0.25), ("flops", 5e7), ("lr", 1 / 51)])
 def test_axes_and_panels_come_from_the_metrics(log, name, value):
-    assert read_metrics(log, [name])[name][50] == value
+    assert read_metrics(log.with_name("metrics.jsonl"), [name])[name][50] == value
 
 
 def test_smoothing_is_pandas_ewm():

@@ -39,7 +39,7 @@ for path in sorted(os.listdir(repo)):
     if path.endswith(".py"):
         __import__(path[:-3])
         assert not events and dict(os.environ) == before, (path, events)
-assert not {"wandb", "trackio", "tensorboard", "matplotlib", "transformers", "datasets"} & (set(sys.modules) - already)
+assert not {"wandb", "trackio", "tensorboard", "optuna", "matplotlib", "transformers", "datasets"} & (set(sys.modules) - already)
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 """
 

@@ -14,7 +14,7 @@ from conftest import REPO, TINY, run_main
 import sweep
 from compare import Run
 from config import parse_flags
-from sweep import Choice, Range, Trial, flags_of, follow, parse_space
+from sweep import Choice, Range, Running, flags_of, follow, parse_space
 
 SPACE = ("max_lr=1e-3..1e-1:log", "n-layer=1..3", "mlp=gelu,relu2", "qk_norm=true,false", "ema=0..0.5")
 
@@ -41,6 +41,7 @@ def test_the_exported_sweep_is_one_of_wandbs(tmp_path, capsys):
     argv = [
         *SPACE,
         "n_embd=32..64:log",
+        "bias=true,false",
         "--flags=--preset quickstart --sample-prompt 'a b'",
         "--export",
         file,
@@ -61,6 +62,8 @@ def test_the_exported_sweep_is_one_of_wandbs(tmp_path, capsys):
     config = parse_flags(json.loads(said))
     assert config.out_dir == f"{tmp_path}/x y/abc" and config.tracker == "wandb" and config.sample_prompt == "a b"
     assert config.max_lr == 0.5 and config.model.qk_norm and config.model.n_layer == 2
+    said = subprocess.run(command[:-1], capture_output=True, text=True, env={"WANDB_RUN_ID": "abc"}, check=True).stdout
+    assert not parse_flags(json.loads(said)).model.qk_norm and "--no-bias" in json.loads(said)  # what is false is left out by W&B
     assert not (tmp_path / "x y").exists()
 
 
@@ -77,10 +80,10 @@ class Process:
         self.returncode = 143
 
 
-def write_losses(folder, *losses):
+def write_losses(folder, *losses, said="error: the loss is nan: begin again with a lower --max-lr"):
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": 10 * i, "val_loss": loss}) + "\n" for i, loss in enumerate(losses)))
-    folder.with_suffix(".out").write_text("step 3\nerror: the loss is nan: begin again\n")
+    folder.with_suffix(".out").write_text(f"step 3\n{said}\n")
 
 
 def test_a_run_that_is_worse_than_the_median_is_ended(tmp_path):
@@ -90,7 +93,7 @@ def test_a_run_that_is_worse_than_the_median_is_ended(tmp_path):
         trial.report(loss, 10)
         study.tell(trial, loss)
     for number, (loss, ends) in enumerate(((1.9, False), (2.1, True))):
-        one = Trial(study.ask(), Run("x", [], tmp_path / str(number), None), Process(), 0)
+        one = Running(study.ask(), Run("x", [], tmp_path / str(number)), Process(), 0)
         write_losses(tmp_path / str(number), 9.0, loss)
         assert not follow(one, study) and (one.process.returncode == 143) == ends
         if ends:
@@ -102,9 +105,37 @@ def test_a_run_that_is_worse_than_the_median_is_ended(tmp_path):
 def test_a_run_that_fails_is_among_the_worst_and_says_why(tmp_path):
     study = optuna.create_study()
     write_losses(tmp_path / "0", 9.0)
-    assert follow(Trial(study.ask(), Run("x", [], tmp_path / "0", None), Process(1), 0), study)
+    one = Running(study.ask(), Run("x", [], tmp_path / "0"), Process(1), 0)
+    assert follow(one, study)
     (trial,) = study.get_trials()
-    assert trial.state.name == "PRUNED" and trial.user_attrs["why"] == "error: the loss is nan: begin again"
+    assert trial.state.name == "PRUNED" and trial.user_attrs["why"] == "error: the loss is nan: begin again with a lower --max-lr"
+
+
+def test_an_end_that_is_not_the_points_fault_ends_the_sweep_and_the_point_is_tried_again(tmp_path):
+    study = optuna.create_study()
+    write_losses(tmp_path / "0", 9.0, said="error: another process is writing into x")
+    with pytest.raises(ValueError, match=r"x, in .*/0, ended with 2: error: another process is writing into x"):
+        follow(Running(study.ask(), Run("x", [], tmp_path / "0"), Process(2), 0), study)
+    assert study.get_trials()[0].state.name == "RUNNING"
+
+
+def test_a_worker_has_its_share_of_the_cores_and_a_gpu_of_ours(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 16)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert [sweep.environment(4, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["0", "1", "2", "0"]
+    assert sweep.environment(4, 0)["OMP_NUM_THREADS"] == "4" and "CUDA_VISIBLE_DEVICES" not in sweep.environment(1, 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert [sweep.environment(2, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["4", "6"]
+    assert sweep.environment(2, 0)["OMP_NUM_THREADS"] == "1"
+
+
+def test_without_optuna_it_says_how_to_get_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert run_main(sweep.main, "max_lr=1,2", "--out-dir", tmp_path / "out") == 2
+    assert ": pip install optuna" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -123,6 +154,7 @@ def test_a_sweep_that_is_stopped_goes_on(shards, tmp_path):
     assert again.returncode == 0, again.stderr
     rows = [line.strip("| ").split(" | ") for line in again.stdout.splitlines()[2:]]
     assert len(rows) == 5 and (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
+    assert len({row[1] for row in rows}) == 5  # the second launch does not draw the points of the first again
     losses = [float(row[3]) for row in rows if row[2] != "3"]
     assert losses == sorted(losses) and all("n_embd 32 is not a multiple of n_head 3" in row[-1] for row in rows if row[2] == "3")
     for row in rows:
@@ -148,8 +180,9 @@ def test_a_sweep_that_is_stopped_goes_on(shards, tmp_path):
         (["max_lr=2..1"], "with LOW at most HIGH"),
         (["max_lr=0..1:log"], "above 0 for a logarithm"),
         (["max_lr=0..nan"], "is no FLAG=LOW..HIGH"),
+        (["max_lr=0..inf"], "is no FLAG=LOW..HIGH"),
         (["max_lr=0..1:lin"], "is no FLAG=LOW..HIGH"),
-        (["max_lr=1", "--flags='"], "No closing quotation"),
+        (["max_lr=1", "--flags='"], "No closing quotation: a quote in the flags has no second one"),
     ],
 )
 def test_mistakes_are_one_line(capsys, tmp_path, argv, message):
