@@ -230,10 +230,14 @@ def load_torch(path: Path) -> dict:
 
 
 def checkpoint_file(path: str) -> Path | None:
-    """The .pt file that a path means: itself, or the newest whole one of a run's folder. None: it is Hugging Face's."""
+    """The .pt file that a path means: itself, or the newest whole one of a run's folder, also of nanoGPT's or build-nanogpt's. None:
+    it is Hugging Face's."""
     folder = Path(path)
     if folder.suffix == ".pt":
         return folder
+    ours = (folder / "run.json").exists() or any(folder.glob("state_*")) or sealed_steps(folder)
+    if not ours and (theirs := sorted([*folder.glob("ckpt.pt"), *folder.glob("model_*.pt")])):
+        return theirs[-1]
     if folder.is_dir() and not (folder / "config.json").exists():
         step = newest_step(folder, weights_only=True)
         return None if step is None else files_of(folder, step).model
@@ -296,7 +300,8 @@ def load_with_tokenizer(path: str, device: str | torch.device = "cpu") -> tuple[
     """load_model for what can't do without a tokenizer: ValueError where none is known."""
     model, tokenizer = load_model(path, device)
     if tokenizer is None:
-        raise ValueError(f"{path}: no tokenizer is known for a vocabulary of {model.config.vocab_size}; it can only be fine-tuned")
+        why = f"no tokenizer is known for a vocabulary of {model.config.vocab_size}"
+        raise ValueError(f"{path}: {why}; it can only be trained on, on shards of its own")
     return model, tokenizer
 
 

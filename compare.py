@@ -154,6 +154,7 @@ SUITES = {
 
 # ---- the runs ----
 
+CHANGES_NO_NUMBER = {"verify_shards", "timeout_minutes", "tracker", "keep", "checkpoint_every", "on_save_error"}
 SCRIPT = Path(__file__).with_name("train.py")
 
 
@@ -211,7 +212,7 @@ class Run(NamedTuple):
         # the shards', the checkpoint's in the folder, the hub's
         wanted.model.vocab_size, wanted.teacher, wanted.init_revision = there.model.vocab_size, there.teacher, there.init_revision
         try:
-            refuse_changes(there, wanted, {"verify_shards", "timeout_minutes"}, str(self.folder))
+            refuse_changes(there, wanted, CHANGES_NO_NUMBER, str(self.folder))
         except ValueError as e:
             raise ValueError(f"{self.name}: {e}; or remove that folder, or choose another --out-dir") from e
         return "finished" if last_checkpoint(self.folder).get("step") == there.max_steps else "begun"

@@ -6,6 +6,7 @@ python perplexity.py -m gpt2 edu_fineweb10B       # a folder of shards: what tra
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -49,7 +50,10 @@ class PerplexityConfig:
     def validate(self):
         """ValueError with every fault at once."""
         faults = cli.at_least(0, self, "max_tokens", "stride") + cli.at_least(1, self, "batch_size")
-        cli.refuse(faults if self.paths else [*faults, "give at least one text file or folder of shards"])
+        faults += [] if self.paths else ["give at least one text file or folder of shards"]
+        faults += [f"no file {path}: give text files or folders of shards" for path in self.paths if not Path(path).exists()]
+        faults += [f"{path} is a shard: give its folder" for path in self.paths if Path(path).suffix in (".npy", ".bin")]
+        cli.refuse(faults)
 
 
 # a row is one window: its ids, and how many of the last of them are predicted
@@ -103,9 +107,10 @@ def score(model: GPT, tokenizer: Tokenizer, rows: Iterator[Row], batch_size: int
 
 def read_text(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
     """<|endoftext|>, which every text of the training data has before it, and the text's ids. ValueError where there is none."""
-    if not path.exists():
-        raise ValueError(f"no file {path}: give text files or folders of shards")
-    ids = tokenizer.encode(path.read_text(encoding="utf-8", errors="replace"))
+    text = path.read_bytes().decode("utf-8", "replace")  # line ends as they are
+    if "\N{REPLACEMENT CHARACTER}" in text:
+        print(f"warning: {path} is not all UTF-8: what is not counts as a replacement character", file=sys.stderr)
+    ids = tokenizer.encode(text)
     if not ids:
         raise ValueError(f"{path} is empty: give a file with text")
     return [tokenizer.eot, *(ids[:max_tokens] if max_tokens else ids)]

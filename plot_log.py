@@ -37,11 +37,13 @@ UNITS = {
 }
 TITLES = {"loss": ("Loss", "cross entropy, nats a token"), "hella": ("HellaSwag, completion style", "acc_norm")}
 
+MARKS = {"train": "loss", "val": "val_loss", "hella": "hellaswag_acc_norm"}  # what a stream's lines of metrics.jsonl have
+
 # the lines of a log that have a value in them
 LINES = [
     re.compile(pattern)
     for pattern in (
-        r"(?P<step>\d+) (?P<stream>\w+) (?P<value>\S+)$",  # train.py's, build-nanogpt's
+        r"(?P<step>\d+) (?P<stream>train|val|hella) (?P<value>\S+)$",  # train.py's, build-nanogpt's
         r"step (?P<step>\d+): train loss \S+, val loss (?P<val>\S+)$",  # nanoGPT
         r"iter (?P<step>\d+): loss (?P<train>\S+), ",
         r"s:(?P<step>\d+) (tel:(?P<val>\S+)|eval:(?P<hella>\S+)|trl:(?P<train>\S+)( lr:(?P<lr>\S+) norm:(?P<grad_norm>\S+))?)$",  # llm.c
@@ -55,7 +57,7 @@ class PlotConfig:
     """Draw one or more logs."""
 
     logs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """log.txt files, also build-nanogpt's; llm.c's main.log, modded-nanogpt's logs, what nanoGPT has printed."""
+    """Runs' folders or log.txt files, also build-nanogpt's; llm.c's main.log, modded-nanogpt's logs, what nanoGPT has printed."""
     out: str = "plots/log_plot.png"
     """The picture; its ending chooses the format."""
     x: Literal["step", "tokens", "seconds", "epoch", "flops"] = "step"
@@ -64,8 +66,8 @@ class PlotConfig:
     """Draw what is noisy as a moving average, in which what came before has this weight, as 0.99, and faintly behind it as it is."""
     panels: tuple[Literal["lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes"], ...] = ()
     """What else of metrics.jsonl to draw, each in a panel of its own."""
-    size: Literal["124M", "350M", "774M", "1558M", "none"] = "124M"
-    """Which of OpenAI's models to draw as baselines; 'none' for other data or tokenizers."""
+    size: Literal["auto", "124M", "350M", "774M", "1558M", "none"] = "auto"
+    """Which of OpenAI's models to draw as baselines; 'none' for other data or tokenizers. auto: what the first run is, or 124M."""
     baselines: tuple[str, ...] = ()
     """Other losses to draw a line at, as "GPT-2 on my val shard=3.12"."""
 
@@ -98,13 +100,22 @@ def read_log(path: Path) -> dict[str, dict[int, float]]:
     return streams
 
 
-def read_metrics(path: Path, names: list[str]) -> dict[str, dict[int, float]]:
-    """Name → step → number, from a metrics.jsonl, if it is there. A later line of the same step counts."""
+def size_beside(log: Path) -> str:
+    """The size of the run that a log is of; 124M where nothing says it."""
+    try:
+        return json.loads(log.with_name("run.json").read_text())["size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "124M"
+
+
+def read_metrics(path: Path, names: list[str], having: str = "") -> dict[str, dict[int, float]]:
+    """Name → step → number, from a metrics.jsonl, if it is there; having: of the lines that have this too. A later line of the same
+    step counts."""
     found = {name: {} for name in names}
     for line in path.read_text(errors="replace").splitlines() if names and path.is_file() else ():
         try:
             row = json.loads(line)
-            for name in names:
+            for name in names if not having or having in row else ():
                 if row.get(name) is not None:
                     found[name][row["step"]] = row[name]
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -136,10 +147,11 @@ def plot(config: PlotConfig):
     if Path(config.out).suffix[1:] not in FORMATS:
         faults.append(f"--out {config.out}: its ending chooses the format, one of {', '.join(FORMATS)}")
     cli.refuse(faults)
-    logs, baselines = [Path(log) for log in config.logs], parse_baselines(config.baselines)
-    runs = [read_log(log) for log in logs]
-    has_hella = config.size != "none" or any("hella" in streams for streams in runs)
-    names = ["loss", *(["hella"] if has_hella else []), *config.panels]
+    logs = [Path(log, "log.txt") if Path(log).is_dir() else Path(log) for log in config.logs]
+    runs, baselines = [read_log(log) for log in logs], parse_baselines(config.baselines)
+    size = size_beside(logs[0]) if config.size == "auto" else config.size
+    has_hella = size != "none" or any("hella" in streams for streams in runs)
+    names = list(dict.fromkeys(["loss", *(["hella"] if has_hella else []), *config.panels]))
     columns = 2 if len(names) == 4 else min(len(names), 3)
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(7 * columns, 5.5 * rows), layout="constrained")
@@ -149,15 +161,20 @@ def plot(config: PlotConfig):
         unused.remove()
     for number, (log, streams) in enumerate(zip(logs, runs, strict=True)):
         path = log.with_name("metrics.jsonl")
-        metrics = read_metrics(path, [*config.panels, *([config.x] if config.x != "step" else [])])
-        if config.x != "step" and not metrics[config.x]:
+        metrics, x_axes = read_metrics(path, list(config.panels)), None
+        if config.x != "step":  # what is measured at a step comes before its update
+            x_axes = {stream: read_metrics(path, [config.x], having)[config.x] for stream, having in MARKS.items()}
+        if x_axes and not x_axes["train"]:
             raise ValueError(f"--x {config.x} needs {path}, which is not there or has no {config.x}: use --x step")
         same_folders = len({path.parent.name for path in logs}) < len(logs)
         name = str(log) if same_folders else log.parent.name or str(log)
-        draw_run(axes, name.replace("$", r"\$"), f"C{number}", streams, metrics, config)
-    draw_baselines(axes, config.size, {name: (loss, f"C{len(logs) + i}") for i, (name, loss) in enumerate(baselines.items())})
+        draw_run(axes, name.replace("$", r"\$"), f"C{number}", streams, metrics, x_axes, config)
+    for panel in config.panels:
+        if not axes[panel].get_lines():
+            raise ValueError(f"--panels {panel}: no log, nor a metrics.jsonl beside one, has it: leave it out")
+    draw_baselines(axes, size, {name: (loss, f"C{len(logs) + i}") for i, (name, loss) in enumerate(baselines.items())})
     for name, panel in axes.items():
-        title, unit = TITLES.get(name) or (UNITS[name].capitalize(), UNITS[name])
+        title, unit = TITLES.get(name) or (UNITS[name][0].upper() + UNITS[name][1:], UNITS[name])
         panel.set(title=title, xlabel=UNITS[config.x], ylabel=unit)
         panel.grid(alpha=0.3, which="both")
         if panel.get_lines():
@@ -169,12 +186,11 @@ def plot(config: PlotConfig):
     figure.savefig(config.out, dpi=110)
 
 
-def draw_run(axes: dict, name: str, color: str, streams: dict, metrics: dict, config: PlotConfig):
-    """One run's curves into the panels."""
-    axis = metrics[config.x] if config.x != "step" else None
+def draw_run(axes: dict, name: str, color: str, streams: dict, metrics: dict, x_axes: dict | None, config: PlotConfig):
+    """One run's curves into the panels. x_axes: stream → step → where it lies; None where that is the step."""
     noisy = {"loss": ("train", f"{name}: train"), **{panel: (panel, name) for panel in config.panels}}
     for panel, (stream, label) in noisy.items():
-        at, values = points(metrics.get(stream) or streams.get(stream, {}), axis)
+        at, values = points(metrics.get(stream) or streams.get(stream, {}), x_axes and x_axes["train"])
         smooth = config.smooth if stream != "lr" else 0.0
         if values and smooth:
             axes[panel].plot(at, values, color=color, alpha=0.15, linewidth=0.8)
@@ -183,7 +199,7 @@ def draw_run(axes: dict, name: str, color: str, streams: dict, metrics: dict, co
             axes[panel].plot(at, values, color=color, alpha=1.0 if smooth else 0.5, linewidth=0.8, label=label)
     for panel, stream, label in (("loss", "val", f"{name}: val"), ("hella", "hella", name)):
         if stream in streams:
-            axes[panel].plot(*points(streams[stream], axis), color=color, marker=".", label=label)
+            axes[panel].plot(*points(streams[stream], x_axes and x_axes[stream]), color=color, marker=".", label=label)
 
 
 def draw_baselines(axes: dict, size: str, others: dict[str, tuple[float, str]]):

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -21,8 +21,9 @@ import tyro
 
 import cli
 from compare import SCRIPT, Run, last_checkpoint, split
-from config import parse_flags
+from config import PRESETS, TrainConfig, parse_flags
 from files import hold, write_json
+from model import GPTConfig
 from plot_log import read_metrics
 from train import find_data
 
@@ -92,14 +93,19 @@ class Range(NamedTuple):
         return {"distribution": names.get((self.whole, self.log), "uniform"), "min": self.low, "max": self.high}
 
 
+THE_SWEEPS_OWN = ("out_dir", "resume", "replay_step")
+
+
 def parse_space(words: tuple[str, ...]) -> dict[str, Choice | Range]:
     """ValueError names the first word that is no FLAG=VALUES."""
     space = {}
     for word in words:
         name, _, values = word.partition("=")
         name = name.replace("-", "_")
-        if not name or not values or name in space or name in ("out_dir", "resume"):
+        if not name or not values or name in space or name in THE_SWEEPS_OWN:
             raise ValueError(f"{word!r} is no FLAG=VALUES, or its flag stands twice or belongs to the sweep")
+        if name not in {f.name for kind in (TrainConfig, GPTConfig) for f in fields(kind)} - {"model"}:
+            raise ValueError(f"{word!r}: train.py has no flag {cli.flag(name)}")
         low, dots, rest = values.partition("..")
         is_range = dots and number(low) is not None
         space[name] = parse_range(word, low, rest) if is_range else Choice(values.split(","))
@@ -136,7 +142,12 @@ def flags_of(params: dict) -> list[str]:
 
 
 def check(config: SweepConfig, space: dict[str, Choice | Range]):
-    """Exits 2 on an unknown flag, or a choice that its flag does not have. What only some points can't be is theirs to say."""
+    """Exits 2 on an unknown flag, or a choice that its flag does not have, ValueError for a flag that is the sweep's own. What only
+    some points can't be is theirs to say."""
+    plain, given = parse_flags([]), parse_flags(split(config.flags))
+    for name in THE_SWEEPS_OWN:
+        if getattr(given, name) not in (getattr(plain, name), PRESETS[given.preset].out_dir):
+            raise ValueError(f"{cli.flag(name)} belongs to the sweep: take it out of --flags")
     for name, values in space.items():
         for value in values.values if isinstance(values, Choice) else [values.low, values.high]:
             parse_flags([*split(config.flags), *flags_of({name: value})])
@@ -175,12 +186,16 @@ def open_study(config: SweepConfig):
     """A new study, or the one that this command began. ValueError where it is another's."""
     optuna = import_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=f"sqlite:///{Path(config.out_dir, 'sweep.db')}",
-        study_name="sweep",
-        pruner=optuna.pruners.MedianPruner() if config.prune else optuna.pruners.NopPruner(),
-        load_if_exists=True,
-    )
+    path = Path(config.out_dir, "sweep.db")
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{path}",
+            study_name="sweep",
+            pruner=optuna.pruners.MedianPruner() if config.prune else optuna.pruners.NopPruner(),
+            load_if_exists=True,
+        )
+    except Exception as e:  # of SQLite, SQLAlchemy or Optuna
+        raise ValueError(f"{path} can't be used ({type(e).__name__}): bring it back from a copy, or choose another --out-dir") from e
     # a seed for each launch: its first points are random ones, and not those of the launch before
     study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.get_trials()), constant_liar=True)
     command = shlex.join([*config.space, f"--flags={config.flags}"])
@@ -220,7 +235,7 @@ def sweep(config: SweepConfig, space: dict[str, Choice | Range], study):
     """Runs what is missing. Only this thread touches the study: two that ask at once can be given the same trial by SQLite."""
     running: list[Running] = []
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    with cli.bar(total=config.trials, initial=len(tried(study)), desc="trials", unit="trial") as bar:
+    with cli.bar(total=max(config.trials, len(tried(study))), initial=len(tried(study)), desc="trials", unit="trial") as bar:
         try:
             while running or len(tried(study)) < config.trials:
                 if len(running) < config.workers and len(tried(study)) < config.trials:
@@ -229,8 +244,7 @@ def sweep(config: SweepConfig, space: dict[str, Choice | Range], study):
                     continue
                 time.sleep(1)
                 running = [one for one in running if not follow(one, study)]
-                bar.n = len(tried(study)) - len(running)
-                bar.refresh()
+                bar.update(len(tried(study)) - len(running) - bar.n)
         finally:  # after an error or a signal those that are under way save and end
             for one in running:
                 one.process.terminate()
@@ -297,11 +311,18 @@ def end(trial, why: str):
 
 
 def rows_of(study) -> list[dict]:
-    """The best first, then those that did not come to an end."""
+    """The best first, then those that did not come to an end. ValueError when none did."""
     rows = [
-        {"run": folder_of(trial), **trial.params, "val_loss": trial.value, "note": trial.user_attrs.get("why", "")}
+        {
+            "run": folder_of(trial),
+            **trial.params,
+            "val_loss": trial.value if trial.state.name == "COMPLETE" else None,  # a pruned one has a value too
+            "note": trial.user_attrs.get("why", ""),
+        }
         for trial in tried(study)
     ]
+    if all(row["val_loss"] is None for row in rows):
+        raise ValueError(f"none of {len(rows)} runs came to an end, the last one for this: {rows[-1]['note']}")
     return sorted(rows, key=lambda row: (row["val_loss"] is None, row["val_loss"] or 0.0))
 
 
@@ -309,7 +330,8 @@ def show(rows: list[dict], space: dict[str, Choice | Range]) -> str:
     def cell(name: str, value) -> str:
         if value is None:
             return ""
-        return f"{value:.4f}" if name == "val_loss" else f"{value:.4g}" if isinstance(value, float) else str(value)
+        text = f"{value:.4f}" if name == "val_loss" else f"{value:.4g}" if isinstance(value, float) else str(value)
+        return text.replace("|", "/")
 
     names = ["run", *space, "val_loss", "note"]
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]

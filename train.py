@@ -57,7 +57,7 @@ def train(config: TrainConfig, world: World):
         log.progress(f"{config.out_dir} finished already, at step {start}: raise --max-steps to go on")
         return
     torchruns = world.gather(torchrun_id())
-    world.on_main(lambda: log.track(record_launch(config, world, trainer.shards, start, torchruns), start))
+    world.on_main(lambda: log.track(record_launch(config, world, trainer, start, torchruns), start))
     stop = StopSignal()
     evaluation = Evaluation(trainer, log, stop)
     step, stopping = start, False
@@ -536,8 +536,8 @@ class Evaluation:
 
     def plot(self):
         if self.world.is_main:
-            log, size = Path(self.config.out_dir, "log.txt"), plot_log.size_of(self.trainer.model.num_params())
-            plot_log.plot(plot_log.PlotConfig((str(log),), str(log.with_name("log_plot.png")), size=size))
+            log = Path(self.config.out_dir, "log.txt")
+            plot_log.plot(plot_log.PlotConfig((str(log),), str(log.with_name("log_plot.png"))))
 
 
 # ---- what a run leaves behind and shows ----
@@ -645,10 +645,11 @@ def check_data(config: TrainConfig, shards: Shards):
             )
 
 
-def record_launch(config: TrainConfig, world: World, shards: Shards, step: int, torchruns: list[str]) -> str:
+def record_launch(config: TrainConfig, world: World, trainer: Trainer, step: int, torchruns: list[str]) -> str:
     """run.json: settings, data, and what each launch of the run ran on. Returns the run's id."""
     path = Path(config.out_dir, RUN)
-    before = {"id": secrets.token_hex(4), "data": shards.contents(), "launches": []}
+    size = plot_log.size_of(trainer.model.num_params()) if trainer.tokenizer_name == "gpt2" else "none"
+    before = {"id": secrets.token_hex(4), "size": size, "data": trainer.shards.contents(), "launches": []}
     if path.exists():
         before |= read_json(path, RUN_REMEDY)
     settings = asdict(config) | {"resume": False, "replay_step": None}

@@ -241,6 +241,8 @@ def theirs(kind: str, rows: int, path) -> torch.nn.Module:
 def test_nanogpts_checkpoints_compute_what_they_did(tmp_path, kind, rows, capsys):
     hf = theirs(kind, rows, tmp_path / "ckpt.pt")
     model, tokenizer = checkpoint.load_gpt(str(tmp_path / "ckpt.pt"))
+    os.rename(tmp_path / "ckpt.pt", tmp_path / ("ckpt.pt" if kind == "nanoGPT" else "model_00005.pt"))
+    assert checkpoint.load_config(str(tmp_path)) == model.config  # of the folder
     assert tokenizer == (None if rows == 65 else "gpt2") and model.config.vocab_size == min(rows, 50257)
     idx = torch.randint(0, 65, (2, 16))
     with torch.no_grad():

@@ -95,15 +95,17 @@ def test_files_are_scored_one_by_one(models, tmp_path, capsys):
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe not UTF-8")
     argv = [tmp_path / "a.txt", tmp_path / "b.txt", "-m", models[0], "--stride", 16]
     assert run_main(perplexity.main, *argv) == 0
-    a, b = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    a, b = out.splitlines()
+    assert f"warning: {tmp_path}/b.txt is not all UTF-8" in err and "a.txt is not" not in err
     assert a.startswith(f"{tmp_path}/a.txt: {len(TEXT.encode()):,} tokens, loss ") and a.endswith(" bits a byte") and "b.txt: " in b
     assert run_main(perplexity.main, *argv, "--max-tokens", 100, "--dtype", "bf16") == 0
     assert "a.txt: 100 tokens" in capsys.readouterr().out
-    (tmp_path / "u.txt").write_bytes("ü".encode())
+    (tmp_path / "u.txt").write_bytes("ü\r\n".encode())
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, REPO / "perplexity.py", tmp_path / "u.txt", "-m", models[0]]
     result = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert "u.txt: 2 tokens" in result.stdout
+    assert "u.txt: 4 tokens" in result.stdout and "warning" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -112,6 +114,8 @@ def test_files_are_scored_one_by_one(models, tmp_path, capsys):
         (["-m", "M"], "give at least one text file or folder of shards"),
         (["-m", "M", "none.txt", "--stride", -1, "--batch-size", 0], "--stride is -1: it must be at least 0; --batch-size is 0"),
         (["-m", "M", "none.txt"], "no file none.txt: give text files or folders of shards"),
+        (["-m", "M", "EMPTY", "none.txt", "x.npy"], "no file none.txt: give text files or folders of shards; no file x.npy"),
+        (["-m", "M", "GPT2/x_val_000000.npy"], "x_val_000000.npy is a shard: give its folder"),
         (["-m", "M", "EMPTY"], "is empty: give a file with text"),
         (["-m", "M", "GPT2"], "has tokens of gpt2, the model those of bytes: score the text itself"),
     ],
@@ -122,6 +126,6 @@ def test_mistakes_are_one_line(models, tmp_path, capsys, argv, message):
     for split in ("train", "val"):
         (tmp_path / "gpt2" / f"x_{split}_000000.npy").touch()
     names = {"M": models[0], "EMPTY": tmp_path / "empty", "GPT2": tmp_path / "gpt2"}
-    assert run_main(perplexity.main, *(names.get(word, word) for word in argv)) == 2
+    assert run_main(perplexity.main, *(str(names.get(word, word)).replace("GPT2/", f"{tmp_path}/gpt2/") for word in argv)) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in error

@@ -21,7 +21,12 @@ def log(tmp_path):
     path.parent.mkdir()
     steps = range(0, 100, 10)
     path.write_text("".join(f"{s} train {4 - s / 50}\n{s} val {4 - s / 60:.4f}\n{s} hella {0.25 + s / 1000}\n" for s in steps))
-    rows = [{"step": s, "tokens": s * 1000, "seconds": s / 2, "epoch": s / 200, "flops": s * 1e6, "lr": 1 / (s + 1)} for s in steps]
+    rows = []
+    for s in steps:
+        at = {"tokens": s * 1000, "epoch": s / 200, "flops": s * 1e6}
+        before, after = at | {"seconds": s / 2 - 0.5}, at | {"seconds": s / 2}  # the update
+        rows += [{"step": s, "val_loss": 1.0, **before}, {"step": s, "hellaswag_acc_norm": 0.3, **before}]
+        rows += [{"step": s, "loss": 1.0, "lr": 1 / (s + 1), **after}]
     (path.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9')
     return path
 
@@ -91,25 +96,42 @@ def test_what_is_drawn_is_what_the_log_says(log, tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
     plain = PlotConfig((str(log),), str(tmp_path / "x.png"), x="tokens")
     plot_log.plot(plain)
-    plot_log.plot(replace(plain, x="flops", size="none", smooth=0.5, panels=("lr", "grad_norm"), baselines=("mine=3.5",)))
+    plot_log.plot(replace(plain, x="flops", size="none", smooth=0.5, panels=("lr", "lr"), baselines=("mine=3.5",)))
     loss, hella = drawn[0].axes
     assert loss.get_yscale() == "log"
     train, val, baseline = loss.lines
     assert list(train.get_xdata())[:3] == [0, 10_000, 20_000] and list(train.get_ydata())[:2] == [4.0, 3.8]
     assert val.get_ydata()[-1] == 2.5 and baseline.get_ydata()[0] == 3.2924
     assert [line.get_ydata()[0] for line in hella.lines] == [0.25, 0.2955, 0.337]
-    loss, hella, lr, grad_norm = drawn[1].axes
+    loss, hella, lr = drawn[1].axes
     faint, smooth, val, mine = loss.lines
     assert list(faint.get_ydata()) == list(train.get_ydata()) and faint.get_alpha() < smooth.get_alpha()
     assert list(smooth.get_ydata())[:2] == pytest.approx([4.0, (4.0 * 0.5 + 3.8) / 1.5]) and mine.get_ydata()[0] == 3.5
     assert list(lr.lines[0].get_xdata())[:2] == [0, 1e7] and lr.lines[0].get_ydata()[1] == 1 / 11 and len(hella.lines) == 1
-    assert len(lr.lines) == 1 and not grad_norm.lines  # this run's metrics have none
+    assert len(lr.lines) == 1
+    plot_log.plot(replace(plain, logs=(str(log.parent),), x="seconds"))
+    train, val = drawn[2].axes[0].lines[:2]
+    assert train.get_xdata()[5] == 25 and val.get_xdata()[5] == 24.5 == drawn[2].axes[1].lines[0].get_xdata()[5]  # before the update
+
+
+@pytest.mark.parametrize(("run", "lines"), [({"size": "none"}, 2), ({"size": "1558M"}, 2), ({"size": "124M"}, 3), ({}, 3), (None, 3)])
+def test_the_baselines_are_those_of_the_run(log, tmp_path, monkeypatch, run, lines):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    if run is not None:
+        (log.parent / "run.json").write_text(json.dumps(run))
+    plot_log.plot(PlotConfig((str(log),), str(tmp_path / "x.png")))
+    loss, hella = drawn[0].axes
+    assert len(loss.lines) == lines  # there is a published loss of 124M alone
+    assert len(hella.lines) == (1 if run == {"size": "none"} else 3)
 
 
 def test_nineteen_thousand_steps_are_drawn_in_three_seconds(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("".join(f"{s} train {10 / (s + 1) + 3 + (s * 7919 % 101) / 500}\n" for s in range(19073)))
-    rows = ({"step": s, "tokens": s * 524288, "lr": 6e-4, "grad_norm": 0.3} for s in range(19073))
+    rows = ({"step": s, "loss": 3.0, "tokens": s * 524288, "lr": 6e-4, "grad_norm": 0.3} for s in range(19073))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, REPO / "plot_log.py", log, "--x", "tokens", "--smooth", "0.99", "--panels", "lr", "grad_norm"]
     began = time.monotonic()
@@ -142,6 +164,8 @@ def test_a_models_baselines_are_those_of_its_size():
         (None, [], "no log"),
         ("hello\n", [], "no line 'step stream value'"),
         ("0 train 1.0\n", ["--x", "tokens"], "use --x step"),
+        ("0 train 1.0\n", ["--panels", "mfu"], "--panels mfu: no log, nor a metrics.jsonl beside one, has it"),
+        ("12 monkeys 3\n", [], "no line 'step stream value'"),
         ("0 train 1.0\n", ["--smooth", "1"], "--smooth is 1.0: it must be at least 0 and below 1"),
         ("0 train 1.0\n", ["--baselines", "mine=3", "none"], "--baselines are NAME=LOSS each"),
         ("0 train 1.0\n", ["--baselines", "mine=-3"], "--baselines are NAME=LOSS each"),

@@ -99,6 +99,8 @@ def test_a_run_that_is_worse_than_the_median_is_ended(tmp_path):
         if ends:
             assert follow(one, study)
             last = study.get_trials()[-1]
+            rows = sweep.rows_of(study)
+            assert rows[0]["val_loss"] == 1.0 and rows[-1]["val_loss"] is None and rows[-1]["note"] == "pruned at step 10"
             assert last.state.name == "PRUNED" and last.user_attrs["why"] == "pruned at step 10" and last.intermediate_values == {10: 2.1}
 
 
@@ -166,6 +168,9 @@ def test_a_sweep_that_is_stopped_goes_on(shards, tmp_path):
     assert third.stdout == again.stdout
     other = subprocess.run([*command[:2], "max_lr=1,2", *command[3:]], capture_output=True, text=True)
     assert other.returncode == 2 and "give that one, or choose another --out-dir" in other.stderr
+    (tmp_path / "sweep" / "sweep.db").write_bytes(b"x" * 5000)
+    damaged = subprocess.run(command, capture_output=True, text=True)
+    assert damaged.returncode == 2 and "sweep.db can't be used (DatabaseError)" in damaged.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +185,9 @@ def test_a_sweep_that_is_stopped_goes_on(shards, tmp_path):
         (["max_lr=2..1"], "with LOW at most HIGH"),
         (["max_lr=0..1:log"], "above 0 for a logarithm"),
         (["max_lr=0..nan"], "is no FLAG=LOW..HIGH"),
+        (["max_lrr=1,2"], "'max_lrr=1,2': train.py has no flag --max-lrr"),
+        (["max_lr=1", "--flags=--out-dir x"], "--out-dir belongs to the sweep"),
+        (["max_lr=1", "--flags=--resume"], "--resume belongs to the sweep"),
         (["max_lr=0..inf"], "is no FLAG=LOW..HIGH"),
         (["max_lr=0..1:lin"], "is no FLAG=LOW..HIGH"),
         (["max_lr=1", "--flags='"], "No closing quotation: a quote in the flags has no second one"),
@@ -191,7 +199,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, argv, message):
     assert message in error and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("word", ["no_such_flag=1,2", "mlp=gelu,none", "n_layer=1..2.5"])
+@pytest.mark.parametrize("word", ["mlp=gelu,none", "n_layer=1..2.5"])
 def test_what_train_does_not_know_is_refused_before_a_run(capsys, tmp_path, word):
     assert run_main(sweep.main, word, "--out-dir", tmp_path / "out") == 2
     assert not (tmp_path / "out").exists()
