@@ -58,8 +58,8 @@ def seconds_of(*command) -> float:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_answers_in_two_seconds(name):
-    """On a machine so busy that torch alone takes more than 1.5 s, the script may add half a second; once in three tries."""
-    assert any(seconds_of(REPO / f"{name}.py", "--help") < max(2.0, seconds_of("-c", "import torch") + 0.5) for _ in range(3))
+    """On a machine so busy that torch alone takes more than 1.3 s, the script may take half as long again; once in three tries."""
+    assert any(seconds_of(REPO / f"{name}.py", "--help") < max(2.0, 1.5 * seconds_of("-c", "import torch")) for _ in range(3))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
