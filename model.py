@@ -571,7 +571,9 @@ class MixtureOfExperts(nn.Module):
 
 def by_expert(x: Tensor, weights: nn.ParameterList, counts: Tensor) -> Tensor:
     """The first counts[0] rows of x (N, in) times the first weight (out, in), the next counts[1] times the second, …: (N, out)."""
-    return torch.cat([part @ weight.t() for part, weight in zip(x.split(counts.tolist()), weights, strict=True)])
+    parts = zip(x.split(counts.tolist()), weights, strict=True)
+    # rows of zeros up to a multiple of 64: for each new shape a CPU's library makes code, and keeps it
+    return torch.cat([(F.pad(part, (0, 0, 0, -len(part) % 64)) @ weight.t())[: len(part)] for part, weight in parts])
 
 
 # ---- what a field of GPTConfig may be ----
