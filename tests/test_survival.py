@@ -44,6 +44,7 @@ def undisturbed(shards, tmp_path_factory):
 # ---- kills ----
 
 
+@pytest.mark.slow
 def test_fifty_kills_while_saving(undisturbed, shards, tmp_path):
     """Each SIGKILL comes at a random write of a checkpoint, or up to 2 ms later. The relaunch finds the newest whole one, and
     the run that gets through has the losses and the weights of the undisturbed one."""
@@ -71,6 +72,7 @@ def test_fifty_kills_while_saving(undisturbed, shards, tmp_path):
     assert not list(run.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(undisturbed, shards, tmp_path):
     """The same command, without --resume; a finished run says so and ends well; another torchrun must ask."""
     (tmp_path / "killed.py").write_text(
@@ -119,6 +121,7 @@ def note_positions(folder):
     train.TokenStream.batch = batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "micro_batch"), [(0, 8), (4, 1)])
 def test_a_run_saved_by_two_goes_on_with_one_or_four(undisturbed, shards, tmp_path, processes, micro_batch):
     """The same sequences in each step, and the losses of the undisturbed run."""
