@@ -21,7 +21,7 @@ import tyro
 
 import cli
 from compare import SCRIPT, Run, last_checkpoint, split
-from config import PRESETS, TrainConfig, parse_flags
+from config import TrainConfig, parse_flags
 from files import hold, write_json
 from model import GPTConfig
 from plot_log import read_metrics
@@ -144,10 +144,9 @@ def flags_of(params: dict) -> list[str]:
 def check(config: SweepConfig, space: dict[str, Choice | Range]):
     """Exits 2 on an unknown flag, or a choice that its flag does not have, ValueError for a flag that is the sweep's own. What only
     some points can't be is theirs to say."""
-    plain, given = parse_flags([]), parse_flags(split(config.flags))
-    for name in THE_SWEEPS_OWN:
-        if getattr(given, name) not in (getattr(plain, name), PRESETS[given.preset].out_dir):
-            raise ValueError(f"{cli.flag(name)} belongs to the sweep: take it out of --flags")
+    for word in split(config.flags):
+        if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in THE_SWEEPS_OWN:
+            raise ValueError(f"{word} belongs to the sweep: take it out of --flags")
     for name, values in space.items():
         for value in values.values if isinstance(values, Choice) else [values.low, values.high]:
             parse_flags([*split(config.flags), *flags_of({name: value})])
