@@ -103,9 +103,10 @@ def read_log(path: Path) -> dict[str, dict[int, float]]:
 def size_beside(log: Path) -> str:
     """The size of the run that a log is of; 124M where nothing says it."""
     try:
-        return json.loads(log.with_name("run.json").read_text())["size"]
+        size = json.loads(log.with_name("run.json").read_text())["size"]
     except (OSError, ValueError, KeyError, TypeError):
-        return "124M"
+        size = None
+    return size if size in (*GPT2_HELLASWAG, "none") else "124M"
 
 
 def read_metrics(path: Path, names: list[str], having: str = "") -> dict[str, dict[int, float]]:

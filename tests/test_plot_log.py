@@ -114,7 +114,10 @@ def test_what_is_drawn_is_what_the_log_says(log, tmp_path, monkeypatch):
     assert train.get_xdata()[5] == 25 and val.get_xdata()[5] == 24.5 == drawn[2].axes[1].lines[0].get_xdata()[5]  # before the update
 
 
-@pytest.mark.parametrize(("run", "lines"), [({"size": "none"}, 2), ({"size": "1558M"}, 2), ({"size": "124M"}, 3), ({}, 3), (None, 3)])
+@pytest.mark.parametrize(
+    ("run", "lines"),
+    [({"size": "none"}, 2), ({"size": "1558M"}, 2), ({"size": "124M"}, 3), ({}, 3), ({"size": "x"}, 3), ([], 3), (None, 3)],
+)
 def test_the_baselines_are_those_of_the_run(log, tmp_path, monkeypatch, run, lines):
     from matplotlib.figure import Figure
 
