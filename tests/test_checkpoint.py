@@ -253,6 +253,16 @@ def test_nanogpts_checkpoints_compute_what_they_did(tmp_path, kind, rows, capsys
         assert (GPT.from_pretrained(tmp_path / "hf").eval()(idx)[0] == model(idx)[0]).all()
 
 
+def test_a_head_of_its_own_stays_one(tmp_path):
+    theirs("nanoGPT", 65, tmp_path / "ckpt.pt")
+    tied = checkpoint.load_gpt(str(tmp_path / "ckpt.pt"))[0].eval()
+    content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    content["model"]["_orig_mod.lm_head.weight"] = 2 * content["model"]["_orig_mod.lm_head.weight"]
+    torch.save(content, tmp_path / "ckpt.pt")
+    untied, idx = checkpoint.load_gpt(str(tmp_path / "ckpt.pt"))[0].eval(), torch.arange(16)[None]
+    assert not untied.config.tied_head and (untied(idx)[0] - 2 * tied(idx)[0]).abs().max() <= 1e-5
+
+
 def test_what_only_looks_like_nanogpts_is_one_line(tmp_path):
     theirs("nanoGPT", 65, tmp_path / "ckpt.pt")
     content = torch.load(tmp_path / "ckpt.pt", weights_only=True)

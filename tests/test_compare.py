@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import TINY, forked, ids_for, run_main, run_train, script
+from conftest import TINY, forked, ids_for, run_main, run_train, save_checkpoint, script
 
 import compare
 from compare import CompareConfig, amount_for, cache_bytes, loss_by_position, stretched, summary, tokens_to_the_same_loss
@@ -88,6 +88,14 @@ def test_mistakes_are_one_line(capsys, tmp_path):
         (error,) = capsys.readouterr().err.strip().splitlines()
         assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_stopped_at_its_last_validation_goes_on(tmp_path):
+    model = GPT(GPTConfig(257, 16, 1, 2, 16))
+    save_checkpoint(tmp_path, 10, model, "bytes", 1.5, {})
+    assert compare.last_checkpoint(tmp_path)["val_loss"] == 1.5
+    save_checkpoint(tmp_path, 20, model, "bytes", None, {})
+    assert compare.last_checkpoint(tmp_path) == {} == compare.last_checkpoint(tmp_path / "none")
 
 
 class Ended:

@@ -134,3 +134,12 @@ def test_what_is_not_installed_says_how(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "trackio", None)
     assert run_train(shards, tmp_path, "--tracker", "trackio") == 0
     assert ": pip install trackio\n" in capsys.readouterr().err
+
+
+def test_only_finite_numbers_are_sent(monkeypatch):
+    sent = []
+    sink = type("Sink", (Broken,), {"log": lambda self, step, numbers: sent.append((step, numbers))})
+    monkeypatch.setitem(tracker.SINKS, "wandb", sink)
+    there = tracker.Tracker("wandb", "log", "id", {}, 0, print)
+    there.log(3, {"loss": float("nan"), "lr": 0.5, "mfu": None, "skipped": "rank 0's loss is nan", "tokens": 7, "grad_norm": float("inf")})
+    assert sent == [(3, {"lr": 0.5, "tokens": 7})]
