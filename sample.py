@@ -6,6 +6,7 @@ python sample.py -m log --prompt "Hello, I'm a language model,"
 import functools
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -102,11 +103,32 @@ def generate(
         raise ValueError("generate needs at least one id to go on from")
     if compile and model.config.n_expert > 1:
         raise ValueError("a token's path through experts can't be compiled: leave --compile out")
-    limit, end = model.config.seq_len, idx.size(1) + max_new_tokens
+    end = idx.size(1) + max_new_tokens
     counts = Counter() if counts is None else counts
     how = temperature, top_k, top_p
     if draft is not None:
         idx = speculate(model, draft, idx, end, draft_tokens, how, generator, counts)
+    rows = [idx]
+    for new, _ in stream(model, idx, end - idx.size(1), *how, generator, use_cache, compile):
+        rows.append(new)
+        counts["passes"] += 1
+    return torch.cat(rows, dim=1)
+
+
+@torch.no_grad()
+def stream(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator | None,
+    use_cache: bool = True,
+    compile: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What generate adds, as it comes: the ids (B, 1) of a position after the other, each with the model's logits (B, V) for it."""
+    limit, end = model.config.seq_len, idx.size(1) + max_new_tokens
     cache = KVCache(min(limit, -(-end // 128) * 128 if compile else end)) if use_cache else None
     new = idx  # the latest ids
     while idx.size(1) < end:
@@ -117,10 +139,9 @@ def generate(
             cache.length += 1
         else:
             logits = next_logits(model, idx[:, -limit:] if cache is None else idx, cache)[:, -1]  # (B, V)
-        new = next_ids(logits.float(), *how, generator)  # (B, 1)
+        new = next_ids(logits.float(), temperature, top_k, top_p, generator)  # (B, 1)
         idx = torch.cat([idx, new], dim=1)
-        counts["passes"] += 1
-    return idx
+        yield new, logits
 
 
 def speculate(

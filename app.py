@@ -1,0 +1,260 @@
+"""A web page to try models in, over sample.py.
+
+python app.py -m log/quickstart        # then open http://127.0.0.1:7860
+"""
+
+import codecs
+import functools
+import html
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+import cli
+from checkpoint import checkpoint_file, files_of, load_with_tokenizer, sealed_steps
+from device import pick_device, pick_dtype
+from fineweb import Tokenizer
+from model import GPT
+from sample import stream
+
+
+@dataclass
+class AppConfig:
+    """Serve a page to try models in, on 127.0.0.1:7860 unless Gradio's own environment (GRADIO_SERVER_PORT, …) says otherwise."""
+
+    model: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-m"])]
+    """One or more of: a run's folder, all of whose checkpoints are offered, a checkpoint.pt, a Hugging Face folder, gpt2, …"""
+    device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
+    """Precision of the weights and of all that is computed with them; auto is bf16 where the hardware has it."""
+
+    def validate(self):
+        """ValueError with every fault at once."""
+        cli.refuse([] if self.model else ["-m needs a model: python app.py -m log/quickstart"])
+
+
+# what is asked for beyond these is brought back within them, whoever asks
+TEMPERATURE, TOP_K, TOP_P, LENGTH, SEED = (0.1, 2.0, 1.0), (0, 200, 50), (0.05, 1.0, 1.0), (1, 1000, 200), (0, 2**32 - 1, 1337)
+PROMPT_CHARS, BODY_BYTES, WAITING = 20_000, 1_000_000, 32
+
+
+def clamp(value, least: float, most: float, default: float) -> float:
+    """What was sent, as a number from least to most; the default where it is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return default
+    return default if math.isnan(number) else min(max(number, least), most)
+
+
+# ---- the models ----
+
+
+def offered(models: tuple[str, ...]) -> dict[str, str]:
+    """Name → what load_model takes: of a run's folder whatever is its newest checkpoint by then, and each that it has now."""
+    choices = {}
+    for path in models:
+        steps = sealed_steps(Path(path))
+        choices[f"{path}, newest" if len(steps) > 1 else path] = path
+        for step in reversed(steps if len(steps) > 1 else []):
+            choices[f"{path}, step {step}"] = str(files_of(Path(path), step).model)
+    return choices
+
+
+def load(path: str, device: torch.device, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
+    """A model with its tokenizer, from memory where it is one of the last four and its file is the same."""
+    file = checkpoint_file(path)
+    return load_once(str(file or path), file.stat().st_mtime_ns if file and file.exists() else 0, device, dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def load_once(path: str, modified: int, device: torch.device, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
+    model, tokenizer = load_with_tokenizer(path, device)
+    return model.to(dtype), tokenizer
+
+
+# ---- a text with its probabilities ----
+
+
+class Piece(NamedTuple):
+    """What a token adds to a text. Where a character has several tokens, they are one piece."""
+
+    text: str
+    tokens: int
+    prob: float
+    """The model's own, before temperature, top-k and top-p; of several tokens the product."""
+    likeliest: list[tuple[str, float]]
+    """The likeliest tokens there, with their probabilities."""
+
+
+def write(model: GPT, tokenizer: Tokenizer, prompt: str, length: int, seed: int, *how: float) -> Iterator[Piece]:
+    """The continuation of a prompt, up to <|endoftext|>: what sample.py writes with the same seed. how: temperature, top_k, top_p."""
+    device = model.transformer.wte.weight.device
+    idx = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=device)
+    decoder, tokens, prob = codecs.getincrementaldecoder("utf-8")("replace"), 0, 1.0
+    for number, (new, logits) in enumerate(stream(model, idx, length, *how, torch.Generator(device).manual_seed(seed)), 1):
+        token, probs = new.item(), F.softmax(logits[0].float(), dim=-1)  # (V,)
+        ended = token == tokenizer.eot
+        tokens, prob = tokens + 1, prob * probs[token].item()
+        text = decoder.decode(b"" if ended else tokenizer.decode_bytes([token]), final=ended or number == length)
+        text += "<|endoftext|>" if ended else ""
+        if text:
+            best = zip(*(part.tolist() for part in probs.topk(5)), strict=True)
+            yield Piece(text, tokens, prob, [(tokenizer.decode([i]), p) for p, i in best])
+            tokens, prob = 0, 1.0
+        if ended:
+            return
+
+
+def as_html(piece: Piece) -> str:
+    """A piece, the more coloured the less likely, that tells its probabilities when the mouse is on it."""
+    told = "\n".join(f"{p:6.1%} {text!r}" for text, p in [(piece.text, piece.prob), *(x for x in piece.likeliest if x[0] != piece.text)])
+    return f'<span style="--p:{piece.prob:.2f}" title="{html.escape(told)}">{html.escape(piece.text)}</span>'
+
+
+class Column:
+    """One of the texts that grow side by side."""
+
+    def __init__(self, prompt: str, pieces: Iterator[Piece]):
+        self.html, self.pieces = html.escape(prompt), pieces
+        self.number, self.seconds, self.ended = 0, 0.0, False
+
+    def grow(self):
+        started = time.perf_counter()
+        piece = next(self.pieces, None)
+        self.seconds += time.perf_counter() - started
+        self.ended = piece is None
+        if piece:
+            self.html += as_html(piece)
+            self.number += piece.tokens
+
+    def status(self) -> str:
+        return f"{self.number} tokens, {self.number / self.seconds:,.0f} tokens/s" if self.number else ""
+
+
+# ---- the page ----
+
+TITLE = "GPT-2 from scratch"
+NONE = "none"
+EXAMPLES = ("Hello, I'm a language model,", "def ", "class Stack:\n", "Once upon a time", "import os\n\n\ndef ")
+CSS = """
+.text { white-space: pre-wrap; font-family: monospace; font-size: 15px; line-height: 1.5; overflow-wrap: anywhere; min-height: 8em; }
+.text span { background: color-mix(in srgb, orange calc((1 - var(--p)) * 70%), transparent); border-radius: 3px; }
+.status { color: gray; min-height: 1.5em; }
+"""
+
+
+def build(choices: dict[str, str], device: torch.device, dtype: torch.dtype):
+    """The page: a gradio.Blocks."""
+    import gradio as gr
+
+    def run(name, beside, prompt, temperature, top_k, top_p, length, seed):
+        """Two texts and their statuses, as they grow."""
+        if len(prompt or "") > PROMPT_CHARS:
+            raise gr.Error(f"the prompt has {len(prompt):,} characters: give at most {PROMPT_CHARS:,}", print_exception=False)
+        how = clamp(temperature, *TEMPERATURE), int(clamp(top_k, *TOP_K)), clamp(top_p, *TOP_P)
+        wanted = prompt or "", int(clamp(length, *LENGTH)), int(clamp(seed, *SEED)), *how
+        try:
+            models = [load(choices[one], device, dtype) for one in (name, beside) if one in choices]
+            columns = [Column(wanted[0], write(*model, *wanted)) for model in models]
+            shown = 0.0
+            while not all(column.ended for column in columns):
+                for column in columns:
+                    column.grow()
+                if time.perf_counter() - shown > 0.05:  # a browser draws no faster
+                    yield shows(columns)
+                    shown = time.perf_counter()
+            yield shows(columns)
+        except (ValueError, OSError) as e:  # a checkpoint that is gone, weights that are not numbers
+            raise gr.Error(html.escape(str(e)), print_exception=False) from e
+
+    def shows(columns: list[Column]) -> list[str]:
+        return [part for column in columns for part in (column.html, column.status())] + [""] * (4 - 2 * len(columns))
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        gr.Markdown(f"# {TITLE}\nThe more orange a token, the less likely the model found it; point at one to see what else it thought of.")
+        with gr.Row():
+            name = gr.Dropdown(list(choices), value=next(iter(choices)), label="Checkpoint")
+            beside = gr.Dropdown([NONE, *choices], value=NONE, label="Beside it")
+        prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=3, max_lines=10, max_length=PROMPT_CHARS)
+        with gr.Row():
+            generate = gr.Button("Generate", variant="primary")
+            stop = gr.Button("Stop", variant="stop")
+        with gr.Row():
+            outputs = []
+            for side in ("left", "right"):
+                with gr.Column():
+                    outputs.append(gr.HTML(elem_id=side, html_template='<div class="text">${value}</div>'))
+                    outputs.append(gr.HTML(elem_id=f"{side}-status", html_template='<div class="status">${value}</div>'))
+        with gr.Row():
+            temperature = gr.Slider(*TEMPERATURE, step=0.05, label="Temperature", min_width=280)
+            top_k = gr.Slider(*TOP_K, step=1, label="Top-k (0: all tokens)", min_width=280)
+            top_p = gr.Slider(*TOP_P, step=0.05, label="Top-p", min_width=280)
+            length = gr.Slider(*LENGTH, step=1, label="Length in tokens", min_width=280)
+            seed = gr.Number(SEED[2], label="Seed", min_width=280)
+        gr.Examples([[text] for text in EXAMPLES], prompt, label="Examples")
+        inputs = [name, beside, prompt, temperature, top_k, top_p, length, seed]
+        running = gr.on([generate.click, prompt.submit], run, inputs, outputs, api_name="generate", concurrency_limit=1)
+        stop.click(None, cancels=running)
+    return page.queue(max_size=WAITING)
+
+
+class BodyLimit:
+    """Answers a request whose body goes beyond BODY_BYTES with 413, before it fills the memory."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        from starlette.exceptions import HTTPException
+
+        seen = 0
+
+        async def counted():
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > BODY_BYTES:
+                raise HTTPException(413, f"at most {BODY_BYTES:,} bytes")
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def main():
+    with cli.one_line_errors():
+        config = cli.parse(AppConfig)
+        config.validate()
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.dtype, device)
+        for path in config.model:
+            load(path, device, dtype)
+        try:
+            import gradio as gr
+            from starlette.middleware import Middleware
+        except ImportError as e:
+            raise ValueError(f"the page needs Gradio ({e}): pip install gradio") from e
+        system = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # no fonts from elsewhere
+        page = build(offered(config.model), device, dtype)
+        try:
+            url = page.launch(
+                share=False, css=CSS, theme=gr.themes.Default(**system), footer_links=[], ssr_mode=False, quiet=True,
+                app_kwargs={"middleware": [Middleware(BodyLimit)]}, prevent_thread_lock=True,
+            )[1]  # fmt: skip
+        except OSError as e:
+            raise ValueError(f"{e.args[0]}: give another port in GRADIO_SERVER_PORT") from e
+        print(f"open {url}  (Ctrl-C ends it)", file=sys.stderr, flush=True)
+        page.block_thread()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The page: what it writes is what sample.py writes, in a real browser, and nothing sent to it brings it down.
+
+PYTHONPATH=. python tests/test_app.py log/quickstart results/app.png    # a picture of two of a run's checkpoints side by side
+"""
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, run_main, save_checkpoint
+
+import app
+from app import Piece, as_html, clamp, offered, write
+from fineweb import get_tokenizer
+from model import GPT, GPTConfig
+from sample import sample_texts
+
+BYTES = get_tokenizer("bytes")
+LONGEST = app.LENGTH[1]
+
+
+def tiny(seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(257, 64, 2, 2, 32)).eval()
+
+
+def test_a_text_is_what_sample_writes_with_its_probabilities():
+    model = tiny()
+    pieces = list(write(model, BYTES, "def ", 40, 7, 0.8, 30, 0.9))
+    text = "".join(piece.text for piece in pieces)
+    assert "def " + text == sample_texts(model, BYTES, "def ", 1, 40, 7, temperature=0.8, top_k=30, top_p=0.9)[0]
+    with torch.no_grad():
+        probs = model(torch.tensor([BYTES.encode("def ")]))[0][0, -1].softmax(-1)
+    assert pieces[0].prob == pytest.approx(probs[ord(pieces[0].text)].item(), rel=1e-4)  # before temperature, top-k and top-p
+    assert [p for _, p in pieces[0].likeliest] == pytest.approx(probs.topk(5).values.tolist(), rel=1e-4)
+
+
+def test_a_character_of_several_tokens_is_one_piece(monkeypatch):
+    ids = [*"aé€".encode(), 256, 98]
+    monkeypatch.setattr(app, "stream", lambda *how: ((torch.tensor([[i]]), torch.zeros(1, 257)) for i in ids))
+    pieces = list(write(tiny(), BYTES, "", 10, 0, 1.0, 0, 1.0))
+    assert [piece.text for piece in pieces] == ["a", "é", "€", "<|endoftext|>"]  # nothing after the end
+    assert [piece.tokens for piece in pieces] == [1, 2, 3, 1]
+    assert [piece.prob for piece in pieces] == pytest.approx([257**-1, 257**-2, 257**-3, 257**-1])
+
+
+def test_what_a_model_writes_is_no_html():
+    written = as_html(Piece("<b>", 1, 0.5, [('"', 0.4), ("<b>", 0.5)]))
+    assert written == '<span style="--p:0.50" title=" 50.0% &#x27;&lt;b&gt;&#x27;\n 40.0% &#x27;&quot;&#x27;">&lt;b&gt;</span>'
+
+
+@pytest.mark.parametrize(
+    "sent, taken",
+    [(1, 1), ("1.5", 1.5), (9, 2), (-math.inf, 0.1), (math.nan, 1), (None, 1), ("hot", 1), ([], 1), (10**400, 1)],
+)
+def test_what_is_sent_is_brought_within_bounds(sent, taken):
+    assert clamp(sent, 0.1, 2.0, 1.0) == taken
+
+
+def two_steps(folder: Path) -> Path:
+    folder.mkdir()
+    for step in (10, 20):
+        save_checkpoint(folder, step, tiny(step), "bytes", 3.0, {})
+    return folder
+
+
+def test_a_folder_offers_its_checkpoints(tmp_path):
+    run = two_steps(tmp_path / "run")
+    assert list(offered((str(run),))) == [f"{run}, newest", f"{run}, step 20", f"{run}, step 10"]
+    assert offered(("gpt2",)) == {"gpt2": "gpt2"}
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    first = app.load(str(run), cpu, fp32)[0]
+    assert app.load(str(run), cpu, fp32)[0] is first
+    save_checkpoint(run, 30, tiny(30), "bytes", 3.0, {})
+    assert app.load(str(run), cpu, fp32)[0] is not first  # the newest is another by now
+
+
+@pytest.mark.parametrize("argv, words", [(["-m"], "python app.py -m log/quickstart"), (["-m", "nowhere"], "no model named 'nowhere'")])
+def test_no_model_ends_in_one_line(capsys, argv, words):
+    assert run_main(app.main, *argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and words in said
+
+
+# ---- a page that is served ----
+
+
+@contextmanager
+def served(*models):
+    """Its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, REPO / "app.py", "-m", *map(str, models)], stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        first = process.stderr.readline()
+        assert first.startswith("open http://127.0.0.1:"), first
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # so that it never waits for a reader
+        yield first.split()[1].rstrip("/")
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    pytest.importorskip("gradio")
+    with served(two_steps(tmp_path_factory.mktemp("app") / "run")) as url:
+        yield url
+
+
+@contextmanager
+def browser():
+    """A page of a real browser, without a screen."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium on this machine")
+    alone = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    with playwright.sync_playwright() as p:
+        window = p.chromium.launch(executable_path=chromium, args=alone.split())
+        yield window.new_page(viewport={"width": 1200, "height": 1000})
+        window.close()
+
+
+def choose(tab, label: str, number: int):
+    tab.get_by_label(label).click()
+    tab.get_by_role("option").nth(number).click()
+
+
+def generate(tab):
+    """Starts it and waits for the first tokens."""
+    tab.get_by_role("button", name="Generate").click()
+    tab.locator("#left span").first.wait_for()
+
+
+def written(tab, side: str = "left") -> int:
+    """The number that the line below a text says."""
+    return int((tab.locator(f"#{side}-status .status").inner_text() or "0").split()[0])
+
+
+def until(condition, seconds: float = 60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_in_a_browser(page, tmp_path):
+    with browser() as tab:
+        asked = []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(page)
+        tab.get_by_label("Prompt").fill("<i>def")
+        tab.get_by_label("number input for Length").fill("30")
+        tab.get_by_label("Seed").fill("5")
+        generate(tab)
+        until(lambda: written(tab) == 30)
+        text = tab.locator("#left .text").text_content()
+        assert text == sample_texts(tiny(20), BYTES, "<i>def", 1, 30, 5)[0]
+        assert "%" in tab.locator("#left span").first.get_attribute("title")
+
+        tab.get_by_label("range slider for Temperature").fill("0.1")
+        choose(tab, "Beside it", 3)  # none, newest, step 20, step 10
+        generate(tab)
+        until(lambda: written(tab, "right") == 30)
+        cold, other = (sample_texts(tiny(step), BYTES, "<i>def", 1, 30, 5, temperature=0.1)[0] for step in (20, 10))
+        until(lambda: tab.locator("#left .text").text_content() == cold != text)
+        assert tab.locator("#right .text").text_content() == other
+        tab.screenshot(path=tmp_path / "page.png")
+
+        tab.get_by_label("number input for Length").fill(str(LONGEST))
+        tab.get_by_label("number input for Length").blur()
+        tab.get_by_role("button", name="Generate").click()
+        until(lambda: written(tab) > 30)
+        tab.get_by_role("button", name="Stop").click()
+        time.sleep(0.5)
+        stopped = written(tab)
+        time.sleep(1)
+        assert stopped == written(tab) < LONGEST - 100
+        assert all(url.startswith((page, "data:", "blob:")) for url in asked), asked  # nothing from elsewhere
+
+
+ASKED = {"name": None, "beside": "none", "prompt": "a", "temperature": 1.0, "top_k": 50, "top_p": 1.0, "length": 5, "seed": 1}
+
+
+def ask(page: str, **changes) -> str:
+    """What the page answers to a program: 'complete', 'error' or the status with which it refuses."""
+    with urllib.request.urlopen(f"{page}/gradio_api/info") as info:
+        newest = json.load(info)["named_endpoints"]["/generate"]["parameters"][0]["parameter_default"]
+    url, values = f"{page}/gradio_api/call/generate", {**ASKED, "name": newest, **changes}
+    request = urllib.request.Request(url, json.dumps({"data": [*values.values()]}).encode(), {"Content-Type": "application/json"})
+    try:
+        event = json.load(urllib.request.urlopen(request, timeout=60))["event_id"]
+        with urllib.request.urlopen(f"{url}/{event}", timeout=120) as answers:
+            events = [line.decode().split()[1] for line in answers if line.startswith(b"event: ")]
+        return events[-1]
+    except urllib.error.HTTPError as e:
+        return str(e.code)
+
+
+@pytest.mark.slow
+def test_nothing_sent_brings_it_down(page):
+    nan, huge = math.nan, 10**30
+    assert [ask(page, **{name: nan}) for name in ("temperature", "top_k", "top_p", "length", "seed")] == ["complete"] * 5
+    assert [ask(page, seed=seed) for seed in (-1, huge, "x", None)] == ["complete"] * 4
+    assert {ask(page, **{name: huge}) for name in ("temperature", "top_k", "top_p", "length")} == {"error"}
+    assert {ask(page, temperature=0), ask(page, length="long"), ask(page, name="/etc/passwd"), ask(page, beside=["x"])} == {"error"}
+    assert ask(page, prompt="é" * 20_000) == "complete" and ask(page, prompt="a" * 20_001) == "error"
+    assert ask(page, prompt="a" * 2_000_000) == "413"
+    assert ask(page, prompt="\ud800\0<script>") == "complete"
+
+    answers = []
+    crowd = [threading.Thread(target=lambda: answers.append(ask(page))) for _ in range(200)]
+    for one in crowd:
+        one.start()
+    for one in crowd:
+        one.join()
+    assert len(answers) == 200 and set(answers) <= {"complete", "503"} and answers.count("complete") >= app.WAITING
+    assert ask(page) == "complete"
+
+
+if __name__ == "__main__":
+    with served(sys.argv[1]) as address, browser() as tab:
+        tab.goto(address)
+        tab.get_by_label("Prompt").fill("class Stack:\n    def push(self, ")
+        choose(tab, "Beside it", tab.get_by_label("Beside it").count() + 1)
+        generate(tab)
+        until(lambda: "tokens" in tab.locator("#right-status .status").inner_text())
+        time.sleep(5)
+        tab.locator("#left span").nth(20).hover()
+        tab.screenshot(path=sys.argv[2])
