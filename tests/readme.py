@@ -30,6 +30,8 @@ SMALL = (  # the first pattern that a command matches says what is added to it
     (r"^until", ""),  # the run in log is finished by then: it says so
     (r"sweep.py", "--trials 2 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
     (r"compare.py", "--seeds 1 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
+    (r"export.py", ""),
+    (r"lm_eval", "--device cpu"),
     (r"app.py", f"& {VISIT} http://127.0.0.1:7860; seen=$?; kill $!; exit $seen"),
     (r"--preset quickstart --data-dir mine_bytes", "--max-steps 20"),
     (r"--preset quickstart|log/quickstart|plot_log|pytest|pip install", ""),
@@ -62,6 +64,9 @@ def smaller(command: str) -> str:
 
 def repos(folder: Path) -> dict[str, dict[str, bytes]]:
     """What the commands fetch: a FineWeb-Edu, ready .bin shards and a gpt2, all of them small."""
+    from test_export import on_the_hub
+    from test_hellaswag import make_tasks
+
     from model import GPT, GPTConfig
 
     pages = [path.read_text() for path in sorted(REPO.rglob("*.py"))] * 4
@@ -75,7 +80,8 @@ def repos(folder: Path) -> dict[str, dict[str, bytes]]:
     torch.manual_seed(0)
     GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32)).save_pretrained(folder / "gpt2")
     gpt2 = {path.name: path.read_bytes() for path in (folder / "gpt2").iterdir()}
-    return {"datasets/HuggingFaceFW/fineweb-edu": edu, "datasets/kjj0/fineweb10B-gpt2": bins, "openai-community/gpt2": gpt2}
+    datasets = {"HuggingFaceFW/fineweb-edu": edu, "kjj0/fineweb10B-gpt2": bins, "Rowan/hellaswag": on_the_hub(make_tasks(8))}
+    return {f"datasets/{name}": files for name, files in datasets.items()} | {"openai-community/gpt2": gpt2}
 
 
 def main(folder: Path):

@@ -17,6 +17,7 @@ from test_fineweb import disk_of, the_error
 import hellaswag
 from checkpoint import load_model
 from distributed import World
+from export import save_tokenizer
 from fineweb import get_tokenizer
 from hellaswag import clean, completion_rows, evaluate, harness_rows, load_tasks, log_probs
 from model import GPT, GPTConfig
@@ -58,15 +59,14 @@ def model() -> GPT:
     return model.eval()
 
 
-def harness_answers(folder: Path, tokenizer, tasks_file: Path) -> list[tuple[int, int, list[float]]]:
+def harness_answers(folder: Path, tasks_file: Path) -> list[tuple[int, int, list[float]]]:
     """lm-evaluation-harness's own task, requests and metrics, on a Hugging Face model from disk: (pred, pred_norm, log p)."""
     import numpy as np
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks.hellaswag.utils import process_docs
-    from transformers import GPT2LMHeadModel
 
-    lm = HFLM(pretrained=GPT2LMHeadModel.from_pretrained(folder), tokenizer=tokenizer, device="cpu", batch_size=8)
+    lm = HFLM(pretrained=str(folder), device="cpu", batch_size=8)
     task = {
         "task": "hellaswag_local",
         "dataset_path": "json",
@@ -91,48 +91,11 @@ def harness_answers(folder: Path, tokenizer, tasks_file: Path) -> list[tuple[int
     return result
 
 
-def byte_tokenizer(folder: Path):
-    """Our 'bytes' as a Hugging Face tokenizer: GPT-2's byte-level BPE without merges, byte b with id b."""
-    from transformers import GPT2Tokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    vocab = {char: byte for byte, char in bytes_to_unicode().items()} | {"<|endoftext|>": 256}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return GPT2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-
-
-def bpe_tokenizer(folder: Path):
-    """GPT-2's BPE as a Hugging Face tokenizer, its merges recovered from tiktoken's ranks."""
-    import tiktoken
-    from transformers import GPT2Tokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-    chars = bytes_to_unicode()
-
-    def text(token):
-        return "".join(chars[b] for b in token)
-
-    def parts(token, below):
-        """The two tokens that were merged into this one: what BPE makes of it without its own rank."""
-        pieces = [bytes([b]) for b in token]
-        while len(pieces) > 2:
-            best = min(range(len(pieces) - 1), key=lambda i: ranks.get(pieces[i] + pieces[i + 1], below))
-            pieces[best : best + 2] = [pieces[best] + pieces[best + 1]]
-        return pieces
-
-    vocab = {text(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": 50256}
-    merges = [" ".join(map(text, parts(token, rank))) for token, rank in ranks.items() if len(token) > 1]
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return GPT2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-
-
-def assert_equal_to_harness(folder: Path, tokenizer, tasks_file: Path):
-    theirs = harness_answers(folder, tokenizer, tasks_file)
-    model, our_tokenizer = load_model(str(folder))
-    ours = evaluate(model, our_tokenizer, load_tasks(tasks_file), WORLD)[1]
+def assert_equal_to_harness(folder: Path, tasks_file: Path):
+    model, tokenizer = load_model(str(folder))
+    save_tokenizer(tokenizer, folder, model.config.seq_len)
+    theirs = harness_answers(folder, tasks_file)
+    ours = evaluate(model, tokenizer, load_tasks(tasks_file), WORLD)[1]
     assert len(ours) == len(theirs)
     for task, (pred, pred_norm, log_p) in zip(ours, theirs, strict=True):
         assert (task["harness"]["pred"], task["harness"]["pred_norm"]) == (pred, pred_norm)
@@ -142,7 +105,7 @@ def assert_equal_to_harness(folder: Path, tokenizer, tasks_file: Path):
 
 def test_answers_equal_lm_evaluation_harness(tmp_path, model, tasks_file):
     model.save_pretrained(tmp_path)
-    assert_equal_to_harness(tmp_path, byte_tokenizer(tmp_path), tasks_file)
+    assert_equal_to_harness(tmp_path, tasks_file)
 
 
 @pytest.mark.slow
@@ -157,7 +120,7 @@ def test_answers_equal_lm_evaluation_harness_on_real_tasks(tmp_path, gpt2_tokeni
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     model.save_pretrained(tmp_path)
-    assert_equal_to_harness(tmp_path, bpe_tokenizer(tmp_path), tmp_path / "tasks.jsonl")
+    assert_equal_to_harness(tmp_path, tmp_path / "tasks.jsonl")
 
 
 # ---- the formula ----

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from huggingface import hf_state
+from huggingface import gpt2_state
 from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy, for_scoring
 from kv_cache import KVCache
 from model import GPT, SIZES, GPTConfig, flash_attention, manual_attention
@@ -81,7 +81,7 @@ def test_logits_equal_a_forward_pass_in_numpy(attention):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     idx = ids_for(model.config, batch=1)
-    expected = gpt2_logits(hf_state(model), idx[0].tolist(), 2, 2)
+    expected = gpt2_logits({name: p.detach() for name, p in gpt2_state(model).items()}, idx[0].tolist(), 2, 2)
     assert abs(model(idx)[0][0].detach().numpy() - expected).max() <= 1e-4
 
 

@@ -566,9 +566,56 @@ def test_a_combination_that_makes_no_sense_is_refused(switches, message):
         GPT(GPTConfig(**SHAPE | switches))
 
 
-def test_a_variant_is_not_saved_as_what_it_is_not(tmp_path):
-    with pytest.raises(ValueError, match="GPT2LMHeadModel computes no pos, bias: only the plain GPT-2"):
-        GPT(GPTConfig(**SHAPE, pos="rope", bias=False)).save_pretrained(tmp_path / "hf")
+YARN, LINEAR = (dict(rope_scaling=scaling, rope_factor=3.0) for scaling in ("yarn", "linear"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "switches"),
+    [
+        ("GPT2LMHeadModel", dict(tied_head=False, mlp="relu2", share_layers=2)),
+        ("GPTNeoXForCausalLM", dict(pos="rope", mlp="gelu_exact")),
+        ("GPTNeoXForCausalLM", dict(pos="rope", tied_head=False, rope_base=500.0, share_layers=2, zero_init=True)),
+        ("GPTNeoXForCausalLM", dict(pos="rope", mlp="relu2") | YARN),
+        ("LlamaForCausalLM", LLAMA),
+        ("LlamaForCausalLM", LLAMA | dict(n_kv_head=2, tied_head=True, rope_base=500.0, share_layers=2)),
+        ("LlamaForCausalLM", LLAMA | dict(n_kv_head=1) | YARN),
+        ("LlamaForCausalLM", LLAMA | LINEAR),
+        ("MistralForCausalLM", LLAMA | dict(window=5, n_kv_head=2)),
+        ("Qwen3ForCausalLM", LLAMA | dict(qk_norm=True, n_kv_head=2, rope_base=500.0)),
+        ("Qwen3ForCausalLM", LLAMA | dict(qk_norm=True, window=5, window_pattern="SSL", tied_head=True)),
+        ("MixtralForCausalLM", LLAMA | dict(n_expert=4, n_expert_active=2, n_kv_head=2)),
+        ("MixtralForCausalLM", LLAMA | dict(n_expert=5, n_expert_active=2, window=5)),
+    ],
+)
+def test_a_saved_variant_is_an_architecture_of_transformers(tmp_path, kind, switches):
+    model = randomized(**switches).eval()
+    model.save_pretrained(tmp_path)
+    hf, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert type(hf).__name__ == kind and not any(info.values()), info
+    idx = ids_for(model.config)
+    expected = model(idx)[0]
+    assert (hf.eval()(idx).logits - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+    if kind.startswith("GPT2"):
+        assert (GPT.from_pretrained(tmp_path)(idx)[0] == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("switches", "why"),
+    [
+        (dict(pos="rope", bias=False), "GPTNeoX, the nearest, has not bias False; keep it"),
+        (dict(qk_norm=True), "GPT2, the nearest, has not qk_norm True"),
+        (LLAMA | dict(n_expert=2, n_expert_active=1), "Mixtral, the nearest, has not n_expert_active 1"),
+        (LLAMA | dict(window=5, window_pattern="SL"), "Mistral, the nearest, has not window_pattern SL"),
+        (dict(pos="rope", rope_scaling="ntk", rope_factor=2.0), "GPTNeoX, the nearest, has not rope_scaling ntk"),
+        (
+            dict(doc_mask=True, value_residual=True, embed_shortcut=True, logit_softcap=15.0),
+            "has not doc_mask True, logit_softcap 15.0, value_res",
+        ),
+    ],
+)
+def test_a_variant_is_not_saved_as_what_it_is_not(tmp_path, switches, why):
+    with pytest.raises(ValueError, match=why):
+        GPT(GPTConfig(**SHAPE | switches)).save_pretrained(tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
