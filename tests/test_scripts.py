@@ -1,6 +1,7 @@
 """What holds for every script: importing does nothing, --help is quick, flags have two spellings, unknown ones are refused."""
 
 import importlib
+import math
 import re
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import time
 import pytest
 from conftest import REPO, run_main
 
-from config import parse_config
+from config import TrainConfig, parse_config
+from device import PEAK_FLOPS
+from model import GPT
 
-SCRIPTS = ["train", "fineweb", "hellaswag", "sample", "plot_log", "bench", "compare", "perplexity", "sweep"]
+SCRIPTS = ["train", "fineweb", "hellaswag", "sample", "plot_log", "bench", "compare", "perplexity", "sweep", "app", "export"]
 
 # what others made is imported first; after that every file opened, address looked up and process begun counts
 IMPORT_QUIETLY = """
@@ -82,6 +85,22 @@ def test_the_tests_that_the_readme_names_are_there():
     defined = {name for path in (REPO / "tests").glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
     named = set(re.findall(r"`(test_\w+)`", (REPO / "README.md").read_text()))
     assert len(named) > 10 and named <= defined
+
+
+def test_the_hours_in_the_readme_follow_from_the_flops():
+    config = TrainConfig()
+    flops = GPT(config.model).flops_per_token() * config.total_batch_tokens * config.max_steps
+    power = int(math.log10(flops))
+    exponent = "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(digit)] for digit in str(power))
+    text = (REPO / "README.md").read_text()
+    assert f"is {flops / 10**power:.1f} × 10{exponent} floating point operations" in text
+    rows = re.findall(r"^\| (\d) (RTX \d+|[AH]\d+)[^|]* \| ([\d,]+) \| ([\d.]+) \| (?:([\d.]+) \$/h \| (\d+) \$)?", text, re.M)
+    assert len(rows) == 5
+    for cards, name, tflops, hours, rent, price in rows:
+        assert int(tflops.replace(",", "")) * 10**12 == int(cards) * dict(PEAK_FLOPS)[name]
+        expected = flops / (0.4 * int(tflops.replace(",", "")) * 1e12) / 3600
+        assert float(hours) == pytest.approx(expected, rel=0.01, abs=0.051)
+        assert not rent or int(price) == round(expected * float(rent))
 
 
 def test_both_spellings_of_a_flag():
