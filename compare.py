@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +26,12 @@ import checkpoint
 import cli
 from config import RUN, TrainConfig, parse_flags, read_run, refuse_changes
 from dataloader import TokenStream, find_shards
+from device import can_compile, pick_device
+from distributed import World
 from kv_cache import KVCache
 from model import GPT, GPTConfig
 from plot_log import read_metrics
-from train import find_data
+from train import Trainer, find_data, load_teacher
 
 
 @dataclass
@@ -48,13 +51,15 @@ class CompareConfig:
     seeds: int = 3
     """Runs of each variant, with the seeds 1, 2, …"""
     workers: int = 1
-    """Runs at a time; with more than one, the speeds are not to be compared."""
+    """Runs at a time; with more than one, the speeds in their logs are not to be compared: see --time-steps."""
+    time_steps: int = 0
+    """Afterwards do so many steps of each variant in turns, for the speeds; 0: they are what the runs' logs say."""
     json: bool = False
     """Print JSON instead of a table."""
 
     def validate(self):
         """ValueError with every fault at once."""
-        faults = cli.at_least(1, self, "seeds", "workers")
+        faults = cli.at_least(1, self, "seeds", "workers") + cli.at_least(0, self, "time_steps")
         if (self.suite == "none") == (not self.variants):
             faults.append('give variants, as "plain=" "rope=--pos rope" --flags="--preset quickstart", or a --suite')
         folders = [folder_of("", variant.split("=")[0], 1) for variant in self.variants]
@@ -277,6 +282,26 @@ def measure(folder: Path) -> dict:
     }
 
 
+def speeds_in_turns(folders: list[Path], steps: int, turn: int = 5) -> list[float]:
+    """Tokens a second of the runs' training steps, the median of so many, all in this process and in turns of a few steps: a
+    machine whose speed drifts is fair to all."""
+    trainers, seconds = [], [[] for _ in folders]
+    for folder in folders:
+        config = read_run(folder)
+        where = pick_device(config.device)
+        compiled, teacher = config.compile and can_compile(where), load_teacher(config) if config.teacher else None
+        trainers.append(Trainer(config, World(where), GPT(config.model), find_shards(config.data_dir), compiled, teacher))
+    torch._dynamo.config.recompile_limit = 10**6  # each variant is compiled anew
+    turns = range(0, turn + steps, turn)  # the first compiles and does not count
+    for start in cli.bar(turns, desc="steps in turns", unit="turn"):
+        for trainer, its in zip(trainers, seconds, strict=True):
+            for step in range(start, start + turn):
+                began = time.perf_counter()
+                trainer.update(step)
+                its.append(time.perf_counter() - began)
+    return [t.config.total_batch_tokens / statistics.median(its[turn : turn + steps]) for t, its in zip(trainers, seconds, strict=True)]
+
+
 def cache_bytes(config: GPTConfig) -> int:
     """What the KV cache of one sequence of seq_len positions takes in fp32."""
     cache = KVCache(config.seq_len)
@@ -425,6 +450,10 @@ def main():
             find_data(run.config())  # once, and not by two runs at a time
         run_all(jobs, config.workers)
         runs = {name: [measure(run.folder) for run in jobs if run.name == name] for name in variants}
+        if config.time_steps:
+            speeds = speeds_in_turns([run.folder for run in jobs[: len(variants)]], config.time_steps)
+            for its, speed in zip(runs.values(), speeds, strict=True):
+                its[:] = [one | {"tokens_per_second": speed} for one in its]
         found, text = {"variants": summary(runs)}, []
         text.append(show(found["variants"], config.seeds))
         if config.suite == "modern":

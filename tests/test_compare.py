@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import statistics
 
 import pytest
 import torch
@@ -120,6 +121,14 @@ def test_two_variants_are_compared_and_what_is_there_is_not_done_again(shards, t
     assert run_main(compare.main, *argv, "--json") == 0
     rows = json.loads(capsys.readouterr().out)["variants"]
     assert [row["variant"] for row in rows] == ["plain", "rope, 1 KV head"] and rows[0]["difference"] == 0
+    clock = iter(range(10**6))
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock) ** 2)  # each call takes two seconds longer
+    assert run_main(compare.main, *argv, "--json", "--time-steps", 10) == 0
+    timed = json.loads(capsys.readouterr().out)["variants"]
+    # a turn of 5 steps of each, then two more, of which the medians are those of the steps in the middle
+    seconds = [statistics.median(2 * 2 * (turn * 10 + first + i) + 1 for turn in (1, 2) for i in range(5)) for first in (0, 5)]
+    assert [row["tokens_per_second"] for row in timed] == pytest.approx([256 / s for s in seconds])
+    assert timed[1]["speed"] == pytest.approx(seconds[0] / seconds[1]) and timed[1]["val_loss"] == rows[1]["val_loss"]
 
 
 def test_fine_tuning_is_compared_and_not_done_again(shards, tmp_path, capsys, monkeypatch):
