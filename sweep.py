@@ -5,7 +5,9 @@
 The same command goes on with a sweep that was stopped. --export FILE writes the space as a sweep of Weights & Biases instead.
 """
 
+import itertools
 import json
+import math
 import os
 import shlex
 import signal
@@ -38,7 +40,7 @@ class SweepConfig:
     flags: str = ""
     """The other flags of train.py, in quotes and after an equals sign."""
     trials: int = 20
-    """Runs in all, with those that were pruned."""
+    """Runs in all, with those that were pruned; where the space has no more points than that, each of them once."""
     workers: int = 1
     """Runs at a time, on a GPU each where there are several."""
     prune: bool = True
@@ -66,6 +68,9 @@ class Choice(NamedTuple):
 
     values: list[str]
 
+    def points(self) -> list[str]:
+        return self.values
+
     def suggest(self, trial, name: str):
         return trial.suggest_categorical(name, self.values)
 
@@ -83,6 +88,10 @@ class Range(NamedTuple):
     @property
     def whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def points(self) -> range | list[float] | None:
+        """None: too many to count."""
+        return range(self.low, self.high + 1) if self.whole else [self.low] if self.low == self.high else None
 
     def suggest(self, trial, name: str):
         suggest = trial.suggest_int if self.whole else trial.suggest_float
@@ -128,6 +137,14 @@ def number(text: str) -> int | float | None:
         except ValueError:
             pass
     return None
+
+
+def all_points(space: dict[str, Choice | Range], limit: int) -> list[dict]:
+    """Every point of a space that has no more than so many, else []."""
+    axes = [values.points() for values in space.values()]
+    if None in axes or math.prod(map(len, axes)) > limit:
+        return []
+    return [dict(zip(space, point, strict=True)) for point in itertools.product(*axes)]
 
 
 def flags_of(params: dict) -> list[str]:
@@ -181,8 +198,8 @@ def import_optuna():
     return optuna
 
 
-def open_study(config: SweepConfig):
-    """A new study, or the one that this command began. ValueError where it is another's."""
+def open_study(config: SweepConfig, points: list[dict]):
+    """A new study, which begins with these points, or the one that this command began. ValueError where it is another's."""
     optuna = import_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = Path(config.out_dir, "sweep.db")
@@ -205,6 +222,8 @@ def open_study(config: SweepConfig):
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # a stop left it: another one goes on in its folder
         study.enqueue_trial(trial.params, user_attrs={"folder": folder_of(trial)})
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    for point in points:
+        study.enqueue_trial(point, skip_if_exists=True)
     return study
 
 
@@ -365,7 +384,9 @@ def main():
         if not space.keys() & {"preset", "data_dir"}:
             find_data(parse_flags(split(config.flags)))  # once, and not by two runs at a time
         with hold(Path(config.out_dir)):
-            study = open_study(config)
+            points = all_points(space, config.trials)
+            config.trials = len(points) or config.trials
+            study = open_study(config, points)
             sweep(config, space, study)
             rows = rows_of(study)
             plot(rows, space, Path(config.out_dir, "sweep.png"))

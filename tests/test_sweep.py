@@ -121,6 +121,25 @@ def test_an_end_that_is_not_the_points_fault_ends_the_sweep_and_the_point_is_tri
     assert study.get_trials()[0].state.name == "RUNNING"
 
 
+def test_each_point_of_a_small_space_is_tried_once(shards, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def begin(config, space, trial, slot):
+        seen.append(tuple(values.suggest(trial, name) for name, values in space.items()))
+        if len(seen) == 3:
+            raise ValueError("stopped")
+        trial.study.tell(trial, float(len(seen)))
+        return []
+
+    monkeypatch.setattr(sweep, "begin", begin)
+    argv = ["n_layer=1..3", "mlp=gelu,relu2", "ema=0.5..0.5", f"--flags=--data-dir {shards}", "--out-dir", tmp_path, "--trials"]
+    assert run_main(sweep.main, *argv, 6) == 2 and run_main(sweep.main, *argv, 9) == 0
+    assert sorted(seen[:2] + seen[3:]) == [(n, mlp, 0.5) for n in (1, 2, 3) for mlp in ("gelu", "relu2")]
+    assert run_main(sweep.main, *argv, 6) == 0 and len(seen) == 7
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 8
+    assert sweep.all_points(parse_space(argv[:3]), 5) == sweep.all_points(parse_space(("max_lr=1..2.5",)), 5) == []
+
+
 def test_a_worker_has_its_share_of_the_cores_and_a_gpu_of_ours(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
