@@ -59,11 +59,11 @@ ARCHITECTURES = {
 
 
 def architecture(config: GPTConfig) -> str:
-    """The first that computes the same. ValueError names the nearest, and what it lacks."""
-    lacks = {kind: misfits(config, switches) for kind, switches in ARCHITECTURES.items()}
-    nearest = min(lacks, key=lambda kind: len(lacks[kind]))
-    if lacks[nearest]:
-        why = f"no architecture of transformers computes this model: {nearest}, the nearest, has not {', '.join(lacks[nearest])}"
+    """The first that computes the same. ValueError names the nearest, and where it differs."""
+    odd = {kind: misfits(config, switches) for kind, switches in ARCHITECTURES.items()}
+    nearest = min(odd, key=lambda kind: len(odd[kind]))
+    if odd[nearest]:
+        why = f"no architecture of transformers computes this model: {nearest}, the nearest, differs in {', '.join(odd[nearest])}"
         raise ValueError(f"{why}; keep it as a checkpoint of this project")
     return nearest
 

@@ -602,14 +602,14 @@ def test_a_saved_variant_is_an_architecture_of_transformers(tmp_path, kind, swit
 @pytest.mark.parametrize(
     ("switches", "why"),
     [
-        (dict(pos="rope", bias=False), "GPTNeoX, the nearest, has not bias False; keep it"),
-        (dict(qk_norm=True), "GPT2, the nearest, has not qk_norm True"),
-        (LLAMA | dict(n_expert=2, n_expert_active=1), "Mixtral, the nearest, has not n_expert_active 1"),
-        (LLAMA | dict(window=5, window_pattern="SL"), "Mistral, the nearest, has not window_pattern SL"),
-        (dict(pos="rope", rope_scaling="ntk", rope_factor=2.0), "GPTNeoX, the nearest, has not rope_scaling ntk"),
+        (dict(pos="rope", bias=False), "GPTNeoX, the nearest, differs in bias False; keep it"),
+        (dict(qk_norm=True), "GPT2, the nearest, differs in qk_norm True"),
+        (LLAMA | dict(n_expert=2, n_expert_active=1), "Mixtral, the nearest, differs in n_expert_active 1"),
+        (LLAMA | dict(window=5, window_pattern="SL"), "Mistral, the nearest, differs in window_pattern SL"),
+        (dict(pos="rope", rope_scaling="ntk", rope_factor=2.0), "GPTNeoX, the nearest, differs in rope_scaling ntk"),
         (
             dict(doc_mask=True, value_residual=True, embed_shortcut=True, logit_softcap=15.0),
-            "has not doc_mask True, logit_softcap 15.0, value_res",
+            "differs in doc_mask True, logit_softcap 15.0, value_res",
         ),
     ],
 )
