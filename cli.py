@@ -70,6 +70,11 @@ def drop(stream):
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def on_a_screen() -> bool:
+    """Whether stderr is a terminal with room for a line that stays in its place."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 1
+
+
 def bar(iterable=None, **how) -> tqdm:
     """A progress bar on stderr; where that is a file, a line every half minute instead of ten a second."""
     return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, **how)

@@ -552,6 +552,7 @@ class Log:
         self.tracker = None
         self.recent = deque(maxlen=20)  # seconds of the last steps
         self.shown = -math.inf  # when the last progress line was
+        self.bar = None  # on a terminal the progress line stays in its place
         self.unwritten = {"log.txt": "", "metrics.jsonl": ""}  # what a full disk did not take yet
 
     def track(self, run_id: str, step: int):
@@ -580,6 +581,8 @@ class Log:
 
     def finish(self):
         """Raises OSError when lines are left that can't be written."""
+        if self.bar:
+            self.bar.close()
         if self.tracker:
             self.tracker.finish()
         for name in self.unwritten:
@@ -595,7 +598,10 @@ class Log:
 
     def show(self, text: str, stream):
         try:
-            print(text, file=stream, flush=True)
+            if self.bar:
+                self.bar.write(text, file=stream)  # above the bar
+            else:
+                print(text, file=stream, flush=True)
         except OSError:  # the reader has gone, or the disk is full: the run goes on, and its log has the results
             cli.drop(stream)
 
@@ -625,10 +631,16 @@ class Log:
             self.shown = time.perf_counter()
             eta = timedelta(seconds=round(statistics.median(self.recent) * (max_steps - step - 1)))
             mfu = "n/a" if metrics["mfu"] is None else f"{metrics['mfu']:.1%}"
-            self.progress(
+            line = (
                 f"step {step:{len(str(max_steps))}}/{max_steps} | loss {metrics['loss']:.4f} | lr {metrics['lr']:.2e} | "
                 f"norm {metrics['grad_norm']:.2f} | {metrics['tokens_per_second']:,.0f} tok/s | mfu {mfu} | eta {eta}"
             )
+            if self.world.is_main and cli.on_a_screen():
+                self.bar = self.bar or cli.bar(total=max_steps, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar:10}| {desc}")
+                self.bar.n = step + 1
+                self.bar.set_description_str(line)
+            else:
+                self.progress(line)
 
 
 def check_data(config: TrainConfig, shards: Shards):

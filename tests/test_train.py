@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from functools import partial
 
@@ -19,6 +20,7 @@ from test_model import random_hf
 from torch.optim import AdamW
 
 import checkpoint
+import cli
 import device
 import sample
 import train
@@ -82,6 +84,19 @@ def test_a_run_can_be_repeated_from_its_folder(finished, shards, tmp_path):
     assert run_train(shards, tmp_path / "again", "--checkpoint-every", 5) == 0
     assert read_stream(tmp_path / "again", "train") == read_stream(finished, "train")
     assert_same_weights(final_weights(tmp_path / "again"), final_weights(finished))
+
+
+def test_on_a_terminal_the_progress_line_stays_in_its_place(shards, tmp_path, monkeypatch, capsys):
+    controller, terminal = os.openpty()
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert not cli.on_a_screen()  # no size is known: nothing can stay in its place
+        termios.tcsetwinsize(terminal, (24, 150))
+        assert cli.on_a_screen()
+        assert run_train(shards, tmp_path / "run") == 0
+        seen = os.read(controller, 10**6).decode()
+    assert re.search(r"\r100%\|█{10}\| step 19/20 \| loss [\d.]+ \| .* tok/s \| mfu n/a \| eta 0:00:00\r\nfinished: ", seen), seen
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["step 0", "step 10", "step 20"]
 
 
 def test_the_screen_shows_results_on_stdout_and_progress_on_stderr(shards, tmp_path, capsys):
