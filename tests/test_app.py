@@ -56,6 +56,12 @@ def test_a_character_of_several_tokens_is_one_piece(monkeypatch):
     assert [piece.prob for piece in pieces] == pytest.approx([257**-1, 257**-2, 257**-3, 257**-1])
 
 
+def test_a_character_that_is_cut_short_is_shown_as_sample_shows_it(monkeypatch):
+    monkeypatch.setattr(app, "stream", lambda *how: ((torch.tensor([[i]]), torch.zeros(1, 257)) for i in "é€".encode()[:4]))
+    pieces = list(write(tiny(), BYTES, "", 4, 0, 1.0, 0, 1.0))
+    assert "".join(piece.text for piece in pieces) == BYTES.decode([*"é€".encode()[:4]]) == "é\ufffd"
+
+
 def test_what_a_model_writes_is_no_html():
     written = as_html(Piece("<b>", 1, 0.5, [('"', 0.4), ("<b>", 0.5)]))
     assert written == '<span style="--p:0.50" title=" 50.0% &#x27;&lt;b&gt;&#x27;\n 40.0% &#x27;&quot;&#x27;">&lt;b&gt;</span>'
@@ -83,8 +89,11 @@ def test_a_folder_offers_its_checkpoints(tmp_path):
     cpu, fp32 = torch.device("cpu"), torch.float32
     first = app.load(str(run), cpu, fp32)[0]
     assert app.load(str(run), cpu, fp32)[0] is first
+    save_checkpoint(run, 20, tiny(21), "bytes", 3.0, {})
+    second = app.load(str(run), cpu, fp32)[0]
+    assert second is not first  # another of the same step
     save_checkpoint(run, 30, tiny(30), "bytes", 3.0, {})
-    assert app.load(str(run), cpu, fp32)[0] is not first  # the newest is another by now
+    assert app.load(str(run), cpu, fp32)[0] is not second  # the newest is another by now
 
 
 @pytest.mark.parametrize("argv, words", [(["-m"], "python app.py -m log/quickstart"), (["-m", "nowhere"], "no model named 'nowhere'")])
