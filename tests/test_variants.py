@@ -578,7 +578,7 @@ YARN, LINEAR = (dict(rope_scaling=scaling, rope_factor=3.0) for scaling in ("yar
         ("GPTNeoXForCausalLM", dict(pos="rope", mlp="relu2") | YARN),
         ("LlamaForCausalLM", LLAMA),
         ("LlamaForCausalLM", LLAMA | dict(n_kv_head=2, tied_head=True, rope_base=500.0, share_layers=2)),
-        ("LlamaForCausalLM", LLAMA | dict(n_kv_head=1) | YARN),
+        ("LlamaForCausalLM", LLAMA | dict(n_kv_head=1, rope_base=10.0) | YARN),
         ("LlamaForCausalLM", LLAMA | LINEAR),
         ("MistralForCausalLM", LLAMA | dict(window=5, n_kv_head=2)),
         ("Qwen3ForCausalLM", LLAMA | dict(qk_norm=True, n_kv_head=2, rope_base=500.0)),
