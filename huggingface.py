@@ -45,7 +45,7 @@ class Anything:
 
 # the switches that an architecture has, and what they may be; all others are as in GPT-2
 ANY, EITHER = Anything(), (True, False)
-ALL = dict(tied_head=EITHER, share_layers=ANY, zero_init=ANY, load_balance=ANY)  # the last two tell in training alone
+ALL = dict(tied_head=EITHER, share_layers=ANY, load_balance=ANY)  # the last tells in training alone
 ROPE = ALL | dict(pos=("rope",), rope_base=ANY, rope_scaling=("none", "linear", "yarn"), rope_factor=ANY)
 LLAMA = ROPE | dict(n_kv_head=ANY, norm=("rmsnorm",), mlp=("swiglu",), bias=(False,))
 ARCHITECTURES = {

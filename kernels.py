@@ -144,32 +144,26 @@ class BlockwiseAttention(torch.autograd.Function):
         return torch.cat(dq, dim=2), over_queries(dk), over_queries(dv), None
 
 
-def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, chunk: int, chunk_loss) -> Tensor:
+def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, chunk_loss) -> Tensor:
     """cross_entropy(x @ weight.T, targets), a chunk of positions at a time, so that the logits never stand in memory
     together. x: (N, C); weight: (≥ vocab_size, C), in fp32 also under autocast; targets: (N,), -100 does not count.
-    softcap: c for logits of c · tanh(logit / c), 0 for none.
     chunk_loss: the function below, or what torch.compile makes of it."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    return ChunkedCrossEntropy.apply(x, weight, targets, vocab_size, softcap, chunk, chunk_loss, torch.is_grad_enabled())
+    return ChunkedCrossEntropy.apply(x, weight, targets, vocab_size, chunk, chunk_loss, torch.is_grad_enabled())
 
 
-def chunk_loss(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, softcap: float, dx: Tensor | None, dw: Tensor | None) -> Tensor:
+def chunk_loss(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, dx: Tensor | None, dw: Tensor | None) -> Tensor:
     """The sum of the cross entropies of n positions, x (n, C), w all rows of the table in x's dtype. Its gradients are written
     into dx, like x, and added to dw, like the table; None for none. This is compiled, and not the loop that calls it: of a
     loop torch.compile keeps each turn's part of dw until the end."""
     ids, counts, target = torch.arange(len(w), device=x.device), (targets != -100)[:, None], targets.clamp(min=0)[:, None]
-    logits = (x @ w.t()).float()  # (n, V)
-    if softcap:
-        squashed = torch.tanh(logits / softcap)
-        logits = softcap * squashed
-    logits = logits.masked_fill(ids >= vocab_size, float("-inf"))
+    logits = (x @ w.t()).float().masked_fill(ids >= vocab_size, float("-inf"))
     log_norm = logits.logsumexp(-1, keepdim=True)
     if dx is not None:
         # not divided by the number of positions yet, which fp16 could not hold, and the sum over them by 256, so that it can
-        dlogits = ((logits - log_norm).exp() - (ids == target).float()) * counts
-        dlogits = (dlogits * (1 - squashed**2) if softcap else dlogits).to(x.dtype)
+        dlogits = (((logits - log_norm).exp() - (ids == target).float()) * counts).to(x.dtype)
         dx.copy_(dlogits @ w)
         dw += (dlogits.t() @ (x / 256)).float() * 256
     return ((log_norm - logits.gather(1, target)) * counts).sum()
@@ -180,13 +174,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     logits are there, and only scaled in the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, chunk: int, chunk_loss, needs_grad: bool
-    ) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, chunk_loss, needs_grad: bool) -> Tensor:
         w, total, n = weight.to(x.dtype), torch.zeros((), dtype=torch.float32, device=x.device), (targets != -100).sum()
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if needs_grad else (None, None)
         for part in (slice(start, start + chunk) for start in range(0, len(x), chunk)):
-            total += chunk_loss(x[part], w, targets[part], vocab_size, softcap, dx[part] if needs_grad else None, dw)
+            total += chunk_loss(x[part], w, targets[part], vocab_size, dx[part] if needs_grad else None, dw)
         if needs_grad:
             ctx.save_for_backward(dx, dw, n)
         return total / n
@@ -194,4 +186,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss: Tensor):
         dx, dw, n = ctx.saved_tensors
-        return dx * (dloss / n), dw * (dloss / n), None, None, None, None, None, None
+        return dx * (dloss / n), dw * (dloss / n), None, None, None, None, None

@@ -63,14 +63,8 @@ class GPTConfig:
     """Biases in linear layers and norms."""
     tied_head: bool = True
     """The head is the embedding table (Press & Wolf, 2017)."""
-    zero_init: bool = False
-    """What writes into the residual stream begins at zero, an untied head too (Yang et al., 2022)."""
-    logit_softcap: float = 0.0
-    """Logits are kept within ± this, c · tanh(logit / c) (Gemma 2, 2024); 0 leaves them as they are."""
     value_residual: bool = False
     """A layer's values are mixed with the first layer's (Zhou et al., 2024)."""
-    embed_shortcut: bool = False
-    """Each block's input is mixed with the embedding (modded-nanogpt, 2024)."""
     share_layers: int = 1
     """Layers in a row that have the same weights (Lan et al., 2019); must divide n_layer."""
     n_expert: int = 1
@@ -126,8 +120,7 @@ SIZES = {
 
 # fields that may change while the weights stay
 NOT_IN_WEIGHTS = {
-    "seq_len", "attention", "rope_base", "rope_scaling", "rope_factor", "window", "window_pattern", "doc_mask", "logit_softcap",
-    "load_balance",
+    "seq_len", "attention", "rope_base", "rope_scaling", "rope_factor", "window", "window_pattern", "doc_mask", "load_balance",
 }  # fmt: skip
 
 MAX_LOGITS, MAX_LOGITS_CUDA = 2**26, 2**29  # more than so many never stand in memory at a time while the loss is computed
@@ -150,8 +143,6 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tied_head:
             self.lm_head.weight = self.transformer.wte.weight
-        if config.embed_shortcut:
-            self.stream_scale, self.embed_scale = (nn.Parameter(torch.full((config.n_layer,), scale)) for scale in (1.0, 0.0))
         if config.value_residual:
             self.value_scale = nn.Parameter(torch.full((config.n_layer,), 0.5))
         self.chunk_loss = chunk_loss  # compile_blocks puts a compiled one here
@@ -166,8 +157,6 @@ class GPT(nn.Module):
             if p.dim() >= 2:
                 scale = (2 * self.config.n_layer) ** -0.5 if "c_proj" in name else 1.0
                 p.normal_(0.0, 0.02 * scale)
-                if self.config.zero_init and ("c_proj" in name or name == "lm_head.weight"):
-                    p.zero_()
             elif name.endswith("bias"):
                 p.zero_()
 
@@ -190,8 +179,7 @@ class GPT(nn.Module):
         """Mean cross entropy in nats a token. x: (N, C). targets: (N,), -100 where a position does not count."""
         chunks = -(-len(x) * self.config.padded_vocab_size // (MAX_LOGITS_CUDA if x.device.type == "cuda" else MAX_LOGITS))
         if chunks > 1:
-            chunk, vocab_size, softcap = -(-len(x) // chunks), self.config.vocab_size, self.config.logit_softcap
-            return chunked_cross_entropy(x, self.lm_head.weight, targets, vocab_size, softcap, chunk, self.chunk_loss)
+            return chunked_cross_entropy(x, self.lm_head.weight, targets, self.config.vocab_size, -(-len(x) // chunks), self.chunk_loss)
         return self.whole_loss(x, targets)
 
     def whole_loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -200,8 +188,7 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., C) → (..., V). The ids that only pad the table are cut off: they can't be predicted or sampled."""
-        logits, cap = self.lm_head(x)[..., : self.config.vocab_size], self.config.logit_softcap
-        return cap * torch.tanh(logits.float() / cap) if cap else logits
+        return self.lm_head(x)[..., : self.config.vocab_size]
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Ids (B, T) → the residual stream after the last norm (B, T, C).
@@ -229,7 +216,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)
         if config.pos == "learned":
             x = x + self.transformer.wpe(positions)
-        embedding, first_values, balance = x, None, 0.0
+        first_values, balance = None, 0.0
         for layer, window in enumerate(config.windows):
             block = self.transformer.h[layer // config.share_layers]
             context = Context(
@@ -239,7 +226,6 @@ class GPT(nn.Module):
                 positions=positions,
                 cache=None if cache is None else cache.layer(layer, window),
                 values=(first_values, self.value_scale[layer]) if config.value_residual else None,
-                shortcut=(embedding, self.stream_scale[layer], self.embed_scale[layer]) if config.embed_shortcut else None,
             )
             if self.recompute and torch.is_grad_enabled():
                 x, values, more = checkpoint(block, x, context, use_reentrant=False)
@@ -353,7 +339,6 @@ class Context(NamedTuple):
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines for rope, (…, T, D/2) each
     cache: LayerCache | None
     values: tuple[Tensor | None, Tensor] | None  # of the first layer (B, K, T, D), and their share in this one's
-    shortcut: tuple[Tensor, Tensor, Tensor] | None  # the embedding (B, T, C), and the scales of the stream and of it
 
 
 class Block(nn.Module):
@@ -368,9 +353,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None, Tensor | float]:
         """x: (B, T, C) → the same, the layer's values where later layers want them, and its load-balancing loss."""
-        if context.shortcut is not None:
-            embedding, stream_scale, embed_scale = context.shortcut
-            x = stream_scale * x + embed_scale * embedding
         y, values = self.attn(self.ln_1(x), context)
         x = x + y
         y, balance = self.mlp(self.ln_2(x))
@@ -617,6 +599,5 @@ RULES = (  # with the fields that each speaks of
     ),
     ("rope_base is {rope_base}: it must be from 2 to 10^12", lambda c: 2 <= c.rope_base <= 10**12),
     ("rope_factor is {rope_factor}: it must be from 1 to 10^6", lambda c: 1 <= c.rope_factor <= 10**6),
-    ("logit_softcap is {logit_softcap}: it must be from 0 to 10^6", lambda c: 0 <= c.logit_softcap <= 10**6),
     ("load_balance is {load_balance}: it must be from 0 to 10^6", lambda c: 0 <= c.load_balance <= 10**6),
 )

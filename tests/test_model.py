@@ -117,12 +117,12 @@ def test_the_loss_in_chunks_equals_the_plain_one_and_its_gradients(chunk):
     x, weight = torch.randn(50, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
     targets = torch.randint(60, (50,)).index_fill(0, torch.tensor([0, 3, 8, 49]), -100)
     plain = torch.nn.functional.cross_entropy((x @ weight.t())[:, :60], targets)
-    ours = chunked_cross_entropy(x, weight, targets, 60, 0.0, chunk, chunk_loss)
+    ours = chunked_cross_entropy(x, weight, targets, 60, chunk, chunk_loss)
     assert abs(plain - ours) <= 1e-6
     for expected, grad in zip(torch.autograd.grad(3 * plain, (x, weight)), torch.autograd.grad(3 * ours, (x, weight)), strict=True):
         assert (grad - expected).abs().max() <= 1e-6
     with torch.no_grad():
-        assert chunked_cross_entropy(x, weight, targets, 60, 0.0, chunk, chunk_loss) == ours
+        assert chunked_cross_entropy(x, weight, targets, 60, chunk, chunk_loss) == ours
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -134,7 +134,7 @@ def test_the_loss_in_chunks_keeps_small_gradients_in_low_precision(dtype):
     for enabled in (False, True):
         w = weight.clone().requires_grad_()
         with torch.autocast("cpu", dtype, enabled=enabled):
-            chunked_cross_entropy(x, w, targets, 500, 0.0, 1024, chunk_loss).backward()
+            chunked_cross_entropy(x, w, targets, 500, 1024, chunk_loss).backward()
         assert w.grad.dtype == torch.float32
         grads.append(w.grad)
     assert 0 < (grads[1] - grads[0]).norm() / grads[0].norm() < 0.02
@@ -144,7 +144,7 @@ def test_the_loss_in_chunks_does_not_overflow_where_the_plain_one_does_not():
     """fp16 ends at 65,504, and a token's gradient is a sum over all positions."""
     x, w = torch.full((4096, 8), 50.0), torch.zeros(64, 8, requires_grad=True)
     with torch.autocast("cpu", torch.float16):
-        chunked_cross_entropy(x, w, torch.zeros(4096, dtype=torch.long), 64, 0.0, 2048, chunk_loss).backward()
+        chunked_cross_entropy(x, w, torch.zeros(4096, dtype=torch.long), 64, 2048, chunk_loss).backward()
     assert (w.grad[0] - -50 * 63 / 64).abs().max() < 0.1
 
 

@@ -136,6 +136,7 @@ def test_each_point_of_a_small_space_is_tried_once(shards, tmp_path, monkeypatch
     assert run_main(sweep.main, *argv, 6) == 2 and run_main(sweep.main, *argv, 9) == 0
     assert sorted(seen[:2] + seen[3:]) == [(n, mlp, 0.5) for n in (1, 2, 3) for mlp in ("gelu", "relu2")]
     assert run_main(sweep.main, *argv, 6) == 0 and len(seen) == 7
+    assert len(optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/sweep.db").trials) == 7  # none waits for nothing
     assert len(capsys.readouterr().out.splitlines()) == 2 * 8
     assert sweep.all_points(parse_space(argv[:3]), 5) == sweep.all_points(parse_space(("max_lr=1..2.5",)), 5) == []
 

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from config import PRESETS
-from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy, for_scoring
+from kernels import BlockwiseAttention, for_scoring
 from kv_cache import KVCache
 from model import GPT, GPTConfig, MixtureOfExperts, causal_mask, rotate, rotation_of
 
@@ -38,10 +38,8 @@ VARIANTS = {
     "exact": dict(mlp="gelu_exact"),
     "no biases": dict(bias=False),
     "untied": dict(tied_head=False),
-    "softcap": dict(logit_softcap=3.0),
     "value_residual": dict(value_residual=True, n_kv_head=2),
-    "embed_shortcut": dict(embed_shortcut=True),
-    "shared": dict(share_layers=2, value_residual=True, embed_shortcut=True),
+    "shared": dict(share_layers=2, value_residual=True),
     "experts": dict(n_expert=4, n_expert_active=2, mlp="swiglu"),
     "one expert of three": dict(n_expert=3, n_expert_active=1),
     "many at once": dict(
@@ -203,12 +201,10 @@ def test_gpt2_with_one_change_equals_transformers_with_it(settings, switches):
 def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
     """One sequence (T,) → logits (T, V) of the switches that transformers has no module for, from their papers' formulas."""
     p, c = model.state_dict(), model.config
-    x = x0 = p["transformer.wte.weight"][idx] + p["transformer.wpe.weight"][: len(idx)]
+    x = p["transformer.wte.weight"][idx] + p["transformer.wpe.weight"][: len(idx)]
     first = None
     for layer in range(c.n_layer):
         w = {n.removeprefix(f"transformer.h.{layer // c.share_layers}."): q for n, q in p.items()}
-        if c.embed_shortcut:
-            x = p["stream_scale"][layer] * x + p["embed_scale"][layer] * x0
         h = F.layer_norm(x, (c.n_embd,), w["ln_1.weight"], w["ln_1.bias"])
         q, k, v = (h @ w["attn.c_attn.weight"].T + w["attn.c_attn.bias"]).chunk(3, -1)
         if c.value_residual:
@@ -226,39 +222,17 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
             + w["mlp.c_proj.bias"]
         )
     x = F.layer_norm(x, (c.n_embd,), p["transformer.ln_f.weight"], p["transformer.ln_f.bias"])
-    logits = (x @ p["lm_head.weight"].T)[:, : c.vocab_size]
-    return c.logit_softcap * torch.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
+    return (x @ p["lm_head.weight"].T)[:, : c.vocab_size]
 
 
 @pytest.mark.parametrize(
     "switches",
-    [
-        {},
-        dict(logit_softcap=3.0),
-        dict(value_residual=True),
-        dict(embed_shortcut=True),
-        dict(share_layers=2),
-        dict(value_residual=True, embed_shortcut=True, share_layers=4, logit_softcap=15.0, tied_head=False),
-    ],
+    [{}, dict(value_residual=True), dict(share_layers=2), dict(value_residual=True, share_layers=4, tied_head=False)],
 )
 def test_logits_equal_the_plain_formula(switches):
     model = randomized(**switches)
     idx = ids_for(model.config, batch=1)
     assert (model(idx)[0][0] - reference(model, idx[0])).abs().max() <= 1e-5
-
-
-def test_zero_init_begins_with_guessing_and_all_else_as_ever():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SHAPE, zero_init=True, tied_head=False, n_expert=2, mlp="swiglu"))
-    for name, p in model.named_parameters():
-        zero = name.endswith("bias") or "c_proj" in name or name == "lm_head.weight"
-        assert (p == 0).all() == zero, name
-        if p.dim() == 2 and not zero:
-            assert p.std().item() == pytest.approx(0.02, rel=0.2), name
-    idx = ids_for(model.config)
-    assert model(idx, idx)[1].item() == pytest.approx(torch.tensor(97.0).log().item(), abs=1e-5)
-    tied = GPT(GPTConfig(**SHAPE, zero_init=True))
-    assert tied.lm_head.weight.std() > 0.01
 
 
 def test_no_biases_is_biases_of_zero():
@@ -354,16 +328,6 @@ def test_blockwise_attention_with_a_window_equals_the_formula_and_its_gradients(
         assert (grad - expected).abs().max() <= 1e-5
 
 
-def test_the_loss_in_chunks_has_the_softcap_and_its_gradient():
-    torch.manual_seed(0)
-    x, weight, targets = torch.randn(50, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True), torch.randint(60, (50,))
-    plain = F.cross_entropy(3 * torch.tanh((x @ weight.t())[:, :60] / 3), targets)
-    ours = chunked_cross_entropy(x, weight, targets, 60, 3.0, 7, chunk_loss)
-    assert abs(plain - ours) <= 1e-6
-    for expected, grad in zip(torch.autograd.grad(plain, (x, weight)), torch.autograd.grad(ours, (x, weight)), strict=True):
-        assert (grad - expected).abs().max() <= 1e-6
-
-
 # ---- experts ----
 
 
@@ -406,7 +370,7 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts(active):
 
 def test_every_parameter_has_a_gradient_also_in_a_single_layer():
     """What has none would end a run on several processes."""
-    model = randomized(n_layer=1, value_residual=True, embed_shortcut=True)
+    model = randomized(n_layer=1, value_residual=True)
     idx = ids_for(model.config)
     model(idx, idx)[1].backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -554,7 +518,6 @@ def test_flex_attention_sees_the_same(variant):
         (dict(rope_scaling="yarn", pos="rope"), "give both or none"),
         (dict(rope_factor=2.0, pos="rope"), "give both or none"),
         (dict(rope_base=0.5), "rope_base is 0.5"),
-        (dict(logit_softcap=-1.0), "logit_softcap is -1.0"),
         (dict(load_balance=float("nan")), "load_balance is nan"),
         (dict(pos="alibi"), "pos is 'alibi': choose learned or rope"),
         (dict(qk_norm=1), "qk_norm is 1: it must be a bool"),
@@ -574,7 +537,7 @@ YARN, LINEAR = (dict(rope_scaling=scaling, rope_factor=3.0) for scaling in ("yar
     [
         ("GPT2LMHeadModel", dict(tied_head=False, mlp="relu2", share_layers=2)),
         ("GPTNeoXForCausalLM", dict(pos="rope", mlp="gelu_exact")),
-        ("GPTNeoXForCausalLM", dict(pos="rope", tied_head=False, rope_base=500.0, share_layers=2, zero_init=True)),
+        ("GPTNeoXForCausalLM", dict(pos="rope", tied_head=False, rope_base=500.0, share_layers=2)),
         ("GPTNeoXForCausalLM", dict(pos="rope", mlp="relu2") | YARN),
         ("LlamaForCausalLM", LLAMA),
         ("LlamaForCausalLM", LLAMA | dict(n_kv_head=2, tied_head=True, rope_base=500.0, share_layers=2)),
@@ -608,8 +571,8 @@ def test_a_saved_variant_is_an_architecture_of_transformers(tmp_path, kind, swit
         (LLAMA | dict(window=5, window_pattern="SL"), "Mistral, the nearest, differs in window_pattern SL"),
         (dict(pos="rope", rope_scaling="ntk", rope_factor=2.0), "GPTNeoX, the nearest, differs in rope_scaling ntk"),
         (
-            dict(doc_mask=True, value_residual=True, embed_shortcut=True, logit_softcap=15.0),
-            "differs in doc_mask True, logit_softcap 15.0, value_res",
+            dict(doc_mask=True, value_residual=True),
+            "differs in doc_mask True, value_residual True; keep it",
         ),
     ],
 )
