@@ -1,6 +1,6 @@
 """The page: what it writes is what sample.py writes, in a real browser, and nothing sent to it brings it down.
 
-PYTHONPATH=. python tests/test_app.py log/quickstart results/app.png    # a picture of two of a run's checkpoints side by side
+PYTHONPATH=. python tests/test_app.py results/app.png log/quickstart log/early    # a picture of two models side by side
 """
 
 import json
@@ -245,12 +245,11 @@ def test_nothing_sent_brings_it_down(page):
 
 
 if __name__ == "__main__":
-    with served(sys.argv[1]) as address, browser() as tab:
+    with served(*sys.argv[2:]) as address, browser() as tab:
         tab.goto(address)
         tab.get_by_label("Prompt").fill("class Stack:\n    def push(self, ")
-        choose(tab, "Beside it", tab.get_by_label("Beside it").count() + 1)
+        choose(tab, "Beside it", len(sys.argv) - 2)  # the last one
         generate(tab)
         until(lambda: "tokens" in tab.locator("#right-status .status").inner_text())
         time.sleep(5)
-        tab.locator("#left span").nth(20).hover()
-        tab.screenshot(path=sys.argv[2])
+        tab.screenshot(path=sys.argv[1])
