@@ -7,7 +7,9 @@ import codecs
 import functools
 import html
 import math
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +75,8 @@ def offered(models: tuple[str, ...]) -> dict[str, str]:
 def load(path: str, device: torch.device, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
     """A model with its tokenizer, from memory where it is one of the last four and its file is the same."""
     file = checkpoint_file(path)
-    return load_once(str(file or path), file.stat().st_mtime_ns if file and file.exists() else 0, device, dtype)
+    weights = file or Path(path, "model.safetensors")
+    return load_once(str(file or path), weights.stat().st_mtime_ns if weights.exists() else 0, device, dtype)
 
 
 @functools.lru_cache(maxsize=4)
@@ -93,7 +96,7 @@ class Piece(NamedTuple):
     prob: float
     """The model's own, before temperature, top-k and top-p; of several tokens the product."""
     likeliest: list[tuple[str, float]]
-    """The likeliest tokens there, with their probabilities."""
+    """The likeliest tokens in the place of the last one, with their probabilities."""
 
 
 def write(model: GPT, tokenizer: Tokenizer, prompt: str, length: int, seed: int, *how: float) -> Iterator[Piece]:
@@ -209,14 +212,18 @@ def build(choices: dict[str, str], device: torch.device, dtype: torch.dtype):
 
 
 class BodyLimit:
-    """Answers a request whose body goes beyond BODY_BYTES with 413, before it fills the memory."""
+    """Answers a request whose body goes beyond BODY_BYTES with 413, before it fills the memory, and takes no files."""
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
         from starlette.exceptions import HTTPException
+        from starlette.responses import PlainTextResponse
 
+        if scope.get("path", "").rstrip("/").endswith("/upload"):
+            await PlainTextResponse("this page takes no files", 404)(scope, receive, send)
+            return
         seen = 0
 
         async def counted():
@@ -250,10 +257,14 @@ def main():
                 share=False, css=CSS, theme=gr.themes.Default(**system), footer_links=[], ssr_mode=False, quiet=True,
                 app_kwargs={"middleware": [Middleware(BodyLimit)]}, prevent_thread_lock=True,
             )[1]  # fmt: skip
-        except OSError as e:
-            raise ValueError(f"{e.args[0]}: give another port in GRADIO_SERVER_PORT") from e
+        except (OSError, ValueError, OverflowError) as e:
+            raise ValueError(f"no page can be served ({e}): look at GRADIO_SERVER_PORT and GRADIO_SERVER_NAME") from e
         print(f"open {url}  (Ctrl-C ends it)", file=sys.stderr, flush=True)
-        page.block_thread()
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
+            os._exit(130)  # an orderly end aborts where a thread is writing a text
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class CompareConfig:
     workers: int = 1
     """Runs at a time; with more than one, the speeds in their logs are not to be compared: see --time-steps."""
     time_steps: int = 0
-    """Afterwards do so many steps of each variant in turns, for the speeds; 0: they are what the runs' logs say."""
+    """Afterwards do so many steps of each variant in turns, for the speeds, with all of them in memory; 0: what the runs' logs say."""
     json: bool = False
     """Print JSON instead of a table."""
 

@@ -77,6 +77,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, seq_len: int):
     """seq_len: of the model, what the tokenizer warns of."""
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, **special}
+    about["model_input_names"] = ["input_ids", "attention_mask"]  # by default transformers 4 has token types, which GPT-2 adds to its input
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer), ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from files import replace, write_json
 from model import GPT, SIZES, GPTConfig
 
 
@@ -26,10 +27,12 @@ def save(model: GPT, folder: str | Path):
     kind = architecture(model.config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_to_hf(model.config, kind), indent=2) + "\n")
     state = {"GPT2": gpt2_state, "GPTNeoX": neox_state}.get(kind, llama_state)(model)
     state = {name: p.detach().cpu().clone(memory_format=torch.contiguous_format) for name, p in state.items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    temporary = folder / "model.safetensors.tmp"
+    save_file(state, temporary, metadata={"format": "pt"})
+    replace(temporary, folder / "model.safetensors")
+    write_json(folder / "config.json", config_to_hf(model.config, kind))
 
 
 # ---- which architecture of transformers computes the same ----
@@ -100,7 +103,9 @@ def config_to_hf(config: GPTConfig, kind: str) -> dict:
         }
     rope = {"rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling, "rope_theta": config.rope_base}
     if config.rope_scaling != "none":
-        rope |= {"factor": config.rope_factor, "original_max_position_embeddings": round(config.seq_len / config.rope_factor)}
+        rope["factor"] = config.rope_factor
+    if config.rope_scaling == "yarn":
+        rope["original_max_position_embeddings"] = round(config.seq_len / config.rope_factor)
     both |= {
         "max_position_embeddings": config.seq_len,
         "num_hidden_layers": config.n_layer,

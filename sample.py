@@ -243,7 +243,12 @@ def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -
 
 def draw(weights: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
     """One of the ids of each row, likely as its weight: (B, n), (B, n) → (B, 1)."""
-    return ids.gather(1, torch.multinomial(weights, 1, generator=generator))
+    try:
+        return ids.gather(1, torch.multinomial(weights, 1, generator=generator))
+    except RuntimeError as e:
+        if "probability tensor" not in str(e):
+            raise
+        raise ValueError("the model's logits are not finite numbers: its training diverged, use an earlier checkpoint") from e
 
 
 def sample_texts(

@@ -68,7 +68,7 @@ class Choice(NamedTuple):
 
     values: list[str]
 
-    def points(self) -> list[str]:
+    def points(self, limit: int) -> list[str]:
         return self.values
 
     def suggest(self, trial, name: str):
@@ -89,9 +89,11 @@ class Range(NamedTuple):
     def whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
-    def points(self) -> range | list[float] | None:
-        """None: too many to count."""
-        return range(self.low, self.high + 1) if self.whole else [self.low] if self.low == self.high else None
+    def points(self, limit: int) -> range | list[float] | None:
+        """None: more than so many."""
+        if self.whole and self.high - self.low < limit:
+            return range(self.low, self.high + 1)
+        return [self.low] if self.low == self.high else None
 
     def suggest(self, trial, name: str):
         suggest = trial.suggest_int if self.whole else trial.suggest_float
@@ -117,7 +119,7 @@ def parse_space(words: tuple[str, ...]) -> dict[str, Choice | Range]:
             raise ValueError(f"{word!r}: train.py has no flag {cli.flag(name)}")
         low, dots, rest = values.partition("..")
         is_range = dots and number(low) is not None
-        space[name] = parse_range(word, low, rest) if is_range else Choice(values.split(","))
+        space[name] = parse_range(word, low, rest) if is_range else Choice([*dict.fromkeys(values.split(","))])
     return space
 
 
@@ -141,7 +143,7 @@ def number(text: str) -> int | float | None:
 
 def all_points(space: dict[str, Choice | Range], limit: int) -> list[dict]:
     """Every point of a space that has no more than so many, else []."""
-    axes = [values.points() for values in space.values()]
+    axes = [values.points(limit) for values in space.values()]
     if None in axes or math.prod(map(len, axes)) > limit:
         return []
     return [dict(zip(space, point, strict=True)) for point in itertools.product(*axes)]
@@ -385,8 +387,10 @@ def main():
             find_data(parse_flags(split(config.flags)))  # once, and not by two runs at a time
         with hold(Path(config.out_dir)):
             points = all_points(space, config.trials)
-            config.trials = len(points) or config.trials
             study = open_study(config, points)
+            if points:  # what earlier launches drew twice counts for nothing
+                done = [trial.params for trial in tried(study)]
+                config.trials = len(done) + sum(point not in done for point in points)
             sweep(config, space, study)
             rows = rows_of(study)
             plot(rows, space, Path(config.out_dir, "sweep.png"))

@@ -54,6 +54,7 @@ def test_real_texts_have_the_same_tokens(tokenizers):
         text = path.read_text().replace("<|endoftext|>", "")
         assert theirs(text)["input_ids"] == ours.encode(text)
     assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.eot
+    assert set(theirs("a")) == {"input_ids", "attention_mask"} == set(theirs.init_kwargs["model_input_names"])
     assert theirs("a<|endoftext|>")["input_ids"] == [*ours.encode("a"), ours.eot]
 
 

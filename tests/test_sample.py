@@ -286,6 +286,14 @@ def test_a_model_that_diverged_is_named(model, temperature):
         generate(GPT(model.config), torch.zeros(1, 1, dtype=torch.long), 2, temperature, draft=model)
 
 
+def test_a_model_that_diverged_at_a_later_position_is_named():
+    model = GPT(GPTConfig(257, 16, 1, 1, 8))
+    with torch.no_grad():
+        model.transformer.wpe.weight[5:] = torch.nan
+    with pytest.raises(ValueError, match="its training diverged"):
+        generate(model, torch.zeros(1, 1, dtype=torch.long), 10)
+
+
 def test_nothing_to_go_on_from_is_refused(model):
     with pytest.raises(ValueError, match="at least one id"):
         generate(model, torch.zeros(1, 0, dtype=torch.long), 1)

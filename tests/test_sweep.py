@@ -138,6 +138,12 @@ def test_each_point_of_a_small_space_is_tried_once(shards, tmp_path, monkeypatch
     assert run_main(sweep.main, *argv, 6) == 0 and len(seen) == 7
     assert len(optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/sweep.db").trials) == 7  # none waits for nothing
     assert len(capsys.readouterr().out.splitlines()) == 2 * 8
+    seen[:] = [None] * 3  # no stop
+    argv[-2] = tmp_path / "few at first"
+    assert run_main(sweep.main, *argv, 5) == 0 and run_main(sweep.main, *argv, 20) == 0
+    assert len(set(seen[3:])) == 6 and len(seen[8:]) == 6 - len(set(seen[3:8]))
+    assert parse_space(("mlp=gelu,relu2,gelu",))["mlp"] == Choice(["gelu", "relu2"])
+    assert sweep.all_points(parse_space(("seed=1..99999999999999999999",)), 5) == []
     assert sweep.all_points(parse_space(argv[:3]), 5) == sweep.all_points(parse_space(("max_lr=1..2.5",)), 5) == []
 
 
