@@ -168,7 +168,7 @@ def test_without_optuna_it_says_how_to_get_it(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_that_is_stopped_goes_on(shards, tmp_path):
-    flags = shlex.join([*TINY, "--data-dir", str(shards), "--max-steps", "60"])
+    flags = shlex.join([*TINY, "--data-dir", str(shards), "--max-steps", "300"])
     argv = ["max_lr=1e-3..1e-1:log", "n_head=1,2,3", f"--flags={flags}", "--trials", "5", "--workers", "2", "--out-dir", tmp_path / "sweep"]
     command = list(map(str, [sys.executable, REPO / "sweep.py", *argv]))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -189,7 +189,7 @@ def test_a_sweep_that_is_stopped_goes_on(shards, tmp_path):
         if row[2] != "3":
             log = (tmp_path / "sweep" / row[0] / "log.txt").read_text().splitlines()
             steps = [int(line.split()[0]) for line in log if " train " in line]
-            assert steps == list(range(60))  # in the folder where they began, and none done twice
+            assert steps == list(range(300))  # in the folder where they began, and none done twice
     third = subprocess.run(command, capture_output=True, text=True)
     assert third.stdout == again.stdout
     other = subprocess.run([*command[:2], "max_lr=1,2", *command[3:]], capture_output=True, text=True)
