@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,9 @@ def serve(*models) -> tuple[subprocess.Popen, str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, REPO / "app.py", "-m", *map(str, models)], stderr=subprocess.PIPE, text=True, env=env)
+    command = [sys.executable, REPO / "app.py", "-m", *map(str, models)]
+    at_a_prompt = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & ignores Ctrl-C
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=at_a_prompt)
     first = process.stderr.readline()
     assert first.startswith("open http://127.0.0.1:"), first
     threading.Thread(target=process.stderr.read, daemon=True).start()  # so that it never waits for a reader
