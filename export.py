@@ -87,7 +87,7 @@ def main():
         config = cli.parse(ExportConfig)
         folder = Path(config.out_dir)
         # a config.json beside a run's checkpoints would hide them
-        if folder.is_dir() and (others := {path.name for path in folder.iterdir()} - FILES):
+        if folder.is_dir() and (others := {path.name.removesuffix(".tmp") for path in folder.iterdir()} - FILES):
             raise ValueError(f"{folder} has other files ({min(others)}, …): choose another --out-dir")
         model, tokenizer = load_with_tokenizer(config.model)
         model.to(pick_dtype(config.dtype, torch.device("cpu"))).save_pretrained(folder)

@@ -73,9 +73,8 @@ def architecture(config: GPTConfig) -> str:
 
 def misfits(config: GPTConfig, switches: dict) -> list[str]:
     """The switches that stand otherwise in a config than an architecture has them."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)[6:]}
-    allowed = {f.name: switches.get(f.name, (f.default,)) for f in fields(config)[6:]}
-    return [f"{name} {value}" for name, value in values.items() if value not in allowed[name]]
+    values = [(f, getattr(config, f.name)) for f in fields(config)[6:]]
+    return [f"{f.name} {value}" for f, value in values if value not in switches.get(f.name, (f.default,))]
 
 
 def config_to_hf(config: GPTConfig, kind: str) -> dict:

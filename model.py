@@ -324,7 +324,7 @@ class GPT(nn.Module):
         return huggingface.load(name_or_dir, revision)
 
     def save_pretrained(self, folder: str):
-        """Writes config.json and model.safetensors that GPT2LMHeadModel.from_pretrained loads. ValueError for a variant."""
+        """Writes config.json and model.safetensors for transformers. ValueError where none of its architectures computes the same."""
         import huggingface
 
         huggingface.save(self, folder)

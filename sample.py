@@ -192,12 +192,15 @@ def speculate(
     return idx
 
 
+DIVERGED = "logits are not finite numbers: its training diverged, use an earlier checkpoint"
+
+
 def next_logits(model: GPT, ids: Tensor, cache: KVCache | None, n: int = 1, name: str = "model") -> Tensor:
     """The logits (B, n, V) that follow the last n of the ids (B, T); a cache holds the first of these."""
     seen = cache.length if cache is not None else 0
     logits = model.logits(model.hidden(ids[:, seen:], cache)[:, -n:])
     if not seen and not logits.isfinite().all():
-        raise ValueError(f"the {name}'s logits are not finite numbers: its training diverged, use an earlier checkpoint")
+        raise ValueError(f"the {name}'s {DIVERGED}")
     return logits
 
 
@@ -248,7 +251,7 @@ def draw(weights: Tensor, ids: Tensor, generator: torch.Generator | None) -> Ten
     except RuntimeError as e:
         if "probability tensor" not in str(e):
             raise
-        raise ValueError("the model's logits are not finite numbers: its training diverged, use an earlier checkpoint") from e
+        raise ValueError(f"the model's {DIVERGED}") from e
 
 
 def sample_texts(

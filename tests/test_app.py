@@ -184,7 +184,7 @@ def until(condition, seconds: float = 60):
 
 
 @pytest.mark.slow
-def test_in_a_browser(page, tmp_path):
+def test_in_a_browser(page):
     with browser() as tab:
         asked = []
         tab.on("request", lambda request: asked.append(request.url))
@@ -205,7 +205,6 @@ def test_in_a_browser(page, tmp_path):
         cold, other = (sample_texts(tiny(step), BYTES, "<i>def", 1, 30, 5, temperature=0.1)[0] for step in (20, 10))
         until(lambda: tab.locator("#left .text").text_content() == cold != text)
         assert tab.locator("#right .text").text_content() == other
-        tab.screenshot(path=tmp_path / "page.png")
 
         tab.get_by_label("number input for Length").fill(str(LONGEST))
         tab.get_by_label("number input for Length").blur()

@@ -77,6 +77,7 @@ def test_a_run_goes_on_in_transformers(run, tmp_path, capsys):
     written = model.generate(**tokenizer("def f(", return_tensors="pt"), max_new_tokens=30, do_sample=False)[0]
     ours = sample_texts(*checkpoint.load_with_tokenizer(run), "def f(", 1, 30, 0, temperature=0.0)[0]
     assert tokenizer.decode(written, skip_special_tokens=True) == ours
+    (tmp_path / "out" / "model.safetensors.tmp").touch()  # a kill left it
     assert run_main(export.main, "-m", run, "--out-dir", tmp_path / "out", "--dtype", "bf16") == 0  # replaces it
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert half.dtype == torch.bfloat16
