@@ -17,6 +17,11 @@ def parse(cls, argv: list[str] | None = None, default=None):
     return tyro.cli(cls, args=argv, default=tyro.MISSING_NONPROP if default is None else default)
 
 
+def parse_command(commands: dict[str, type], argv: list[str] | None = None):
+    """parse, for a script whose first word chooses the dataclass."""
+    return tyro.extras.subcommand_cli_from_dict(commands, args=argv)
+
+
 def flag(name: str) -> str:
     """A field's flag as the user types it."""
     return "--" + name.replace("_", "-")

@@ -14,7 +14,8 @@ from config import TrainConfig, parse_config
 from device import PEAK_FLOPS
 from model import GPT
 
-SCRIPTS = ["train", "fineweb", "hellaswag", "sample", "plot_log", "bench", "compare", "perplexity", "sweep", "app", "export"]
+SCRIPTS = ["train", "fineweb", "hellaswag", "sample", "plot_log", "bench", "compare", "perplexity", "sweep", "app", "export", "scaling"]
+COMMANDS = [*SCRIPTS[:-1], "scaling ladder", "scaling fit", "scaling plan"]
 
 # what others made is imported first; after that every file opened, address looked up and process begun counts
 IMPORT_QUIETLY = """
@@ -42,7 +43,7 @@ for path in sorted(os.listdir(repo)):
     if path.endswith(".py"):
         __import__(path[:-3])
         assert not events and dict(os.environ) == before, (path, events)
-assert not {"wandb", "trackio", "tensorboard", "optuna", "matplotlib", "transformers", "datasets"} & (set(sys.modules) - already)
+assert not {"wandb", "trackio", "tensorboard", "optuna", "scipy", "matplotlib", "transformers", "datasets"} & (set(sys.modules) - already)
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 """
 
@@ -65,9 +66,10 @@ def test_help_answers_in_two_seconds(name):
     assert any(seconds_of(REPO / f"{name}.py", "--help") < max(2.0, 1.5 * seconds_of("-c", "import torch")) for _ in range(3))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_documents_every_flag(name, capsys):
-    assert run_main(importlib.import_module(name).main, "--help") == 0
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_documents_every_flag(command, capsys):
+    name, *words = command.split()
+    assert run_main(importlib.import_module(name).main, *words, "--help") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 10
     for number, line in enumerate(lines):
@@ -76,9 +78,10 @@ def test_help_documents_every_flag(name, capsys):
             assert len(below.replace("(default", "").strip()) > 15, line
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_an_unknown_flag_exits_with_2(name):
-    assert run_main(importlib.import_module(name).main, "--no-such-flag") == 2
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_flag_exits_with_2(command):
+    name, *words = command.split()
+    assert run_main(importlib.import_module(name).main, *words, "--no-such-flag") == 2
 
 
 def test_the_tests_that_the_readme_names_are_there():

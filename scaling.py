@@ -1,0 +1,469 @@
+"""Scaling laws from one's own runs: what does more compute buy, and how is it spent best?
+
+    python scaling.py ladder --data-dir edu_fineweb10B      # trains models of several sizes on several amounts of tokens
+    python scaling.py fit                                   # L(N, D) through them, and the picture
+    python scaling.py plan --dollars 100 --gpu H100 --price 3    # the size and the tokens that a budget is best spent on
+
+N is the number of all parameters, D that of training tokens, C = 6 N D floating point operations (Kaplan et al., 2020).
+"""
+
+import csv
+import itertools
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+import cli
+from compare import Run, last_checkpoint, run_all, split
+from config import RUN, read_run, refuse_changes
+from device import PEAK_FLOPS
+from files import read_json, write_json
+from model import GPT
+from train import find_data
+
+LAW = "law.json"
+
+
+@dataclass
+class LadderConfig:
+    """Train a ladder: a model of each size on each amount of tokens. What has finished is not done again."""
+
+    data_dir: str
+    """Shards. Those of bytes make the smallest models, 0.2 to 10 M parameters with the default sizes."""
+    sizes: tuple[str, ...] = ("4x64", "4x96", "6x128", "7x192", "8x320")
+    """LAYERSxWIDTH each; a head has 32 channels."""
+    tokens: tuple[float, ...] = (2.5e5, 5e5, 1e6, 2e6)
+    """Tokens to train on, as 1e6; rounded to whole steps."""
+    out_dir: str = "log/scaling"
+    """Has a folder for each run. Another ladder command with the same settings adds to it."""
+    flags: str = "--preset modern --muon-momentum 0.85 --seq-len 256 --total-batch-tokens 2048 --micro-batch-size 8 --val-tokens 524288"
+    """Other flags of train.py, the same for all runs, in quotes and after an equals sign."""
+    warmup_ratio: float = 0.05
+    """Share of a run's steps in which the learning rate rises."""
+    workers: int = 1
+    """Runs at a time."""
+
+    def validate(self):
+        """ValueError with every fault at once."""
+        faults = cli.at_least(1, self, "workers")
+        faults += [f"--sizes {size}: give LAYERSxWIDTH, as 6x128, the width a multiple of 32" for size in self.sizes if not shape_of(size)]
+        faults += [f"--tokens {tokens:g}: it must be at least 1" for tokens in self.tokens if not 1 <= tokens < math.inf]
+        if not 0 <= self.warmup_ratio <= 1:
+            faults.append(f"--warmup-ratio is {self.warmup_ratio}: it must be from 0 to 1")
+        if not self.sizes or not self.tokens:
+            faults.append("give at least one of --sizes and of --tokens")
+        cli.refuse(faults)
+
+
+@dataclass
+class FitConfig:
+    """Fit L(N, D) = E + A / N^alpha + B / D^beta to a ladder, or to points from elsewhere."""
+
+    out_dir: str = "log/scaling"
+    """The ladder's folder; law.json and scaling.png go there."""
+    points: str = ""
+    """A .csv with the columns params, tokens and loss, instead of a ladder's runs."""
+    hold_out: int = 0
+    """Leave so many of the largest runs out of the fit, and say how well it predicts them."""
+    bootstraps: int = 200
+    """Fits to points drawn with replacement, for the intervals."""
+    seed: int = 1337
+    """Of that drawing."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+
+@dataclass
+class PlanConfig:
+    """Name the size and the tokens that a budget is best spent on."""
+
+    flops: float = 0.0
+    """The budget: floating point operations, as 1e19,"""
+    gpu_hours: float = 0.0
+    """or hours of one --gpu,"""
+    dollars: float = 0.0
+    """or dollars, at --price."""
+    gpu: Literal[tuple(name for name, _ in PEAK_FLOPS)] = "H100"
+    """What hours and dollars pay for."""
+    price: float = 0.0
+    """Dollars an hour of one --gpu."""
+    mfu: float = 0.4
+    """The share of its peak that training reaches; train.py shows it."""
+    law: str = "besiroglu"
+    """besiroglu, hoffmann or kaplan (published), or the law.json that fit wrote."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def validate(self):
+        """ValueError with every fault at once."""
+        faults = cli.at_least(0, self, "flops", "gpu_hours", "dollars", "price")
+        if sum(x > 0 for x in (self.flops, self.gpu_hours, self.dollars)) != 1:
+            faults.append("give one budget: --flops 1e19, --gpu-hours 10, or --dollars 100 --price 3")
+        if self.dollars > 0 and self.price <= 0:
+            faults.append("--dollars needs --price, in dollars an hour of one --gpu")
+        if not 0 < self.mfu <= 1:
+            faults.append(f"--mfu is {self.mfu}: it must be above 0 and at most 1")
+        cli.refuse(faults)
+
+
+# ---- the law ----
+
+
+@dataclass(frozen=True)
+class Law:
+    """L(N, D) = E + A / N^alpha + B / D^beta in nats a token (Hoffmann et al., 2022, equation 2)."""
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+
+    def loss(self, n, d):
+        return self.E + self.A * n**-self.alpha + self.B * d**-self.beta
+
+    def best(self, flops: float) -> tuple[float, float]:
+        """N and D of the lowest loss at 6 N D = flops (Hoffmann et al., 2022, equation 4)."""
+        g = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        n = g * (flops / 6) ** (self.beta / (self.alpha + self.beta))
+        return n, flops / 6 / n
+
+    @property
+    def exponent(self) -> float:
+        """gamma of L(C) = E + K / C^gamma, the lowest loss for each compute."""
+        return self.alpha * self.beta / (self.alpha + self.beta)
+
+
+@dataclass(frozen=True)
+class Kaplan:
+    """Kaplan et al., 2020, section 6.1: N and D by compute alone, N without embeddings."""
+
+    def best(self, flops: float) -> tuple[float, float]:
+        n = 1.3e9 * (flops / 8.64e19) ** 0.73  # flops in PF-days
+        return n, flops / 6 / n
+
+    def loss(self, n, d):
+        """Equation 1.5."""
+        return ((6.4e13 / n) ** (0.076 / 0.103) + 1.8e13 / d) ** 0.103
+
+
+PUBLISHED = {
+    "besiroglu": Law(1.8172, 482.01, 2085.43, 0.3478, 0.3658),  # Besiroglu et al., 2024, Hoffmann's runs fitted anew
+    "hoffmann": Law(1.69, 406.4, 410.7, 0.34, 0.28),  # Hoffmann et al., 2022, appendix D.3
+    "kaplan": Kaplan(),
+}
+
+
+# ---- the ladder ----
+
+
+def shape_of(size: str) -> tuple[int, int] | None:
+    """'6x128' → layers and width."""
+    match = re.fullmatch(r"(\d+)x(\d+)", size)
+    layers, width = map(int, match.groups()) if match else (0, 0)
+    return (layers, width) if layers and width and width % 32 == 0 else None
+
+
+def runs_of(config: LadderConfig) -> list[Run]:
+    """A run for each size and amount of tokens, the cheapest first. The rate of learning falls to its end in each: one that is cut short
+    of a longer run's schedule would be worse than it need be (Hoffmann et al., 2022, appendix B)."""
+    common = [*split(config.flags), "--data-dir", config.data_dir]
+    batch = Run("--flags", common, Path()).config().total_batch_tokens
+    quiet = "--val-every 0 --hellaswag-every 0 --sample-every 0 --checkpoint-every 0 --keep 1".split()
+    runs = {}
+    for size in config.sizes:
+        layers, width = shape_of(size)
+        shape = ["--n-layer", str(layers), "--n-embd", str(width), "--n-head", str(width // 32)]
+        for tokens in config.tokens:
+            steps = max(1, round(tokens / batch))
+            length = ["--max-steps", str(steps), "--warmup-steps", str(round(config.warmup_ratio * steps))]
+            folder = Path(config.out_dir, f"{size}_{steps * batch}")
+            runs[steps * layers * width**2, folder] = Run(folder.name, [*quiet, *common, *shape, *length], folder)
+    return [runs[cost] for cost in sorted(runs)]
+
+
+class Point(NamedTuple):
+    """What a run came to."""
+
+    name: str
+    params: int
+    tokens: int
+    loss: float  # of validation, nats a token
+
+    @property
+    def flops(self) -> float:
+        return 6 * self.params * self.tokens
+
+
+# what the runs of a ladder differ in
+RUNGS = {"n_layer", "n_embd", "n_head", "max_steps", "warmup_steps", "out_dir", "micro_batch_size", "compile", "device", "val_every"}
+
+
+def points_of(out_dir: Path) -> list[Point]:
+    """The finished runs in a ladder's folder. ValueError where one is of another ladder."""
+    folders, points, first = sorted(path.parent for path in out_dir.glob(f"*/{RUN}")), [], None
+    for folder in folders:
+        config, loss = read_run(folder), last_checkpoint(folder)
+        if loss.get("step") != config.max_steps:
+            continue
+        data = read_json(folder / RUN, "")["data"]
+        first = first or (config, data)
+        try:
+            refuse_changes(first[0], config, RUNGS, str(folders[0]))
+        except ValueError as e:
+            raise ValueError(f"{folder} is of another ladder: {str(e).split(': leave')[0]}; move it elsewhere") from e
+        if list(data.values()) != list(first[1].values()):
+            raise ValueError(f"{folder} is of another ladder: its data are not those of {folders[0]}; move it elsewhere")
+        tokens = config.max_steps * config.total_batch_tokens
+        points.append(Point(folder.name, GPT(config.model).num_params(), tokens, loss["val_loss"]))
+    if not points:
+        raise ValueError(f"no finished run in {out_dir}: train some with python scaling.py ladder --out-dir {out_dir}")
+    return points
+
+
+def read_points(path: Path) -> list[Point]:
+    """A .csv with the columns params, tokens and loss. ValueError names the first line that is none."""
+    with open(path, newline="") as file:
+        rows = csv.DictReader(file)
+        points = []
+        for number, row in enumerate(rows, 2):
+            try:
+                point = Point(str(number), *(float(row[name]) for name in ("params", "tokens", "loss")))
+                if not all(0 < x < math.inf for x in point[1:]):
+                    raise ValueError
+            except (KeyError, TypeError, ValueError) as e:
+                raise ValueError(f"{path}, line {number}: params, tokens and loss must be numbers above 0") from e
+            points.append(point)
+    return points
+
+
+# ---- the fit ----
+
+HUBER = 1e-3  # as in Hoffmann et al., 2022: beyond it an error counts in a line, so that an odd run does little
+
+
+def objective(theta: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_loss: np.ndarray) -> tuple[float, np.ndarray]:
+    """The sum of Huber's loss of log L, and its gradient by theta = (log A, log B, log E, alpha, beta) (Hoffmann et al., 2022,
+    equation 3; the sum, not the mean, which ends the search too early: Besiroglu et al., 2024)."""
+    a, b, e, alpha, beta = theta
+    terms = np.stack([a - alpha * log_n, b - beta * log_d, np.full_like(log_n, e)])  # (3, points)
+    log_sum = np.logaddexp.reduce(terms)
+    shares = np.exp(terms - log_sum)
+    error = log_sum - log_loss
+    value = np.where(np.abs(error) <= HUBER, 0.5 * error**2, HUBER * (np.abs(error) - 0.5 * HUBER)).sum()
+    slope = np.clip(error, -HUBER, HUBER) * shares
+    return value, np.array([*slope.sum(1), -(slope[0] * log_n).sum(), -(slope[1] * log_d).sum()])
+
+
+# what a search begins from: the two terms' logs at the middle of the points, log E, alpha and beta
+STARTS = list(itertools.product((-2.0, 0.0), (-2.0, 0.0), (-1.0, 0.5), (0.2, 0.5), (0.2, 0.5)))
+
+
+def fit(points: list[Point], starts=STARTS) -> tuple[Law, tuple]:
+    """The law that fits best, of all starts' L-BFGS searches, and where to begin again for points alike. ValueError for too few points."""
+    minimize = import_minimize()
+    if len({p.params for p in points}) < 3 or len({p.tokens for p in points}) < 3 or len(points) < 6:
+        raise ValueError(f"{len(points)} points are too few to fit five numbers: at least 6, of 3 sizes and 3 amounts of tokens")
+    log_n, log_d, log_loss = np.log([[p.params, p.tokens, p.loss] for p in points]).T
+    # about the middle of the points, a change of alpha is no change of A too: the search takes a tenth of the steps
+    centered = log_n - log_n.mean(), log_d - log_d.mean(), log_loss
+    scaled = 1 / HUBER**2  # the search's tolerances are made for values of about 1
+
+    def value(theta):
+        value, gradient = objective(theta, *centered)
+        return scaled * value, scaled * gradient
+
+    bounds = [(-20.0, 20.0)] * 3 + [(0.0, 3.0)] * 2
+    ends = [minimize(value, start, jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=5000, ftol=1e-13)) for start in starts]
+    a, b, e, alpha, beta = theta = min(ends, key=lambda end: end.fun).x
+    a, b = a + alpha * log_n.mean(), b + beta * log_d.mean()
+    return Law(*map(float, (math.exp(e), math.exp(a), math.exp(b), alpha, beta))), tuple(theta)
+
+
+def bootstrap(points: list[Point], theta: tuple, count: int, seed: int) -> list[Law]:
+    """Fits to points drawn with replacement (Efron, 1979), each searched from the fit to all."""
+    rng, laws = np.random.default_rng(seed), []
+    while len(laws) < count:
+        drawn = [points[i] for i in rng.integers(len(points), size=len(points))]
+        try:
+            laws.append(fit(drawn, [theta])[0])
+        except ValueError:  # too few sizes among those drawn
+            continue
+    return laws
+
+
+def import_minimize():
+    try:
+        from scipy.optimize import minimize
+    except ImportError as e:
+        raise ValueError("fitting needs SciPy: pip install scipy") from e
+    return minimize
+
+
+def interval(values: list[float]) -> list[float]:
+    """The middle 80 %, as Hoffmann et al. give it."""
+    return [float(x) for x in np.quantile(values, [0.1, 0.9])] if values else []
+
+
+def report(config: FitConfig, points: list[Point]) -> dict:
+    """The fit, its intervals, and what it says of the points that it did not see."""
+    points = sorted(points, key=lambda p: p.flops)
+    seen, held_out = points[: len(points) - config.hold_out], points[len(points) - config.hold_out :]
+    law, theta = fit(seen)
+    laws = bootstrap(seen, theta, config.bootstraps, config.seed)
+    errors = [law.loss(p.params, p.tokens) / p.loss - 1 for p in seen]
+    return {
+        "law": asdict(law),
+        "intervals": {name: interval([getattr(each, name) for each in laws]) for name in asdict(law)},
+        "exponent": law.exponent,
+        "exponent_interval": interval([each.exponent for each in laws]),
+        "share_of_n": law.beta / (law.alpha + law.beta),  # best N grows as C to this power
+        "share_of_n_interval": interval([each.beta / (each.alpha + each.beta) for each in laws]),
+        "error": math.sqrt(np.mean(np.square(errors))),
+        "points": [[*p, law.loss(p.params, p.tokens)] for p in seen],
+        "held_out": [[*p, law.loss(p.params, p.tokens)] for p in held_out],
+    }
+
+
+def show_fit(found: dict) -> str:
+    """The law and its points as Markdown."""
+
+    def within(ends: list[float]) -> str:
+        return f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""
+
+    lines = ["| L = E + A / N^alpha + B / D^beta | | 80 % interval |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {value:.4g} | {within(found['intervals'][name])} |" for name, value in found["law"].items()]
+    lines.append(f"| best N ~ C^ | {found['share_of_n']:.4g} | {within(found['share_of_n_interval'])} |")
+    lines.append(f"| L(C) = E + K / C^ | {found['exponent']:.4g} | {within(found['exponent_interval'])} |")
+    lines.append(f"\nRoot mean square error over {len(found['points'])} runs: {found['error']:.2%}\n")
+    lines += ["| run | parameters | tokens | loss | predicted | error |", "| --- " * 6 + "|"]
+    for name, rows in (("", found["points"]), (" (held out)", found["held_out"])):
+        for run, params, tokens, loss, predicted in rows if len(rows) <= 60 else []:
+            lines.append(f"| {run}{name} | {params:,.0f} | {tokens:,.0f} | {loss:.4f} | {predicted:.4f} | {predicted / loss - 1:+.2%} |")
+    return "\n".join(lines)
+
+
+def plot_fit(found: dict, out: Path):
+    """Left: loss over compute, a curve for each size, and the lowest for each compute. Right: the best size, beside published laws."""
+    from matplotlib.figure import Figure
+
+    law, rows = Law(**found["law"]), found["points"] + found["held_out"]
+    flops, params, tokens, loss = np.array([[6 * n * d, n, d, loss] for _, n, d, loss, _ in rows]).T
+    figure = Figure(figsize=(14, 5.5), layout="constrained")
+    losses, sizes = figure.subplots(1, 2)
+    few = len(set(params)) <= 10
+    for number, n in enumerate(sorted(set(params)) if few else ()):
+        d = np.geomspace(tokens[params == n].min() / 1.5, tokens[params == n].max() * 1.5)
+        losses.plot(6 * n * d, law.loss(n, d), color=f"C{number}", linewidth=1, label=f"{n / 1e6:.2g} M parameters")
+        losses.plot(flops[params == n], loss[params == n], ".", color=f"C{number}")
+    if not few:
+        losses.plot(flops, loss, ".", color="gray", label="runs")
+    if found["held_out"]:
+        last = len(found["held_out"])
+        losses.plot(flops[-last:], loss[-last:], "k*", markersize=12, label="held out of the fit")
+    near, far = np.geomspace(flops.min() / 2, flops.max() * 2), np.geomspace(flops.min() / 2, max(1e24, flops.max()))
+    losses.plot(near, [law.loss(*law.best(c)) for c in near], "k--", label="lowest for each compute")
+    losses.set(xscale="log", yscale="log", ylabel="validation loss, nats a token", title="Loss")
+    losses.yaxis.set_major_formatter("{x:.2f}")
+    losses.yaxis.set_minor_formatter("{x:.2f}")
+    for name, other in {"these runs": law, **PUBLISHED}.items():
+        sizes.plot(far, [other.best(c)[0] for c in far], "k" if other is law else "-", label=name)
+    sizes.plot(flops, params, ".", color="gray")
+    sizes.set(xscale="log", yscale="log", ylabel="parameters", title="Best size for each compute")
+    for axes in (losses, sizes):
+        axes.set_xlabel("floating point operations, 6 N D")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.savefig(out, dpi=110)
+
+
+# ---- the plan ----
+
+
+def read_law(name: str) -> Law | Kaplan:
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    try:
+        return Law(**{key: float(value) for key, value in read_json(Path(name), "make it with scaling.py fit")["law"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ValueError(f"--law {name} is no law: give {', '.join(PUBLISHED)} or the law.json that scaling.py fit wrote") from e
+
+
+def plan(config: PlanConfig) -> dict:
+    """The best size and tokens for the budget, and what half and twice that size would come to at the same cost."""
+    rate = config.mfu * dict(PEAK_FLOPS)[config.gpu]  # floating point operations a second
+    hours = config.gpu_hours or config.dollars / (config.price or 1)
+    flops = config.flops or rate * 3600 * hours
+    law = read_law(config.law)
+    best = law.best(flops)[0]
+    rows = []
+    for n in (best / 2, best, best * 2):
+        d = flops / 6 / n
+        rows.append({"params": n, "tokens": d, "loss": float(law.loss(n, d)), "shape": shape_for(n)})
+    hours = flops / rate / 3600
+    return {"flops": flops, "gpu": config.gpu, "gpu_hours": hours, "dollars": hours * config.price or None, "law": config.law, "rows": rows}
+
+
+def shape_for(params: float) -> str:
+    """The flags of about so many parameters in the blocks: 12 · layers · width², with GPT-2's and GPT-3's heads of 64 and about 64
+    channels for each layer, as their smallest have."""
+    width = max(64, 64 * round((params * 64 / 12) ** (1 / 3) / 64))
+    return f"--n-layer {max(1, round(params / (12 * width**2)))} --n-embd {width} --n-head {width // 64}"
+
+
+def show_plan(found: dict) -> str:
+    cost = f", {found['dollars']:,.0f} $" if found["dollars"] else ""
+    budget = f"{found['flops']:.3g} floating point operations, {found['gpu_hours']:,.1f} hours of one {found['gpu']}{cost}"
+    lines = [f"{budget}, by {found['law']}:", ""]
+    lines += ["| | parameters | tokens | tokens a parameter | loss | flags of train.py |", "| --- " * 6 + "|"]
+    for name, row in zip(("half the size", "best", "twice the size"), found["rows"], strict=True):
+        n, d = row["params"], row["tokens"]
+        lines.append(f"| {name} | {n / 1e6:,.3g} M | {d / 1e9:,.3g} B | {d / n:,.3g} | {row['loss']:.4f} | {row['shape']} |")
+    return "\n".join(lines)
+
+
+# ---- the commands ----
+
+
+def do_ladder(config: LadderConfig):
+    config.validate()
+    runs = runs_of(config)
+    for run in runs:
+        run.config()  # a fault of the last is told before the first begins
+    find_data(runs[0].config())
+    run_all(runs, config.workers)
+    print(f"{config.out_dir}: {len(runs)} runs; python scaling.py fit --out-dir {config.out_dir}")
+
+
+def do_fit(config: FitConfig):
+    cli.refuse(cli.at_least(0, config, "hold_out", "bootstraps", "seed"))
+    out_dir = Path(config.out_dir)
+    found = report(config, read_points(Path(config.points)) if config.points else points_of(out_dir))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_json(out_dir / LAW, found)
+    plot_fit(found, out_dir / "scaling.png")
+    print(json.dumps(found, indent=2) if config.json else show_fit(found))
+
+
+def do_plan(config: PlanConfig):
+    config.validate()
+    found = plan(config)
+    print(json.dumps(found, indent=2) if config.json else show_plan(found))
+
+
+COMMANDS = {LadderConfig: ("ladder", do_ladder), FitConfig: ("fit", do_fit), PlanConfig: ("plan", do_plan)}
+
+
+def main():
+    with cli.one_line_errors():
+        config = cli.parse_command({name: kind for kind, (name, _) in COMMANDS.items()})
+        COMMANDS[type(config)][1](config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""scaling.py: fits against known laws and published ones, plans against published tables; one ladder whole."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, run_main, run_train
+from scipy.optimize import approx_fprime, minimize_scalar
+
+import scaling
+from scaling import PUBLISHED, Law, Point, bootstrap, fit, objective
+
+LAWS = [PUBLISHED["besiroglu"], PUBLISHED["hoffmann"], Law(0.6, 30.0, 200.0, 0.3, 0.4)]
+
+
+def points_on(law: Law, noise: float = 0.0, seed: int = 0) -> list[Point]:
+    """5 sizes on 4 amounts of tokens each, with a relative error in the loss."""
+    rng = np.random.default_rng(seed)
+    grid = [(n, d) for n in (2e5, 6e5, 2e6, 6e6, 2e7) for d in (1e6, 4e6, 16e6, 64e6)]
+    return [Point("", n, d, law.loss(n, d) * math.exp(noise * rng.standard_normal())) for n, d in grid]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_fit_finds_the_law_that_the_points_lie_on(law):
+    found, _ = fit(points_on(law))
+    assert [*vars(found).values()] == pytest.approx([*vars(law).values()], rel=1e-4)
+    found, _ = fit(points_on(law, noise=1e-4))
+    assert [*vars(found).values()] == pytest.approx([*vars(law).values()], rel=0.05)
+
+
+def test_an_odd_run_does_little():
+    points = points_on(LAWS[0], noise=1e-4)
+    points[7] = points[7]._replace(loss=points[7].loss * 1.2)
+    assert fit(points)[0].loss(1e8, 1e9) == pytest.approx(LAWS[0].loss(1e8, 1e9), rel=0.01)
+
+
+def test_the_gradient_is_that_of_the_objective():
+    rng = np.random.default_rng(0)
+    log_n, log_d, log_loss = np.log([[p.params, p.tokens, p.loss] for p in points_on(LAWS[0])]).T
+    for _ in range(5):
+        theta = np.array([5.0, 6.0, 0.5, 0.3, 0.3]) * rng.uniform(0.8, 1.2, 5)
+        value, gradient = objective(theta, log_n, log_d, log_loss)
+        assert gradient == pytest.approx(approx_fprime(theta, lambda t: objective(t, log_n, log_d, log_loss)[0]), rel=1e-3, abs=1e-6)
+        a, b, e, alpha, beta = theta  # the plain formula
+        error = np.log(np.exp(e) + np.exp(a) / np.exp(log_n) ** alpha + np.exp(b) / np.exp(log_d) ** beta) - log_loss
+        huber = [0.5 * r * r if abs(r) < 1e-3 else 1e-3 * (abs(r) - 5e-4) for r in error]
+        assert value == pytest.approx(sum(huber))
+
+
+def test_four_of_five_intervals_have_the_truth_in_them():
+    law, inside = LAWS[2], 0
+    for seed in range(4):
+        points = points_on(law, 2e-3, seed)
+        laws = bootstrap(points, fit(points)[1], 25, seed)
+        for name, value in vars(law).items():
+            low, high = scaling.interval([getattr(each, name) for each in laws])
+            inside += low <= value <= high
+    assert 0.5 * 20 < inside < 20
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_best_size_is_where_a_search_finds_it(law):
+    for flops in (1e15, 1e19, 1e23):
+        n, d = law.best(flops)
+        assert 6 * n * d == pytest.approx(flops)
+        searched = minimize_scalar(lambda x, c=flops: law.loss(math.exp(x), c / 6 / math.exp(x)), bounds=(5, 40), method="bounded")
+        assert math.log(n) == pytest.approx(searched.x, abs=0.01)
+    low, high = (law.loss(*law.best(c)) - law.E for c in (1e18, 1e20))
+    assert math.log(low / high) / math.log(100) == pytest.approx(law.exponent)
+
+
+def test_the_published_laws_give_the_published_sizes():
+    n, d = PUBLISHED["besiroglu"].best(5.76e23)  # Besiroglu et al., 2024: Chinchilla, 70 B parameters and 1.4 T tokens, was about right
+    assert n == pytest.approx(70e9, rel=0.1) and d == pytest.approx(1.4e12, rel=0.1)
+    low, high = (PUBLISHED["hoffmann"].best(c)[0] for c in (1e20, 1e22))
+    assert math.log(high / low) / math.log(100) == pytest.approx(0.46, abs=0.01)  # Hoffmann et al., 2022, table 2, approach 3
+    kaplan = PUBLISHED["kaplan"]
+    assert kaplan.best(1e3 * 8.64e19)[0] / kaplan.best(8.64e19)[0] == pytest.approx(1000**0.73)
+    assert kaplan.loss(1.5e9, 1e30) == pytest.approx((8.8e13 / 1.5e9) ** 0.076, rel=0.05)  # equation 1.1, whose numbers are others
+
+
+# ---- plans ----
+
+
+def plan_of(capsys, *flags) -> dict:
+    assert run_main(scaling.main, "plan", *flags, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_plan_spends_the_budget(capsys, tmp_path):
+    found = plan_of(capsys, "--dollars", 30, "--price", 3, "--gpu", "H100", "--mfu", 0.5)
+    assert found["flops"] == pytest.approx(10 * 3600 * 0.5 * 989e12) and found["gpu_hours"] == pytest.approx(10) and found["dollars"] == 30
+    assert all(6 * row["params"] * row["tokens"] == pytest.approx(found["flops"]) for row in found["rows"])
+    assert min(found["rows"], key=lambda row: row["loss"]) == found["rows"][1]
+    assert plan_of(capsys, "--gpu-hours", 10, "--mfu", 0.5)["rows"] == found["rows"]
+    assert plan_of(capsys, "--flops", found["flops"], "--mfu", 0.5)["rows"] == found["rows"]
+    (tmp_path / "law.json").write_text(json.dumps({"law": vars(PUBLISHED["besiroglu"])}))
+    assert plan_of(capsys, "--gpu-hours", 10, "--mfu", 0.5, "--law", tmp_path / "law.json")["rows"] == found["rows"]
+
+
+def test_the_flags_of_a_plan_have_about_its_size():
+    for params in (1e6, 1e7, 1e8, 7e8, 3e9):
+        _, layers, _, width, _, heads = scaling.shape_for(params).split()
+        assert 12 * int(layers) * int(width) ** 2 == pytest.approx(params, rel=0.3) and int(width) == 64 * int(heads)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("plan", "give one budget: --flops 1e19"),
+        ("plan --flops 1e19 --gpu-hours 3", "give one budget"),
+        ("plan --dollars 3 --mfu 2", "--dollars needs --price, in dollars an hour of one --gpu; --mfu is 2.0: it must be above 0"),
+        ("plan --flops 1e19 --law nowhere.json", "nowhere.json"),
+        ("plan --flops 1e19 --law {tmp}/empty.json", "is no law: give besiroglu, hoffmann, kaplan or the law.json"),
+        (
+            "fit --out-dir {tmp}/nowhere",
+            "no finished run in {tmp}/nowhere: train some with python scaling.py ladder --out-dir {tmp}/nowhere",
+        ),
+        ("fit --points {tmp}/few.csv", "1 points are too few to fit five numbers: at least 6, of 3 sizes and 3 amounts of tokens"),
+        ("fit --points {tmp}/odd.csv", "odd.csv, line 3: params, tokens and loss must be numbers above 0"),
+        ("fit --points {tmp}/nowhere.csv", "nowhere.csv"),
+        (
+            "ladder --data-dir {tmp} --sizes 3x33 --tokens 0 --workers 0",
+            "--workers is 0: it must be at least 1; --sizes 3x33: give LAYERSxWIDTH",
+        ),
+        ("ladder --data-dir {tmp}/nowhere", "no shards: the folder {tmp}/nowhere does not exist"),
+        ("ladder --data-dir {tmp} --flags=--seq-len=0", "--flags: seq_len is 0"),
+    ],
+)
+def test_what_can_not_be_is_one_line(words, said, tmp_path, capsys):
+    (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "few.csv").write_text("params,tokens,loss\n1e6,1e6,3.0\n")
+    (tmp_path / "odd.csv").write_text("params,tokens,loss\n1e6,1e6,3.0\n1e6,,3.0\n")
+    assert run_main(scaling.main, *words.format(tmp=tmp_path).split()) == 2
+    err = capsys.readouterr().err
+    assert said.format(tmp=tmp_path) in err and err.count("\n") == 1
+
+
+# ---- the ladder ----
+
+
+def test_runs_of_another_ladder_are_named(shards, tmp_path, capsys):
+    assert (
+        run_train(shards, tmp_path / "a", "--max-steps", 2) == 0
+        and run_train(shards, tmp_path / "b", "--max-steps", 5, "--n-layer", 1) == 0
+    )
+    assert [(p.name, p.tokens) for p in scaling.points_of(tmp_path)] == [("a", 2 * 256), ("b", 5 * 256)]
+    assert run_train(shards, tmp_path / "c", "--max-steps", 2, "--max-lr", 1e-3) == 0
+    assert run_main(scaling.main, "fit", "--out-dir", tmp_path) == 2
+    assert f"{tmp_path}/c is of another ladder: max_lr 0.001 does not fit {tmp_path}/a, which has 0.003; move it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_ladder_is_trained_fitted_and_not_trained_again(shards, tmp_path, capsys):
+    flags = " ".join(TINY).replace("--max-steps 20", "").replace("--warmup-steps 3", "")
+    words = ["ladder", "--data-dir", shards, "--out-dir", tmp_path, f"--flags={flags}", "--workers", 2]
+    grid = ["--sizes", "1x32", "2x32", "2x64", "--tokens", 2560, 5120, 10240]
+    assert run_main(scaling.main, *words, *grid) == 0
+    folders = {path.name: path.stat().st_mtime for path in Path(tmp_path).iterdir()}
+    assert len(folders) == 9 and "2x64_10240" in folders
+    capsys.readouterr()
+    assert run_main(scaling.main, *words, *grid) == 0
+    assert folders == {path.name: path.stat().st_mtime for path in Path(tmp_path).iterdir()}
+    assert run_main(scaling.main, "fit", "--out-dir", tmp_path, "--hold-out", 1, "--bootstraps", 5) == 0
+    out = capsys.readouterr().out
+    assert out.count("| 1x32_") == 3 and "| 2x64_10240 (held out) |" in out
+    found = json.loads((tmp_path / "law.json").read_text())
+    last = json.loads((tmp_path / "2x64_10240" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert found["held_out"][0][3] == last["val_loss"] and found["error"] < 0.1
+    assert (tmp_path / "scaling.png").stat().st_size > 20_000
