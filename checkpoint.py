@@ -41,10 +41,11 @@ def files_of(folder: Path, step: int) -> Files:
 # ---- writing ----
 
 
-def content_of(step: int, model: GPT, tokenizer: str, val_loss: float | None) -> dict:
-    """What a checkpoint's model file holds. val_loss: None when not validated at this step."""
+def content_of(step: int, model: GPT, tokenizer: str, val_loss: float | None, weights: dict[str, Tensor] | None = None) -> dict:
+    """What a checkpoint's model file holds. val_loss: None when not validated at this step. weights: where the model's state dict is not
+    what is to be saved."""
     return {
-        "model": model.state_dict(),
+        "model": model.state_dict() if weights is None else weights,
         "config": asdict(model.config),
         "step": step,
         "val_loss": val_loss,

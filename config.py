@@ -84,6 +84,8 @@ class TrainConfig:
     """torch.compile the training step and validation."""
     activation_memory: float = 1.0
     """Share of what the backward pass needs that is kept for it; the rest is computed again. Without --compile 0 or 1."""
+    shard: bool = False
+    """Divide weights, gradients and optimizer over the processes (FSDP2), for models that are too large for one."""
     verify_shards: bool = True
     """Compare the shards' sha256 with the manifest's, and their ids with the vocabulary, before the start."""
 
@@ -164,7 +166,7 @@ class TrainConfig:
 # what a resumed run may change; all else decides the model, the data or the global batch
 MAY_CHANGE = {
     "replay_step", "data_dir", "max_steps", "max_bad_steps", "skip_spikes", "micro_batch_size", "attention", "device", "dtype",
-    "compile", "activation_memory", "verify_shards", "val_every", "val_tokens", "hellaswag_every", "hellaswag_file",
+    "compile", "activation_memory", "shard", "verify_shards", "val_every", "val_tokens", "hellaswag_every", "hellaswag_file",
     "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep", "on_save_error", "tracker", "timeout_minutes",
 }  # fmt: skip
 

@@ -4,7 +4,9 @@ import math
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
+import sharding
 from distributed import World
 from model import GPT
 
@@ -18,17 +20,19 @@ class MuonAndAdamW:
     """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for embeddings, head, routers, norms and scales.
 
     Muon's update is the gradient's momentum made orthogonal, which costs more than all else in an optimizer's step, so that
-    each process does it for its share of the matrices and sends the others the result. Behaves as one optimizer, also for a
-    GradScaler.
+    each process does it for its share of the matrices, of which it alone has the momentum, and sends the others the result.
+    Where the matrices are divided over the processes, each puts those of its share together first. Behaves as one optimizer,
+    also for a GradScaler.
     """
 
-    def __init__(self, model: GPT, lr: float, muon_lr: float, momentum: float, weight_decay: float, world: World):
-        self.world = world
+    def __init__(self, model: GPT, lr: float, muon_lr: float, momentum: float, weight_decay: float, world: World, sharded: bool = False):
+        self.world, self.sharded = world, sharded
         matrices = [p for name, p in model.transformer.h.named_parameters() if p.dim() == 2 and "router" not in name]
         matrices.sort(key=lambda p: -p.numel())  # dealt out in turns, so that all shares cost about the same
         self.matrices, taken = matrices, set(matrices)
         rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in model.param_groups(weight_decay)]
-        self.muon = torch.optim.Muon(matrices, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
+        self.whole = [nn.Parameter(without_storage(p)) for p in matrices] if sharded else matrices
+        self.muon = torch.optim.Muon(self.whole, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
         self.adamw = adamw(rest, lr)
 
     @property
@@ -38,31 +42,50 @@ class MuonAndAdamW:
     def owner(self, i: int) -> int:
         return i % self.world.size
 
+    def is_mine(self, i: int) -> bool:
+        return self.owner(i) == self.world.rank
+
     @torch.no_grad()
     def step(self):
         self.adamw.step()
-        for i, p in enumerate(self.matrices):
-            if self.owner(i) != self.world.rank:
+        for i, (p, whole) in enumerate(zip(self.matrices, self.whole, strict=True)):
+            if self.sharded:
+                weight, grad = p.full_tensor(), p.grad.full_tensor()
+                if self.is_mine(i):
+                    whole.data, whole.grad = weight, grad
+            elif not self.is_mine(i):
                 p.grad = None  # torch.optim.Muon passes over it
         self.muon.step()
-        self.world.broadcast([p.data for p in self.matrices], self.owner)
+        if self.sharded:
+            for i, (p, whole) in enumerate(zip(self.matrices, self.whole, strict=True)):
+                weight = whole.data if self.is_mine(i) else torch.empty(p.shape, device=p.device)
+                self.world.broadcast([weight], lambda _, i=i: self.owner(i))
+                p.copy_(sharding.slice_like(p, weight))
+                whole.data, whole.grad = without_storage(p), None
+        else:
+            self.world.broadcast([p.data for p in self.matrices], self.owner)
 
     def zero_grad(self, set_to_none: bool = True):
-        self.muon.zero_grad(set_to_none)
+        for p in self.matrices:
+            p.grad = None
         self.adamw.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
         """Of all processes' shares; to be called on all of them."""
-        state = self.muon.state
-        momenta = [state[p]["momentum_buffer"] if "momentum_buffer" in state[p] else torch.zeros_like(p) for p in self.matrices]
+        momenta = [self.muon.state[p].get("momentum_buffer", torch.zeros(p.shape, device=p.device)) for p in self.whole]
         self.world.broadcast(momenta, self.owner)
-        for p, momentum in zip(self.matrices, momenta, strict=True):
-            state[p]["momentum_buffer"] = momentum
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+        state = {i: {"momentum_buffer": momentum} for i, momentum in enumerate(momenta)}
+        return {"muon": self.muon.state_dict() | {"state": state}, "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict):
-        self.muon.load_state_dict(state["muon"])
+        mine = {i: its for i, its in state["muon"]["state"].items() if self.is_mine(i)}
+        self.muon.load_state_dict(state["muon"] | {"state": mine})
         self.adamw.load_state_dict(state["adamw"])
+
+
+def without_storage(p: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape on the same device that takes no memory."""
+    return torch.zeros((), device=p.device).expand(p.shape)
 
 
 def schedule(name: str, step: int, max_steps: int, warmup_steps: int, min_ratio: float, decay_ratio: float) -> float:
@@ -107,4 +130,6 @@ class AverageWeights:
     @torch.no_grad()
     def swap(self):
         for p, average in zip(self.weights, self.average, strict=True):
-            p.data, average.data = average.data, p.data
+            weights = p.clone()
+            p.copy_(average)
+            average.copy_(weights)

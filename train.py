@@ -20,7 +20,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +38,7 @@ import fineweb
 import hellaswag
 import optimizer
 import plot_log
+import sharding
 from config import PRESETS, RUN, RUN_REMEDY, TrainConfig, parse_config, torchrun_id
 from dataloader import MANIFEST, Shards, TokenStream, differences, find_shards, share, verify_shards
 from distributed import PeerLost, Stopped, World, join_world
@@ -63,7 +64,7 @@ def train(config: TrainConfig, world: World):
     step, stopping = start, False
     while True:
         finished, val_loss = step == config.max_steps, None
-        if not stopping:
+        if not stopping and evaluation.due(step):
             try:
                 with trainer.evaluated_weights():
                     val_loss = evaluation.run(step)
@@ -153,7 +154,7 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     shards = world.on_main(lambda: find_data(config))
     world.on_main(lambda: check_data(config, shards))
     fit_vocabulary(config, shards)
-    refuse_too_large(config.model, world.device)
+    refuse_too_large(config.model, world.device, world.size if config.shard else 1)
     resumed = world.on_main(lambda: checkpoint.newest_step(out_dir, config.replay_step)) if config.resume else None
 
     torch.manual_seed(config.seed)
@@ -211,16 +212,16 @@ def load_teacher(config: TrainConfig) -> GPT:
     return teacher.requires_grad_(False)
 
 
-def refuse_too_large(config: GPTConfig, where: torch.device):
-    """ValueError when the matrices, their gradients and AdamW's two moments, 16 bytes a weight, can't fit."""
+def refuse_too_large(config: GPTConfig, where: torch.device, shares: int):
+    """ValueError when a process's share of the matrices, their gradients and AdamW's two moments, 16 bytes a weight, can't fit."""
     block = (4 * config.n_embd + 2 * config.n_expert * config.n_inner) * config.n_embd
     rows = (1 if config.tied_head else 2) * config.padded_vocab_size + (config.seq_len if config.pos == "learned" else 0)
     weights = config.n_layer // config.share_layers * block + rows * config.n_embd
-    need, have = 16 * weights, device.total_memory(where)
+    need, have = 16 * weights / shares, device.total_memory(where)
     if need > have:
         raise ValueError(
             f"weights, gradients and optimizer of this model need {need / 1e9:.1f} GB, {where.type} has {have / 1e9:.1f} GB: "
-            f"choose a smaller --n-layer{', --n-expert' if config.n_expert > 1 else ''} or --n-embd"
+            f"choose a smaller --n-layer{', --n-expert' if config.n_expert > 1 else ''} or --n-embd, or --shard it over more processes"
         )
 
 
@@ -253,10 +254,17 @@ class Trainer:
             for part in filter(None, (self.model, self.teacher)):
                 part.compile_blocks(config.activation_memory)
         self.model.recompute = not compiled and config.activation_memory == 0
-        self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if world.size > 1 else self.model
+        self.sharded, self.evaluated = config.shard and world.size > 1, self.model
+        if self.sharded:
+            if self.dtype == torch.float16:
+                raise ValueError("--shard does not scale the loss, which fp16 needs: choose --dtype bf16 or fp32")
+            self.evaluated = sharding.without_storage(self.model)
+            sharding.shard(self.model, self.dtype)
+        replicated = world.size > 1 and not self.sharded
+        self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if replicated else self.model
         if config.optimizer == "muon":
             rates = config.max_lr, config.muon_lr, config.muon_momentum, config.weight_decay
-            self.optimizer = optimizer.MuonAndAdamW(self.model, *rates, world)
+            self.optimizer = optimizer.MuonAndAdamW(self.model, *rates, world, self.sharded)
         else:
             self.optimizer = optimizer.adamw(self.model.param_groups(config.weight_decay), config.max_lr)
         self.largest_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -283,12 +291,14 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         for positions in mine:
             last = positions == mine[-1]
-            with nullcontext() if last or self.world.size == 1 else self.parallel.no_sync():
+            # the last one sums the gradients over the ranks; slices of them are summed each time, since whole ones may not fit
+            with nullcontext() if last or self.parallel is self.model else self.parallel.no_sync():
                 part = self.loss(self.parallel, positions) / len(mine)
-                self.scaler.scale(part).backward()  # the last one sums the gradients over the ranks
+                self.scaler.scale(part).backward()
             loss += part.detach()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        norm = norm.full_tensor() if self.sharded else norm
         # the one sync of a step: a row of each rank's numbers, on which all ranks decide alike
         losses, norms, stops = zip(*self.world.rows(torch.stack([loss, norm, loss.new_tensor(float(stop))])), strict=True)
         norm = next((n for n in norms if not math.isfinite(n)), norms[0])  # as a rule they are the same
@@ -339,7 +349,8 @@ class Trainer:
 
     def where(self, step: int, losses) -> str:
         """The sequences that make a step's loss or gradient not finite: each rank does its share again and names its own."""
-        by_rank = self.world.gather(self.not_finite(step))
+        alone = not self.sharded  # a rank that has all weights can do its share without the others
+        by_rank = self.world.gather(self.not_finite(step) if alone else [])
         again = any(by_rank)
         if not again:  # then all that the ranks with such a loss took, or all ranks where only the gradient was such
             wrong = [not math.isfinite(loss) for loss in losses]
@@ -349,7 +360,7 @@ class Trainer:
             if positions:
                 more = f" and {len(positions) - 4} more" if positions[4:] else ""
                 text += f"; sequences of rank {rank}: {', '.join(map(self.train_stream.place, positions[:4]))}{more}"
-        return text if again else f"{text}; done again all is finite, so that the hardware may be at fault"
+        return text if again or not alone else f"{text}; done again all is finite, so that the hardware may be at fault"
 
     def not_finite(self, step: int) -> list[int]:
         """The positions of this rank's share of a step that give a loss, or else the first micro batch that gives a gradient,
@@ -383,7 +394,7 @@ class Trainer:
             y[len(positions) :] = -100
             x, y = self.to_device((x, y))
             with self.autocast():
-                total += self.model(x, y)[1].item() * len(positions)
+                total += self.evaluated(x, y)[1].item() * len(positions)
         return sum(world.gather_unless(stopped(), total)) / count
 
     def to_device(self, arrays) -> list[Tensor]:
@@ -415,30 +426,39 @@ class Trainer:
 
     def largest_weight(self) -> float:
         """The largest absolute value of any weight on any process; nan or inf when one is."""
-        largest = torch.stack([p.detach().abs().max() for p in self.model.parameters()]).max()
+        mine = [p.to_local() if self.sharded else p for p in self.model.parameters()]
+        largest = torch.stack([p.detach().abs().max() for p in mine if p.numel()]).max()
         return torch.tensor(self.world.rows(largest[None])).max().item()
 
     def save(self, step: int, val_loss: float | None):
         """A checkpoint. An exact resume needs no more than this: the data's order is a function of the step."""
         optimizer_state = self.optimizer.state_dict()  # of which each process may have a part
-        if not self.world.is_main:
-            return
         state = {
-            "optimizer": optimizer_state,
+            "optimizer": sharding.gathered(optimizer_state, self.world.is_main) if self.sharded else optimizer_state,
             "scaler": self.scaler.state_dict(),
             "seconds": self.seconds,
             "bad_steps": self.bad_steps,
             "recent_losses": list(self.recent_losses),
         }
+        weights = self.weights()
         if self.average:
-            state |= {"weights": self.model.state_dict(), "averaged": self.average.updates}
-        with self.evaluated_weights():
-            content = checkpoint.content_of(step, self.model, self.tokenizer_name, val_loss)
-        self.saver.save(step, content, state)
+            state |= {"weights": weights, "averaged": self.average.updates}
+            with self.average.in_place():
+                weights = {name: p.clone() for name, p in self.weights().items() if p is not None}
+        if self.world.is_main:
+            content = checkpoint.content_of(step, self.model, self.tokenizer_name, val_loss, weights)
+            self.saver.save(step, content, state)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict, of whole tensors on rank 0; to be called by all."""
+        return sharding.weights(self.model, self.world.is_main) if self.sharded else self.model.state_dict()
+
+    @contextmanager
     def evaluated_weights(self):
-        """Those that are validated and saved are the model's for as long as the block lasts."""
-        return self.average.in_place() if self.average else nullcontext()
+        """For as long as the block lasts, self.evaluated has the weights that are validated and saved, all of them on every process."""
+        averaged = self.average.in_place() if self.average else nullcontext()
+        with averaged, sharding.whole(self.model, self.evaluated) if self.sharded else nullcontext():
+            yield
 
     def save_failed(self, log: "Log") -> bool:
         """Warns when the last save failed; whether the run is to end for that."""
@@ -450,15 +470,18 @@ class Trainer:
     def load(self, step: int):
         out_dir = Path(self.config.out_dir)
         content, state = checkpoint.load_training(out_dir, step)
-        checkpoint.load_weights(self.model, content["model"], out_dir)
+        self.load_weights(content["model"])
         if self.average:
             self.average.restart(state["averaged"])
-            checkpoint.load_weights(self.model, state["weights"], out_dir)
-        self.optimizer.load_state_dict(state["optimizer"])
+            self.load_weights(state["weights"])
+        self.optimizer.load_state_dict(sharding.sliced_state(self.optimizer, state["optimizer"]) if self.sharded else state["optimizer"])
         if state["scaler"]:  # empty when the run was not in fp16 until now
             self.scaler.load_state_dict(state["scaler"])
         self.seconds, self.val_loss, self.bad_steps = state["seconds"], content["val_loss"], state["bad_steps"]
         self.recent_losses.extend(state["recent_losses"])
+
+    def load_weights(self, whole: dict[str, Tensor]):
+        checkpoint.load_weights(self.model, sharding.sliced(self.model, whole) if self.sharded else whole, self.config.out_dir)
 
 
 def divergence(logits: Tensor, expected: Tensor) -> Tensor:
@@ -500,6 +523,11 @@ class Evaluation:
             self.log.progress(f"warning: no {what}: {e}")
             return None
 
+    def due(self, step: int) -> bool:
+        """Whether run would do anything at this step."""
+        every = self.config.val_every, self.config.hellaswag_every, self.config.sample_every
+        return step == self.config.max_steps or any(due(each, step) for each in every)
+
     def run(self, step: int) -> float | None:
         """Whatever is due at this step, at the end of the run all that is not switched off. Returns the validation loss,
         which the end always has, or None when it was not due. Stopped, on all processes, when a signal comes."""
@@ -519,7 +547,7 @@ class Evaluation:
     def hellaswag(self, step: int):
         trainer = self.trainer
         scores, _ = hellaswag.evaluate(
-            trainer.model, self.tokenizer, self.tasks, self.world, autocast=trainer.autocast(), stopped=self.stopped
+            trainer.evaluated, self.tokenizer, self.tasks, self.world, autocast=trainer.autocast(), stopped=self.stopped
         )
         named = {f"hellaswag_{name}": score for name, score in scores.items()}
         self.log.value(step, "hella", scores["acc_norm"], {**named, **trainer.axes(step)})
@@ -530,7 +558,7 @@ class Evaluation:
             return
         prompt, length, seed = self.config.sample_prompt, self.config.sample_tokens, self.config.seed + step
         with self.trainer.autocast():
-            texts = sample_texts(self.trainer.model, self.tokenizer, prompt, 4, length, seed)
+            texts = sample_texts(self.trainer.evaluated, self.tokenizer, prompt, 4, length, seed)
         for text in texts:
             self.log.result(f"step {step}: sample: {text}")
 

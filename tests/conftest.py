@@ -113,7 +113,7 @@ FORKS = multiprocessing.get_context("forkserver")
 
 @pytest.fixture(scope="session", autouse=True)
 def fork_server():
-    FORKS.set_forkserver_preload(["conftest", "torch._dynamo", "matplotlib.pyplot"])
+    FORKS.set_forkserver_preload(["conftest", "torch._dynamo", "torch.distributed.fsdp", "matplotlib.pyplot"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), str(REPO / "tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")

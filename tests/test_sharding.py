@@ -1,0 +1,154 @@
+"""--shard: the numbers of a run whose weights are not divided, in the same checkpoints, with less memory a process."""
+
+import json
+from shutil import copy, copytree
+
+import pytest
+import torch
+from conftest import TINY, forked, read_stream, run_train
+from test_hellaswag import make_tasks
+
+import checkpoint
+
+SHARED = ["--checkpoint-every", 10, "--keep", 0]
+
+
+def sharded(shards, folder, *flags, processes=2, **how):
+    run = forked(
+        folder.parent, "train", *TINY, *SHARED, "--shard", "--data-dir", shards, "--out-dir", folder, *flags, processes=processes, **how
+    )
+    assert run.returncode == 0, run.stderr
+    return run
+
+
+def losses(folder, stream="train") -> list[float]:
+    return [float(value) for value in read_stream(folder, stream).values()]
+
+
+@pytest.fixture(scope="module")
+def plain(shards, tmp_path_factory):
+    """The undisturbed run of one process that has all weights."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    assert run_train(shards, folder, *SHARED) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def divided(shards, tmp_path_factory):
+    """The same on two processes that have half of them each; HellaSwag and samples are of all of them."""
+    folder = tmp_path_factory.mktemp("divided") / "run"
+    tasks = folder.with_name("tasks.jsonl")
+    tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(5)))
+    run = sharded(shards, folder, "--hellaswag-every", 20, "--hellaswag-file", tasks, "--sample-every", 20)
+    assert "step 20: HellaSwag acc_norm" in run.stdout and run.stdout.count("step 20: sample:") == 4
+    return folder
+
+
+def test_the_losses_are_those_of_one_process(plain, divided):
+    for stream in ("train", "val"):
+        assert losses(divided, stream) == pytest.approx(losses(plain, stream), abs=1e-5)
+    assert len(losses(divided)) == 20
+
+
+def test_a_checkpoint_is_of_the_same_kind(plain, divided):
+    (model, state), (theirs, their_state) = (checkpoint.load_training(folder, 20) for folder in (plain, divided))
+    assert list(model["model"]) == list(theirs["model"]) and model["config"] == theirs["config"]
+    for name, p in model["model"].items():
+        assert (p - theirs["model"][name]).abs().max() <= 1e-5, name
+    assert theirs["model"]["lm_head.weight"].data_ptr() == theirs["model"]["transformer.wte.weight"].data_ptr()
+    moments, their_moments = state["optimizer"]["state"], their_state["optimizer"]["state"]
+    assert moments.keys() == their_moments.keys() and state["optimizer"]["param_groups"] == their_state["optimizer"]["param_groups"]
+    for i, its in moments.items():
+        assert all((its[key] - their_moments[i][key]).abs().max() <= 1e-5 for key in its)
+
+
+@pytest.mark.parametrize(
+    ("source", "processes", "flags"), [("divided", 0, []), ("plain", 2, ["--shard"]), ("divided", 4, ["--micro-batch-size", 2])]
+)
+def test_a_run_goes_on_divided_or_not_on_any_number_of_processes(source, processes, flags, plain, tmp_path, request):
+    for path in request.getfixturevalue(source).iterdir():
+        if "20" not in path.name:
+            copy(path, tmp_path)
+    flags = flags or (["--no-shard"] if not processes else [])
+    run = forked(
+        tmp_path, "train", "--resume", "--out-dir", tmp_path, "--hellaswag-every", 0, "--sample-every", 0, *flags, processes=processes
+    )
+    assert run.returncode == 0, run.stderr
+    assert losses(tmp_path) == pytest.approx(losses(plain), abs=1e-5)
+    assert losses(tmp_path, "val") == pytest.approx(losses(plain, "val"), abs=1e-5)
+
+
+def test_a_divided_run_resumes_exactly(divided, tmp_path):
+    folder = copytree(divided, tmp_path / "run")
+    for path in folder.glob("*00020*"):
+        path.unlink()
+    run = forked(tmp_path, "train", "--resume", "--out-dir", folder, "--hellaswag-every", 0, "--sample-every", 0, processes=2)
+    assert run.returncode == 0, run.stderr
+    assert read_stream(folder, "train") == read_stream(divided, "train")
+    model, theirs = (checkpoint.load_training(f, 20)[0] for f in (divided, folder))
+    assert all(torch.equal(p, theirs["model"][name]) for name, p in model["model"].items())
+
+
+MANY = "--optimizer muon --pos rope --n-head 1 --norm rmsnorm --mlp swiglu --no-bias --no-tied-head --value-residual --qk-norm --ema 0.9"
+
+
+@pytest.mark.parametrize(
+    ("flags", "tolerance"),
+    [
+        (MANY, 3e-3),  # Muon works in bf16
+        ("--n-expert 3 --n-expert-active 2", 1e-3),  # balanced by micro batch
+        ("--share-layers 2 --ema 0.9 --activation-memory 0", 1e-5),
+    ],
+)
+def test_every_part_of_a_model_can_be_divided(flags, tolerance, shards, tmp_path):
+    flags = flags.split()
+    sharded(shards, tmp_path / "divided", *flags)
+    assert run_train(shards, tmp_path / "plain", *SHARED, *flags) == 0
+    for stream in ("train", "val"):
+        assert losses(tmp_path / "divided", stream) == pytest.approx(losses(tmp_path / "plain", stream), abs=tolerance)
+    for path in (tmp_path / "divided").glob("*00020*"):
+        path.unlink()
+    before = losses(tmp_path / "divided")
+    run = forked(tmp_path, "train", "--resume", "--out-dir", tmp_path / "divided", processes=2)
+    assert run.returncode == 0, run.stderr
+    assert losses(tmp_path / "divided") == pytest.approx(before, abs=1e-6)
+
+
+def lose_a_number():
+    """The first rank's first target is read as none: its loss is not a number."""
+    import os
+
+    import train
+
+    loss = train.Trainer.loss
+
+    def odd(self, model, positions):
+        value = loss(self, model, positions)
+        return value * float("nan") if os.environ["RANK"] == "1" and self.recent_losses and len(self.recent_losses) == 4 else value
+
+    train.Trainer.loss = odd
+
+
+def test_what_is_not_finite_on_one_rank_reaches_no_weight(shards, tmp_path):
+    run = sharded(shards, tmp_path / "run", "--max-bad-steps", 30, first=lose_a_number)
+    assert "step 4 changes no weight (1 in a row, 30 end the run): rank 1's loss is nan; sequences of rank 1: tiny_train_" in run.stderr
+    assert torch.load(tmp_path / "run" / "model_00020.pt", weights_only=True)["model"]["transformer.wte.weight"].isfinite().all()
+
+
+def test_fp16_is_refused(shards, tmp_path):
+    run = forked(tmp_path, "train", *TINY, "--shard", "--dtype", "fp16", "--data-dir", shards, "--out-dir", tmp_path / "run", processes=2)
+    assert run.returncode == 2 and "error: --shard does not scale the loss, which fp16 needs: choose --dtype bf16 or fp32\n" in run.stderr
+
+
+@pytest.mark.slow
+def test_a_process_has_less_memory_the_more_there_are(shards, tmp_path):
+    """GPT-2's width, 4 layers: 29 M parameters, 16 bytes each, of which a process has its share; what it computes with is the same."""
+    shape = "--n-layer 4 --n-head 12 --n-embd 768 --micro-batch-size 1 --max-steps 2 --warmup-steps 1 --val-every 0".split()
+    peaks = {}
+    for processes in (1, 2, 4):
+        folder = tmp_path / str(processes)
+        sharded(shards, folder, *shape, processes=processes, timeout=200)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        peaks[processes] = max(row.get("memory_bytes", 0) for row in rows)
+    state = 16 * 28.6e6
+    assert peaks[1] - peaks[2] == pytest.approx(state / 2, rel=0.4) and peaks[2] - peaks[4] > 0.2 * state / 4, peaks
