@@ -306,6 +306,12 @@ def load_with_tokenizer(path: str, device: str | torch.device = "cpu") -> tuple[
     return model, tokenizer
 
 
+def seal_of(folder: Path, step: int) -> str:
+    """What the seal of a checkpoint says, '' where there is none."""
+    seal = files_of(folder, step).seal
+    return seal.read_text() if seal.exists() else ""
+
+
 def load_training(folder: Path, step: int) -> tuple[dict, dict]:
     """Both files of a checkpoint that newest_step found whole: the model's and the state's."""
     files = files_of(folder, step)

@@ -260,16 +260,17 @@ def parse_flags(argv: list[str] | None = None, model: GPTConfig | None = None) -
 
 
 def is_restart(out_dir: Path) -> bool:
-    """Whether torchrun --max-restarts starts this process again, to go on with what it began here itself."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or not (out_dir / RUN).exists():
+    """Whether torchrun starts this process again, to go on with what it began here itself. Its own count of restarts leaves out
+    those for a host that came back."""
+    if torchrun_id() == "" or not (out_dir / RUN).exists():
         return False
     return torchrun_id() in last_launch(read_json(out_dir / RUN, RUN_REMEDY), None).get("torchrun", [])
 
 
 def torchrun_id() -> str:
-    """What tells one torchrun from another and is the same for all that it restarts; '' without torchrun."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"{platform.node()} {os.getppid()}" if run_id == "none" else run_id
+    """What tells one torchrun from another and is the same for all that it restarts, its own temporary folder; '' without torchrun."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # folder/attempt_0/0/error.json
+    return f"{platform.node()} {Path(error_file).parents[2]}" if error_file else ""
 
 
 RUN = "run.json"

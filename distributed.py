@@ -2,7 +2,11 @@
 
 import gc
 import os
+import pickle
+import secrets
+import time
 import traceback
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,6 +55,13 @@ class World:
             for work in [dist.broadcast(tensor, owner(i), async_op=True) for i, tensor in enumerate(tensors)]:
                 work.wait()
 
+    def copy(self, function):
+        """Rank 0's result of function, tensors and all, on every process."""
+        things = [function() if self.is_main else None]
+        if self.size > 1:
+            dist.broadcast_object_list(things)
+        return things[0]
+
     def gather(self, thing) -> list:
         """Every process's picklable thing, by rank, on every process."""
         things = [thing] * self.size
@@ -84,27 +95,27 @@ class World:
 
 
 @contextmanager
-def join_world(device: str, timeout_minutes: float = 10.0):
+def join_world(device: str, timeout_minutes: float = 10.0, store: dist.Store | None = None):
     """The process group for as long as the block lasts: nccl on CUDA, gloo on CPU, none without torchrun. PeerLost when
-    another process ends, or does not come to what they do together within the timeout."""
+    another process ends, or does not come to what they do together within the timeout. store: what meet returned, if it was
+    called before."""
     device = pick_device(device)
     if "RANK" not in os.environ:
         yield World(device)
         return
+    if store is None:
+        _, store = meet(lambda: None, timeout_minutes)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
     try:
-        begin_group("nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes))
-        yield World(device, dist.get_rank(), dist.get_world_size())
+        with naming_lost_peers():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            yield World(device, rank, size)
     except BaseException as e:
-        traceback.clear_frames(e.__traceback__)  # they hold DDP, which must go before the group:
-        if isinstance(e, RuntimeError) and ("gloo" in str(e) or isinstance(e, dist.DistError)):
-            rank, why = os.environ["RANK"], str(e).splitlines()[0]
-            raise PeerLost(
-                f"rank {rank} lost touch with another, which died or hangs, as it may say itself; if it only was slow, raise "
-                f"--timeout-minutes ({why})"
-            ) from None
+        traceback.clear_frames(e.__traceback__)  # they hold DDP, which must go before the group
         raise
     finally:
         gc.collect()  # when DDP goes last, it waits with Python's lock for a gloo thread that waits for the lock (torch 2.13)
@@ -112,11 +123,80 @@ def join_world(device: str, timeout_minutes: float = 10.0):
             dist.destroy_process_group()
 
 
-def begin_group(backend: str, timeout: timedelta):
-    """init_process_group, also in a process that torchrun --max-restarts starts again: torchrun keeps the store where ranks leave
-    their addresses for each other (pytorch/pytorch#135712), and those of the attempt before must not be found in it. Over
-    several nodes the attempts are not counted alike: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun does it."""
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+@contextmanager
+def naming_lost_peers():
+    """PeerLost for what PyTorch raises when another process is gone."""
+    try:
+        yield
+    except RuntimeError as e:
+        if "gloo" not in str(e) and not isinstance(e, dist.DistError):
+            raise
+        traceback.clear_frames(e.__traceback__)
+        rank, why = os.environ["RANK"], str(e).splitlines()[0]
+        raise PeerLost(
+            f"rank {rank} lost touch with another, which died or hangs, as it may say itself; if it only was slow, raise "
+            f"--timeout-minutes ({why})"
+        ) from None
+
+
+# ---- before there is a group ----
+
+
+def meet(settle: Callable, timeout_minutes: float):
+    """What settle returns on rank 0, or its ValueError or OSError, on every process; and the store where they leave their addresses
+    for each other, None without torchrun. PeerLost when one does not come within the timeout.
+
+    Rank 0 decides alone since other hosts may lack the run's folder. It answers each process that asks, until all have said
+    that they heard: torchrun keeps the store when it starts processes again (pytorch/pytorch#135712) and counts restarts on each
+    host by itself, so that what a process finds there may be left by one that is dead. Each answer has the name of an attempt
+    that none before had, and under it the store is empty."""
+    if "RANK" not in os.environ:
+        return settle(), None
+    with naming_lost_peers():
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
+        deadline = time.monotonic() + 60 * timeout_minutes
+        attempt, result, error = answer(store, size, settle, deadline) if rank == 0 else ask(store, rank, deadline)
+    if error:
+        error.is_shared = rank != 0  # for rank 0 alone to print
+        raise error
+    return result, dist.PrefixStore(attempt, store)
+
+
+def answer(store: dist.Store, size: int, settle: Callable, deadline: float) -> tuple:
+    """Rank 0's part of meet: the name of the attempt, and what settle returned or raised."""
+    result = error = None
+    try:
+        result = settle()
+    except (ValueError, OSError) as e:
+        error = e
+    attempt = secrets.token_hex(8)
+    told = attempt, result, error
+    missing = set(range(1, size))
+
+    def all_heard() -> bool:
+        for rank in sorted(missing):
+            if store.check([f"{attempt} heard by {rank}"]):
+                missing.remove(rank)
+            elif store.check([f"{rank} asks"]):
+                store.set(f"answer to {store.get(f'{rank} asks').decode()}", pickle.dumps(told))
+        return not missing
+
+    wait_until(all_heard, deadline, lambda: f"ranks {', '.join(map(str, sorted(missing)))}")
+    return told
+
+
+def ask(store: dist.Store, rank: int, deadline: float) -> tuple:
+    """The other ranks' part of meet: what rank 0 answers."""
+    me = secrets.token_hex(8)
+    store.set(f"{rank} asks", me)
+    wait_until(lambda: store.check([f"answer to {me}"]), deadline, lambda: "rank 0")
+    attempt, result, error = pickle.loads(store.get(f"answer to {me}"))
+    store.set(f"{attempt} heard by {rank}", b"")
+    return attempt, result, error
+
+
+def wait_until(done: Callable[[], bool], deadline: float, whom: Callable[[], str]):
+    while not done():
+        if time.monotonic() > deadline:
+            raise PeerLost(f"rank {os.environ['RANK']} waited in vain for {whom()}: start all hosts within --timeout-minutes of each other")
+        time.sleep(0.02)

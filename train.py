@@ -23,6 +23,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +40,9 @@ import hellaswag
 import optimizer
 import plot_log
 import sharding
-from config import PRESETS, RUN, RUN_REMEDY, TrainConfig, parse_config, torchrun_id
+from config import PRESETS, RUN, RUN_REMEDY, TrainConfig, parse_config, parse_flags, torchrun_id
 from dataloader import MANIFEST, Shards, TokenStream, differences, find_shards, share, verify_shards
-from distributed import PeerLost, Stopped, World, join_world
+from distributed import PeerLost, Stopped, World, join_world, meet
 from files import append, hold, read_json, write_json
 from model import GPT, GPTConfig
 from sample import sample_texts
@@ -151,8 +152,8 @@ class StopSignal:
 def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int]:
     """All that the loop needs, and the step to begin at. Every fault of a run that can be seen beforehand is seen here."""
     out_dir = Path(config.out_dir)
-    shards = world.on_main(lambda: find_data(config))
-    world.on_main(lambda: check_data(config, shards))
+    shards = world.on_main(lambda: check_data(config, find_data(config)))
+    world.on_all(lambda: check_host(config, world, shards))
     fit_vocabulary(config, shards)
     refuse_too_large(config.model, world.device, world.size if config.shard else 1)
     resumed = world.on_main(lambda: checkpoint.newest_step(out_dir, config.replay_step)) if config.resume else None
@@ -468,8 +469,11 @@ class Trainer:
         return error is not None and self.config.on_save_error == "stop"
 
     def load(self, step: int):
+        """Where a host lacks the checkpoint, rank 0 sends it to all."""
         out_dir = Path(self.config.out_dir)
-        content, state = checkpoint.load_training(out_dir, step)
+        everywhere = len(set(self.world.gather(checkpoint.seal_of(out_dir, step)))) == 1
+        read = partial(checkpoint.load_training, out_dir, step)
+        content, state = read() if everywhere else self.world.copy(read)
         self.load_weights(content["model"])
         if self.average:
             self.average.restart(state["averaged"])
@@ -671,8 +675,8 @@ class Log:
                 self.progress(line)
 
 
-def check_data(config: TrainConfig, shards: Shards):
-    """ValueError when a shard is damaged, or when they are not those that the run in --out-dir began with."""
+def check_data(config: TrainConfig, shards: Shards) -> Shards:
+    """The same shards. ValueError when one is damaged, or when they are not those that the run in --out-dir began with."""
     if config.verify_shards:
         verify_shards(shards)
     if config.resume:
@@ -683,6 +687,19 @@ def check_data(config: TrainConfig, shards: Shards):
                 f"--data-dir {config.data_dir} is not what the run in {config.out_dir} began with: {', '.join(changed[:3])}{more}; "
                 "bring the shards back as they were, or begin a new run in another --out-dir"
             )
+    return shards
+
+
+def check_host(config: TrainConfig, world: World, shards: Shards):
+    """ValueError, from one process on each host but rank 0's, when it lacks the shards that rank 0 has, or has others."""
+    if world.is_main or os.environ.get("LOCAL_RANK") != "0":
+        return
+    try:
+        shards.contents()
+        if config.verify_shards:
+            verify_shards(shards)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{platform.node()} needs the same shards in its --data-dir as the others: {e}") from e
 
 
 def record_launch(config: TrainConfig, world: World, trainer: Trainer, step: int, torchruns: list[str]) -> str:
@@ -721,12 +738,18 @@ def git_commit() -> str:
         return ""
 
 
+def settle() -> TrainConfig:
+    config = parse_config()
+    config.validate(int(os.environ.get("WORLD_SIZE", 1)))
+    return config
+
+
 def main():
     with cli.one_line_errors():
-        config = parse_config()
-        config.validate(int(os.environ.get("WORLD_SIZE", 1)))
+        patience = parse_flags().timeout_minutes  # a flag that does not exist ends every process here
         try:
-            with join_world(config.device, config.timeout_minutes) as world, ExitStack() as stack:
+            config, store = meet(settle, patience)
+            with join_world(config.device, config.timeout_minutes, store) as world, ExitStack() as stack:
                 if config.replay_step is not None:
                     replay(config, world)
                     return

@@ -99,12 +99,12 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(undisturbed, sh
     assert here.keys() == there.keys() and max(abs(float(here[step]) - float(there[step])) for step in there) <= 1e-5
 
 
-@pytest.mark.parametrize(("count", "run_id", "goes_on"), [(1, "a", True), (0, "a", False), (1, "b", False)])
-def test_only_the_same_torchrun_resumes_unasked(shards, tmp_path, monkeypatch, capsys, count, run_id, goes_on):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+@pytest.mark.parametrize(("before", "now", "goes_on"), [("a", "a", True), ("a", "b", False), ("", "a", False), ("", "", False)])
+def test_only_the_same_torchrun_resumes_unasked(shards, tmp_path, monkeypatch, capsys, before, now, goes_on):
+    """It has a folder of its own, whatever the attempt and the name of the rendezvous."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", before and f"/none/{before}/attempt_0/0/error.json")
     assert run_train(shards, tmp_path / "run", "--max-steps", 2) == 0
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", now and f"/none/{now}/attempt_1/0/error.json")
     assert run_train(shards, tmp_path / "run", "--max-steps", 2) == (0 if goes_on else 2)
     assert ("finished already" if goes_on else "already: add --resume") in capsys.readouterr().err
 
