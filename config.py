@@ -19,7 +19,9 @@ from model import NOT_IN_WEIGHTS, SIZES, GPTConfig
 class TrainConfig:
     """Train a GPT. The defaults are GPT-2 (124M) on 10 B tokens of FineWeb-Edu."""
 
-    preset: Literal["quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "modern"] = "gpt2"
+    preset: Literal[
+        "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3-125m", "gpt3-350m", "gpt3-760m", "gpt3-1b", "modern"
+    ] = "gpt2"
     """Defaults for all other flags; a flag beside it wins."""
     data_dir: str = "edu_fineweb10B"
     """Folder of shards from fineweb.py, or build-nanogpt's, or llm.c's .bin."""
@@ -170,6 +172,20 @@ MAY_CHANGE = {
     "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep", "on_save_error", "tracker", "timeout_minutes",
 }  # fmt: skip
 
+
+def gpt3(name: str, n_layer: int, n_head: int, n_embd: int, total_batch_tokens: int = 2**19, **settings) -> TrainConfig:
+    """A size of Brown et al., 2020, table 2.1, with dense attention in all layers and, as the other presets, 10 B tokens of their
+    300 B; the warmup is their 375 M (appendix B)."""
+    return TrainConfig(
+        preset=name,
+        model=GPTConfig(seq_len=2048, n_layer=n_layer, n_head=n_head, n_embd=n_embd),
+        total_batch_tokens=total_batch_tokens,
+        max_steps=round(10e9 / total_batch_tokens),
+        warmup_steps=round(375e6 / total_batch_tokens),
+        **settings,
+    )
+
+
 PRESETS = {
     "gpt2": TrainConfig(),
     "quickstart": TrainConfig(
@@ -198,6 +214,11 @@ PRESETS = {
     "gpt2-medium": TrainConfig(preset="gpt2-medium", model=GPTConfig(**SIZES["gpt2-medium"]), max_lr=3e-4, micro_batch_size=32),
     "gpt2-large": TrainConfig(preset="gpt2-large", model=GPTConfig(**SIZES["gpt2-large"]), max_lr=2.5e-4, micro_batch_size=16),
     "gpt2-xl": TrainConfig(preset="gpt2-xl", model=GPTConfig(**SIZES["gpt2-xl"]), max_lr=2e-4, micro_batch_size=8),
+    "gpt3-125m": gpt3("gpt3-125m", n_layer=12, n_head=12, n_embd=768, max_lr=6e-4, micro_batch_size=32),
+    "gpt3-350m": gpt3("gpt3-350m", n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4, micro_batch_size=16),
+    "gpt3-760m": gpt3("gpt3-760m", n_layer=24, n_head=16, n_embd=1536, max_lr=2.5e-4, micro_batch_size=8),
+    # the table has 24 heads of 128 for a width of 2048, which do not multiply: 16 do
+    "gpt3-1b": gpt3("gpt3-1b", n_layer=24, n_head=16, n_embd=2048, max_lr=2e-4, micro_batch_size=4, total_batch_tokens=2**20),
     # GPT-2's size with what makes it learn from fewer tokens; compare.py --suite switches measures each part's share
     "modern": TrainConfig(
         preset="modern",

@@ -44,6 +44,12 @@ PEAK_FLOPS = (
     ("RTX 4090", 165e12), ("RTX 3090", 71e12),
 )  # fmt: skip
 
+# bytes, as the data sheets and the cards' names have it
+CARD_MEMORY = {
+    "B200": 180e9, "GH200": 96e9, "H200": 141e9, "H100 PCIe": 80e9, "H100 NVL": 94e9, "H100": 80e9, "A100": 80e9, "L40S": 48e9,
+    "L40": 48e9, "L4": 24e9, "A10": 24e9, "V100": 32e9, "RTX 4090": 24e9, "RTX 3090": 24e9,
+}  # fmt: skip
+
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The card's matrix rate in FLOP/s; None where it is not known."""
