@@ -11,6 +11,7 @@ import tyro
 import checkpoint
 import cli
 import hellaswag
+from device import CARD_MEMORY
 from files import read_json
 from model import NOT_IN_WEIGHTS, SIZES, GPTConfig
 
@@ -113,6 +114,16 @@ class TrainConfig:
     """When a checkpoint can't be saved, as on a full disk: train on and try the next one, or end the run."""
     tracker: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
     """Show the metrics there too; it has to be installed. What goes wrong with it never ends the run."""
+    plan: bool = False
+    """Print what the run would take, memory by part, hours and cost, and end; nothing is allocated and no shards are needed."""
+    gpu: Literal[tuple(CARD_MEMORY)] = "H100"
+    """For --plan: the kind of GPU; with --device cpu it is this machine's CPU."""
+    gpus: int = 1
+    """For --plan: how many of them."""
+    price: float = 0.0
+    """For --plan: of a GPU and hour, in $."""
+    rate: float = 0.0
+    """For --plan: tokens a second of all GPUs; 0: that of the run in --out-dir on this GPU, or else 40 % of the peak."""
     timeout_minutes: float = 10.0
     """How long the processes wait for one that hangs before all of them end; longer than one verifies the shards alone."""
 
@@ -130,6 +141,7 @@ class TrainConfig:
             0, self, "max_lr", "muon_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "skip_spikes", "seed"
         )
         faults += cli.at_least(0, self, "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
+        faults += cli.at_least(0, self, "price", "rate") + cli.at_least(1, self, "gpus")
         faults += cli.at_least(0.01, self, "timeout_minutes")
         if self.replay_step is not None and not 0 <= self.replay_step < self.max_steps:
             faults.append(f"--replay-step is {self.replay_step}: the run's steps are 0 to {self.max_steps - 1}")
@@ -170,6 +182,7 @@ MAY_CHANGE = {
     "replay_step", "data_dir", "max_steps", "max_bad_steps", "skip_spikes", "micro_batch_size", "attention", "device", "dtype",
     "compile", "activation_memory", "shard", "verify_shards", "val_every", "val_tokens", "hellaswag_every", "hellaswag_file",
     "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep", "on_save_error", "tracker", "timeout_minutes",
+    "plan", "gpu", "gpus", "price", "rate",
 }  # fmt: skip
 
 
@@ -257,6 +270,8 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     they do not fit it, or would overwrite a run."""
     config = parse_flags(argv)
     out_dir = Path(config.out_dir)
+    if config.plan and not (config.resume or config.init_from):
+        return config
     if config.resume or config.replay_step is not None or is_restart(out_dir):
         previous = replace(read_run(out_dir, config.replay_step), out_dir=config.out_dir, resume=True)
         config = replace(cli.parse(TrainConfig, argv, previous), init_revision=previous.init_revision)

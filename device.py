@@ -55,8 +55,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The card's matrix rate in FLOP/s; None where it is not known."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for words, peak in PEAK_FLOPS if re.search(rf"\b{words}\b", name)), None)
+    return dict(PEAK_FLOPS).get(card_of(torch.cuda.get_device_name(device)))
+
+
+def card_of(description: str) -> str | None:
+    """The row of the tables above that a card's name belongs to."""
+    return next((words for words, _ in PEAK_FLOPS if re.search(rf"\b{words}\b", description)), None)
 
 
 def total_memory(device: torch.device) -> int:

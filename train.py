@@ -38,6 +38,7 @@ import device
 import fineweb
 import hellaswag
 import optimizer
+import plan
 import plot_log
 import sharding
 from config import PRESETS, RUN, RUN_REMEDY, TrainConfig, parse_config, parse_flags, torchrun_id
@@ -746,9 +747,12 @@ def settle() -> TrainConfig:
 
 def main():
     with cli.one_line_errors():
-        patience = parse_flags().timeout_minutes  # a flag that does not exist ends every process here
+        flags = parse_flags()  # one that does not exist ends every process here
+        if flags.plan:
+            print(plan.report(parse_config()))
+            return
         try:
-            config, store = meet(settle, patience)
+            config, store = meet(settle, flags.timeout_minutes)
             with join_world(config.device, config.timeout_minutes, store) as world, ExitStack() as stack:
                 if config.replay_step is not None:
                     replay(config, world)

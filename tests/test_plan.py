@@ -1,16 +1,17 @@
 """Sizes against published figures; the memory estimate against what a step really allocates; scaling against published runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import run_main
+from torch.profiler import ProfilerActivity, profile
 
-from config import PRESETS
+import plan
+import train
+from config import PRESETS, TrainConfig
 from model import GPT, GPTConfig
-
-
-def on_meta(config: GPTConfig) -> GPT:
-    with torch.device("meta"):
-        return GPT(config)
-
+from plan import Cluster, Setting, fsdp_step, memory, on_meta
 
 # ---- sizes ----
 
@@ -46,3 +47,181 @@ def test_flops_are_those_of_nanogpts_notebook():
     ours = 1024 * model.flops_per_token()
     assert ours == 879_894_724_608 + 1024 * 6 * (padding - positions)
     assert ours == pytest.approx(874_944_921_600, rel=5e-4)
+
+
+# ---- memory ----
+
+
+SWITCHES = {
+    "gpt2": {},
+    "manual": {"attention": "manual"},
+    "rope": {"pos": "rope"},
+    "grouped queries": {"n_kv_head": 2},
+    "qk_norm": {"qk_norm": True},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "swiglu": {"mlp": "swiglu"},
+    "experts": {"n_expert": 4, "n_expert_active": 2},
+    "modern": {name: getattr(PRESETS["modern"].model, name) for name in PRESETS["modern"].model.variants()},
+}
+
+
+def saved_bytes(gpt: GPT, idx: torch.Tensor) -> int:
+    """Of all storages but the weights' own that autograd keeps for the backward pass of the trunk."""
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        hidden = gpt.hidden(idx)
+    assert hidden.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def small(**switches) -> GPTConfig:
+    return GPTConfig(**{"vocab_size": 1000, "seq_len": 128, "n_layer": 3, "n_head": 4, "n_embd": 64} | switches)
+
+
+def kept_by_estimate(shape: GPTConfig, setting: Setting, batch: int, **flags) -> float:
+    config = TrainConfig(model=shape, micro_batch_size=batch, total_batch_tokens=batch * shape.seq_len, **flags)
+    gpt = on_meta(shape)
+    parts = memory(config, setting, gpt).parts
+    head = setting.e * (gpt.lm_head.weight.numel() + batch * shape.seq_len * shape.n_embd)  # of the loss, not of the trunk
+    return parts["activations"] + parts["copies for the products"] - (head if setting.e < 4 else 4 * batch * shape.seq_len * shape.n_embd)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_what_an_eager_fp32_forward_pass_keeps(name):
+    shape = small(**SWITCHES[name])
+    kept = saved_bytes(GPT(shape), torch.randint(1000, (8, 128)))
+    assert kept_by_estimate(shape, Setting("cpu", 4, compiled=False), 8) == pytest.approx(kept, rel=0.05)
+
+
+def test_what_recomputation_keeps():
+    shape, gpt = small(), GPT(small())
+    gpt.recompute = True
+    kept = saved_bytes(gpt, torch.randint(1000, (8, 128)))
+    assert kept_by_estimate(shape, Setting("cpu", 4, compiled=False), 8, activation_memory=0.0) == pytest.approx(kept, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWITCHES)
+def test_what_a_compiled_bf16_forward_pass_keeps(name):
+    torch._dynamo.reset()
+    shape, gpt = small(**SWITCHES[name]), GPT(small(**SWITCHES[name]))
+    gpt.compile_blocks()
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = saved_bytes(gpt, torch.randint(1000, (8, 128)))
+    assert kept_by_estimate(shape, Setting("cpu", 2, compiled=True), 8) == pytest.approx(kept, rel=0.05)
+
+
+def allocated_peak(step) -> int:
+    """Bytes by which PyTorch's allocator grows at most while step runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("passes", "max_logits", "activation_memory"), [(1, 2**26, 1.0), (2, 2**26, 1.0), (1, 2**18, 1.0), (1, 2**26, 0.0)]
+)
+def test_the_peak_of_an_eager_step(monkeypatch, passes, max_logits, activation_memory):
+    """With and without accumulation, with the loss whole and in chunks, with everything kept and computed again."""
+    monkeypatch.setattr("model.MAX_LOGITS", max_logits)
+    monkeypatch.setattr(plan, "MAX_LOGITS", max_logits)
+    shape = small(n_embd=128)
+    gpt, idx = GPT(shape), torch.randint(1000, (8, 128))
+    gpt.recompute = activation_memory == 0
+    optimizer = torch.optim.AdamW(gpt.parameters(), fused=True)
+
+    def step():
+        for _ in range(passes):
+            gpt(idx, idx)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()  # makes AdamW's moments
+    measured = allocated_peak(step) + 12 * sum(p.numel() for p in gpt.parameters())
+    config = TrainConfig(model=shape, micro_batch_size=8, total_batch_tokens=passes * 8 * 128, activation_memory=activation_memory)
+    assert memory(config, Setting("cpu", 4, compiled=False), on_meta(shape)).peak == pytest.approx(measured, rel=0.1)
+
+
+def test_a_published_peak():
+    """llm.c's discussion 481: its PyTorch trainer of GPT-2 (124M), micro batch 32, compiled, bf16 takes 14.0 GB."""
+    config = replace(PRESETS["gpt2"], micro_batch_size=32, total_batch_tokens=32 * 1024)
+    assert memory(config, Setting(), on_meta(config.model)).peak == pytest.approx(14.0e9, rel=0.1)
+
+
+def test_sharding_divides_the_state():
+    config = replace(PRESETS["gpt2-xl"], micro_batch_size=1)
+    gpt = on_meta(config.model)
+    whole, shared = (memory(config, Setting(world_size=8, shard=shard), gpt).parts for shard in (False, True))
+    assert all(shared[part] * 8 == whole[part] for part in ("weights", "gradients", "optimizer"))
+    assert whole["whole blocks"] == 0 and shared["activations"] == whole["activations"]
+
+
+# ---- the plan of a run ----
+
+
+def test_a_plan_is_printed_without_shards(capsys, tmp_path):
+    out = tmp_path / "none"
+    assert run_main(train.main, "--plan", "--gpus", 8, "--price", 3, "--data-dir", out, "--out-dir", out) == 0
+    text = capsys.readouterr().out
+    assert "124,439,808 parameters, 8 × H100, bfloat16, compiled" in text and "0.75 hours" in text and "18.02 $" in text
+    assert "assumed MFU of 40%" in text and "fits" in text and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--gpus", "3"], "does not divide --total-batch-tokens"),
+        (["--preset", "gpt2-xl", "--gpu", "L4"], "one sequence at a time takes"),
+        (["--device", "cpu", "--dtype", "fp32", "--no-compile"], "give --rate"),
+        (["--gpus", "0", "--price", "-1"], "--price is -1.0: it must be at least 0; --gpus is 0: it must be at least 1"),
+    ],
+)
+def test_what_can_not_be_planned_is_said_in_one_line(flags, says, capsys):
+    assert run_main(train.main, "--plan", *flags) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_the_rate_is_the_measured_one_where_there_is_one(tmp_path, shards, capsys):
+    out, flags = tmp_path / "run", ["--device", "cpu", "--dtype", "fp32", "--no-compile", "--data-dir", shards]
+    shape = ["--n-layer", 1, "--n-head", 1, "--n-embd", 16, "--seq-len", 32, "--total-batch-tokens", 64, "--micro-batch-size", 2]
+    never = ["--val-tokens", 64, "--hellaswag-every", 0, "--sample-every", 0, "--checkpoint-every", 0, "--warmup-steps", 1]
+    command = ["--out-dir", out, *flags, *shape, *never]
+    assert run_main(train.main, *command, "--max-steps", 4) == 0
+    capsys.readouterr()
+    assert run_main(train.main, "--resume", "--plan", "--out-dir", out) == 0
+    assert "tokens/s, as the run in" in capsys.readouterr().out
+    assert run_main(train.main, "--resume", "--plan", "--out-dir", out, "--rate", 7) == 0
+    assert "7 tokens/s, as given by --rate" in capsys.readouterr().out
+
+
+# ---- scaling ----
+
+
+def test_a_ring_sends_what_a_brute_force_count_says():
+    """An all-reduce in a ring: each GPU passes on one of n parts in each of 2 (n - 1) turns."""
+    for n in (2, 8, 64):
+        turns = [1000 / n for _ in range(n - 1)] + [1000 / n for _ in range(n - 1)]
+        assert 2 * Cluster(n).sent(1000) == pytest.approx(sum(turns))
+    assert Cluster(1).reduce(1000) == Cluster(1).gather(1000) == 0
+    assert Cluster(8).ring == 450e9 and Cluster(64).ring == 400e9
+
+
+def test_fsdp_is_near_torchtitans_figures():
+    """benchmarks/llama3_h100_202412: Llama 3.1 8B, 2 × 8192 tokens a GPU, 400 Gb/s a GPU, compiled: 6,667 tokens/s a GPU on 8, 6,514 on
+    128. From the first the second is calculated; weights are gathered in bf16."""
+    alone = 2 * 8192 / 6667
+    few, many = (fsdp_step(alone, 1, 8_030_261_248, 32, Cluster(n), e=2) for n in (8, 128))
+    assert 6667 * few.seconds / many.seconds == pytest.approx(6514, rel=0.03)

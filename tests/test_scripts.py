@@ -14,7 +14,21 @@ from config import TrainConfig, parse_config
 from device import PEAK_FLOPS
 from model import GPT
 
-SCRIPTS = ["train", "fineweb", "hellaswag", "sample", "plot_log", "bench", "compare", "perplexity", "sweep", "app", "export", "scaling"]
+SCRIPTS = [
+    "train",
+    "fineweb",
+    "hellaswag",
+    "sample",
+    "plot_log",
+    "bench",
+    "compare",
+    "perplexity",
+    "sweep",
+    "app",
+    "export",
+    "plan",
+    "scaling",
+]
 COMMANDS = [*SCRIPTS[:-1], "scaling ladder", "scaling fit", "scaling plan"]
 
 # what others made is imported first; after that every file opened, address looked up and process begun counts
