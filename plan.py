@@ -369,8 +369,10 @@ def draw(curves: dict[str, dict[int, Step]], out: Path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5))
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(curve.split(",")[0] for curve in curves))}
     for name, steps in curves.items():
-        axes.plot(steps.keys(), [step.efficiency for step in steps.values()], "--" if "a GPU" in name else "-", marker=".", label=name)
+        look = dict(ls="--" if "a GPU" in name else "-", marker="o" if "DDP" in name else "x", color=colors[name.split(",")[0]])
+        axes.plot(steps.keys(), [step.efficiency for step in steps.values()], markersize=4, label=name, **look)
     axes.axhline(0.9, color="gray", lw=0.8)
     axes.set(xscale="log", xlabel="GPUs", ylabel="efficiency, calculated", xticks=COUNTS, xticklabels=COUNTS, ylim=(0, 1.02))
     axes.minorticks_off()
