@@ -12,9 +12,10 @@ import tyro
 from tqdm import tqdm
 
 
-def parse(cls, argv: list[str] | None = None, default=None):
-    """The dataclass is the command line: a field a flag, its docstring the help. Exits 2 on an unknown flag."""
-    return tyro.cli(cls, args=argv, default=tyro.MISSING_NONPROP if default is None else default)
+def parse(cls, argv: list[str] | None = None, default=None, script: str | None = None):
+    """The dataclass is the command line: a field a flag, its docstring the help. Exits 2 on an unknown flag. script: whose flags
+    they are, where it is not the one that runs."""
+    return tyro.cli(cls, prog=script, args=argv, default=tyro.MISSING_NONPROP if default is None else default)
 
 
 def parse_command(commands: dict[str, type], argv: list[str] | None = None):
@@ -44,14 +45,30 @@ def refuse(faults: list[str]):
         raise ValueError("; ".join(faults))
 
 
+def printable(text: str) -> str:
+    """The text, what would control a terminal shown as a box: a model may write anything."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def disk_failed(e: Exception) -> bool:
     return isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
 
+AGAIN = "give the same command again to go on"  # what can be stopped at any time
+REMEDIES = {
+    errno.EEXIST: "it is a file, give a folder",
+    errno.ENOTDIR: "a part of that path is a file, give folders",
+    errno.EACCES: "give a path that you may read and write",
+    errno.EPERM: "give a path that you may read and write",
+    errno.EROFS: "nothing can be written there, give another folder",
+}
+
+
 @contextmanager
-def one_line_errors():
+def one_line_errors(after_ctrl_c: str = ""):
     """A mistake that a user can mend (ValueError, a file that can't be used) ends in one line and status 2, a full or
-    broken disk in status 1, Ctrl-C in 130. Anything else is a fault of the program and keeps its traceback."""
+    broken disk in status 1, Ctrl-C in 130. Anything else is a fault of the program and keeps its traceback.
+    after_ctrl_c: how to go on then."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
     try:
@@ -61,12 +78,15 @@ def one_line_errors():
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as e:
         full = disk_failed(e)
-        remedy = ": free some space and give the command again" if full else ": check the path" if isinstance(e, OSError) else ""
+        remedy = ""
+        if isinstance(e, OSError):
+            of_path = REMEDIES.get(e.errno, "check the path")
+            remedy = ": free some space and give the command again" if full else f": {of_path}"
         if not getattr(e, "is_shared", False):
             print(f"error: {e}{remedy}", file=sys.stderr)
         sys.exit(1 if full else 2)
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
+        print(f"\nstopped by Ctrl-C{after_ctrl_c and ': '}{after_ctrl_c}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -190,7 +190,11 @@ class Run(NamedTuple):
 
     def config(self) -> TrainConfig:
         """What its flags say. Exits 2 on an unknown one, ValueError names the variant whose settings can't be."""
-        config = parse_flags(self.argv())
+        try:
+            config = parse_flags(self.argv())
+        except SystemExit:
+            print(f"error: the flags of {self.name!r} are not train.py's: mend them", file=sys.stderr)
+            raise
         if config.init_from:  # whose weights decide the shape
             config = parse_flags(self.argv(), checkpoint.load_config(config.init_from, config.init_revision))
         try:
@@ -434,7 +438,7 @@ def plot_curves(curves: list[dict], trained: int, out: Path):
 
 
 def main():
-    with cli.one_line_errors():
+    with cli.one_line_errors(cli.AGAIN):
         config = cli.parse(CompareConfig)
         config.validate()
         variants, seeds = variants_of(config), range(1, config.seeds + 1)

@@ -292,7 +292,7 @@ def parse_flags(argv: list[str] | None = None, model: GPTConfig | None = None) -
     """Flags over the defaults of a preset, and over a model's shape where one is given."""
     first, _ = tyro.cli(PresetFlag, args=argv, return_unknown_args=True, add_help=False)
     preset = PRESETS.get(first.preset, PRESETS["gpt2"])  # a wrong name is for the full parser to refuse
-    return cli.parse(TrainConfig, argv, replace(preset, model=model or preset.model))
+    return cli.parse(TrainConfig, argv, replace(preset, model=model or preset.model), "train.py")
 
 
 def is_restart(out_dir: Path) -> bool:

@@ -102,6 +102,8 @@ def same(a: list, b: list) -> bool:
 def find_shards(folder: str | Path) -> Shards:
     """Reads the manifest, or lists the files where there is none. ValueError when there are no shards for both splits."""
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"no shards: {folder} is a file, give the folder that shards are in")
     if not folder.is_dir():
         raise ValueError(f"no shards: the folder {folder} does not exist; make it: python fineweb.py --out-dir {folder}")
     if (folder / MANIFEST).exists():

@@ -597,7 +597,7 @@ def check_download(out: Path, file: str, expected: str | None) -> dict:
 
 def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the workers and their pool end in order
-    with cli.one_line_errors():
+    with cli.one_line_errors(cli.AGAIN):
         config = cli.parse(PrepareConfig)
         faults = cli.at_least(1, config, "shard_size") + cli.at_least(0, config, "max_tokens", "workers")
         if not config.dataset:

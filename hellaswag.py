@@ -68,17 +68,18 @@ def load_tasks(path: str | Path, limit: int = 0) -> list[dict]:
         download(URL, path)
     if not path.is_file():
         raise ValueError(f"no file {path}: give HellaSwag's {HellaSwagConfig.file}")
-    tasks = []
+    fetched = path.name == HellaSwagConfig.file
+    tasks, remedy = [], "delete the file to fetch it again" if fetched else f"give HellaSwag's {HellaSwagConfig.file}"
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if limit and len(tasks) == limit:
                 break
             task = read_task(line)
             if task is None:
-                raise ValueError(f"{path}, line {number}: not a HellaSwag task; delete the file to fetch it again")
+                raise ValueError(f"{path}, line {number}: not a HellaSwag task; {remedy}")
             tasks.append(task)
     if not tasks:
-        raise ValueError(f"{path} has no tasks; delete the file to fetch it again")
+        raise ValueError(f"{path} has no tasks; {remedy}")
     return tasks
 
 

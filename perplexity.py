@@ -70,13 +70,13 @@ def rows_of_text(ids: list[int], seq_len: int, stride: int) -> Iterator[Row]:
         done = end
 
 
-def rows_of_shards(shards: Shards, seq_len: int, max_tokens: int) -> Iterator[Row]:
-    """The sequences that train.py validates on."""
+def rows_of_shards(shards: Shards, seq_len: int, max_tokens: int) -> tuple[Iterator[Row], int]:
+    """The sequences that train.py validates on, and how many ids are predicted in them."""
     stream = TokenStream(shards, "val", seq_len, shuffle=False)
     there = stream.sequences_per_epoch
     count = max(1, min(there, max_tokens // seq_len)) if max_tokens else there
-    for i in range(count):
-        yield stream.read(i * there // count * seq_len, seq_len + 1).tolist(), seq_len
+    starts = (i * there // count * seq_len for i in range(count))
+    return ((stream.read(start, seq_len + 1).tolist(), seq_len) for start in starts), count * seq_len
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def main():
                 shards = find_shards(path)
                 if shards.tokenizer != tokenizer.name:
                     raise ValueError(f"{path} has tokens of {shards.tokenizer}, the model those of {tokenizer.name}: score the text itself")
-                rows, total = rows_of_shards(shards, T, config.max_tokens), None
+                rows, total = rows_of_shards(shards, T, config.max_tokens)
             else:
                 ids = read_text(Path(path), tokenizer, config.max_tokens)
                 rows, total = rows_of_text(ids, T, min(config.stride, T)), len(ids) - 1

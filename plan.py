@@ -85,7 +85,8 @@ def memory(config: TrainConfig, setting: Setting, model: GPT) -> Memory:
     passing = sum(list(parts.values())[5:])
     stay = config.grad_accum_steps(world_size) > 1 or (world_size > 1 and not shard)
     fixed = sum(list(parts.values())[:5]) - parts["gradients"]
-    return Memory(parts, fixed + (parts["gradients"] + passing if stay else max(parts["gradients"], passing)))
+    peak = fixed + (parts["gradients"] + passing if stay else max(parts["gradients"], passing))
+    return Memory(parts, max(peak, fixed + 4 * params if shard else 0))  # where an evaluation has all weights
 
 
 def block_bytes(shape: GPTConfig, setting: Setting) -> float:
@@ -175,7 +176,7 @@ def report(config: TrainConfig) -> str:
     name = "cpu" if on_cpu else config.gpu
     dtype = device.pick_dtype(config.dtype, torch.device("cpu")) if on_cpu or config.dtype != "auto" else torch.bfloat16
     compiled = config.compile and (not on_cpu or device.can_compile(torch.device("cpu")))
-    setting = Setting("cpu" if on_cpu else "cuda", dtype.itemsize, compiled, config.gpus)
+    setting = Setting("cpu" if on_cpu else "cuda", dtype.itemsize, compiled, config.gpus, config.shard and config.gpus > 1)
     available = device.total_memory(torch.device("cpu")) if on_cpu else device.CARD_MEMORY[name] - CUDA_ITSELF
     model = on_meta(config.model)
     need, fits = memory(config, setting, model), largest_micro_batch(config, setting, model, available)
@@ -201,10 +202,10 @@ def report(config: TrainConfig) -> str:
     if config.price:
         lines.append(f"{hours * config.gpus * config.price:,.2f} $ at {config.price:g} $ a GPU and hour")
     if config.gpus > 1 and not on_cpu:
-        step = step_on(config, config.gpus, False, name)
+        step = step_on(config, config.gpus, config.shard, name)
         lines.append(
             f"of a step of {step.seconds * 1e3:.1f} ms at {ASSUMED_MFU:.0%} MFU it waits {(step.seconds - step.compute) * 1e3:.1f} ms for "
-            "the gradients of the others"
+            f"the {'weights and ' if config.shard else ''}gradients of the others"
         )
     return "\n".join(lines)
 

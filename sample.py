@@ -296,7 +296,7 @@ def main():
         )  # fmt: skip
         for number, text in enumerate(texts, 1):
             print(f"--- sample {number} of {len(texts)}", file=sys.stderr, flush=True)
-            print(text, flush=True)
+            print(cli.printable(text) if sys.stdout.isatty() else text, flush=True)
         if counts["proposed"]:
             share, speed = counts["accepted"] / counts["proposed"], config.max_new_tokens / counts["passes"]
             print(

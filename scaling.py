@@ -460,7 +460,7 @@ COMMANDS = {LadderConfig: ("ladder", do_ladder), FitConfig: ("fit", do_fit), Pla
 
 
 def main():
-    with cli.one_line_errors():
+    with cli.one_line_errors(cli.AGAIN):
         config = cli.parse_command({name: kind for kind, (name, _) in COMMANDS.items()})
         COMMANDS[type(config)][1](config)
 

@@ -373,7 +373,7 @@ def plot(rows: list[dict], space: dict[str, Choice | Range], out: Path):
 
 
 def main():
-    with cli.one_line_errors():
+    with cli.one_line_errors(cli.AGAIN):
         config = cli.parse(SweepConfig)
         config.validate()
         space = parse_space(config.space)

@@ -155,6 +155,7 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     out_dir = Path(config.out_dir)
     shards = world.on_main(lambda: check_data(config, find_data(config)))
     world.on_all(lambda: check_host(config, world, shards))
+    world.on_main(lambda: check_hellaswag(config))
     fit_vocabulary(config, shards)
     refuse_too_large(config.model, world.device, world.size if config.shard else 1)
     resumed = world.on_main(lambda: checkpoint.newest_step(out_dir, config.replay_step)) if config.resume else None
@@ -565,7 +566,7 @@ class Evaluation:
         with self.trainer.autocast():
             texts = sample_texts(self.trainer.evaluated, self.tokenizer, prompt, 4, length, seed)
         for text in texts:
-            self.log.result(f"step {step}: sample: {text}")
+            self.log.result(f"step {step}: sample: {cli.printable(text)}")
 
     def plot(self):
         if self.world.is_main:
@@ -674,6 +675,15 @@ class Log:
                 self.bar.set_description_str(line)
             else:
                 self.progress(line)
+
+
+def check_hellaswag(config: TrainConfig):
+    """ValueError when tasks that were asked for by name are not there; the default's are fetched, and may be missing."""
+    named = config.hellaswag_every and config.hellaswag_file != TrainConfig.hellaswag_file
+    if named and not Path(config.hellaswag_file).is_file():
+        raise ValueError(
+            f"--hellaswag-file {config.hellaswag_file} is no file: give HellaSwag's {TrainConfig.hellaswag_file}, or leave it out"
+        )
 
 
 def check_data(config: TrainConfig, shards: Shards) -> Shards:

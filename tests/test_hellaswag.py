@@ -240,7 +240,7 @@ def test_two_processes_give_the_answers_of_one(model, tasks_file, tmp_path):
     [
         (None, "no file"),
         ("", "has no tasks"),
-        ("<html>404</html>\n", "line 1: not a HellaSwag task"),
+        ("<html>404</html>\n", "line 1: not a HellaSwag task; give HellaSwag's hellaswag_val.jsonl"),
         (json.dumps({"ctx": "a", "endings": ["b"], "label": 0}) + "\n", "line 1: not a HellaSwag task"),
         (json.dumps(make_tasks(1)[0] | {"label": 4}) + "\n", "line 1: not a HellaSwag task"),
     ],

@@ -10,6 +10,7 @@ import time
 import pytest
 from conftest import REPO, run_main
 
+import cli
 from config import TrainConfig, parse_config
 from device import PEAK_FLOPS
 from model import GPT
@@ -118,6 +119,21 @@ def test_the_hours_in_the_readme_follow_from_the_flops():
         expected = flops / (0.4 * int(tflops.replace(",", "")) * 1e12) / 3600
         assert float(hours) == pytest.approx(expected, rel=0.01, abs=0.051)
         assert not rent or int(price) == round(expected * float(rent))
+
+
+def test_what_would_control_a_terminal_is_a_box():
+    assert cli.printable("a\x1b[2J\x07\r\x00\nb\tü\x9b") == "a�[2J���\nb\tü�"
+
+
+@pytest.mark.parametrize("name", ["compare", "sweep", "scaling", "fineweb"])
+def test_what_can_go_on_says_so_at_ctrl_c(name, monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse", stop)
+    monkeypatch.setattr(cli, "parse_command", stop)
+    assert run_main(importlib.import_module(name).main) == 130
+    assert capsys.readouterr().err == "\nstopped by Ctrl-C: give the same command again to go on\n"
 
 
 def test_both_spellings_of_a_flag():

@@ -407,15 +407,16 @@ def test_hellaswag_and_samples_in_the_run(shards, tmp_path, capsys):
     assert evaluate(model, tokenizer, make_tasks(12), World(torch.device("cpu")))[0]["acc_norm"] == row["hellaswag_acc_norm"]
 
 
-@pytest.mark.parametrize("name", ["none.jsonl", ""])
-def test_a_missing_hellaswag_file_is_a_warning(shards, tmp_path, capsys, name):
-    assert run_train(shards, tmp_path / "run", "--max-steps", 2, "--hellaswag-every", 1, "--hellaswag-file", tmp_path / name) == 0
+def test_hellaswag_that_can_not_be_read_is_a_warning(shards, tmp_path, capsys):
+    (tmp_path / "odd.jsonl").write_text("<html>")
+    assert run_train(shards, tmp_path / "run", "--max-steps", 2, "--hellaswag-every", 1, "--hellaswag-file", tmp_path / "odd.jsonl") == 0
     assert "warning: no HellaSwag in this run" in capsys.readouterr().err
     assert read_stream(tmp_path / "run", "hella") == {}
 
 
 def test_a_warning_on_two_processes_is_said_once_and_both_go_on(shards, tmp_path):
-    argv = ["--max-steps", 2, "--hellaswag-every", 1, "--hellaswag-file", tmp_path / "none.jsonl"]
+    (tmp_path / "odd.jsonl").write_text("<html>")
+    argv = ["--max-steps", 2, "--hellaswag-every", 1, "--hellaswag-file", tmp_path / "odd.jsonl"]
     result = forked(tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", *argv, processes=2)
     assert result.returncode == 0 and result.stderr.count("warning: no HellaSwag in this run") == 1
     assert list(read_stream(tmp_path / "run", "val")) == [0, 2]
@@ -552,6 +553,8 @@ def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, messa
     ("argv", "message"),
     [
         (["--data-dir", "nowhere"], "the folder nowhere does not exist; make it: python fineweb.py --out-dir nowhere"),
+        (["--data-dir", __file__], "test_train.py is a file, give the folder that shards are in"),
+        (["--hellaswag-file", "nowhere", "--hellaswag-every", 5], "--hellaswag-file nowhere is no file: give HellaSwag's"),
         (["--micro-batch-size", 3], "--micro-batch-size 2 does"),
         (["--total-batch-tokens", 100], "--total-batch-tokens 128 can be divided"),
         (["--n-head", 5], "n_embd 32 is not a multiple of n_head 5"),
@@ -586,6 +589,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(shards, tmp_path, capsys, monk
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_place_of_the_runs_folder_is_said(shards, tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    assert run_train(shards, tmp_path / "run") == 2
+    assert "run': it is a file, give a folder\n" in capsys.readouterr().err and (tmp_path / "run").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["run.json", "log.txt", "config.json", "model_00005.pt"])
