@@ -25,11 +25,14 @@ STEPS = (
     "--seq-len 64 --total-batch-tokens 512 --micro-batch-size 4 --max-steps 8 --warmup-steps 2 --val-tokens 1024 "
     "--device cpu --no-compile --hellaswag-file tasks.jsonl --sample-every 4"
 )
+LADDER = "--seq-len 64 --total-batch-tokens 512 --micro-batch-size 4 --max-lr 3e-3 --val-tokens 1024 --device cpu --no-compile"
 VISIT = "curl --silent --fail --retry 60 --retry-delay 1 --retry-connrefused --output page.html"
 SMALL = (  # the first pattern that a command matches says what is added to it
     (r"^until", ""),  # the run in log is finished by then: it says so
     (r"sweep.py", "--trials 2 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
     (r"compare.py", "--seeds 1 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
+    (r"--plan|scaling.py (plan|fit)", ""),
+    (r"scaling.py ladder", f"--sizes 1x32 2x32 2x64 --tokens 2560 5120 10240 --workers 2 --flags='{LADDER}'"),
     (r"export.py", ""),
     (r"lm_eval", "--device cpu"),
     (r"app.py", f"& {VISIT} http://127.0.0.1:7860; seen=$?; kill $!; exit $seen"),
