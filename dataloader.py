@@ -6,6 +6,7 @@
 A folder without a manifest is read as GPT-2 shards, .npy as build-nanogpt writes them or .bin as llm.c does.
 """
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,17 @@ def same(a: list, b: list) -> bool:
     return a[0] == b[0] and (a[1] == b[1] or None in (a[1], b[1]))
 
 
+def part_folder(folder: Path, index: int, count: int) -> Path:
+    """Where fineweb.py makes the index-th, from 0, of `count` parts of a folder's shards."""
+    return folder / f"part-{index + 1}-of-{count}"
+
+
+def part_folders(folder: Path) -> dict[Path, int]:
+    """Those that are there, and the number of parts that each says there are to be."""
+    found = {path: re.fullmatch(r"part-\d+-of-(\d+)", path.name) for path in folder.glob("part-*-of-*")}
+    return {path: int(match[1]) for path, match in found.items() if match}
+
+
 def find_shards(folder: str | Path) -> Shards:
     """Reads the manifest, or lists the files where there is none. ValueError when there are no shards for both splits."""
     folder = Path(folder)
@@ -116,6 +128,8 @@ def find_shards(folder: str | Path) -> Shards:
         except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{folder / MANIFEST} is not a manifest of shards ({type(e).__name__}: {e}): {REMEDY}") from e
     else:
+        if part_folders(folder):
+            raise ValueError(f"{folder} holds parts that were not joined: give the fineweb.py command that made one again, without --part")
         files = sorted(path.name for path in folder.iterdir() if path.suffix in (".npy", ".bin"))
         shards = Shards(folder, entries=[{"file": name} for name in files])
     for split in ("train", "val"):

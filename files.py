@@ -69,14 +69,14 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def hold(folder: Path):
-    """Makes the folder this process's own for as long as the block lasts; ValueError when another one has it. A folder
-    that it had to make and that nothing was put into goes again."""
+def hold(folder: Path, wait: bool = False):
+    """Makes the folder this process's own for as long as the block lasts; when another one has it, ValueError, or wait for
+    its end. A folder that it had to make and that nothing was put into goes again."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ValueError(f"another process is writing into {folder}: wait for it, or choose another --out-dir") from None
         try:

@@ -2,6 +2,7 @@
 
     python fineweb.py                                          # FineWeb-Edu's 10 B token sample, streamed from the hub
     python fineweb.py --dataset docs/ more.jsonl.gz --out-dir mine    # your own .parquet .jsonl(.gz) .txt .md .py
+    python fineweb.py --name sample-100BT --out-dir edu_fineweb100B --part 3/8      # on the third of eight machines
     python fineweb.py --pretokenized --out-dir fineweb10B      # ready GPT-2 shards, nothing to tokenize
 
 A prep that was killed goes on where it stopped when the same command is given again.
@@ -27,7 +28,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -35,7 +37,7 @@ from typing import Literal
 import numpy as np
 
 import cli
-from dataloader import MANIFEST, REMEDY, open_shard, write_shard
+from dataloader import MANIFEST, REMEDY, open_shard, part_folder, part_folders, write_shard
 from files import hold, read_json, sha256, write_json
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -61,11 +63,32 @@ class PrepareConfig:
     shard_size: int = 100_000_000
     """Tokens in a shard."""
     max_tokens: int = 0
-    """Stop after so many tokens; 0 takes all."""
+    """Stop after so many tokens, each part after its share of them; 0 takes all."""
     workers: int = 0
     """Threads (without gigatoken: processes) that tokenize; 0 is one a core."""
+    part: str = ""
+    """Take only this part of the dataset's files, as 3/8, the third of eight blocks: for several processes or machines. When all
+    parts are in --out-dir, the last to finish, or the same command without --part, joins them."""
     pretokenized: bool = False
     """Download ready .bin shards (kjj0/fineweb10B-gpt2) instead of tokenizing."""
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """--part as (its number from 0, how many there are); the whole is the only one."""
+        number, count = map(int, (self.part or "1/1").split("/"))
+        return number - 1, count
+
+    def faults(self) -> list[str]:
+        faults = cli.at_least(1, self, "shard_size") + cli.at_least(0, self, "max_tokens", "workers")
+        if not self.dataset:
+            faults.append("--dataset has no value: give files, folders, 'stdlib', or one dataset of the hub")
+        if self.shard_size > 10**9:
+            faults.append(f"--shard-size is {self.shard_size}: two shards are held in memory, it must be at most 1,000,000,000")
+        if self.part and not (re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.part) and self.share[0] < self.share[1]):
+            faults.append(f"--part is {self.part}: give it as 3/8, the third of eight")
+        if self.part and self.pretokenized:
+            faults.append("--part is for documents: leave it out, or --pretokenized")
+        return faults
 
 
 # ---- tokenizers ----
@@ -174,27 +197,39 @@ def fast_rows(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray] | None
 # ---- documents ----
 
 
-class LocalDocuments:
-    """The documents of local files, in order. Its state is how many have been read."""
+def refuse_more_parts(share: tuple[int, int], n_files: int):
+    index, count = share
+    if count > n_files:
+        raise ValueError(f"--part {index + 1}/{count} of {n_files} files: make at most {n_files} parts")
 
-    def __init__(self, files: list[Path]):
-        self.files = files
-        self.done = 0
+
+class LocalDocuments:
+    """The documents of local files, in order, or of a share (index, count) of them: one of `count` blocks of files.
+    Its state is the file that was read last, and how many documents of it: no file before it is opened again."""
+
+    def __init__(self, files: list[Path], share: tuple[int, int] = (0, 1)):
+        index, count = share
+        refuse_more_parts(share, len(files))
         listing = [f"{path.name} {path.stat().st_size}" for path in files]
         self.revision = "files-" + hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
+        self.files = files[index * len(files) // count : (index + 1) * len(files) // count]
+        self.file, self.done = 0, 0
 
     def state(self) -> dict:
-        return {"documents": self.done}
+        return {"file": self.file, "documents": self.done}
 
     def load_state(self, state: dict):
-        self.done = state["documents"]
+        self.file, self.done = state.get("file", 0), state["documents"]  # before parts, all were counted from the first file
 
     def __iter__(self) -> Iterator[str]:
-        already = self.done
-        for i, text in enumerate(text for path in self.files for text in read_file(path)):
-            if i >= already:
-                self.done = i + 1
-                yield text
+        first, already = self.file, self.done
+        for file in range(first, len(self.files)):
+            for done, text in enumerate(read_file(self.files[file]), 1):
+                if already:
+                    already -= 1
+                else:
+                    self.file, self.done = file, done
+                    yield text
 
 
 READABLE = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".md", ".py")
@@ -306,18 +341,22 @@ def busy_or_away(e: Exception) -> bool:
 
 
 class HubDocuments:
-    """A dataset streamed from the hub, one text column of it. Its state is the dataset's own."""
+    """A dataset streamed from the hub, one text column of it, or of a share (index, count) of its files: one of `count` blocks.
+    Its state is the dataset's own."""
 
-    def __init__(self, repo: str, name: str, revision: str):
-        self.repo, self.name = repo, name
+    def __init__(self, repo: str, name: str, revision: str, share: tuple[int, int] = (0, 1)):
+        self.repo, self.name, self.share = repo, name, share
         problem = f"there is no file or folder {repo} here, and it could not be found on the hub"
         self.revision = hub_info(repo, revision, problem, "check the name, the revision and the network").sha
-        self.dataset = patiently(f"{repo} could not be opened", "check --name and the network", busy, self.open)
+        self.dataset = patiently(f"{repo} could not be opened", "check --name, --part and the network", busy, self.open)
 
     def open(self):
         from datasets import load_dataset
 
-        return load_dataset(self.repo, self.name or None, split="train", streaming=True, revision=self.revision, columns=["text"])
+        dataset = load_dataset(self.repo, self.name or None, split="train", streaming=True, revision=self.revision, columns=["text"])
+        index, count = self.share
+        refuse_more_parts(self.share, dataset.num_shards)  # what datasets calls a shard is a file
+        return dataset.shard(count, index, contiguous=True)
 
     def state(self) -> dict:
         return self.dataset.state_dict()
@@ -347,22 +386,22 @@ class HubDocuments:
                 wait(f"{self.repo} could not be read", e, failures)
 
 
-def local_documents(dataset: tuple[str, ...]) -> LocalDocuments | None:
+def local_documents(config: PrepareConfig) -> LocalDocuments | None:
     """The documents that --dataset names when they are all here."""
-    if dataset == ("stdlib",):
-        return LocalDocuments(stdlib_files())
-    paths = [Path(name) for name in dataset]
-    return LocalDocuments(local_files(paths)) if all(path.exists() for path in paths) else None
+    if config.dataset == ("stdlib",):
+        return LocalDocuments(stdlib_files(), config.share)
+    paths = [Path(name) for name in config.dataset]
+    return LocalDocuments(local_files(paths), config.share) if all(path.exists() for path in paths) else None
 
 
 def open_documents(config: PrepareConfig, revision: str):
     """The documents that --dataset names. revision: the one recorded by a prep to go on with, or ''."""
-    if documents := local_documents(config.dataset):
+    if documents := local_documents(config):
         return documents
     paths = [Path(name) for name in config.dataset]
     missing = [str(path) for path in paths if not path.exists()]
     if len(paths) == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", missing[0]) and not missing[0].endswith(READABLE):
-        return HubDocuments(missing[0], config.name, revision or config.revision)
+        return HubDocuments(missing[0], config.name, revision or config.revision, config.share)
     raise ValueError(f"--dataset: {', '.join(missing)} not found: give files, folders, 'stdlib', or one dataset of the hub")
 
 
@@ -422,25 +461,37 @@ def begin_worker():
 
 
 def prepare(config: PrepareConfig):
-    """Fills --out-dir, as its only writer."""
+    """Fills --out-dir, as its only writer; a part is written into a folder of its own there, beside others."""
     out = Path(config.out_dir)
-    with hold(out):
-        try:
-            fetch_pretokenized(config) if config.pretokenized else tokenize_documents(config)
-        except OSError as e:
-            if not cli.disk_failed(e):
-                raise
-            free = shutil.disk_usage(out).free / 1e6
-            raise OSError(e.errno, f"{e.strerror}: {out} has {free:,.0f} MB free, a token takes two bytes") from e
+    if config.part:
+        make_part(out, config)
+    with hold(out, wait=bool(config.part)), full_disk_told(out):  # another part may be joining them
+        if config.part or part_folders(out):
+            join_parts(out, config)
+        elif config.pretokenized:
+            fetch_pretokenized(config)
+        else:
+            tokenize_documents(out, config)
 
 
-def tokenize_documents(config: PrepareConfig):
+@contextmanager
+def full_disk_told(folder: Path):
+    """Has the error of a full disk say how much room there is."""
+    try:
+        yield
+    except OSError as e:
+        if not cli.disk_failed(e):
+            raise
+        free = shutil.disk_usage(folder).free / 1e6
+        raise OSError(e.errno, f"{e.strerror}: {folder} has {free:,.0f} MB free, a token takes two bytes") from e
+
+
+def tokenize_documents(out: Path, config: PrepareConfig):
     """Writes the shards and, last, the manifest. Given again after a kill, it goes on and ends with the same bytes.
 
     Two shards are gathered before they are written, so that a corpus of less than two can still be divided: a tenth of
-    it is for val, the rest for train. Of a larger one the first shard is for val.
+    it is for val, the rest for train. Of a larger one the first shard is for val. Of several parts only the first has one.
     """
-    out = Path(config.out_dir)
     get_tokenizer(config.tokenizer)  # before anything is downloaded
     progress = resume_point(out, config)
     if progress is None:
@@ -455,23 +506,31 @@ def tokenize_documents(config: PrepareConfig):
 
     shards, size = progress["shards"], config.shard_size
     done = sum(shard["tokens"] for shard in shards)
-    budget = (config.max_tokens or sys.maxsize) - done
-    prefix = re.sub(r"[^a-z0-9]", "", Path(config.dataset[0]).stem.lower()) or "documents"
+    index, count = config.share
+    limit = config.max_tokens * (index + 1) // count - config.max_tokens * index // count
+    budget = (limit if config.max_tokens else sys.maxsize) - done
     stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count())
-    with cli.bar(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=config.max_tokens or None, initial=done) as bar:
+    with cli.bar(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=limit or None, initial=done) as bar:
         for tokens, resume_from in pack(stream, 2 * size, budget, progress["skip"], bar.update):
-            first = size
-            if not shards and len(tokens) < 2 * size:  # this is the whole corpus
-                first = len(tokens) // 10 or 1
-            for part in (tokens[:first], *cut(tokens[first:], size)):
-                path = out / f"{prefix}_{'train' if shards else 'val'}_{len(shards):06d}.npy"
-                shards.append(write_shard(path, part))
+            first, split = size, "train"
+            if not index and not shards:
+                split = "val"
+                if len(tokens) < 2 * size:  # this is the whole corpus
+                    first = len(tokens) // 10 or 1
+            for piece in (tokens[:first], *cut(tokens[first:], size)):
+                shards.append(write_shard(out / shard_name(config, split, len(shards)), piece))
+                split = "train"
             write_json(out / PROGRESS, progress | {"shards": shards, **resume_from})
-    if len(shards) < 2:
+    if not index and len(shards) < 2:
         for name in (PROGRESS, *(shard["file"] for shard in shards)):
             (out / name).unlink()
         raise ValueError(f"{' '.join(config.dataset)}: not enough tokens for a val and a train shard: give more text")
     write_manifest(out, progress, shards)
+
+
+def shard_name(config: PrepareConfig, split: str, index: int) -> str:
+    prefix = re.sub(r"[^a-z0-9]", "", Path(config.dataset[0]).stem.lower()) or "documents"
+    return f"{prefix}_{split}_{index:06d}.npy"
 
 
 def cut(tokens: np.ndarray, size: int) -> list[np.ndarray]:
@@ -500,26 +559,42 @@ def pack(stream, room: int, budget: int, skip: int, count: Callable[[int], None]
         yield piece[:filled], resume_from
 
 
+START_AGAIN = "delete the folder and begin again"
+
+
+def settings_of(config: PrepareConfig) -> dict:
+    """What decides a prep's bytes, as JSON gives it back."""
+    settings = {key: value for key, value in asdict(config).items() if key not in ("out_dir", "workers")}
+    if not config.part:
+        del settings["part"]
+    return settings | {"dataset": list(config.dataset)}
+
+
+def is_complete(out: Path, config: PrepareConfig) -> bool:
+    """Whether this prep's manifest is there, and says so. ValueError when it is another's."""
+    if not (out / MANIFEST).exists():
+        return False
+    manifest, documents = read_json(out / MANIFEST, START_AGAIN), local_documents(config)
+    if manifest.get("settings") != settings_of(config):
+        raise ValueError(f"{out} holds shards made with other settings: choose another --out-dir, or delete it")
+    if documents and documents.revision != manifest["revision"]:
+        raise ValueError(f"the files have changed since {out} was made of them: choose another --out-dir, or delete it")
+    (out / PROGRESS).unlink(missing_ok=True)  # of a kill between the last two steps
+    print(f"{out} is complete already")
+    return True
+
+
 def resume_point(out: Path, config: PrepareConfig) -> dict | None:
     """Where a prep in this folder stands: from the start, from its progress file, or None when it is complete.
     ValueError when the folder holds something else."""
-    settings = {key: value for key, value in asdict(config).items() if key not in ("out_dir", "workers")}
-    settings["dataset"] = list(config.dataset)  # as JSON gives it back
-    fresh = {"settings": settings, "revision": "", "shards": [], "state": None, "skip": 0}
-    remedy = "delete the folder and begin again"
-    if (out / MANIFEST).exists():
-        manifest, documents = read_json(out / MANIFEST, remedy), local_documents(config.dataset)
-        if manifest.get("settings") != settings:
-            raise ValueError(f"{out} holds shards made with other settings: choose another --out-dir, or delete it")
-        if documents and documents.revision != manifest["revision"]:
-            raise ValueError(f"the files have changed since {out} was made of them: choose another --out-dir, or delete it")
-        (out / PROGRESS).unlink(missing_ok=True)  # of a kill between the last two steps
-        print(f"{out} is complete already")
+    if is_complete(out, config):
         return None
+    settings = settings_of(config)
+    fresh = {"settings": settings, "revision": "", "shards": [], "state": None, "skip": 0}
     if (out / PROGRESS).exists():
-        progress = read_json(out / PROGRESS, remedy)
+        progress = read_json(out / PROGRESS, START_AGAIN)
         if progress.keys() != fresh.keys():
-            raise ValueError(f"{out / PROGRESS} is damaged: {remedy}")
+            raise ValueError(f"{out / PROGRESS} is damaged: {START_AGAIN}")
         if not progress["shards"]:  # nothing that could be lost; but a commit of the hub stays the one that was recorded
             same = progress["settings"] == settings and not progress["revision"].startswith("files-")
             return fresh | {"revision": progress["revision"]} if same else fresh
@@ -544,8 +619,96 @@ def write_manifest(out: Path, progress: dict, shards: list[dict]):
         "shards": shards,
     }
     write_json(out / MANIFEST, manifest)
-    (out / PROGRESS).unlink()
-    print(f"{out}: {manifest['tokens']:,} tokens in {len(shards)} shards, {shards[0]['tokens']:,} of them for validation")
+    (out / PROGRESS).unlink(missing_ok=True)
+    val_tokens = sum(shard["tokens"] for shard in shards if "_val_" in shard["file"])
+    print(f"{out}: {manifest['tokens']:,} tokens in {len(shards)} shards, {val_tokens:,} of them for validation")
+
+
+# ---- parts → one set of shards ----
+
+
+def make_part(out: Path, config: PrepareConfig):
+    """Tokenizes a part into its folder, unless all parts were joined already."""
+    index, count = config.share
+    folder = part_folder(out, index, count)
+    with hold(folder), full_disk_told(folder):
+        if (out / MANIFEST).exists():
+            return
+        if (out / PROGRESS).exists():
+            raise ValueError(f"{out} holds an unfinished prep without --part: finish that, choose another --out-dir, or delete it")
+        count_of_parts(out)
+        tokenize_documents(folder, config)
+
+
+def count_of_parts(out: Path) -> int:
+    """How many parts there are to be, by the names of their folders."""
+    counts = set(part_folders(out).values())
+    if len(counts) > 1:
+        raise ValueError(f"{out} holds parts of {' and of '.join(map(str, sorted(counts)))}: delete all folders of the ones or the others")
+    return counts.pop()
+
+
+def join_parts(out: Path, config: PrepareConfig):
+    """Puts the shards of all parts into --out-dir in order and writes the manifest. Given again after a kill, it goes on.
+    While parts are missing, one that has been made says so, and the command for all ends with a ValueError."""
+    if not is_complete(out, replace(config, part="")):
+        count = count_of_parts(out)
+        folders = [part_folder(out, index, count) for index in range(count)]
+        if missing := [folder.name for folder in folders if not (folder / MANIFEST).exists()]:
+            return tell_missing(out, config, missing)
+        manifests = [read_json(folder / MANIFEST, START_AGAIN) for folder in folders]
+        refuse_unlike(config, folders, manifests)
+        shards = move_shards(out, config, folders, manifests)
+        settings = {key: value for key, value in manifests[0]["settings"].items() if key != "part"}
+        write_manifest(out, {"settings": settings, "revision": manifests[0]["revision"]}, shards)
+    for folder in part_folders(out):  # also of a kill before this step
+        shutil.rmtree(folder)
+
+
+def tell_missing(out: Path, config: PrepareConfig, missing: list[str]):
+    some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
+    todo = f"{out} still lacks {some}: make them with --part, or copy their folders there; then the same command without --part joins all"
+    if not config.part:
+        raise ValueError(todo)
+    print(todo)
+
+
+def refuse_unlike(config: PrepareConfig, folders: list[Path], manifests: list[dict]):
+    """ValueError when parts are not of one dataset at one revision, or not made with these settings."""
+
+    def comparable(settings: dict) -> dict:
+        return {key: value for key, value in settings.items() if key not in ("part", "revision")}
+
+    ours, revision, faults = comparable(settings_of(config)), manifests[0]["revision"], []
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if comparable(manifest["settings"]) != ours:
+            faults.append(f"{folder} was made with other settings: give the same, or delete it and make that part again")
+        if manifest["revision"] != revision:
+            faults.append(
+                f"{folder} was made of {manifest['revision']}, {folders[0]} of {revision}: delete it and make that part again of the same"
+            )
+    cli.refuse(faults)
+
+
+def move_shards(out: Path, config: PrepareConfig, folders: list[Path], manifests: list[dict]) -> list[dict]:
+    """Renames the parts' shards, and returns their entries for the manifest of all. A missing or damaged one is a ValueError
+    before the first is renamed."""
+    moves, shards = [], []
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for entry in manifest["shards"]:
+            split = "val" if "_val_" in entry["file"] else "train"
+            shards.append(entry | {"file": shard_name(config, split, len(shards))})
+            source, target = folder / entry["file"], out / shards[-1]["file"]
+            if target.exists() and not source.exists():  # renamed before a kill
+                open_shard(out, shards[-1])
+                continue
+            open_shard(folder, entry)
+            if target.exists():
+                raise ValueError(f"{target} is in the way of {source}: move or delete it")
+            moves.append((source, target))
+    for source, target in moves:
+        os.replace(source, target)
+    return shards
 
 
 # ---- ready shards ----
@@ -599,12 +762,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the workers and their pool end in order
     with cli.one_line_errors(cli.AGAIN):
         config = cli.parse(PrepareConfig)
-        faults = cli.at_least(1, config, "shard_size") + cli.at_least(0, config, "max_tokens", "workers")
-        if not config.dataset:
-            faults.append("--dataset has no value: give files, folders, 'stdlib', or one dataset of the hub")
-        if config.shard_size > 10**9:
-            faults.append(f"--shard-size is {config.shard_size}: two shards are held in memory, it must be at most 1,000,000,000")
-        cli.refuse(faults)
+        cli.refuse(config.faults())
         prepare(config)
 
 

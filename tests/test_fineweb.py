@@ -21,13 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPO, forked, kill_at_write, run_main, script
+from conftest import REPO, Forked, forked, kill_at_write, run_main, run_train, script
 from hub import SHA, serve
 from test_dataloader import llmc_bin
 
 import fineweb
 from dataloader import find_shards, open_shard, verify_shards
-from files import read_json
+from files import hold, read_json
 from fineweb import get_tokenizer, read_file
 
 TEXTS = [f"Document {i}: " + "naïve café, 日本語, \n\ttabs… " * (i % 7) + "<|endoftext|>" * (i % 2) for i in range(40)] + [""]
@@ -320,6 +320,197 @@ def test_a_parquet_file_without_text_is_named(tmp_path, capsys):
     pq.write_table(pa.table({"content": ["x"]}), tmp_path / "a.parquet")
     assert prepare("--dataset", tmp_path / "a.parquet", "--out-dir", tmp_path / "out") == 2
     assert "column 'text'" in capsys.readouterr().err
+
+
+# ---- parts ----
+
+
+@pytest.fixture
+def files(tmp_path):
+    """TEXTS again, over five files of several kinds; one of them has no document."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index, (first, last) in enumerate(itertools.pairwise([0, 9, 20, 20, 31, len(TEXTS)])):
+        pq.write_table(pa.table({"text": pa.array(TEXTS[first:last], pa.string())}), folder / f"{index}.parquet", row_group_size=4)
+    return folder
+
+
+def split_of(folder, split: str) -> list[int]:
+    return [token for entry in find_shards(folder).split(split) for token in open_shard(folder, entry).tolist()]
+
+
+@pytest.mark.parametrize(("parts", "size"), [(1, 300), (2, 300), (3, 10**6), (5, 77)])
+def test_parts_hold_what_one_prep_holds_in_the_same_order(tmp_path, files, capsys, parts, size):
+    out, argv = tmp_path / "out", ["--dataset", files, "--shard-size", size, "--out-dir"]
+    numbers = random.Random(parts).sample(range(1, parts + 1), parts)
+    for number in numbers[:-1]:
+        assert prepare(*argv, out, "--part", f"{number}/{parts}") == 0
+        assert "still lacks" in capsys.readouterr().out and not (out / "manifest.json").exists()
+    assert prepare(*argv, out, "--part", f"{numbers[-1]}/{parts}") == 0
+    assert row(out) == expected(TEXTS)
+    manifest = read_json(out / "manifest.json", "")
+    names = [shard["file"] for shard in manifest["shards"]]
+    assert names == [f"in_{'train' if i else 'val'}_{i:06d}.npy" for i in range(len(names))]
+    assert sorted(path.name for path in out.iterdir()) == sorted([".lock", "manifest.json", *names])
+    first_part = expected(TEXTS[: [40, 20, 9, 0, 9][parts - 1] or None])
+    assert split_of(out, "val") == first_part[: size if len(first_part) >= 2 * size else len(first_part) // 10]
+    assert prepare(*argv, tmp_path / "plain") == 0
+    plain = read_json(tmp_path / "plain" / "manifest.json", "")
+    assert {key: plain[key] for key in plain if key != "shards"} == {key: manifest[key] for key in manifest if key != "shards"}
+    before = bytes_of(out)
+    for again in ([], ["--part", f"1/{parts}"]):
+        assert prepare(*argv, out, *again) == 0 and "complete already" in capsys.readouterr().out
+    assert bytes_of(out) == before
+
+
+@pytest.mark.parametrize("limit", [300, 1001])
+def test_each_part_takes_its_share_of_max_tokens(tmp_path, files, limit):
+    out = tmp_path / "out"
+    for number in (1, 2):
+        assert prepare("--dataset", files, "--out-dir", out, "--max-tokens", limit, "--part", f"{number}/2") == 0
+    half = limit // 2
+    assert row(out) == expected(TEXTS[:20])[:half] + expected(TEXTS[20:])[: limit - half]
+
+
+def test_a_resumed_prep_opens_no_file_that_it_is_through_with(tmp_path, files, monkeypatch):
+    opened, read = [], fineweb.read_file
+    monkeypatch.setattr(fineweb, "read_file", lambda path: opened.append(path.name) or read(path))
+    documents = fineweb.LocalDocuments(sorted(files.iterdir()))
+    states = [documents.state() for _ in documents]
+    for number, state in enumerate(states, 1):
+        again, opened[:] = fineweb.LocalDocuments(documents.files), []
+        again.load_state(json.loads(json.dumps(state)))
+        assert list(again) == TEXTS[number:]
+        assert opened[0] == f"{0 if number <= 9 else 1 if number <= 20 else 3 if number <= 31 else 4}.parquet"
+        again.load_state({"documents": number})  # as it was before there were parts
+        again.file = 0
+        assert list(again) == TEXTS[number:]
+
+
+def test_a_part_killed_at_any_write_ends_with_the_same_bytes(tmp_path, files):
+    """SIGKILL at a write while it makes its shards, joins all, or tidies up; then the same command again."""
+    argv = ["fineweb", "--dataset", files, "--tokenizer", "bytes", "--workers", 1, "--shard-size", 150]
+
+    def make(out, **how):
+        return forked(tmp_path, *argv, "--out-dir", out, "--part", "1/2", **how).returncode
+
+    assert prepare("--dataset", files, "--shard-size", 150, "--out-dir", tmp_path / "second", "--part", "2/2") == 0
+    shutil.copytree(tmp_path / "second", tmp_path / "whole")
+    assert make(tmp_path / "whole") == 0
+    kills = 0
+    for number in itertools.count(3, 11):
+        out = tmp_path / f"killed-{number}"
+        shutil.copytree(tmp_path / "second", out)
+        status = make(out, first=partial(kill_at_write, out, number))
+        if status == 0:
+            break
+        kills += 1
+        assert status == -signal.SIGKILL and make(out) == 0
+        assert bytes_of(tmp_path / "whole") == bytes_of(out)
+    assert kills > 5
+
+
+def test_parts_that_run_at_once_do_not_disturb_each_other(tmp_path, fineweb_edu):
+    """From the hub, one of them stopped in the middle of a file before; whichever ends last joins them."""
+    out = tmp_path / "out"
+
+    def start(number, **how):
+        folder = tmp_path / str(number)
+        folder.mkdir(exist_ok=True)
+        env = {"HF_ENDPOINT": url, "HF_HOME": folder / "hf", "HF_HUB_DISABLE_XET": 1, "HF_HUB_DISABLE_TELEMETRY": 1}
+        argv = ["--tokenizer", "bytes", "--workers", 1, "--shard-size", 150, "--out-dir", out, "--part", f"{number}/3"]
+        return Forked(folder, "fineweb", *argv, **env, **how)
+
+    with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}) as (url, _):
+        assert start(2, first=stop_after_two_shards).wait().returncode == 9
+        results = [process.wait() for process in [start(1), start(2), start(3)]]
+        assert [result.returncode for result in results] == [0, 0, 0], results
+        result = from_hub(url, tmp_path, "--out-dir", tmp_path / "other", "--part", "4/4")
+    assert row(out) == expected(TEXTS[:39])
+    assert read_json(out / "manifest.json", "")["revision"] == SHA and not list(out.glob("part-*"))
+    assert result.returncode == 2 and "--part 4/4 of 3 files: make at most 3 parts" in the_error(result.stderr)
+
+
+def test_one_part_is_made_by_one_process(tmp_path, files, capsys):
+    argv = ["--dataset", files, "--out-dir", tmp_path / "out", "--part"]
+    with hold(tmp_path / "out" / "part-2-of-2"):
+        assert prepare(*argv, "2/2") == 2 and "another process is writing into" in the_error(capsys.readouterr().err)
+        assert prepare(*argv, "1/2") == 0
+
+
+def test_parts_that_do_not_belong_together_are_one_line(tmp_path, files, capsys):
+    """And nothing is moved: mended as the line says, they are joined."""
+    out = tmp_path / "out"
+    argv = ["--dataset", files, "--shard-size", 300, "--out-dir", out]
+    second, foreign = out / "part-2-of-2", out / "in_train_000001.npy"
+
+    def refused(message, *more):
+        before = bytes_of_tree(out)
+        assert prepare(*argv, *more) == 2
+        assert message in the_error(capsys.readouterr().err)
+        assert bytes_of_tree(out) == before
+
+    assert prepare(*argv, "--part", "1/2") == 0
+    refused("still lacks part-2-of-2: make them with --part, or copy their folders there; then the same command")
+    refused("holds parts of 2 and of 3: delete all folders of the ones or the others", "--part", "1/3")
+    prepare(*argv, "--shard-size", 200, "--part", "2/2")
+    capsys.readouterr()
+    refused("part-2-of-2 was made with other settings: give the same, or delete it and make that part again")
+    shutil.rmtree(second)
+    (files / "5.txt").write_text("one more file")
+    prepare(*argv, "--part", "2/2")
+    capsys.readouterr()
+    refused("delete it and make that part again of the same", "--part", "2/2")
+    (files / "5.txt").unlink()
+    shutil.rmtree(second)
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.write_bytes(b"someone's")
+    prepare(*argv, "--part", "2/2")
+    capsys.readouterr()
+    refused("in_train_000001.npy is in the way of")
+    foreign.unlink()
+    shutil.move(second / "in_train_000001.npy", tmp_path / "elsewhere")
+    refused("in_train_000001.npy is missing: copy it back")
+    shutil.move(tmp_path / "elsewhere", second / "in_train_000001.npy")
+    assert prepare(*argv) == 0
+    assert row(out) == expected(TEXTS)
+
+
+def bytes_of_tree(folder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--part", "0/2"], "--part is 0/2: give it as 3/8"),
+        (["--part", "3/2", "--shard-size", "0"], "--shard-size is 0: it must be at least 1; --part is 3/2"),
+        (["--part", "x"], "--part is x"),
+        (["--part", "6/6"], "--part 6/6 of 5 files: make at most 5 parts"),
+        (["--part", "1/2", "--pretokenized"], "leave it out, or --pretokenized"),
+    ],
+)
+def test_a_part_that_can_not_be_is_one_line(tmp_path, files, capsys, argv, message):
+    assert prepare("--dataset", files, "--out-dir", tmp_path / "out", *argv) == 2
+    assert message in the_error(capsys.readouterr().err)
+
+
+def test_a_part_beside_an_unfinished_prep_is_refused(tmp_path, files, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "progress.json").write_text("{}")
+    assert prepare("--dataset", files, "--out-dir", tmp_path / "out", "--part", "1/2") == 2
+    assert "holds an unfinished prep without --part" in the_error(capsys.readouterr().err)
+
+
+def test_training_waits_for_the_parts_to_be_joined(tmp_path, files, capsys):
+    argv = ["--dataset", files, "--shard-size", 300, "--out-dir", tmp_path / "out", "--part"]
+    prepare(*argv, "1/2")
+    assert run_train(tmp_path / "out", tmp_path / "log") == 2
+    assert "holds parts that were not joined: give the fineweb.py command that made one again, without --part" in the_error(
+        capsys.readouterr().err
+    )
+    prepare(*argv, "2/2")
+    assert run_train(tmp_path / "out", tmp_path / "log", "--max-steps", 2, "--val-tokens", 64) == 0
 
 
 # ---- a full disk ----
