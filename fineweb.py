@@ -512,14 +512,12 @@ def tokenize_documents(out: Path, config: PrepareConfig):
     stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count())
     with cli.bar(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=limit or None, initial=done) as bar:
         for tokens, resume_from in pack(stream, 2 * size, budget, progress["skip"], bar.update):
-            first, split = size, "train"
-            if not index and not shards:
-                split = "val"
-                if len(tokens) < 2 * size:  # this is the whole corpus
-                    first = len(tokens) // 10 or 1
+            first = size
+            if not (index or shards) and len(tokens) < 2 * size:  # this is the whole corpus
+                first = len(tokens) // 10 or 1
             for piece in (tokens[:first], *cut(tokens[first:], size)):
-                shards.append(write_shard(out / shard_name(config, split, len(shards)), piece))
-                split = "train"
+                name = shard_name(config, "train" if index or shards else "val", len(shards))
+                shards.append(write_shard(out / name, piece))
             write_json(out / PROGRESS, progress | {"shards": shards, **resume_from})
     if not index and len(shards) < 2:
         for name in (PROGRESS, *(shard["file"] for shard in shards)):

@@ -74,7 +74,8 @@ def repos(folder: Path) -> dict[str, dict[str, bytes]]:
 
     pages = [path.read_text() for path in sorted(REPO.rglob("*.py"))] * 4
     pq.write_table(pa.table({"text": pages}), folder / "pages.parquet")
-    edu = {"README.md": CARD, "sample/10BT/000_00000.parquet": (folder / "pages.parquet").read_bytes()}
+    names = ("10BT/000_00000", "100BT/000_00000", "100BT/001_00000", "100BT/002_00000", "100BT/003_00000")
+    edu = {"README.md": CARD} | {f"sample/{name}.parquet": (folder / "pages.parquet").read_bytes() for name in names}
     bins = {}
     for index in range(2):
         name = f"fineweb_{'train' if index else 'val'}_{index:06d}.bin"

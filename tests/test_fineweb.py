@@ -335,10 +335,6 @@ def files(tmp_path):
     return folder
 
 
-def split_of(folder, split: str) -> list[int]:
-    return [token for entry in find_shards(folder).split(split) for token in open_shard(folder, entry).tolist()]
-
-
 @pytest.mark.parametrize(("parts", "size"), [(1, 300), (2, 300), (3, 10**6), (5, 77)])
 def test_parts_hold_what_one_prep_holds_in_the_same_order(tmp_path, files, capsys, parts, size):
     out, argv = tmp_path / "out", ["--dataset", files, "--shard-size", size, "--out-dir"]
@@ -352,12 +348,16 @@ def test_parts_hold_what_one_prep_holds_in_the_same_order(tmp_path, files, capsy
     names = [shard["file"] for shard in manifest["shards"]]
     assert names == [f"in_{'train' if i else 'val'}_{i:06d}.npy" for i in range(len(names))]
     assert sorted(path.name for path in out.iterdir()) == sorted([".lock", "manifest.json", *names])
-    first_part = expected(TEXTS[: [40, 20, 9, 0, 9][parts - 1] or None])
-    assert split_of(out, "val") == first_part[: size if len(first_part) >= 2 * size else len(first_part) // 10]
+    bounds = {1: [0, 41], 2: [0, 20, 41], 3: [0, 9, 20, 41], 5: [0, 9, 20, 20, 31, 41]}[parts]  # of TEXTS, between the parts
+    first, *others = [len(expected(TEXTS[start:stop])) for start, stop in itertools.pairwise(bounds)]
+    val = size if first >= 2 * size else first // 10
+    sizes = [min(size, total - start) for total in (first - val, *others) for start in range(0, total, size)]
+    assert [shard["tokens"] for shard in manifest["shards"]] == [val, *sizes]
     assert prepare(*argv, tmp_path / "plain") == 0
     plain = read_json(tmp_path / "plain" / "manifest.json", "")
     assert {key: plain[key] for key in plain if key != "shards"} == {key: manifest[key] for key in manifest if key != "shards"}
     before = bytes_of(out)
+    shutil.rmtree(files)  # nothing is read again
     for again in ([], ["--part", f"1/{parts}"]):
         assert prepare(*argv, out, *again) == 0 and "complete already" in capsys.readouterr().out
     assert bytes_of(out) == before
@@ -387,6 +387,7 @@ def test_a_resumed_prep_opens_no_file_that_it_is_through_with(tmp_path, files, m
         assert list(again) == TEXTS[number:]
 
 
+@pytest.mark.slow
 def test_a_part_killed_at_any_write_ends_with_the_same_bytes(tmp_path, files):
     """SIGKILL at a write while it makes its shards, joins all, or tidies up; then the same command again."""
     argv = ["fineweb", "--dataset", files, "--tokenizer", "bytes", "--workers", 1, "--shard-size", 150]
@@ -417,7 +418,7 @@ def test_parts_that_run_at_once_do_not_disturb_each_other(tmp_path, fineweb_edu)
     def start(number, **how):
         folder = tmp_path / str(number)
         folder.mkdir(exist_ok=True)
-        env = {"HF_ENDPOINT": url, "HF_HOME": folder / "hf", "HF_HUB_DISABLE_XET": 1, "HF_HUB_DISABLE_TELEMETRY": 1}
+        env = {"HF_ENDPOINT": url, "HF_HOME": tmp_path / "hf", "HF_HUB_DISABLE_XET": 1, "HF_HUB_DISABLE_TELEMETRY": 1}
         argv = ["--tokenizer", "bytes", "--workers", 1, "--shard-size", 150, "--out-dir", out, "--part", f"{number}/3"]
         return Forked(folder, "fineweb", *argv, **env, **how)
 
@@ -583,7 +584,13 @@ def test_a_disk_too_full_for_what_is_fetched_is_not_the_networks_fault(monkeypat
 
 # ---- the hub, on localhost ----
 
-CARD = b"---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
+CARD = (
+    b"---\nconfigs:\n"
+    + b"".join(
+        b"- config_name: sample-%b\n  data_files:\n  - split: train\n    path: sample/%b/*\n" % (size, size) for size in (b"10BT", b"100BT")
+    )
+    + b"---\n"
+)
 
 
 @pytest.fixture
