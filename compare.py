@@ -6,6 +6,7 @@ python compare.py --suite modern --data-dir webdocs_bytes    # preset modern aga
 
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -230,12 +231,13 @@ def last_checkpoint(folder: Path) -> dict:
 
 def run_all(runs: list[Run], workers: int):
     """Trains those that have not finished yet."""
+    where = os.path.commonpath([run.folder for run in runs])  # each has its log there
     runs, running = [run for run in runs if run.state() != "finished"], []
     pool = ThreadPoolExecutor(workers)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         done = pool.map(lambda run: train_one(run, running), runs)
-        for _ in cli.bar(done, total=len(runs), desc="runs", unit="run", disable=not runs):
+        for _ in cli.bar(done, total=len(runs), desc=f"runs in {where}", unit="run", disable=not runs):
             pass
     finally:  # after an error or a signal no other run begins, and those that are under way save and end
         pool.shutdown(wait=False, cancel_futures=True)

@@ -89,15 +89,16 @@ def generate(
     draft: GPT | None = None,
     draft_tokens: int = 4,
     counts: Counter | None = None,
+    progress: bool = False,
 ) -> Tensor:
     """Continues each row of idx by max_new_tokens ids: (B, T) int64 on the model's device → (B, T + max_new_tokens).
 
     temperature 0 is greedy. top_k 0 and top_p 1.0 leave the distribution as it is. compile: torch.compile the step of a
     token, anew for another model, another batch size or 128 more positions. draft: a model that proposes draft_tokens ids at
     a time, see speculate; with it use_cache and compile make no difference. counts: has the model's "passes" added, and of
-    the draft's ids those "proposed" and "accepted". The model sees at most its last seq_len ids; from there on every
-    position shifts with each token, and cache and draft are of no use. ValueError when T is 0 or the draft has another
-    vocabulary.
+    the draft's ids those "proposed" and "accepted". progress: a bar on stderr, when it takes more than two seconds. The model
+    sees at most its last seq_len ids; from there on every position shifts with each token, and cache and draft are of no
+    use. ValueError when T is 0 or the draft has another vocabulary.
     """
     if idx.size(1) == 0:
         raise ValueError("generate needs at least one id to go on from")
@@ -109,7 +110,8 @@ def generate(
     if draft is not None:
         idx = speculate(model, draft, idx, end, draft_tokens, how, generator, counts)
     rows = [idx]
-    for new, _ in stream(model, idx, end - idx.size(1), *how, generator, use_cache, compile):
+    steps = stream(model, idx, end - idx.size(1), *how, generator, use_cache, compile)
+    for new, _ in cli.bar(steps, total=end - idx.size(1), desc="sampling", unit="tok", delay=2, leave=False, disable=not progress):
         rows.append(new)
         counts["passes"] += 1
     return torch.cat(rows, dim=1)
@@ -292,7 +294,7 @@ def main():
         texts = sample_texts(
             model, tokenizer, config.prompt, config.num_samples, config.max_new_tokens, config.seed,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, use_cache=config.kv_cache, compile=config.compile,
-            draft=draft, draft_tokens=config.draft_tokens, counts=counts,
+            draft=draft, draft_tokens=config.draft_tokens, counts=counts, progress=True,
         )  # fmt: skip
         for number, text in enumerate(texts, 1):
             print(f"--- sample {number} of {len(texts)}", file=sys.stderr, flush=True)

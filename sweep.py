@@ -255,7 +255,8 @@ def sweep(config: SweepConfig, space: dict[str, Choice | Range], study):
     """Runs what is missing. Only this thread touches the study: two that ask at once can be given the same trial by SQLite."""
     running: list[Running] = []
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    with cli.bar(total=max(config.trials, len(tried(study))), initial=len(tried(study)), desc="trials", unit="trial") as bar:
+    done, name = len(tried(study)), f"trials in {config.out_dir}"
+    with cli.bar(total=max(config.trials, done), initial=done, desc=name, unit="trial") as bar:
         try:
             while running or len(tried(study)) < config.trials:
                 if len(running) < config.workers and len(tried(study)) < config.trials:
