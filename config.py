@@ -207,7 +207,7 @@ PRESETS = {
         out_dir="log/quickstart",
         # on two CPU cores PyTorch's fused attention is slower backward than the plain products
         model=GPTConfig(vocab_size=257, seq_len=128, n_layer=2, n_head=2, n_embd=128, attention="manual"),
-        max_steps=2000,
+        max_steps=1500,
         total_batch_tokens=2048,
         micro_batch_size=16,
         max_lr=6e-3,
@@ -217,10 +217,10 @@ PRESETS = {
         val_every=500,
         val_tokens=131072,
         hellaswag_every=0,
-        sample_every=1000,
+        sample_every=750,
         sample_prompt="def ",
         sample_tokens=200,
-        checkpoint_every=1000,
+        checkpoint_every=750,
         keep=1,
     ),
     # learning rates of the sizes: Brown et al., 2020, table 2.1

@@ -20,7 +20,7 @@ import numpy as np
 
 import cli
 from compare import Run, last_checkpoint, run_all, split
-from config import RUN, read_run, refuse_changes
+from config import MAY_CHANGE, RUN, read_run, refuse_changes
 from device import PEAK_FLOPS
 from files import read_json, write_json
 from model import GPT
@@ -200,8 +200,8 @@ class Point(NamedTuple):
         return 6 * self.params * self.tokens
 
 
-# what the runs of a ladder differ in
-RUNGS = {"n_layer", "n_embd", "n_head", "max_steps", "warmup_steps", "out_dir", "micro_batch_size", "compile", "device", "val_every"}
+# what the runs of a ladder may differ in; that the data are the same is seen by their checksums
+RUNGS = MAY_CHANGE - {"dtype", "val_tokens"} | {"n_layer", "n_embd", "n_head", "warmup_steps", "out_dir"}
 
 
 def points_of(out_dir: Path) -> list[Point]:
@@ -313,6 +313,8 @@ def interval(values: list[float]) -> list[float]:
 def report(config: FitConfig, points: list[Point]) -> dict:
     """The fit, its intervals, and what it says of the points that it did not see."""
     points = sorted(points, key=lambda p: p.flops)
+    if config.hold_out >= len(points):
+        raise ValueError(f"--hold-out {config.hold_out} leaves none of {len(points)} runs to fit: lower it")
     seen, held_out = points[: len(points) - config.hold_out], points[len(points) - config.hold_out :]
     law, theta = fit(seen)
     laws = bootstrap(seen, theta, config.bootstraps, config.seed)

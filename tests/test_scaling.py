@@ -119,6 +119,7 @@ def test_the_flags_of_a_plan_have_about_its_size():
             "no finished run in {tmp}/nowhere: train some with python scaling.py ladder --out-dir {tmp}/nowhere",
         ),
         ("fit --points {tmp}/few.csv", "1 points are too few to fit five numbers: at least 6, of 3 sizes and 3 amounts of tokens"),
+        ("fit --points {tmp}/few.csv --hold-out 2", "--hold-out 2 leaves none of 1 runs to fit: lower it"),
         ("fit --points {tmp}/odd.csv", "odd.csv, line 3: params, tokens and loss must be numbers above 0"),
         ("fit --points {tmp}/nowhere.csv", "nowhere.csv"),
         (
