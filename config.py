@@ -276,7 +276,7 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         previous = replace(read_run(out_dir, config.replay_step), out_dir=config.out_dir, resume=True)
         config = replace(cli.parse(TrainConfig, argv, previous), init_revision=previous.init_revision)
         refuse_changes(previous, config, MAY_CHANGE, f"the run in {out_dir}")
-    elif any((out_dir / name).exists() for name in ("run.json", "log.txt", "config.json")) or any(out_dir.glob("model*")):
+    elif not config.plan and holds_a_run(out_dir):
         raise ValueError(f"{out_dir} holds a run or a model already: add --resume to go on with it, or choose another --out-dir")
     elif config.init_from:
         shape = checkpoint.load_config(config.init_from, config.init_revision)
@@ -286,6 +286,11 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     if config.teacher and not config.resume:  # a folder's newest checkpoint may be another one when the run goes on
         config.teacher = str(checkpoint.checkpoint_file(config.teacher) or config.teacher)
     return config
+
+
+def holds_a_run(out_dir: Path) -> bool:
+    """Whether a run, or a model, would be overwritten there."""
+    return any((out_dir / name).exists() for name in ("run.json", "log.txt", "config.json")) or any(out_dir.glob("model*"))
 
 
 def parse_flags(argv: list[str] | None = None, model: GPTConfig | None = None) -> TrainConfig:

@@ -63,7 +63,7 @@ def memory(config: TrainConfig, setting: Setting, model: GPT) -> Memory:
     processes = world_size if shard else 1
 
     # each block that is compiled makes its own copies, also of weights that blocks share; autocast keeps one
-    cast = matrices * (shape.share_layers if compiled else 1)
+    cast = matrices * (shape.share_layers if compiled else 1) * (not shard)  # divided ones come in that dtype already
     copies = (e * (cast * (config.activation_memory if compiled else 1) + head)) if e < 4 else 0
     whole = block_bytes(shape, setting)
     kept = 4 * shape.n_embd + config.activation_memory * (whole - 4 * shape.n_embd)  # at the least a block's input
@@ -184,7 +184,8 @@ def report(config: TrainConfig) -> str:
         least = memory(replace(config, micro_batch_size=1), setting, model).peak
         raise ValueError(
             f"one sequence at a time takes {least / 1e9:.1f} GB, {name} has {available / 1e9:.1f} GB for it: choose a larger --gpu, a "
-            "smaller model or --seq-len, or --activation-memory 0"
+            f"smaller model or --seq-len{', or --activation-memory 0' * (config.activation_memory > 0)}"
+            f"{', or --shard with more --gpus' * (not config.shard)}"
         )
     total, flops = config.max_steps * config.total_batch_tokens, model.flops_per_token()
     rate, source = rate_of(config, name, flops)

@@ -228,22 +228,22 @@ def points_of(out_dir: Path) -> list[Point]:
 
 def read_points(path: Path) -> list[Point]:
     """A .csv with the columns params, tokens and loss. ValueError names the first line that is none."""
-    with open(path, newline="") as file:
+    points = []
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.DictReader(file)
-        points = []
-        for number, row in enumerate(rows, 2):
-            try:
-                point = Point(str(number), *(float(row[name]) for name in ("params", "tokens", "loss")))
-                if not all(0 < x < math.inf for x in point[1:]):
+        try:
+            for row in rows:
+                points.append(Point(str(rows.line_num), *(float(row[name]) for name in ("params", "tokens", "loss"))))
+                if not all(0 < x < math.inf for x in points[-1][1:]):
                     raise ValueError
-            except (KeyError, TypeError, ValueError) as e:
-                raise ValueError(f"{path}, line {number}: params, tokens and loss must be numbers above 0") from e
-            points.append(point)
+        except (KeyError, TypeError, ValueError, csv.Error) as e:
+            raise ValueError(f"{path}, line {rows.line_num}: params, tokens and loss must be numbers above 0") from e
     return points
 
 
 # ---- the fit ----
 
+FLAT = 1e-3  # an exponent so small is none
 HUBER = 1e-3  # as in Hoffmann et al., 2022: beyond it an error counts in a line, so that an odd run does little
 
 
@@ -278,7 +278,7 @@ def fit(points: list[Point], starts=STARTS) -> tuple[Law, tuple]:
         value, gradient = objective(theta, *centered)
         return scaled * value, scaled * gradient
 
-    bounds = [(-20.0, 20.0)] * 3 + [(0.0, 3.0)] * 2
+    bounds = [(-20.0, 20.0)] * 3 + [(FLAT, 3.0)] * 2
     ends = [minimize(value, start, jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=5000, ftol=1e-13)) for start in starts]
     a, b, e, alpha, beta = theta = min(ends, key=lambda end: end.fun).x
     a, b = a + alpha * log_n.mean(), b + beta * log_d.mean()
@@ -317,6 +317,8 @@ def report(config: FitConfig, points: list[Point]) -> dict:
         raise ValueError(f"--hold-out {config.hold_out} leaves none of {len(points)} runs to fit: lower it")
     seen, held_out = points[: len(points) - config.hold_out], points[len(points) - config.hold_out :]
     law, theta = fit(seen)
+    if min(law.alpha, law.beta) <= FLAT:
+        raise ValueError("no law fits these runs: their losses do not fall with size, or not with tokens")
     laws = bootstrap(seen, theta, config.bootstraps, config.seed)
     errors = [law.loss(p.params, p.tokens) / p.loss - 1 for p in seen]
     return {
@@ -391,7 +393,10 @@ def read_law(name: str) -> Law | Kaplan:
     if name in PUBLISHED:
         return PUBLISHED[name]
     try:
-        return Law(**{key: float(value) for key, value in read_json(Path(name), "make it with scaling.py fit")["law"].items()})
+        law = Law(**{key: float(value) for key, value in read_json(Path(name), "make it with scaling.py fit")["law"].items()})
+        if not all(0 < value < math.inf for value in asdict(law).values()):
+            raise ValueError
+        return law
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ValueError(f"--law {name} is no law: give {', '.join(PUBLISHED)} or the law.json that scaling.py fit wrote") from e
 

@@ -9,19 +9,24 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from distributed import World
 from model import GPT
 
 
-def shard(model: GPT, dtype: torch.dtype):
-    """Divides the parameters over the processes of the default group, in place. dtype: of the matrix products, in which a block's weights
-    then travel too; embeddings, last norm and head, and with them the residual stream, stay in fp32."""
+def shard(model: GPT, dtype: torch.dtype, world: World):
+    """Divides the parameters over the processes, in place. dtype: of the matrix products, in which a block's weights then travel too
+    on CUDA; embeddings, last norm and head, and with them the residual stream, stay in fp32. (A CPU's norms take no weights in
+    bf16.)"""
     # imported here, since it takes a second, which a run that does not shard need not wait
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    blocks = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(world.device.type, (world.size,))  # the default is the accelerator's, also for a run on the CPU beside one
+    cast = dtype if world.device.type == "cuda" and dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard(block, mp_policy=blocks)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
 
 
 def without_storage(model: GPT) -> GPT:

@@ -220,7 +220,8 @@ def refuse_too_large(config: GPTConfig, where: torch.device, shares: int):
     block = (4 * config.n_embd + 2 * config.n_expert * config.n_inner) * config.n_embd
     rows = (1 if config.tied_head else 2) * config.padded_vocab_size + (config.seq_len if config.pos == "learned" else 0)
     weights = config.n_layer // config.share_layers * block + rows * config.n_embd
-    need, have = 16 * weights / shares, device.total_memory(where)
+    # each process has all weights before they are divided, and at every evaluation
+    need, have = max(16 / shares, 4 + 12 / shares if shares > 1 else 0) * weights, device.total_memory(where)
     if need > have:
         raise ValueError(
             f"weights, gradients and optimizer of this model need {need / 1e9:.1f} GB, {where.type} has {have / 1e9:.1f} GB: "
@@ -262,7 +263,7 @@ class Trainer:
             if self.dtype == torch.float16:
                 raise ValueError("--shard does not scale the loss, which fp16 needs: choose --dtype bf16 or fp32")
             self.evaluated = sharding.without_storage(self.model)
-            sharding.shard(self.model, self.dtype)
+            sharding.shard(self.model, self.dtype, world)
         replicated = world.size > 1 and not self.sharded
         self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if replicated else self.model
         if config.optimizer == "muon":
@@ -473,7 +474,9 @@ class Trainer:
     def load(self, step: int):
         """Where a host lacks the checkpoint, rank 0 sends it to all."""
         out_dir = Path(self.config.out_dir)
-        everywhere = len(set(self.world.gather(checkpoint.seal_of(out_dir, step)))) == 1
+        several_hosts = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+        damaged = several_hosts and checkpoint.fault(out_dir, step)  # as a copy on another host may be
+        everywhere = len(set(self.world.gather("" if damaged else checkpoint.seal_of(out_dir, step)))) == 1
         read = partial(checkpoint.load_training, out_dir, step)
         content, state = read() if everywhere else self.world.copy(read)
         self.load_weights(content["model"])
@@ -761,6 +764,7 @@ def main():
         if flags.plan:
             print(plan.report(parse_config()))
             return
+        cli.refuse(cli.at_least(0.01, flags, "timeout_minutes") + cli.at_most(10**6, flags, "timeout_minutes"))
         try:
             config, store = meet(settle, flags.timeout_minutes)
             with join_world(config.device, config.timeout_minutes, store) as world, ExitStack() as stack:

@@ -120,6 +120,8 @@ def test_the_flags_of_a_plan_have_about_its_size():
         ),
         ("fit --points {tmp}/few.csv", "1 points are too few to fit five numbers: at least 6, of 3 sizes and 3 amounts of tokens"),
         ("fit --points {tmp}/few.csv --hold-out 2", "--hold-out 2 leaves none of 1 runs to fit: lower it"),
+        ("fit --points {tmp}/flat.csv", "no law fits these runs: their losses do not fall with size, or not with tokens"),
+        ("plan --flops 1e19 --law {tmp}/nan.json", "nan.json is no law"),
         ("fit --points {tmp}/odd.csv", "odd.csv, line 3: params, tokens and loss must be numbers above 0"),
         ("fit --points {tmp}/nowhere.csv", "nowhere.csv"),
         (
@@ -133,7 +135,9 @@ def test_the_flags_of_a_plan_have_about_its_size():
 def test_what_can_not_be_is_one_line(words, said, tmp_path, capsys):
     (tmp_path / "empty.json").write_text("{}")
     (tmp_path / "few.csv").write_text("params,tokens,loss\n1e6,1e6,3.0\n")
-    (tmp_path / "odd.csv").write_text("params,tokens,loss\n1e6,1e6,3.0\n1e6,,3.0\n")
+    (tmp_path / "flat.csv").write_text("params,tokens,loss\n" + "".join(f"{n}e6,{d}e6,{n + d}\n" for n in (1, 2, 4) for d in (1, 2, 4)))
+    (tmp_path / "nan.json").write_text(json.dumps({"law": vars(LAWS[0]) | {"beta": 0}}))
+    (tmp_path / "odd.csv").write_text("\ufeffparams,tokens,loss\n1e6,1e6,3.0\n1e6,,3.0\n")
     assert run_main(scaling.main, *words.format(tmp=tmp_path).split()) == 2
     err = capsys.readouterr().err
     assert said.format(tmp=tmp_path) in err and err.count("\n") == 1
