@@ -295,7 +295,7 @@ def ddp_step(compute: float, passes: int, params: int, last: int, cluster: Clust
     return Step(compute, overlapped + end, seconds, 2 * cluster.sent(4 * params))
 
 
-def fsdp_step(compute: float, passes: int, params: int, blocks: int, cluster: Cluster, e: int = 4) -> Step:
+def fsdp_step(compute: float, passes: int, params: int, blocks: int, cluster: Cluster, e: int = 2) -> Step:
     """Each pass gathers each block's weights, of e bytes, once forward (a third of the time) and once backward, while the block before is
     computed, and divides its gradients, in fp32; the first gathering and the last division wait."""
     part = params / (blocks + 1)  # the blocks, and embeddings with the head
@@ -315,7 +315,7 @@ def step_on(config: TrainConfig, n: int, shard: bool, gpu: str, weak: bool = Fal
     compute = sequences * config.model.seq_len * model.flops_per_token() / (ASSUMED_MFU * dict(device.PEAK_FLOPS)[gpu])
     params = sum(p.numel() for p in model.parameters())
     if shard:
-        return fsdp_step(compute, passes, params, len(model.transformer.h), Cluster(n))
+        return fsdp_step(compute, passes, params, len(model.transformer.h), Cluster(n), 4 if config.dtype == "fp32" else 2)
     return ddp_step(compute, passes, params, model.transformer.wte.weight.numel(), Cluster(n))
 
 
