@@ -1,6 +1,5 @@
 """What holds for every script: importing does nothing, --help is quick, flags have two spellings, unknown ones are refused."""
 
-import functools
 import importlib
 import math
 import re
@@ -76,15 +75,14 @@ def seconds_of(*command) -> float:
     return time.monotonic() - began
 
 
-@functools.cache
-def seconds_of_torch() -> float:
-    return seconds_of("-c", "import torch")
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_answers_in_two_seconds(name):
-    """On a machine so slow that torch alone takes more than 1.3 s, the script may take half as long again; once in three tries."""
-    assert any(seconds_of(REPO / f"{name}.py", "--help") < max(2.0, 1.5 * seconds_of_torch()) for _ in range(3))
+    """On a machine so busy or slow that torch alone takes more than 1.3 s, the script may take half as long again; once in four tries."""
+    for _ in range(4):
+        seconds = seconds_of(REPO / f"{name}.py", "--help")
+        if seconds < 2.0 or seconds < 1.5 * seconds_of("-c", "import torch"):
+            return
+    raise AssertionError(f"{name}.py --help takes {seconds:.1f} s")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
