@@ -75,14 +75,15 @@ def seconds_of(*command) -> float:
     return time.monotonic() - began
 
 
+def answers_quickly(name: str) -> bool:
+    seconds = seconds_of(REPO / f"{name}.py", "--help")
+    return seconds < 2.0 or seconds < 1.5 * seconds_of("-c", "import torch")
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_answers_in_two_seconds(name):
     """On a machine so busy or slow that torch alone takes more than 1.3 s, the script may take half as long again; once in four tries."""
-    for _ in range(4):
-        seconds = seconds_of(REPO / f"{name}.py", "--help")
-        if seconds < 2.0 or seconds < 1.5 * seconds_of("-c", "import torch"):
-            return
-    raise AssertionError(f"{name}.py --help takes {seconds:.1f} s")
+    assert any(answers_quickly(name) for _ in range(4))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
