@@ -16,6 +16,36 @@ def adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
+class MuonInFull(torch.optim.Muon):
+    """torch.optim.Muon without its rounding to bfloat16, for runs that are not in it: hardware that lacks it takes 10 to 20 times
+    as long for such products, and a step's last bits would hang on how many processes share the work."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                average.lerp_(p.grad, 1 - momentum)
+                update = orthogonal(p.grad.lerp(average, momentum), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                rows, columns = p.shape
+                p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
+
+
+def orthogonal(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
+    """U V^T of a matrix's singular value decomposition U S V^T, its singular values not 1 but near it: each step of the
+    Newton-Schulz iteration makes a s + b s^3 + c s^5 of every one, s (Jordan et al., 2024). (rows, columns) → the same."""
+    a, b, c = coefficients
+    x = matrix if matrix.size(0) <= matrix.size(1) else matrix.T  # the smaller square
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x if matrix.size(0) <= matrix.size(1) else x.T
+
+
 class MuonAndAdamW:
     """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for embeddings, head, routers, norms and scales.
 
@@ -25,14 +55,25 @@ class MuonAndAdamW:
     also for a GradScaler.
     """
 
-    def __init__(self, model: GPT, lr: float, muon_lr: float, momentum: float, weight_decay: float, world: World, sharded: bool = False):
+    def __init__(
+        self,
+        model: GPT,
+        lr: float,
+        muon_lr: float,
+        momentum: float,
+        weight_decay: float,
+        world: World,
+        sharded: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         self.world, self.sharded = world, sharded
         matrices = [p for name, p in model.transformer.h.named_parameters() if p.dim() == 2 and "router" not in name]
         matrices.sort(key=lambda p: -p.numel())  # dealt out in turns, so that all shares cost about the same
         self.matrices, taken = matrices, set(matrices)
         rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in model.param_groups(weight_decay)]
         self.whole = [nn.Parameter(without_storage(p)) for p in matrices] if sharded else matrices
-        self.muon = torch.optim.Muon(self.whole, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
+        muon = torch.optim.Muon if dtype == torch.bfloat16 else MuonInFull
+        self.muon = muon(self.whole, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
         self.adamw = adamw(rest, lr)
 
     @property

@@ -268,7 +268,7 @@ class Trainer:
         self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if replicated else self.model
         if config.optimizer == "muon":
             rates = config.max_lr, config.muon_lr, config.muon_momentum, config.weight_decay
-            self.optimizer = optimizer.MuonAndAdamW(self.model, *rates, world, self.sharded)
+            self.optimizer = optimizer.MuonAndAdamW(self.model, *rates, world, self.sharded, self.dtype)
         else:
             self.optimizer = optimizer.adamw(self.model.param_groups(config.weight_decay), config.max_lr)
         self.largest_lrs = [group["lr"] for group in self.optimizer.param_groups]

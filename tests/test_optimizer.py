@@ -45,15 +45,18 @@ def test_the_learning_rate_is_torchs_warmup_plateau_and_fall():
     assert late == pytest.approx([1.0, 1.0, 0.5])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("switches", [{}, dict(n_expert=3, n_expert_active=2, value_residual=True, tied_head=False, qk_norm=True)])
-def test_muon_is_torchs_for_the_matrices_and_adamw_for_the_rest(switches):
+def test_muon_is_torchs_for_the_matrices_and_adamw_for_the_rest(switches, dtype, monkeypatch):
+    if dtype == torch.float32:  # torch's, had it no rounding
+        monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.clone())
     models = []
     for ours in (True, False):
         torch.manual_seed(0)
         model = GPT(GPTConfig(97, 16, 2, 2, 16, **switches))
         matrices = {p for name, p in model.named_parameters() if ".h." in name and p.dim() == 2 and "router" not in name}
         if ours:
-            optimizers = [MuonAndAdamW(model, 1e-2, 2e-2, 0.9, 0.1, ALONE)]
+            optimizers = [MuonAndAdamW(model, 1e-2, 2e-2, 0.9, 0.1, ALONE, dtype=dtype)]
             assert sum(len(group["params"]) for group in optimizers[0].param_groups) == len(list(model.parameters()))
         else:
             rest = [p for p in model.parameters() if p not in matrices]
@@ -73,13 +76,14 @@ def test_muon_is_torchs_for_the_matrices_and_adamw_for_the_rest(switches):
         assert (p - q).abs().max() <= 1e-6, name
 
 
-def test_an_update_of_muon_is_nearly_orthogonal():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_update_of_muon_is_nearly_orthogonal(dtype):
     """Jordan et al., 2024: singular values of about 1, times lr · √(rows / columns) where there are more rows."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(97, 16, 1, 2, 16))
+    model = GPT(GPTConfig(97, 16, 1, 2, 16, norm="rmsnorm"))  # after layernorm, whose mean is 0, the gradient has a rank too few
     weight = model.transformer.h[0].mlp.c_fc.weight  # (64, 16)
-    before, idx = weight.detach().clone(), ids_for(model.config)
-    optimizer = MuonAndAdamW(model, 1e-2, 0.5, 0.95, 0.0, ALONE)
+    before, idx = weight.detach().clone(), ids_for(model.config, batch=64)
+    optimizer = MuonAndAdamW(model, 1e-2, 0.5, 0.95, 0.0, ALONE, dtype=dtype)
     model(idx, idx)[1].backward()
     optimizer.step()
     singular = torch.linalg.svdvals((before - weight.detach()) / (0.5 * 2))
@@ -137,12 +141,12 @@ def with_muon(shards, tmp_path_factory):
 def test_muon_shared_out_over_processes_takes_the_same_steps(with_muon, shards, tmp_path):
     assert forked(tmp_path, "train", *TINY, *FLAGS, "--data-dir", shards, "--out-dir", tmp_path / "run", processes=2).returncode == 0
     losses = ([float(loss) for loss in read_stream(folder, "train").values()] for folder in (tmp_path / "run", with_muon))
-    assert next(losses) == pytest.approx(next(losses), abs=1e-4)  # in bf16, in which Muon works, the last bit of a sum counts for more
+    assert next(losses) == pytest.approx(next(losses), abs=1e-5)
     one, other = (checkpoint.load_training(folder, 20)[1]["optimizer"]["muon"]["state"] for folder in (with_muon, tmp_path / "run"))
     assert len(one) == len(other) == 8
     for i in one:  # the momentum of every matrix, whichever process has it
         here, there = one[i]["momentum_buffer"], other[i]["momentum_buffer"]
-        assert here.norm() > 0 and (here - there).norm() <= 0.01 * here.norm()
+        assert here.norm() > 0 and (here - there).norm() <= 1e-4 * here.norm()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -154,7 +158,7 @@ def test_a_run_with_muon_and_an_average_resumes_exactly(with_muon, shards, tmp_p
     assert result.returncode == 0, result.stderr
     (model, state), (other, other_state) = (checkpoint.load_training(folder, 20) for folder in (with_muon, tmp_path))
     for weights, theirs in ((model["model"], other["model"]), (state["weights"], other_state["weights"])):
-        assert all((weights[name] - theirs[name]).abs().max() <= (0 if processes == 1 else 1e-3) for name in weights)
+        assert all((weights[name] - theirs[name]).abs().max() <= (0 if processes == 1 else 1e-4) for name in weights)
     assert model["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
 
 
