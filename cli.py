@@ -6,21 +6,46 @@ import math
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import tyro
 from tqdm import tqdm
+
+registry = tyro.constructors.ConstructorRegistry()
+
+
+@registry.primitive_rule
+def whole_numbers(kind: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """What is typed for an int may be 1e9, as one says amounts of tokens."""
+    if kind.type is not int:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: whole_number(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def whole_number(text: str) -> int:
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError):
+        if (number := float(text)).is_integer():
+            return int(number)
+    raise ValueError(f"{text} is no whole number, as 1000 or 1e3")
 
 
 def parse(cls, argv: list[str] | None = None, default=None, script: str | None = None):
     """The dataclass is the command line: a field a flag, its docstring the help. Exits 2 on an unknown flag. script: whose flags
     they are, where it is not the one that runs."""
-    return tyro.cli(cls, prog=script, args=argv, default=tyro.MISSING_NONPROP if default is None else default)
+    return tyro.cli(cls, prog=script, args=argv, default=tyro.MISSING_NONPROP if default is None else default, registry=registry)
 
 
 def parse_command(commands: dict[str, type], argv: list[str] | None = None):
     """parse, for a script whose first word chooses the dataclass."""
-    return tyro.extras.subcommand_cli_from_dict(commands, args=argv)
+    return tyro.extras.subcommand_cli_from_dict(commands, args=argv, registry=registry)
 
 
 def flag(name: str) -> str:

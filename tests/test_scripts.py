@@ -141,6 +141,15 @@ def test_what_can_go_on_says_so_at_ctrl_c(name, monkeypatch, capsys):
     assert capsys.readouterr().err == "\nstopped by Ctrl-C: give the same command again to go on\n"
 
 
+def test_whole_numbers_may_have_an_exponent(capsys):
+    assert cli.parse(TrainConfig, ["--max-steps", "2e3"]).max_steps == 2000
+    assert cli.parse(TrainConfig, ["--seed", "123456789012345678"]).seed == 123456789012345678  # more digits than a float has
+    for wrong in ("1.5", "1e-1", "inf", "nan", "many"):
+        with pytest.raises(SystemExit):
+            cli.parse(TrainConfig, ["--max-steps", wrong])
+        assert f"--max-steps: {wrong} is no whole number" in capsys.readouterr().err
+
+
 def test_both_spellings_of_a_flag():
     a = parse_config(["--micro-batch-size", "7", "--out-dir", "nowhere"])
     b = parse_config(["--micro_batch_size", "7", "--out_dir", "nowhere"])
