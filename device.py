@@ -5,6 +5,8 @@ import re
 import resource
 import shutil
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -37,6 +39,18 @@ def can_compile(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def mend_compile_cache():
+    """Deletes the empty libraries that a process killed while torch.compile wrote them has left in its cache, which every later
+    run would fail to load (pytorch's issue 102539). Those of the last seconds may be another process's at work."""
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    for library in Path(cache_dir()).glob("*/*.so"):
+        with suppress(FileNotFoundError):  # another process mends it too
+            about = library.stat()
+            if about.st_size == 0 and time.time() - about.st_mtime > 10:
+                library.unlink()
+
+
 # dense bf16 or fp16 with fp32 accumulation, FLOP/s, from NVIDIA's data sheets; a row counts when the card's name has its words
 PEAK_FLOPS = (
     ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12),
@@ -51,11 +65,18 @@ CARD_MEMORY = {
 }  # fmt: skip
 
 
+ASSUMED_MFU = 0.4  # of that rate, for plans of what was not measured
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The card's matrix rate in FLOP/s; None where it is not known."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return None
-    return dict(PEAK_FLOPS).get(card_of(torch.cuda.get_device_name(device)))
+    card = card_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return card and peak_of(card, dtype)
+
+
+def peak_of(card: str, dtype: torch.dtype) -> float:
+    """A card's matrix rate in FLOP/s. fp32 is multiplied in TF32, at half the rate, or on a V100, which has none, at an eighth."""
+    return dict(PEAK_FLOPS)[card] / (1 if dtype != torch.float32 else 8 if card == "V100" else 2)
 
 
 def card_of(description: str) -> str | None:

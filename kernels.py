@@ -52,8 +52,7 @@ def for_scoring(model):
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
     if weight.device.type != "cpu" or not OneDNNLinear.is_available(dtype):
         return model
-    with torch.device("meta"):
-        copy = type(model)(model.config)
+    copy = type(model).on_meta(model.config)
     copy.load_state_dict(model.state_dict(), assign=True)  # the same tensors
     for block in copy.transformer.h:
         block.attn.c_attn = OneDNNLinear(block.attn.c_attn, dtype)

@@ -272,6 +272,12 @@ class GPT(nn.Module):
         self.whole_loss, self.chunk_loss = torch.compile(self.whole_loss), torch.compile(self.chunk_loss)
         self.flex = self.lm_head.weight.device.type == "cuda"
 
+    @classmethod
+    def on_meta(cls, config: GPTConfig) -> "GPT":
+        """A model whose weights take no memory and have no values: to count with, or to be given those of another."""
+        with torch.device("meta"):
+            return cls(config)
+
     def num_params(self, active: bool = False) -> int:
         """Parameters, the rows that only pad the vocabulary left out; active: those that are at work for one token."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd

@@ -7,10 +7,9 @@ Letters as in model.py; N tokens of a micro batch, e bytes of a number in the dt
 """
 
 import itertools
-import json
 import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,9 +18,11 @@ import torch
 import cli
 import device
 from config import PRESETS, RUN, RUN_REMEDY, TrainConfig, last_launch
+from device import ASSUMED_MFU
 from files import read_json
 from kernels import BlockwiseAttention
 from model import GPT, MAX_LOGITS, MAX_LOGITS_CUDA, GPTConfig
+from plot_log import read_metrics
 
 # ---- memory ----
 
@@ -43,12 +44,6 @@ class Memory(NamedTuple):
 
     parts: dict[str, float]
     peak: float
-
-
-def on_meta(shape: GPTConfig) -> GPT:
-    """A model without memory for its weights."""
-    with torch.device("meta"):
-        return GPT(shape)
 
 
 def memory(config: TrainConfig, setting: Setting, model: GPT) -> Memory:
@@ -147,22 +142,23 @@ def largest_micro_batch(config: TrainConfig, setting: Setting, model: GPT, avail
 
 # ---- time ----
 
-ASSUMED_MFU = 0.4
+# what decides how fast a model trains on a card
+PACE = "model dtype compile micro_batch_size activation_memory optimizer teacher ema shard".split()
 
 
 def measured_rate(config: TrainConfig, name: str) -> float | None:
-    """Tokens a second and process of the run in --out-dir, when that was this model on such a card (or CPU); the median of its steps
-    but the first, in which it is compiled."""
+    """Tokens a second and process of the run in --out-dir, when that was this model on such a card (or CPU) with the same settings;
+    the median of its steps but the first, in which it is compiled."""
     path = Path(config.out_dir, RUN)
     if not path.exists():
         return None
     launch = last_launch(read_json(path, RUN_REMEDY), None)
-    same = launch.get("config", {}).get("model") == vars(config.model) and (device.card_of(launch.get("device", "")) or "cpu") == name
-    metrics = path.with_name("metrics.jsonl")
-    if not same or not metrics.exists():
+    settings = asdict(config)
+    same = all(launch.get("config", {}).get(name) == settings[name] for name in PACE)
+    if not same or (device.card_of(launch.get("device", "")) or "cpu") != name:
         return None
-    lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
-    rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line and line["step"] > launch["step"]]
+    speeds = read_metrics(path.with_name("metrics.jsonl"), ["tokens_per_second"])["tokens_per_second"]
+    rates = [speed for step, speed in speeds.items() if step > launch["step"]]
     return statistics.median(rates) / launch["world_size"] if rates else None
 
 
@@ -174,11 +170,12 @@ def report(config: TrainConfig) -> str:
     config.validate(config.gpus)
     on_cpu = config.device == "cpu"
     name = "cpu" if on_cpu else config.gpu
-    dtype = device.pick_dtype(config.dtype, torch.device("cpu")) if on_cpu or config.dtype != "auto" else torch.bfloat16
+    auto = config.dtype == "auto" and not on_cpu  # this machine need not have such a card
+    dtype = device.pick_dtype(("fp16" if name == "V100" else "bf16") if auto else config.dtype, torch.device("cpu"))
     compiled = config.compile and (not on_cpu or device.can_compile(torch.device("cpu")))
     setting = Setting("cpu" if on_cpu else "cuda", dtype.itemsize, compiled, config.gpus, config.shard and config.gpus > 1)
     available = device.total_memory(torch.device("cpu")) if on_cpu else device.CARD_MEMORY[name] - CUDA_ITSELF
-    model = on_meta(config.model)
+    model = GPT.on_meta(config.model)
     need, fits = memory(config, setting, model), largest_micro_batch(config, setting, model, available)
     if fits is None:
         least = memory(replace(config, micro_batch_size=1), setting, model).peak
@@ -188,7 +185,7 @@ def report(config: TrainConfig) -> str:
             f"{', or --shard with more --gpus' * (not config.shard)}"
         )
     total, flops = config.max_steps * config.total_batch_tokens, model.flops_per_token()
-    rate, source = rate_of(config, name, flops)
+    rate, source = rate_of(config, name, dtype, flops)
     hours = total / rate / 3600
     lines = [f"{model.num_params():,} parameters, {config.gpus} × {name}, {str(dtype)[6:]}, {'' if compiled else 'not '}compiled", ""]
     lines += [f"{part:<34}{size / 1e9:8.2f} GB" for part, size in need.parts.items() if size]
@@ -211,7 +208,7 @@ def report(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def rate_of(config: TrainConfig, name: str, flops: float) -> tuple[float, str]:
+def rate_of(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) -> tuple[float, str]:
     """Tokens a second of all processes, and where that comes from."""
     if config.rate:
         return config.rate, "as given by --rate"
@@ -219,7 +216,7 @@ def rate_of(config: TrainConfig, name: str, flops: float) -> tuple[float, str]:
         return measured * config.gpus, f"as the run in {config.out_dir} has it, a process"
     if name == "cpu":
         raise ValueError("how fast this CPU is nobody knows: give --rate, or the --out-dir of a run of this model")
-    return config.gpus * ASSUMED_MFU * dict(device.PEAK_FLOPS)[name] / flops, f"by an assumed MFU of {ASSUMED_MFU:.0%}: not measured"
+    return config.gpus * ASSUMED_MFU * device.peak_of(name, dtype) / flops, f"by an assumed MFU of {ASSUMED_MFU:.0%}: not measured"
 
 
 # ---- scaling, by calculation ----
@@ -309,13 +306,14 @@ def fsdp_step(compute: float, passes: int, params: int, blocks: int, cluster: Cl
 def step_on(config: TrainConfig, n: int, shard: bool, gpu: str, weak: bool = False) -> Step:
     """A step of a preset on n GPUs at the assumed MFU. The batch is the preset's, of which each GPU takes its share, or with weak a
     micro batch for each GPU."""
-    model = on_meta(config.model)
+    model = GPT.on_meta(config.model)
     sequences = config.micro_batch_size if weak else config.total_batch_tokens // config.model.seq_len // n
     passes = max(1, sequences // config.micro_batch_size)
-    compute = sequences * config.model.seq_len * model.flops_per_token() / (ASSUMED_MFU * dict(device.PEAK_FLOPS)[gpu])
+    dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+    compute = sequences * config.model.seq_len * model.flops_per_token() / (ASSUMED_MFU * device.peak_of(gpu, dtype))
     params = sum(p.numel() for p in model.parameters())
     if shard:
-        return fsdp_step(compute, passes, params, len(model.transformer.h), Cluster(n), 4 if config.dtype == "fp32" else 2)
+        return fsdp_step(compute, passes, params, len(model.transformer.h), Cluster(n), dtype.itemsize)
     return ddp_step(compute, passes, params, model.transformer.wte.weight.numel(), Cluster(n))
 
 

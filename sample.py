@@ -17,7 +17,7 @@ from torch import Tensor
 
 import cli
 from checkpoint import load_with_tokenizer
-from device import can_compile, pick_device, pick_dtype
+from device import can_compile, mend_compile_cache, pick_device, pick_dtype
 from fineweb import Tokenizer
 from kv_cache import KVCache
 from model import GPT
@@ -281,6 +281,8 @@ def main():
         device = pick_device(config.device)
         if config.compile and not can_compile(device):
             raise ValueError(f"--compile can't be used here on {device.type} (CPU: install g++): leave it out")
+        if config.compile:
+            mend_compile_cache()
         dtype = pick_dtype(config.dtype, device)
         model, tokenizer = load_with_tokenizer(config.model, device)
         model.to(dtype)

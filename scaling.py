@@ -20,11 +20,12 @@ import numpy as np
 
 import cli
 from compare import Run, last_checkpoint, run_all, split
-from config import MAY_CHANGE, RUN, read_run, refuse_changes
-from device import PEAK_FLOPS
+from config import MAY_CHANGE, RUN, TrainConfig, read_run, refuse_changes
+from dataloader import differences
+from device import ASSUMED_MFU, PEAK_FLOPS
 from files import read_json, write_json
 from model import GPT
-from train import find_data
+from train import find_data, fit_vocabulary
 
 LAW = "law.json"
 
@@ -37,11 +38,11 @@ class LadderConfig:
     """Shards. Those of bytes make the smallest models, 0.2 to 10 M parameters with the default sizes."""
     sizes: tuple[str, ...] = ("4x64", "4x96", "6x128", "7x192", "8x320")
     """LAYERSxWIDTH each; a head has 32 channels."""
-    tokens: tuple[float, ...] = (2.5e5, 5e5, 1e6, 2e6)
+    tokens: tuple[float, ...] = (2e5, 4e5, 8e5, 1.6e6)
     """Tokens to train on, as 1e6; rounded to whole steps."""
     out_dir: str = "log/scaling"
     """Has a folder for each run. Another ladder command with the same settings adds to it."""
-    flags: str = "--preset modern --muon-momentum 0.85 --seq-len 256 --total-batch-tokens 2048 --micro-batch-size 8 --val-tokens 524288"
+    flags: str = "--preset modern --muon-momentum 0.85 --seq-len 256 --total-batch-tokens 2048 --micro-batch-size 8 --val-tokens 262144"
     """Other flags of train.py, the same for all runs, in quotes and after an equals sign."""
     warmup_ratio: float = 0.05
     """Share of a run's steps in which the learning rate rises."""
@@ -92,7 +93,7 @@ class PlanConfig:
     """What hours and dollars pay for."""
     price: float = 0.0
     """Dollars an hour of one --gpu."""
-    mfu: float = 0.4
+    mfu: float = ASSUMED_MFU
     """The share of its peak that training reaches; train.py shows it."""
     law: str = "besiroglu"
     """besiroglu, hoffmann or kaplan (published), or the law.json that fit wrote."""
@@ -204,21 +205,32 @@ class Point(NamedTuple):
 RUNGS = MAY_CHANGE - {"dtype", "val_tokens"} | {"n_layer", "n_embd", "n_head", "warmup_steps", "out_dir"}
 
 
-def points_of(out_dir: Path) -> list[Point]:
-    """The finished runs in a ladder's folder. ValueError where one is of another ladder."""
-    folders, points, first = sorted(path.parent for path in out_dir.glob(f"*/{RUN}")), [], None
+def refuse_others(folders: list[Path], config: TrainConfig, data: dict[str, list], source: str):
+    """ValueError for the first of these runs that is of another ladder than source, which has this config and these data."""
     for folder in folders:
-        config, loss = read_run(folder), last_checkpoint(folder)
-        if loss.get("step") != config.max_steps:
-            continue
-        data = read_json(folder / RUN, "")["data"]
-        first = first or (config, data)
         try:
-            refuse_changes(first[0], config, RUNGS, str(folders[0]))
+            refuse_changes(config, read_run(folder), RUNGS, source)
         except ValueError as e:
             raise ValueError(f"{folder} is of another ladder: {str(e).split(': leave')[0]}; move it elsewhere") from e
-        if list(data.values()) != list(first[1].values()):
-            raise ValueError(f"{folder} is of another ladder: its data are not those of {folders[0]}; move it elsewhere")
+        if differences(data_of(folder), data):
+            raise ValueError(f"{folder} is of another ladder: its data are not those of {source}; move it elsewhere")
+
+
+def folders_of(out_dir: Path) -> list[Path]:
+    return sorted(path.parent for path in out_dir.glob(f"*/{RUN}"))
+
+
+def data_of(folder: Path) -> dict[str, list]:
+    return read_json(folder / RUN, "")["data"]
+
+
+def points_of(out_dir: Path) -> list[Point]:
+    """The finished runs in a ladder's folder. ValueError where one is of another ladder."""
+    finished, points = [folder for folder in folders_of(out_dir) if last_checkpoint(folder).get("step") == read_run(folder).max_steps], []
+    for first in finished[:1]:
+        refuse_others(finished[1:], read_run(first), data_of(first), str(first))
+    for folder in finished:
+        config, loss = read_run(folder), last_checkpoint(folder)
         tokens = config.max_steps * config.total_batch_tokens
         points.append(Point(folder.name, GPT(config.model).num_params(), tokens, loss["val_loss"]))
     if not points:
@@ -442,7 +454,10 @@ def do_ladder(config: LadderConfig):
     runs = runs_of(config)
     for run in runs:
         run.config()  # a fault of the last is told before the first begins
-    find_data(runs[0].config())
+    first = runs[0].config()
+    shards = find_data(first)
+    fit_vocabulary(first, shards)
+    refuse_others(folders_of(Path(config.out_dir)), first, shards.contents(), "this ladder")
     run_all(runs, config.workers)
     print(f"{config.out_dir}: {len(runs)} runs; python scaling.py fit --out-dir {config.out_dir}")
 

@@ -29,12 +29,6 @@ def shard(model: GPT, dtype: torch.dtype, world: World):
     fully_shard(model, mesh=mesh)
 
 
-def without_storage(model: GPT) -> GPT:
-    """Another model of the same shape, which has no weights yet."""
-    with torch.device("meta"):
-        return GPT(model.config)
-
-
 @contextmanager
 def whole(model: GPT, copy: GPT):
     """For as long as the block lasts, copy has all the weights of a divided model on every process, each of which may compute with it

@@ -155,6 +155,7 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     out_dir = Path(config.out_dir)
     shards = world.on_main(lambda: check_data(config, find_data(config)))
     world.on_all(lambda: check_host(config, world, shards))
+    world.on_main(lambda: check_dtype(config, world))
     world.on_main(lambda: check_hellaswag(config))
     fit_vocabulary(config, shards)
     refuse_too_large(config.model, world.device, world.size if config.shard else 1)
@@ -255,14 +256,13 @@ class Trainer:
         self.model = model.to(world.device)
         self.teacher = teacher and teacher.to(world.device)
         if compiled:
+            device.mend_compile_cache()
             for part in filter(None, (self.model, self.teacher)):
                 part.compile_blocks(config.activation_memory)
         self.model.recompute = not compiled and config.activation_memory == 0
         self.sharded, self.evaluated = config.shard and world.size > 1, self.model
         if self.sharded:
-            if self.dtype == torch.float16:
-                raise ValueError("--shard does not scale the loss, which fp16 needs: choose --dtype bf16 or fp32")
-            self.evaluated = sharding.without_storage(self.model)
+            self.evaluated = GPT.on_meta(config.model)
             sharding.shard(self.model, self.dtype, world)
         replicated = world.size > 1 and not self.sharded
         self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if replicated else self.model
@@ -702,6 +702,12 @@ def check_data(config: TrainConfig, shards: Shards) -> Shards:
                 "bring the shards back as they were, or begin a new run in another --out-dir"
             )
     return shards
+
+
+def check_dtype(config: TrainConfig, world: World):
+    """ValueError for a dtype, maybe what 'auto' came to, that the run can't have."""
+    if config.shard and world.size > 1 and device.pick_dtype(config.dtype, world.device) == torch.float16:
+        raise ValueError("--shard does not scale the loss, which fp16 needs: choose --dtype bf16 or fp32")
 
 
 def check_host(config: TrainConfig, world: World, shards: Shards):

@@ -155,6 +155,10 @@ def test_runs_of_another_ladder_are_named(shards, tmp_path, capsys):
     assert run_train(shards, tmp_path / "c", "--max-steps", 2, "--max-lr", 1e-3) == 0
     assert run_main(scaling.main, "fit", "--out-dir", tmp_path) == 2
     assert f"{tmp_path}/c is of another ladder: max_lr 0.001 does not fit {tmp_path}/a, which has 0.003; move it" in capsys.readouterr().err
+    ladder = ["ladder", "--data-dir", shards, "--out-dir", tmp_path, "--sizes", "1x32", "--tokens", 512, "--warmup-ratio", 0]
+    assert run_main(scaling.main, *ladder, f"--flags={' '.join(map(str, TINY))}") == 2  # before it trains
+    assert f"{tmp_path}/c is of another ladder: max_lr 0.001 does not fit this ladder, which has 0.003; move it" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ MANY = "--optimizer muon --pos rope --n-head 1 --norm rmsnorm --mlp swiglu --no-
 @pytest.mark.parametrize(
     ("flags", "tolerance"),
     [
-        (MANY, 3e-3),  # Muon works in bf16
+        (MANY, 1e-4),
         pytest.param("--n-expert 3 --n-expert-active 2", 1e-3, marks=pytest.mark.slow),  # balanced by micro batch
         ("--share-layers 2 --ema 0.9 --activation-memory 0", 1e-5),
     ],
@@ -137,7 +137,8 @@ def test_what_is_not_finite_on_one_rank_reaches_no_weight(shards, tmp_path):
 
 def test_fp16_is_refused(shards, tmp_path):
     run = forked(tmp_path, "train", *TINY, "--shard", "--dtype", "fp16", "--data-dir", shards, "--out-dir", tmp_path / "run", processes=2)
-    assert run.returncode == 2 and "error: --shard does not scale the loss, which fp16 needs: choose --dtype bf16 or fp32\n" in run.stderr
+    assert run.returncode == 2
+    assert run.stderr.count("error: --shard does not scale the loss, which fp16 needs: choose --dtype bf16 or fp32\n") == 1
 
 
 @pytest.mark.slow

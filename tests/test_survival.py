@@ -45,6 +45,23 @@ def undisturbed(shards, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_a_kill_amid_torch_compile_spoils_no_later_run(shards, tmp_path):
+    """A compiler that is killed leaves an empty library in the cache that all runs share."""
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    flags = [*TINY, "--compile", "--data-dir", shards, "--out-dir", run, "--max-steps", 2, "--warmup-steps", 1]
+    for _ in range(2):
+        result = subprocess.run([sys.executable, REPO / "train.py", *map(str, flags)], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        [path.unlink() for path in run.iterdir()]
+        libraries = list(cache.glob("*/*.so"))
+        assert libraries and all(path.stat().st_size for path in libraries)
+        for path in libraries:
+            path.write_bytes(b"")
+            os.utime(path, (0, 0))
+
+
+@pytest.mark.slow
 def test_fifty_kills_while_saving(undisturbed, shards, tmp_path):
     """Each SIGKILL comes at a random write of a checkpoint, or up to 2 ms later. The relaunch finds the newest whole one, and
     the run that gets through has the losses and the weights of the undisturbed one."""
