@@ -55,8 +55,12 @@ def flag(name: str) -> str:
 
 def at_least(limit: int, config, *names: str) -> list[str]:
     """A fault for each of these fields that is below the limit, infinite or not a number."""
-    wrong = [name for name in names if not limit <= getattr(config, name) < math.inf]
-    return [f"{flag(name)} is {getattr(config, name)}: it must be at least {limit}" for name in wrong]
+    values = {name: getattr(config, name) for name in names}
+    return [
+        f"{flag(name)} is {value}: it must be {'' if math.isfinite(value) else 'a finite number of '}at least {limit}"
+        for name, value in values.items()
+        if not limit <= value < math.inf
+    ]
 
 
 def at_most(limit: int, config, *names: str) -> list[str]:

@@ -200,6 +200,8 @@ class Run(NamedTuple):
             config = parse_flags(self.argv(), checkpoint.load_config(config.init_from, config.init_revision))
         try:
             config.validate(1)
+            if config.plan or config.replay_step is not None or "--resume" in self.flags:
+                raise ValueError("--plan, --replay-step and --resume begin no run: leave them out")
         except ValueError as e:
             raise ValueError(f"{self.name}: {e}") from e
         return config
@@ -269,7 +271,7 @@ def measure(folder: Path) -> dict:
     config = read_run(folder)
     metrics = read_metrics(folder / "metrics.jsonl", ["tokens_per_second", "memory_bytes", "seconds"])
     rates = list(metrics["tokens_per_second"].values())
-    model = GPT(config.model)
+    model = GPT.on_meta(config.model)
     return {
         "tokens": config.max_steps * config.total_batch_tokens,
         "val_loss": last_checkpoint(folder)["val_loss"],

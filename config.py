@@ -11,7 +11,7 @@ import tyro
 import checkpoint
 import cli
 import hellaswag
-from device import CARD_MEMORY
+from device import CARDS
 from files import read_json
 from model import NOT_IN_WEIGHTS, SIZES, GPTConfig
 
@@ -116,8 +116,8 @@ class TrainConfig:
     """Show the metrics there too; it has to be installed. What goes wrong with it never ends the run."""
     plan: bool = False
     """Print what the run would take, memory by part, hours and cost, and end; nothing is allocated and no shards are needed."""
-    gpu: Literal[tuple(CARD_MEMORY)] = "H100"
-    """For --plan: the kind of GPU; with --device cpu it is this machine's CPU."""
+    gpu: Literal[tuple(CARDS)] = "H100"
+    """For --plan: the kind of GPU, with the most memory that it is sold with; with --device cpu it is this machine's CPU."""
     gpus: int = 1
     """For --plan: how many of them."""
     price: float = 0.0
@@ -155,7 +155,11 @@ class TrainConfig:
         for name in ("decay_ratio", "teacher_weight"):
             if not 0 < getattr(self, name) <= 1:
                 faults.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be above 0 and at most 1")
-        faults += cli.at_most(10**9, self, "max_steps") + cli.at_most(10**6, self, "timeout_minutes")
+        faults += (
+            cli.at_most(10**9, self, "max_steps")
+            + cli.at_most(10**12, self, "total_batch_tokens")
+            + cli.at_most(10**6, self, "timeout_minutes")
+        )
         if self.seed >= 2**32:
             faults.append(f"--seed is {self.seed}: it must be below 2^32")
         if not faults and self.total_batch_tokens % (self.micro_batch_size * self.model.seq_len * world_size):
@@ -340,11 +344,11 @@ def last_launch(run: dict, step: int | None) -> dict:
     return ([launch for launch in launches if step is None or launch.get("step", 0) <= step] or [{}])[-1]
 
 
-def refuse_changes(before, now, allowed: set[str], source: str):
+def refuse_changes(before, now, allowed: set[str], source: str, remedy: str = "leave its flag out"):
     """ValueError for the first field that differs and may not."""
     for f in fields(before):
         old, new = getattr(before, f.name), getattr(now, f.name)
         if f.name == "model":
-            refuse_changes(old, new, allowed, source)
+            refuse_changes(old, new, allowed, source, remedy)
         elif f.name not in allowed and old != new:
-            raise ValueError(f"{f.name} {new!r} does not fit {source}, which has {old!r}: leave its flag out")
+            raise ValueError(f"{f.name} {new!r} does not fit {source}, which has {old!r}: {remedy}")

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -51,19 +52,20 @@ def mend_compile_cache():
                 library.unlink()
 
 
-# dense bf16 or fp16 with fp32 accumulation, FLOP/s, from NVIDIA's data sheets; a row counts when the card's name has its words
-PEAK_FLOPS = (
-    ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12),
-    ("A100", 312e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("A10", 125e12), ("V100", 125e12),
-    ("RTX 4090", 165e12), ("RTX 3090", 71e12),
-)  # fmt: skip
+class Card(NamedTuple):
+    """From NVIDIA's data sheets."""
 
-# bytes, as the data sheets and the cards' names have it
-CARD_MEMORY = {
-    "B200": 180e9, "GH200": 96e9, "H200": 141e9, "H100 PCIe": 80e9, "H100 NVL": 94e9, "H100": 80e9, "A100": 80e9, "L40S": 48e9,
-    "L40": 48e9, "L4": 24e9, "A10": 24e9, "V100": 32e9, "RTX 4090": 24e9, "RTX 3090": 24e9,
+    flops: float  # FLOP/s, dense bf16 or fp16 with fp32 accumulation
+    memory: float  # bytes, the most that is sold
+
+
+# by the words that are in a card's name
+CARDS = {
+    "B200": Card(2250e12, 180e9), "GH200": Card(989e12, 96e9), "H200": Card(989e12, 141e9), "H100 PCIe": Card(756e12, 80e9),
+    "H100 NVL": Card(835e12, 94e9), "H100": Card(989e12, 80e9), "A100": Card(312e12, 80e9), "L40S": Card(362e12, 48e9),
+    "L40": Card(181e12, 48e9), "L4": Card(121e12, 24e9), "A10": Card(125e12, 24e9), "V100": Card(125e12, 32e9),
+    "RTX 4090": Card(165e12, 24e9), "RTX 3090": Card(71e12, 24e9),
 }  # fmt: skip
-
 
 ASSUMED_MFU = 0.4  # of that rate, for plans of what was not measured
 
@@ -76,12 +78,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def peak_of(card: str, dtype: torch.dtype) -> float:
     """A card's matrix rate in FLOP/s. fp32 is multiplied in TF32, at half the rate, or on a V100, which has none, at an eighth."""
-    return dict(PEAK_FLOPS)[card] / (1 if dtype != torch.float32 else 8 if card == "V100" else 2)
+    return CARDS[card].flops / (1 if dtype != torch.float32 else 8 if card == "V100" else 2)
 
 
 def card_of(description: str) -> str | None:
-    """The row of the tables above that a card's name belongs to."""
-    return next((words for words, _ in PEAK_FLOPS if re.search(rf"\b{words}\b", description)), None)
+    """The row of the table above that a card's name belongs to."""
+    return next((words for words in CARDS if re.search(rf"\b{words}\b", description)), None)
 
 
 def total_memory(device: torch.device) -> int:

@@ -588,6 +588,8 @@ RULES = (  # with the fields that each speaks of
     ("n_layer {n_layer} is not a multiple of share_layers {share_layers}: change one of them", lambda c: c.n_layer % c.share_layers == 0),
     ("n_expert_active {n_expert_active} is more than n_expert {n_expert}: lower it", lambda c: c.n_expert_active <= c.n_expert),
     ("n_expert is {n_expert}: it must be at most 1024", lambda c: c.n_expert <= 1024),
+    ("n_layer is {n_layer}: it must be at most 1000", lambda c: c.n_layer <= 1000),
+    ("n_embd is {n_embd}: it must be at most 10^6", lambda c: c.n_embd <= 10**6),
     (
         "window_pattern is {window_pattern!r}: it must be letters S and L",
         lambda c: c.window_pattern and not set(c.window_pattern) - set("SL"),

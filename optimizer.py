@@ -27,7 +27,10 @@ class MuonInFull(torch.optim.Muon):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                average = state["momentum_buffer"]
                 average.lerp_(p.grad, 1 - momentum)
                 update = orthogonal(p.grad.lerp(average, momentum), group["ns_coefficients"], group["ns_steps"], group["eps"])
                 rows, columns = p.shape

@@ -23,6 +23,7 @@ from files import read_json
 from kernels import BlockwiseAttention
 from model import GPT, MAX_LOGITS, MAX_LOGITS_CUDA, GPTConfig
 from plot_log import read_metrics
+from sharding import refuse_fp16
 
 # ---- memory ----
 
@@ -49,7 +50,7 @@ class Memory(NamedTuple):
 def memory(config: TrainConfig, setting: Setting, model: GPT) -> Memory:
     """The parts of a training step, and what it takes at most. The gradients are there all the time when they are accumulated or lie in
     DDP's buckets, which need nothing beside them; else they take the place of the activations, block by block. A teacher is not in it."""
-    shape, (_, e, compiled, world_size, shard) = config.model, setting
+    shape, (kind, e, compiled, world_size, shard) = config.model, setting
     tokens = config.micro_batch_size * shape.seq_len
     params = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.transformer.h[0].parameters())
@@ -58,7 +59,8 @@ def memory(config: TrainConfig, setting: Setting, model: GPT) -> Memory:
     processes = world_size if shard else 1
 
     # each block that is compiled makes its own copies, also of weights that blocks share; autocast keeps one
-    cast = matrices * (shape.share_layers if compiled else 1) * (not shard)  # divided ones come in that dtype already
+    # divided ones come to a GPU in that dtype already
+    cast = matrices * (shape.share_layers if compiled else 1) * (not shard or kind == "cpu")
     copies = (e * (cast * (config.activation_memory if compiled else 1) + head)) if e < 4 else 0
     whole = block_bytes(shape, setting)
     kept = 4 * shape.n_embd + config.activation_memory * (whole - 4 * shape.n_embd)  # at the least a block's input
@@ -66,22 +68,25 @@ def memory(config: TrainConfig, setting: Setting, model: GPT) -> Memory:
     activations = tokens * (shape.n_layer * kept + norm + e * shape.n_embd + 16)  # ids and targets are of 8 bytes
     again = tokens * (whole - kept)
     muon = config.optimizer == "muon"
-    parts = {
+    staying = {
         "weights": 4 * params / processes,
         "gradients": 4 * params / processes,
         "optimizer": (8 * (params - matrices) / processes + 4 * matrices / world_size) if muon else 8 * params / processes,
         "average of the weights": 4 * params / processes if config.ema else 0,
         # the next block comes while one is at work, and its gradient is whole until it is divided; the rest stays whole
         "whole blocks": 4 * (3 * block + params - block * len(model.transformer.h)) if shard else 0,
+    }
+    passing = {
         "copies for the products": copies,
         "activations": activations,
         "loss, or a block's backward pass": max(loss_bytes(shape, tokens, setting), again + backward_bytes(shape, tokens, block, setting)),
     }
-    passing = sum(list(parts.values())[5:])
-    stay = config.grad_accum_steps(world_size) > 1 or (world_size > 1 and not shard)
-    fixed = sum(list(parts.values())[:5]) - parts["gradients"]
-    peak = fixed + (parts["gradients"] + passing if stay else max(parts["gradients"], passing))
-    return Memory(parts, max(peak, fixed + 4 * params if shard else 0))  # where an evaluation has all weights
+    at_once = sum(passing.values())
+    accumulated = config.grad_accum_steps(world_size) > 1 or (world_size > 1 and not shard)
+    gradients = staying["gradients"]
+    fixed = sum(staying.values()) - gradients
+    peak = fixed + (gradients + at_once if accumulated else max(gradients, at_once))
+    return Memory(staying | passing, max(peak, fixed + 4 * params if shard else 0))  # where an evaluation has all weights
 
 
 def block_bytes(shape: GPTConfig, setting: Setting) -> float:
@@ -136,7 +141,8 @@ def loss_bytes(shape: GPTConfig, tokens: int, setting: Setting) -> float:
 def largest_micro_batch(config: TrainConfig, setting: Setting, model: GPT, available: float) -> int | None:
     """The largest that divides the batch and fits into so many bytes; None when not even 1 does."""
     sequences = config.total_batch_tokens // (config.model.seq_len * setting.world_size)
-    divisors = [b for b in range(sequences, 0, -1) if sequences % b == 0]
+    small = [b for b in range(1, math.isqrt(sequences) + 1) if sequences % b == 0]
+    divisors = sorted({*small, *(sequences // b for b in small)}, reverse=True)
     return next((b for b in divisors if memory(replace(config, micro_batch_size=b), setting, model).peak <= available), None)
 
 
@@ -152,14 +158,17 @@ def measured_rate(config: TrainConfig, name: str) -> float | None:
     path = Path(config.out_dir, RUN)
     if not path.exists():
         return None
-    launch = last_launch(read_json(path, RUN_REMEDY), None)
-    settings = asdict(config)
-    same = all(launch.get("config", {}).get(name) == settings[name] for name in PACE)
-    if not same or (device.card_of(launch.get("device", "")) or "cpu") != name:
-        return None
-    speeds = read_metrics(path.with_name("metrics.jsonl"), ["tokens_per_second"])["tokens_per_second"]
-    rates = [speed for step, speed in speeds.items() if step > launch["step"]]
-    return statistics.median(rates) / launch["world_size"] if rates else None
+    launch, settings = last_launch(read_json(path, RUN_REMEDY), None), asdict(config)
+    cpu = device.describe(torch.device("cpu"))
+    try:
+        there = "cpu" if launch["device"] == cpu else device.card_of(launch["device"])
+        if there != name or any(launch["config"].get(name) != settings[name] for name in PACE):
+            return None
+        speeds = read_metrics(path.with_name("metrics.jsonl"), ["tokens_per_second"])["tokens_per_second"]
+        rates = [speed for step, speed in speeds.items() if step > launch["step"]]
+        return statistics.median(rates) / launch["world_size"] if rates else None
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} has no launch as train.py writes it: {RUN_REMEDY}") from e
 
 
 # ---- the plan of a run ----
@@ -168,13 +177,18 @@ def measured_rate(config: TrainConfig, name: str) -> float | None:
 def report(config: TrainConfig) -> str:
     """What train.py --plan prints. ValueError when the model does not fit at all, or nothing says how fast it is."""
     config.validate(config.gpus)
+    if config.device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"--device {config.device} can't be planned for: give cuda with a --gpu, or cpu")
     on_cpu = config.device == "cpu"
     name = "cpu" if on_cpu else config.gpu
     auto = config.dtype == "auto" and not on_cpu  # this machine need not have such a card
     dtype = device.pick_dtype(("fp16" if name == "V100" else "bf16") if auto else config.dtype, torch.device("cpu"))
     compiled = config.compile and (not on_cpu or device.can_compile(torch.device("cpu")))
     setting = Setting("cpu" if on_cpu else "cuda", dtype.itemsize, compiled, config.gpus, config.shard and config.gpus > 1)
-    available = device.total_memory(torch.device("cpu")) if on_cpu else device.CARD_MEMORY[name] - CUDA_ITSELF
+    if setting.shard:
+        refuse_fp16(dtype)
+    # the processes share a machine's memory
+    available = device.total_memory(torch.device("cpu")) / config.gpus if on_cpu else device.CARDS[name].memory - CUDA_ITSELF
     model = GPT.on_meta(config.model)
     need, fits = memory(config, setting, model), largest_micro_batch(config, setting, model, available)
     if fits is None:
@@ -182,7 +196,7 @@ def report(config: TrainConfig) -> str:
         raise ValueError(
             f"one sequence at a time takes {least / 1e9:.1f} GB, {name} has {available / 1e9:.1f} GB for it: choose a larger --gpu, a "
             f"smaller model or --seq-len{', or --activation-memory 0' * (config.activation_memory > 0)}"
-            f"{', or --shard with more --gpus' * (not config.shard)}"
+            f", or {'--shard with ' * (not config.shard)}more --gpus"
         )
     total, flops = config.max_steps * config.total_batch_tokens, model.flops_per_token()
     rate, source = rate_of(config, name, dtype, flops)
@@ -194,8 +208,8 @@ def report(config: TrainConfig) -> str:
         f"{'fits' if need.peak <= available else 'does not fit'}; the largest that does: --micro-batch-size {fits}",
         "",
         f"{rate:,.0f} tokens/s, {source}",
-        f"{config.max_steps:,} steps of {config.total_batch_tokens:,} tokens, {total * flops:.3g} floating point operations: "
-        f"{hours:,.2f} hours",
+        f"the whole run, {config.max_steps:,} steps of {config.total_batch_tokens:,} tokens, {total * flops:.3g} floating point "
+        f"operations: {hours:,.2f} hours",
     ]
     if config.price:
         lines.append(f"{hours * config.gpus * config.price:,.2f} $ at {config.price:g} $ a GPU and hour")
@@ -292,15 +306,18 @@ def ddp_step(compute: float, passes: int, params: int, last: int, cluster: Clust
     return Step(compute, overlapped + end, seconds, 2 * cluster.sent(4 * params))
 
 
-def fsdp_step(compute: float, passes: int, params: int, blocks: int, cluster: Cluster, e: int = 2) -> Step:
+def fsdp_step(compute: float, passes: int, params: int, rest: int, blocks: int, cluster: Cluster, e: int = 2, e_rest: int = 4) -> Step:
     """Each pass gathers each block's weights, of e bytes, once forward (a third of the time) and once backward, while the block before is
-    computed, and divides its gradients, in fp32; the first gathering and the last division wait."""
-    part = params / (blocks + 1)  # the blocks, and embeddings with the head
+    computed, and divides its gradients, in fp32; embeddings and head, the rest of the parameters, of e_rest bytes, are gathered once. What
+    is first gathered and last divided waits."""
+    part = (params - rest) / blocks
     gather, scatter = cluster.gather(e * part), cluster.gather(4 * part)
-    forward, backward = (blocks + 1) * gather, (blocks + 1) * (gather + scatter)
+    ends = cluster.gather(e_rest * rest) + cluster.gather(4 * rest)
+    forward, backward = blocks * gather, blocks * (gather + scatter)
     work = compute / passes
-    once = max(work / 3, forward - gather) + max(work * 2 / 3, backward - scatter) + gather + scatter
-    return Step(compute, passes * (forward + backward), passes * once, passes * cluster.sent((2 * e + 4) * params))
+    once = max(work / 3, forward - gather) + max(work * 2 / 3, backward - scatter) + gather + scatter + ends
+    sent = cluster.sent((2 * e + 4) * (params - rest) + (e_rest + 4) * rest)
+    return Step(compute, passes * (forward + backward + ends), passes * once, passes * sent)
 
 
 def step_on(config: TrainConfig, n: int, shard: bool, gpu: str, weak: bool = False) -> Step:
@@ -313,7 +330,8 @@ def step_on(config: TrainConfig, n: int, shard: bool, gpu: str, weak: bool = Fal
     compute = sequences * config.model.seq_len * model.flops_per_token() / (ASSUMED_MFU * device.peak_of(gpu, dtype))
     params = sum(p.numel() for p in model.parameters())
     if shard:
-        return fsdp_step(compute, passes, params, len(model.transformer.h), Cluster(n), dtype.itemsize)
+        rest = params - sum(p.numel() for p in model.transformer.h.parameters())
+        return fsdp_step(compute, passes, params, rest, len(model.transformer.h), Cluster(n), dtype.itemsize)
     return ddp_step(compute, passes, params, model.transformer.wte.weight.numel(), Cluster(n))
 
 
@@ -322,8 +340,8 @@ class ScaleConfig:
     """How presets scale over many GPUs by calculation: a table on stdout, and a picture."""
 
     presets: tuple[str, ...] = ("gpt2", "gpt2-xl", "gpt3-1b")
-    """Presets of train.py; each keeps its batch, or with more GPUs than sequences in it none."""
-    gpu: Literal[tuple(device.CARD_MEMORY)] = "H100"
+    """Presets of train.py; each keeps its batch, and has no more GPUs than sequences in it."""
+    gpu: Literal[tuple(device.CARDS)] = "H100"
     """The kind of GPU; the links are those of Cluster."""
     out: str = "results/scale.png"
     """Where the picture goes."""
@@ -339,8 +357,11 @@ def limit(steps: dict[int, Step]) -> str:
 
 def scale(config: ScaleConfig) -> tuple[str, dict[str, dict[int, Step]]]:
     """The table, and a step for each kind of scaling and number of GPUs."""
-    if wrong := [name for name in config.presets if name not in PRESETS]:
-        raise ValueError(f"--presets {' '.join(wrong)}: choose of {', '.join(PRESETS)}")
+    wrong = [name for name in config.presets if name not in PRESETS]
+    faults = [f"--presets {' '.join(wrong)}: choose of {', '.join(PRESETS)}"] if wrong or not config.presets else []
+    if Path(config.out).suffix not in (".png", ".svg", ".pdf"):
+        faults.append(f"--out {config.out}: give a .png, .svg or .pdf")
+    cli.refuse(faults)
     lines = [
         "| preset | batch | | GPUs | compute, ms | communication, ms | sent by each, MB | step, ms | efficiency | below 90 % from |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -22,9 +22,9 @@ import cli
 from compare import Run, last_checkpoint, run_all, split
 from config import MAY_CHANGE, RUN, TrainConfig, read_run, refuse_changes
 from dataloader import differences
-from device import ASSUMED_MFU, PEAK_FLOPS
+from device import ASSUMED_MFU, CARDS
 from files import read_json, write_json
-from model import GPT
+from model import GPT, GPTConfig
 from train import find_data, fit_vocabulary
 
 LAW = "law.json"
@@ -78,6 +78,13 @@ class FitConfig:
     json: bool = False
     """Print JSON instead of tables."""
 
+    def validate(self):
+        """ValueError with every fault at once."""
+        faults = cli.at_least(0, self, "hold_out", "bootstraps", "seed")
+        if self.points and folders_of(Path(self.out_dir)):
+            faults.append(f"--out-dir {self.out_dir} has a ladder, whose law --points would overwrite: give another")
+        cli.refuse(faults)
+
 
 @dataclass
 class PlanConfig:
@@ -89,12 +96,12 @@ class PlanConfig:
     """or hours of one --gpu,"""
     dollars: float = 0.0
     """or dollars, at --price."""
-    gpu: Literal[tuple(name for name, _ in PEAK_FLOPS)] = "H100"
+    gpu: Literal[tuple(CARDS)] = "H100"
     """What hours and dollars pay for."""
     price: float = 0.0
     """Dollars an hour of one --gpu."""
     mfu: float = ASSUMED_MFU
-    """The share of its peak that training reaches; train.py shows it."""
+    """The share of its peak that 6 N D comes to; train.py's mfu has attention's operations in it too."""
     law: str = "besiroglu"
     """besiroglu, hoffmann or kaplan (published), or the law.json that fit wrote."""
     json: bool = False
@@ -208,12 +215,10 @@ RUNGS = MAY_CHANGE - {"dtype", "val_tokens"} | {"n_layer", "n_embd", "n_head", "
 def refuse_others(folders: list[Path], config: TrainConfig, data: dict[str, list], source: str):
     """ValueError for the first of these runs that is of another ladder than source, which has this config and these data."""
     for folder in folders:
-        try:
-            refuse_changes(config, read_run(folder), RUNGS, source)
-        except ValueError as e:
-            raise ValueError(f"{folder} is of another ladder: {str(e).split(': leave')[0]}; move it elsewhere") from e
+        remedy = f"move {folder} elsewhere, it is of another ladder"
+        refuse_changes(config, read_run(folder), RUNGS, source, remedy)
         if differences(data_of(folder), data):
-            raise ValueError(f"{folder} is of another ladder: its data are not those of {source}; move it elsewhere")
+            raise ValueError(f"the data of {folder} are not those of {source}: {remedy}")
 
 
 def folders_of(out_dir: Path) -> list[Path]:
@@ -226,36 +231,45 @@ def data_of(folder: Path) -> dict[str, list]:
 
 def points_of(out_dir: Path) -> list[Point]:
     """The finished runs in a ladder's folder. ValueError where one is of another ladder."""
-    finished, points = [folder for folder in folders_of(out_dir) if last_checkpoint(folder).get("step") == read_run(folder).max_steps], []
-    for first in finished[:1]:
-        refuse_others(finished[1:], read_run(first), data_of(first), str(first))
-    for folder in finished:
-        config, loss = read_run(folder), last_checkpoint(folder)
-        tokens = config.max_steps * config.total_batch_tokens
-        points.append(Point(folder.name, GPT(config.model).num_params(), tokens, loss["val_loss"]))
-    if not points:
+    finished = [folder for folder in folders_of(out_dir) if last_checkpoint(folder).get("step") == read_run(folder).max_steps]
+    if not finished:
         raise ValueError(f"no finished run in {out_dir}: train some with python scaling.py ladder --out-dir {out_dir}")
+    first, *others = finished
+    refuse_others(others, read_run(first), data_of(first), str(first))
+    points = []
+    for folder in finished:
+        config = read_run(folder)
+        params, tokens = GPT.on_meta(config.model).num_params(), config.max_steps * config.total_batch_tokens
+        points.append(Point(folder.name, params, tokens, last_checkpoint(folder)["val_loss"]))
     return points
 
 
 def read_points(path: Path) -> list[Point]:
     """A .csv with the columns params, tokens and loss. ValueError names the first line that is none."""
-    points = []
+    points, columns = [], ("params", "tokens", "loss")
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.DictReader(file)
         try:
+            if set(columns) - set(rows.fieldnames or ()):
+                raise ValueError(f"{path} must begin with a line that names its columns, {', '.join(columns)} among them, with commas")
+        except csv.Error as e:
+            raise ValueError(f"{path} is no .csv") from e
+        try:
             for row in rows:
-                points.append(Point(str(rows.line_num), *(float(row[name]) for name in ("params", "tokens", "loss"))))
-                if not all(0 < x < math.inf for x in points[-1][1:]):
+                params, tokens, loss = (float(row[name]) for name in columns)
+                if not (1 <= params <= 1e30 and 1 <= tokens <= 1e30 and 0 < loss < 1e6):
                     raise ValueError
-        except (KeyError, TypeError, ValueError, csv.Error) as e:
-            raise ValueError(f"{path}, line {rows.line_num}: params, tokens and loss must be numbers above 0") from e
+                points.append(Point(str(rows.line_num), params, tokens, loss))
+        except (TypeError, ValueError, csv.Error) as e:
+            raise ValueError(f"{path}, line {rows.line_num}: params and tokens must be from 1 to 1e30, loss above 0") from e
+    if not points:
+        raise ValueError(f"{path} has no points")
     return points
 
 
 # ---- the fit ----
 
-FLAT = 1e-3  # an exponent so small is none
+FLAT, STEEP = 1e-3, 3.0  # an exponent so small is none, and none is larger
 HUBER = 1e-3  # as in Hoffmann et al., 2022: beyond it an error counts in a line, so that an odd run does little
 
 
@@ -290,7 +304,7 @@ def fit(points: list[Point], starts=STARTS) -> tuple[Law, tuple]:
         value, gradient = objective(theta, *centered)
         return scaled * value, scaled * gradient
 
-    bounds = [(-20.0, 20.0)] * 3 + [(FLAT, 3.0)] * 2
+    bounds = [(-20.0, 20.0)] * 3 + [(FLAT, STEEP)] * 2
     ends = [minimize(value, start, jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=5000, ftol=1e-13)) for start in starts]
     a, b, e, alpha, beta = theta = min(ends, key=lambda end: end.fun).x
     a, b = a + alpha * log_n.mean(), b + beta * log_d.mean()
@@ -329,8 +343,10 @@ def report(config: FitConfig, points: list[Point]) -> dict:
         raise ValueError(f"--hold-out {config.hold_out} leaves none of {len(points)} runs to fit: lower it")
     seen, held_out = points[: len(points) - config.hold_out], points[len(points) - config.hold_out :]
     law, theta = fit(seen)
-    if min(law.alpha, law.beta) <= FLAT:
-        raise ValueError("no law fits these runs: their losses do not fall with size, or not with tokens")
+    for name, exponent in (("size", law.alpha), ("tokens", law.beta)):
+        if not FLAT < exponent < STEEP:
+            how = "do not fall" if exponent <= FLAT else "fall too steeply"
+            raise ValueError(f"no law fits these runs: their losses {how} with {name}; train more of them, or on more tokens")
     laws = bootstrap(seen, theta, config.bootstraps, config.seed)
     errors = [law.loss(p.params, p.tokens) / p.loss - 1 for p in seen]
     return {
@@ -356,11 +372,13 @@ def show_fit(found: dict) -> str:
     lines += [f"| {name} | {value:.4g} | {within(found['intervals'][name])} |" for name, value in found["law"].items()]
     lines.append(f"| best N ~ C^ | {found['share_of_n']:.4g} | {within(found['share_of_n_interval'])} |")
     lines.append(f"| L(C) = E + K / C^ | {found['exponent']:.4g} | {within(found['exponent_interval'])} |")
-    lines.append(f"\nRoot mean square error over {len(found['points'])} runs: {found['error']:.2%}\n")
-    lines += ["| run | parameters | tokens | loss | predicted | error |", "| --- " * 6 + "|"]
-    for name, rows in (("", found["points"]), (" (held out)", found["held_out"])):
-        for run, params, tokens, loss, predicted in rows if len(rows) <= 60 else []:
-            lines.append(f"| {run}{name} | {params:,.0f} | {tokens:,.0f} | {loss:.4f} | {predicted:.4f} | {predicted / loss - 1:+.2%} |")
+    lines.append(f"\nRoot mean square error over {len(found['points'])} runs: {found['error']:.2%}")
+    rows = [("", row) for row in found["points"] if len(found["points"]) <= 60]
+    rows += [(" (held out)", row) for row in found["held_out"]]
+    if rows:
+        lines += ["", "| run | parameters | tokens | loss | predicted | error |", "| --- " * 6 + "|"]
+    for name, (run, params, tokens, loss, predicted) in rows:
+        lines.append(f"| {run}{name} | {params:,.0f} | {tokens:,.0f} | {loss:.4f} | {predicted:.4f} | {predicted / loss - 1:+.2%} |")
     return "\n".join(lines)
 
 
@@ -387,8 +405,10 @@ def plot_fit(found: dict, out: Path):
     losses.set(xscale="log", yscale="log", ylabel="validation loss, nats a token", title="Loss")
     losses.yaxis.set_major_formatter("{x:.2f}")
     losses.yaxis.set_minor_formatter("{x:.2f}")
-    for name, other in {"these runs": law, **PUBLISHED}.items():
-        sizes.plot(far, [other.best(c)[0] for c in far], "k" if other is law else "-", label=name)
+    for name, published in PUBLISHED.items():
+        sizes.plot(far, [published.best(c)[0] for c in far], label=name)
+    for compute, look, label in ((near, "k-", "these runs"), (far, "k:", "beyond them")):
+        sizes.plot(compute, [law.best(c)[0] for c in compute], look, label=label)
     sizes.plot(flops, params, ".", color="gray")
     sizes.set(xscale="log", yscale="log", ylabel="parameters", title="Best size for each compute")
     for axes in (losses, sizes):
@@ -409,13 +429,13 @@ def read_law(name: str) -> Law | Kaplan:
         if not all(0 < value < math.inf for value in asdict(law).values()):
             raise ValueError
         return law
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise ValueError(f"--law {name} is no law: give {', '.join(PUBLISHED)} or the law.json that scaling.py fit wrote") from e
 
 
 def plan(config: PlanConfig) -> dict:
     """The best size and tokens for the budget, and what half and twice that size would come to at the same cost."""
-    rate = config.mfu * dict(PEAK_FLOPS)[config.gpu]  # floating point operations a second
+    rate = config.mfu * CARDS[config.gpu].flops  # floating point operations a second
     hours = config.gpu_hours or config.dollars / (config.price or 1)
     flops = config.flops or rate * 3600 * hours
     law = read_law(config.law)
@@ -423,26 +443,46 @@ def plan(config: PlanConfig) -> dict:
     rows = []
     for n in (best / 2, best, best * 2):
         d = flops / 6 / n
-        rows.append({"params": n, "tokens": d, "loss": float(law.loss(n, d)), "shape": shape_for(n)})
+        shape = shape_for(n, in_blocks=isinstance(law, Kaplan))
+        rows.append({"params": n, "tokens": d, "loss": float(law.loss(n, d)), "shape": flags_of(shape), "its_params": params_of(shape)})
     hours = flops / rate / 3600
     return {"flops": flops, "gpu": config.gpu, "gpu_hours": hours, "dollars": hours * config.price or None, "law": config.law, "rows": rows}
 
 
-def shape_for(params: float) -> str:
-    """The flags of about so many parameters in the blocks: 12 · layers · width², with GPT-2's and GPT-3's heads of 64 and about 64
-    channels for each layer, as their smallest have."""
-    width = max(64, 64 * round((params * 64 / 12) ** (1 / 3) / 64))
-    return f"--n-layer {max(1, round(params / (12 * width**2)))} --n-embd {width} --n-head {width // 64}"
+def shape_for(params: float, in_blocks: bool = False) -> tuple[int, int]:
+    """Layers and width of about so many parameters with GPT-2's vocabulary, or so many in the blocks: 12 · layers · width² and a table
+    (Kaplan et al., 2020, table 1), with heads of 64 and about 64 channels for each layer, as GPT-2's and GPT-3's smallest have."""
+    rows = 0 if in_blocks else GPTConfig().padded_vocab_size + GPTConfig().seq_len
+
+    def so_many(width: int) -> float:
+        return 12 * width**3 / 64 + rows * width
+
+    width = 64
+    while abs(so_many(width + 64) - params) < abs(so_many(width) - params):
+        width += 64
+    return max(1, round((params - rows * width) / (12 * width**2))), width
+
+
+def flags_of(shape: tuple[int, int]) -> str:
+    layers, width = shape
+    return f"--n-layer {layers} --n-embd {width} --n-head {width // 64}"
+
+
+def params_of(shape: tuple[int, int]) -> int | None:
+    """Of a GPT with this shape and GPT-2's vocabulary; None for one that GPTs do not have."""
+    layers, width = shape
+    config = GPTConfig(n_layer=layers, n_embd=width, n_head=width // 64)
+    return None if config.faults() else GPT.on_meta(config).num_params()
 
 
 def show_plan(found: dict) -> str:
     cost = f", {found['dollars']:,.0f} $" if found["dollars"] else ""
     budget = f"{found['flops']:.3g} floating point operations, {found['gpu_hours']:,.1f} hours of one {found['gpu']}{cost}"
     lines = [f"{budget}, by {found['law']}:", ""]
-    lines += ["| | parameters | tokens | tokens a parameter | loss | flags of train.py |", "| --- " * 6 + "|"]
+    lines += ["| | parameters | tokens | tokens a parameter | loss | flags of train.py | which have |", "| --- " * 7 + "|"]
     for name, row in zip(("half the size", "best", "twice the size"), found["rows"], strict=True):
-        n, d = row["params"], row["tokens"]
-        lines.append(f"| {name} | {n / 1e6:,.3g} M | {d / 1e9:,.3g} B | {d / n:,.3g} | {row['loss']:.4f} | {row['shape']} |")
+        n, d, its = row["params"], row["tokens"], f"{row['its_params'] / 1e6:,.4g} M" if row["its_params"] else "too many layers"
+        lines.append(f"| {name} | {n / 1e6:,.3g} M | {d / 1e9:,.3g} B | {d / n:,.3g} | {row['loss']:.4f} | {row['shape']} | {its} |")
     return "\n".join(lines)
 
 
@@ -463,7 +503,7 @@ def do_ladder(config: LadderConfig):
 
 
 def do_fit(config: FitConfig):
-    cli.refuse(cli.at_least(0, config, "hold_out", "bootstraps", "seed"))
+    config.validate()
     out_dir = Path(config.out_dir)
     found = report(config, read_points(Path(config.points)) if config.points else points_of(out_dir))
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -157,8 +157,8 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     world.on_all(lambda: check_host(config, world, shards))
     world.on_main(lambda: check_dtype(config, world))
     world.on_main(lambda: check_hellaswag(config))
-    fit_vocabulary(config, shards)
-    refuse_too_large(config.model, world.device, world.size if config.shard else 1)
+    world.on_all(lambda: fit_vocabulary(config, shards))
+    world.on_main(lambda: refuse_too_large(config.model, world.device, world.size if config.shard else 1))
     resumed = world.on_main(lambda: checkpoint.newest_step(out_dir, config.replay_step)) if config.resume else None
 
     torch.manual_seed(config.seed)
@@ -222,7 +222,7 @@ def refuse_too_large(config: GPTConfig, where: torch.device, shares: int):
     rows = (1 if config.tied_head else 2) * config.padded_vocab_size + (config.seq_len if config.pos == "learned" else 0)
     weights = config.n_layer // config.share_layers * block + rows * config.n_embd
     # each process has all weights before they are divided, and at every evaluation
-    need, have = max(16 / shares, 4 + 12 / shares if shares > 1 else 0) * weights, device.total_memory(where)
+    need, have = (4 + 12 / shares) * weights, device.total_memory(where)
     if need > have:
         raise ValueError(
             f"weights, gradients and optimizer of this model need {need / 1e9:.1f} GB, {where.type} has {have / 1e9:.1f} GB: "
@@ -706,8 +706,8 @@ def check_data(config: TrainConfig, shards: Shards) -> Shards:
 
 def check_dtype(config: TrainConfig, world: World):
     """ValueError for a dtype, maybe what 'auto' came to, that the run can't have."""
-    if config.shard and world.size > 1 and device.pick_dtype(config.dtype, world.device) == torch.float16:
-        raise ValueError("--shard does not scale the loss, which fp16 needs: choose --dtype bf16 or fp32")
+    if config.shard and world.size > 1:
+        sharding.refuse_fp16(device.pick_dtype(config.dtype, world.device))
 
 
 def check_host(config: TrainConfig, world: World, shards: Shards):

@@ -1,5 +1,6 @@
 """scaling.py: fits against known laws and published ones, plans against published tables; one ladder whole."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,10 @@ import pytest
 from conftest import TINY, run_main, run_train
 from scipy.optimize import approx_fprime, minimize_scalar
 
+import cli
 import scaling
+from config import TrainConfig
+from model import GPT
 from scaling import PUBLISHED, Law, Point, bootstrap, fit, objective
 
 LAWS = [PUBLISHED["besiroglu"], PUBLISHED["hoffmann"], Law(0.6, 30.0, 200.0, 0.3, 0.4)]
@@ -100,10 +104,16 @@ def test_a_plan_spends_the_budget(capsys, tmp_path):
     assert plan_of(capsys, "--gpu-hours", 10, "--mfu", 0.5, "--law", tmp_path / "law.json")["rows"] == found["rows"]
 
 
-def test_the_flags_of_a_plan_have_about_its_size():
-    for params in (1e6, 1e7, 1e8, 7e8, 3e9):
-        _, layers, _, width, _, heads = scaling.shape_for(params).split()
-        assert 12 * int(layers) * int(width) ** 2 == pytest.approx(params, rel=0.3) and int(width) == 64 * int(heads)
+def test_the_flags_of_a_plan_have_about_its_size(capsys):
+    """Counted by the model that train.py makes of them; Kaplan et al. count the blocks alone."""
+    for law, flops in itertools.product(("besiroglu", "kaplan"), (1e17, 1e18, 1e20, 1e21)):
+        assert run_main(scaling.main, "plan", "--law", law, "--flops", flops, "--json") == 0
+        for row in json.loads(capsys.readouterr().out)["rows"]:
+            model = GPT.on_meta(cli.parse(TrainConfig, row["shape"].split()).model)
+            assert model.num_params() == row["its_params"]
+            counted = sum(p.numel() for p in model.transformer.h.parameters()) if law == "kaplan" else model.num_params()
+            assert counted == pytest.approx(row["params"], rel=0.15)
+            assert 40 <= model.config.n_embd / model.config.n_layer <= 100 or row["params"] < 3e7
 
 
 @pytest.mark.parametrize(
@@ -112,7 +122,8 @@ def test_the_flags_of_a_plan_have_about_its_size():
         ("plan", "give one budget: --flops 1e19"),
         ("plan --flops 1e19 --gpu-hours 3", "give one budget"),
         ("plan --dollars 3 --mfu 2", "--dollars needs --price, in dollars an hour of one --gpu; --mfu is 2.0: it must be above 0"),
-        ("plan --flops 1e19 --law nowhere.json", "nowhere.json"),
+        ("plan --flops 1e19 --law nowhere.json", "nowhere.json is no law: give besiroglu, hoffmann, kaplan or the law.json"),
+        ("plan --flops inf", "--flops is inf: it must be a finite number of at least 0"),
         ("plan --flops 1e19 --law {tmp}/empty.json", "is no law: give besiroglu, hoffmann, kaplan or the law.json"),
         (
             "fit --out-dir {tmp}/nowhere",
@@ -120,9 +131,13 @@ def test_the_flags_of_a_plan_have_about_its_size():
         ),
         ("fit --points {tmp}/few.csv", "1 points are too few to fit five numbers: at least 6, of 3 sizes and 3 amounts of tokens"),
         ("fit --points {tmp}/few.csv --hold-out 2", "--hold-out 2 leaves none of 1 runs to fit: lower it"),
-        ("fit --points {tmp}/flat.csv", "no law fits these runs: their losses do not fall with size, or not with tokens"),
+        ("fit --points {tmp}/flat.csv", "no law fits these runs: their losses do not fall with size; train"),
         ("plan --flops 1e19 --law {tmp}/nan.json", "nan.json is no law"),
-        ("fit --points {tmp}/odd.csv", "odd.csv, line 3: params, tokens and loss must be numbers above 0"),
+        ("fit --points {tmp}/odd.csv", "odd.csv, line 3: params and tokens must be from 1 to 1e30, loss above 0"),
+        ("fit --points {tmp}/huge.csv", "huge.csv, line 2: params and tokens must be from 1 to 1e30"),
+        ("fit --points {tmp}/header.csv", "header.csv must begin with a line that names its columns, params, tokens, loss among them"),
+        ("fit --points {tmp}/empty.json", "empty.json must begin with a line that names its columns"),
+        ("fit --points {tmp}/none.csv", "none.csv has no points"),
         ("fit --points {tmp}/nowhere.csv", "nowhere.csv"),
         (
             "ladder --data-dir {tmp} --sizes 3x33 --tokens 0 --workers 0",
@@ -130,6 +145,7 @@ def test_the_flags_of_a_plan_have_about_its_size():
         ),
         ("ladder --data-dir {tmp}/nowhere", "no shards: the folder {tmp}/nowhere does not exist"),
         ("ladder --data-dir {tmp} --flags=--seq-len=0", "--flags: seq_len is 0"),
+        ("ladder --data-dir {tmp} --flags=--plan", "--flags: --plan, --replay-step and --resume begin no run: leave them out"),
     ],
 )
 def test_what_can_not_be_is_one_line(words, said, tmp_path, capsys):
@@ -137,6 +153,9 @@ def test_what_can_not_be_is_one_line(words, said, tmp_path, capsys):
     (tmp_path / "few.csv").write_text("params,tokens,loss\n1e6,1e6,3.0\n")
     (tmp_path / "flat.csv").write_text("params,tokens,loss\n" + "".join(f"{n}e6,{d}e6,{n + d}\n" for n in (1, 2, 4) for d in (1, 2, 4)))
     (tmp_path / "nan.json").write_text(json.dumps({"law": vars(LAWS[0]) | {"beta": 0}}))
+    (tmp_path / "huge.csv").write_text("params,tokens,loss\n1e200,1e6,3.0\n")
+    (tmp_path / "header.csv").write_text("params;tokens;loss\n1e6;1e6;3.0\n")
+    (tmp_path / "none.csv").write_text("params,tokens,loss\n")
     (tmp_path / "odd.csv").write_text("\ufeffparams,tokens,loss\n1e6,1e6,3.0\n1e6,,3.0\n")
     assert run_main(scaling.main, *words.format(tmp=tmp_path).split()) == 2
     err = capsys.readouterr().err
@@ -154,10 +173,12 @@ def test_runs_of_another_ladder_are_named(shards, tmp_path, capsys):
     assert [(p.name, p.tokens) for p in scaling.points_of(tmp_path)] == [("a", 2 * 256), ("b", 5 * 256)]
     assert run_train(shards, tmp_path / "c", "--max-steps", 2, "--max-lr", 1e-3) == 0
     assert run_main(scaling.main, "fit", "--out-dir", tmp_path) == 2
-    assert f"{tmp_path}/c is of another ladder: max_lr 0.001 does not fit {tmp_path}/a, which has 0.003; move it" in capsys.readouterr().err
+    assert f"max_lr 0.001 does not fit {tmp_path}/a, which has 0.003: move {tmp_path}/c elsewhere, it is of" in capsys.readouterr().err
     ladder = ["ladder", "--data-dir", shards, "--out-dir", tmp_path, "--sizes", "1x32", "--tokens", 512, "--warmup-ratio", 0]
     assert run_main(scaling.main, *ladder, f"--flags={' '.join(map(str, TINY))}") == 2  # before it trains
-    assert f"{tmp_path}/c is of another ladder: max_lr 0.001 does not fit this ladder, which has 0.003; move it" in capsys.readouterr().err
+    assert f"max_lr 0.001 does not fit this ladder, which has 0.003: move {tmp_path}/c elsewhere, it is of" in capsys.readouterr().err
+    assert run_main(scaling.main, "fit", "--out-dir", tmp_path, "--points", "some.csv") == 2
+    assert f"--out-dir {tmp_path} has a ladder, whose law --points would overwrite: give another" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 

@@ -12,7 +12,7 @@ from conftest import REPO, run_main
 
 import cli
 from config import TrainConfig, parse_config
-from device import PEAK_FLOPS
+from device import CARDS
 from model import GPT
 
 SCRIPTS = [
@@ -120,7 +120,7 @@ def test_the_hours_in_the_readme_follow_from_the_flops():
     rows = re.findall(r"^\| (\d) (RTX \d+|[AH]\d+)[^|]* \| ([\d,]+) \| ([\d.]+) \| (?:([\d.]+) \$/h \| (\d+) \$)?", text, re.M)
     assert len(rows) == 5
     for cards, name, tflops, hours, rent, price in rows:
-        assert int(tflops.replace(",", "")) * 10**12 == int(cards) * dict(PEAK_FLOPS)[name]
+        assert int(tflops.replace(",", "")) * 10**12 == int(cards) * CARDS[name].flops
         expected = flops / (0.4 * int(tflops.replace(",", "")) * 1e12) / 3600
         assert float(hours) == pytest.approx(expected, rel=0.01, abs=0.051)
         assert not rent or int(price) == round(expected * float(rent))
