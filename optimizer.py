@@ -17,8 +17,8 @@ def adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
 
 
 class MuonInFull(torch.optim.Muon):
-    """torch.optim.Muon without its rounding to bfloat16, for runs that are not in it: hardware that lacks it takes 10 to 20 times
-    as long for such products, and a step's last bits would hang on how many processes share the work."""
+    """torch.optim.Muon without its rounding to bfloat16, for runs that are not in it: hardware that lacks it takes many
+    times as long for such products (results/README.md), and a step's last bits would hang on how many processes share the work."""
 
     @torch.no_grad()
     def step(self):
