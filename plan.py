@@ -86,7 +86,9 @@ def memory(config: TrainConfig, setting: Setting, model: GPT) -> Memory:
     gradients = staying["gradients"]
     fixed = sum(staying.values()) - gradients
     peak = fixed + (gradients + at_once if accumulated else max(gradients, at_once))
-    return Memory(staying | passing, max(peak, fixed + 4 * params if shard else 0))  # where an evaluation has all weights
+    # an evaluation has all weights beside the process's share, and a block more while they are put together
+    evaluation = fixed - staying["whole blocks"] + 4 * (params + block) if shard else 0
+    return Memory(staying | passing, max(peak, evaluation))
 
 
 def block_bytes(shape: GPTConfig, setting: Setting) -> float:
