@@ -591,6 +591,19 @@ def test_a_mistake_is_one_line_and_leaves_nothing(shards, tmp_path, capsys, monk
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("switches", [{}, {"tied_head": False}, {"n_expert": 4}, {"share_layers": 2}, {"pos": "rope"}])
+def test_what_can_not_fit_is_refused_by_the_bytes_of_its_weights(monkeypatch, switches):
+    """4 bytes each for a weight, its gradient and AdamW's two moments, of which --shard divides all but the first."""
+    config = GPTConfig(**switches)
+    params = sum(p.numel() for p in GPT.on_meta(config).parameters())
+    for shares, bytes_each in ((1, 16), (2, 10), (4, 7)):
+        monkeypatch.setattr(device, "total_memory", lambda _, have=bytes_each * params: have)  # biases and norms are not counted
+        train.refuse_too_large(config, torch.device("cpu"), shares)
+        monkeypatch.setattr(device, "total_memory", lambda _, have=0.99 * bytes_each * params: have)
+        with pytest.raises(ValueError, match="choose a smaller --n-layer"):
+            train.refuse_too_large(config, torch.device("cpu"), shares)
+
+
 def test_a_file_in_place_of_the_runs_folder_is_said(shards, tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
     assert run_train(shards, tmp_path / "run") == 2
