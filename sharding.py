@@ -2,6 +2,9 @@
 
 Each process keeps a slice of every parameter along its first dimension. A block's are gathered when it is computed, forward and
 again backward, and given up after it; its gradients are summed over the processes straight into the slices.
+
+For a checkpoint the tensors are put together one by one, so that its files are those of a run that is not divided.
+torch.distributed.checkpoint's state dicts have a tied head twice and the optimizer's state by names, which those files do not.
 """
 
 from contextlib import contextmanager
