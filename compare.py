@@ -25,7 +25,7 @@ import tyro
 
 import checkpoint
 import cli
-from config import RUN, TrainConfig, parse_flags, read_run, refuse_changes
+from config import RUN, TrainConfig, parse_flags, read_run, refuse_changes, settled_teacher
 from dataloader import TokenStream, find_shards
 from device import can_compile, pick_device
 from distributed import World
@@ -77,7 +77,7 @@ SMALL = (
     "--n-layer 4 --n-head 4 --n-embd 128 --seq-len 256 --vocab-size 257 --total-batch-tokens 2048 --micro-batch-size 8 --warmup-steps 40 "
     "--max-steps 800 --val-every 0 --val-tokens 262144 --hellaswag-every 0 --sample-every 0 --checkpoint-every 0 --keep 1"
 )
-# tuned by the suite rates
+# the suite rates looks for better ones
 ADAMW = "--preset gpt2 --max-lr 4e-3 --min-lr-ratio 0.02"
 MODERN = "--preset modern --muon-momentum 0.85"
 ROPE = f"{ADAMW} --pos rope"  # by 800 steps GPT-2's own positions have hardly begun to tell
@@ -163,7 +163,11 @@ def variants_of(config: CompareConfig) -> dict[str, list[str]]:
     common, variants = config.flags, dict(variant.split("=", 1) for variant in config.variants)
     if config.suite != "none":
         common, variants = f"{SMALL} --data-dir {shlex.quote(config.data_dir)} {common}", SUITES[config.suite]
-    return {name: split(f"{common} {flags}") for name, flags in variants.items()}  # a variant's own flags come later and win
+    words = {name: split(f"{common} {flags}") for name, flags in variants.items()}  # a variant's own flags come later and win
+    own = ("--seed", "--out-dir", "--out_dir")
+    odd = [name for name, its in words.items() if any(word.split("=")[0] in own for word in its)]
+    cli.refuse([f"{name}: each run has its own --seed and --out-dir: leave them out" for name in odd])
+    return words
 
 
 def split(flags: str) -> list[str]:
@@ -215,8 +219,9 @@ class Run(NamedTuple):
         if not (self.folder / RUN).exists():
             return "new"
         wanted, there = self.config(), read_run(self.folder)
-        # the shards', the checkpoint's in the folder, the hub's
-        wanted.model.vocab_size, wanted.teacher, wanted.init_revision = there.model.vocab_size, there.teacher, there.init_revision
+        # the shards', the hub's
+        wanted.model.vocab_size, wanted.init_revision = there.model.vocab_size, there.init_revision
+        wanted.teacher = settled_teacher(wanted.teacher, there.teacher)
         try:
             refuse_changes(there, wanted, CHANGES_NO_NUMBER, str(self.folder))
         except ValueError as e:
@@ -299,7 +304,7 @@ def speeds_in_turns(folders: list[Path], steps: int, turn: int = 5) -> list[floa
         for trainer, its in zip(trainers, seconds, strict=True):
             for step in range(start, start + turn):
                 began = time.perf_counter()
-                trainer.update(step)
+                trainer.update(step % trainer.config.max_steps)  # no rate is for later steps
                 its.append(time.perf_counter() - began)
     return [t.config.total_batch_tokens / statistics.median(its[turn : turn + steps]) for t, its in zip(trainers, seconds, strict=True)]
 

@@ -1,8 +1,9 @@
 """The settings of a training run: what train.py's flags mean, the presets, and what a run that goes on may change."""
 
+import math
 import os
 import platform
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -162,7 +163,8 @@ class TrainConfig:
         )
         if self.seed >= 2**32:
             faults.append(f"--seed is {self.seed}: it must be below 2^32")
-        if not faults and self.total_batch_tokens % (self.micro_batch_size * self.model.seq_len * world_size):
+        parts = self.micro_batch_size, self.model.seq_len, world_size
+        if all(isinstance(part, int) and part >= 1 for part in parts) and self.total_batch_tokens % math.prod(parts):
             faults.append(self.batch_fault(world_size))
         cli.refuse(faults)
 
@@ -236,7 +238,7 @@ PRESETS = {
     "gpt3-760m": gpt3("gpt3-760m", n_layer=24, n_head=16, n_embd=1536, max_lr=2.5e-4, micro_batch_size=8),
     # the table has 24 heads of 128 for a width of 2048, which do not multiply: 16 do
     "gpt3-1b": gpt3("gpt3-1b", n_layer=24, n_head=16, n_embd=2048, max_lr=2e-4, micro_batch_size=4, total_batch_tokens=2**20),
-    # GPT-2's size with what makes it learn from fewer tokens; compare.py --suite switches measures each part's share
+    # GPT-2's layers and width with what makes it learn from fewer tokens; compare.py --suite without measures each part's share
     "modern": TrainConfig(
         preset="modern",
         model=GPTConfig(
@@ -279,6 +281,7 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     if config.resume or config.replay_step is not None or is_restart(out_dir):
         previous = replace(read_run(out_dir, config.replay_step), out_dir=config.out_dir, resume=True)
         config = replace(cli.parse(TrainConfig, argv, previous), init_revision=previous.init_revision)
+        config.teacher = settled_teacher(config.teacher, previous.teacher)
         refuse_changes(previous, config, MAY_CHANGE, f"the run in {out_dir}")
     elif not config.plan and holds_a_run(out_dir):
         raise ValueError(f"{out_dir} holds a run or a model already: add --resume to go on with it, or choose another --out-dir")
@@ -344,11 +347,13 @@ def last_launch(run: dict, step: int | None) -> dict:
     return ([launch for launch in launches if step is None or launch.get("step", 0) <= step] or [{}])[-1]
 
 
+def settled_teacher(given: str, recorded: str) -> str:
+    """The teacher that a run began with, where the same one is given: a folder stands for the checkpoint in it that it had then."""
+    return recorded if given and Path(given) in (Path(recorded), Path(recorded).parent) else given
+
+
 def refuse_changes(before, now, allowed: set[str], source: str, remedy: str = "leave its flag out"):
-    """ValueError for the first field that differs and may not."""
-    for f in fields(before):
-        old, new = getattr(before, f.name), getattr(now, f.name)
-        if f.name == "model":
-            refuse_changes(old, new, allowed, source, remedy)
-        elif f.name not in allowed and old != new:
-            raise ValueError(f"{f.name} {new!r} does not fit {source}, which has {old!r}: {remedy}")
+    """ValueError for all fields that differ and may not."""
+    old, new = ({**vars(config), **vars(getattr(config, "model", config))} for config in (before, now))
+    changed = [name for name in old if name not in allowed | {"model"} and old[name] != new[name]]
+    cli.refuse([f"{name} {new[name]!r} does not fit {source}, which has {old[name]!r}: {remedy}" for name in changed])

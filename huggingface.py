@@ -1,15 +1,15 @@
 """Hugging Face's files, config.json and model.safetensors: of a GPT2LMHeadModel to and from a GPT, of its variants as the
 architecture of transformers that computes the same."""
 
+import dataclasses
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from files import replace, write_json
-from model import GPT, SIZES, GPTConfig
+from model import GPT, SIZES, SWITCHES, GPTConfig
 
 
 def load(name_or_dir: str, revision: str | None = None) -> GPT:
@@ -72,8 +72,12 @@ def architecture(config: GPTConfig) -> str:
 
 
 def misfits(config: GPTConfig, switches: dict) -> list[str]:
-    """The switches that stand otherwise in a config than an architecture has them."""
-    values = [(f, getattr(config, f.name)) for f in fields(config)[6:]]
+    """The switches that stand otherwise in a config than an architecture has them, but for those that change nothing."""
+    if config.kv_heads == config.n_head:
+        config = dataclasses.replace(config, n_kv_head=None)
+    if not any(config.windows):
+        config = dataclasses.replace(config, window=None, window_pattern="S")
+    values = [(f, getattr(config, f.name)) for f in SWITCHES]
     return [f"{f.name} {value}" for f, value in values if value not in switches.get(f.name, (f.default,))]
 
 

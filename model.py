@@ -5,6 +5,7 @@ K = n_kv_head have keys and values, V ids of the vocabulary, S positions to look
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from string import Formatter
 from typing import Literal, NamedTuple, get_args, get_origin
@@ -34,7 +35,7 @@ class GPTConfig:
     n_embd: int = 768
     """Channels of the residual stream."""
     attention: Literal["flash", "manual"] = "flash"
-    """'flash': PyTorch's fused kernel. 'manual': the same, every step spelled out."""
+    """'flash': in one fused kernel. 'manual': the same, every step spelled out."""
 
     # what came after GPT-2
     pos: Literal["learned", "rope"] = "learned"
@@ -86,7 +87,7 @@ class GPTConfig:
 
     def variants(self) -> list[str]:
         """The switches that are not as in GPT-2."""
-        return [f.name for f in fields(self)[6:] if getattr(self, f.name) != f.default]
+        return [f.name for f in SWITCHES if getattr(self, f.name) != f.default]
 
     @property
     def padded_vocab_size(self) -> int:
@@ -110,6 +111,13 @@ class GPTConfig:
         inner = -(-self.n_embd // 3) * 8 if self.mlp == "swiglu" else 4 * self.n_embd
         return -(-inner // self.n_expert_active)
 
+    @property
+    def n_fc(self) -> int:
+        """Channels that an MLP's first product makes: with a gate twice as many as are left after it."""
+        return (2 if self.mlp == "swiglu" else 1) * self.n_inner
+
+
+SWITCHES = fields(GPTConfig)[6:]  # what came after GPT-2
 
 SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
@@ -160,27 +168,33 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 p.zero_()
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, with_logits: bool = False):
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, criterion: Callable | None = None):
         """Next-token logits, or with targets the loss.
 
         idx: (B, T) ids. targets: (B, T) ids, -100 where a position does not count. cache: the positions before idx.
-        Returns (logits (B, T, V), None), or when targets are given (None, mean cross entropy in nats a token), with_logits both.
+        criterion: makes a loss of hidden states (N, C) and targets (N,), where it is not to be the model's own.
+        Returns (logits (B, T, V), None), or when targets are given (None, mean cross entropy in nats a token).
         ValueError when idx and the cache together are longer than seq_len.
         """
         x, balance = self.trunk(idx, cache)  # (B, T, C)
         if targets is None:
             return self.logits(x), None  # (B, T, V)
-        loss = self.loss(x.flatten(0, 1), targets.flatten())
+        loss = (criterion or self.loss)(x.flatten(0, 1), targets.flatten())
         if self.config.n_expert > 1:  # in the gradient, but not in the number, which is to be compared with other models'
             loss = loss + self.config.load_balance * (balance - balance.detach())
-        return self.logits(x) if with_logits else None, loss
+        return None, loss
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats a token. x: (N, C). targets: (N,), -100 where a position does not count."""
-        chunks = -(-len(x) * self.config.padded_vocab_size // (MAX_LOGITS_CUDA if x.device.type == "cuda" else MAX_LOGITS))
-        if chunks > 1:
-            return chunked_cross_entropy(x, self.lm_head.weight, targets, self.config.vocab_size, -(-len(x) // chunks), self.chunk_loss)
+        chunk = self.positions_at_once(x)
+        if chunk < len(x):
+            return chunked_cross_entropy(x, self.lm_head.weight, targets, self.config.vocab_size, chunk, self.chunk_loss)
         return self.whole_loss(x, targets)
+
+    def positions_at_once(self, x: Tensor) -> int:
+        """How many of x (N, C) may have their logits in memory together."""
+        chunks = -(-len(x) * self.config.padded_vocab_size // (MAX_LOGITS_CUDA if x.device.type == "cuda" else MAX_LOGITS))
+        return -(-len(x) // chunks)
 
     def whole_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         # float(): the softmax over V must not be summed in bf16
@@ -206,8 +220,10 @@ class GPT(nn.Module):
         if positions is None:
             start = cache.length if cache is not None else 0
             end = start + idx.size(1)
-            if end > config.seq_len:
-                raise ValueError(f"{end} positions, but the model sees at most {config.seq_len}: shorten the input")
+            most = min(config.seq_len, cache.max_len) if cache is not None else config.seq_len
+            if end > most:
+                whose = "model sees" if most == config.seq_len else "cache holds"
+                raise ValueError(f"{end} positions, but the {whose} at most {most}: shorten the input")
             positions = torch.arange(start, end, device=idx.device)
             if cache is not None:
                 cache.length = end
@@ -238,13 +254,14 @@ class GPT(nn.Module):
     def masks(self, idx: Tensor, cache: KVCache | None, positions: Tensor, mask: Tensor | None) -> dict:
         """For each window of a layer, what its queries may see: (…, T, S), True for it; None: all before them in the window."""
         config, masks, documents = self.config, {}, None
+        flex = self.flex and config.attention == "flash"
         if config.doc_mask and mask is None:
             starts = idx == config.vocab_size - 1  # <|endoftext|> is the last id in every tokenizer of this project
             documents = starts.cumsum(1) if cache is None else cache.documents(starts, positions)  # (B, T), (B, max_len)
         for window in set(config.windows):
-            if cache is None and mask is None and (documents is None or self.flex):
-                use_flex = self.flex and (window is not None or documents is not None)
-                masks[window] = block_mask(idx.size(1), window, documents, idx.device) if use_flex else None
+            if cache is None and mask is None and (documents is None or flex):
+                is_partial = window is not None or documents is not None
+                masks[window] = block_mask(idx.size(1), window, documents, idx.device) if flex and is_partial else None
                 continue
             keys = positions if cache is None else cache.positions(window, positions)
             seen = sees(positions[..., :, None], keys[..., None, :], window)  # (T, S) or (B, T, S)
@@ -270,7 +287,8 @@ class GPT(nn.Module):
                 block.mlp.by_expert = torch.compiler.disable(by_expert)
             block.compile()
         self.whole_loss, self.chunk_loss = torch.compile(self.whole_loss), torch.compile(self.chunk_loss)
-        self.flex = self.lm_head.weight.device.type == "cuda"
+        # its kernels are for heads of at least 16 channels
+        self.flex = self.lm_head.weight.device.type == "cuda" and self.config.n_embd // self.config.n_head >= 16
 
     @classmethod
     def on_meta(cls, config: GPTConfig) -> "GPT":
@@ -310,9 +328,13 @@ class GPT(nn.Module):
     @torch.no_grad()
     def adapt(self, config: GPTConfig):
         """Takes over what the weights do not depend on, to fine-tune them; a learned position table is cut to the new seq_len.
-        ValueError when it is too short for it."""
+        ValueError when it is too short for it, or when rope is scaled by another factor than seq_len is."""
         if config.pos == "learned" and config.seq_len > self.config.seq_len:
-            raise ValueError(f"seq_len {config.seq_len} is longer than the {self.config.seq_len} positions the model has")
+            raise ValueError(f"seq_len {config.seq_len} is longer than the {self.config.seq_len} positions the model has: lower it")
+        trained, longer = self.config.seq_len / self.config.rope_factor, config.seq_len / config.rope_factor
+        if config.rope_scaling != "none" and longer != trained:
+            why = f"rope_factor {config.rope_factor:g} is for sequences of {trained * config.rope_factor:g}, not of {config.seq_len}"
+            raise ValueError(f"{why}, since the model was trained on {trained:g}: change seq_len or the factor")
         for name in NOT_IN_WEIGHTS:
             setattr(self.config, name, getattr(config, name))
         if config.pos == "learned":
@@ -496,8 +518,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        gates = 2 if config.mlp == "swiglu" else 1
-        self.c_fc = Linear(config.n_embd, gates * config.n_inner, config.bias)
+        self.c_fc = Linear(config.n_embd, config.n_fc, config.bias)
         self.c_proj = Linear(config.n_inner, config.n_embd, config.bias)
         self.activation = ACTIVATIONS[config.mlp]
 
@@ -533,9 +554,8 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_active = config.n_expert_active
-        gates = 2 if config.mlp == "swiglu" else 1
         self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
-        self.c_fc = nn.ParameterList(torch.empty(gates * config.n_inner, config.n_embd) for _ in range(config.n_expert))
+        self.c_fc = nn.ParameterList(torch.empty(config.n_fc, config.n_embd) for _ in range(config.n_expert))
         self.c_proj = nn.ParameterList(torch.empty(config.n_embd, config.n_inner) for _ in range(config.n_expert))
         self.activation, self.by_expert = ACTIVATIONS[config.mlp], by_expert
 

@@ -49,7 +49,7 @@ class Memory(NamedTuple):
 
 def memory(config: TrainConfig, setting: Setting, model: GPT) -> Memory:
     """The parts of a training step, and what it takes at most. The gradients are there all the time when they are accumulated or lie in
-    DDP's buckets, which need nothing beside them; else they take the place of the activations, block by block. A teacher is not in it."""
+    DDP's buckets, which need nothing beside them; else they take the place of the activations, block by block."""
     shape, (kind, e, compiled, world_size, shard) = config.model, setting
     tokens = config.micro_batch_size * shape.seq_len
     params = sum(p.numel() for p in model.parameters())
@@ -181,6 +181,8 @@ def report(config: TrainConfig) -> str:
     config.validate(config.gpus)
     if config.device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"--device {config.device} can't be planned for: give cuda with a --gpu, or cpu")
+    if config.teacher:
+        raise ValueError("--teacher can't be planned for: leave it out; its weights and its forward pass come on top")
     on_cpu = config.device == "cpu"
     name = "cpu" if on_cpu else config.gpu
     auto = config.dtype == "auto" and not on_cpu  # this machine need not have such a card

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as computed_again
 
 import checkpoint
 import cli
@@ -45,7 +46,7 @@ from config import PRESETS, RUN, RUN_REMEDY, TrainConfig, parse_config, parse_fl
 from dataloader import MANIFEST, Shards, TokenStream, differences, find_shards, share, verify_shards
 from distributed import PeerLost, Stopped, World, join_world, meet
 from files import append, hold, read_json, write_json
-from model import GPT, GPTConfig
+from model import GPT
 from sample import sample_texts
 from tracker import Tracker
 
@@ -158,11 +159,10 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     world.on_main(lambda: check_dtype(config, world))
     world.on_main(lambda: check_hellaswag(config))
     world.on_all(lambda: fit_vocabulary(config, shards))
-    world.on_main(lambda: refuse_too_large(config.model, world.device, world.size if config.shard else 1))
+    world.on_main(lambda: refuse_too_large(config, world))
     resumed = world.on_main(lambda: checkpoint.newest_step(out_dir, config.replay_step)) if config.resume else None
 
     torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     if config.init_from and resumed is None:
         model, _ = checkpoint.load_gpt(config.init_from, config.init_revision)
         model.adapt(config.model)
@@ -201,6 +201,8 @@ def fit_vocabulary(config: TrainConfig, shards: Shards):
     if given and ours != theirs:
         remedy = "leave --vocab-size out, or make shards with the tokenizer that the model has"
         raise ValueError(f"the model's vocabulary is {ours}, that of the shards in {config.data_dir} {theirs}: {remedy}")
+    if config.model.doc_mask and shards.tokenizer not in fineweb.VOCAB_SIZES:
+        raise ValueError(f"--doc-mask: where a document ends in shards of the tokenizer {shards.tokenizer!r} nobody knows: leave it out")
     config.model = replace(config.model, vocab_size=theirs)
 
 
@@ -216,17 +218,17 @@ def load_teacher(config: TrainConfig) -> GPT:
     return teacher.requires_grad_(False)
 
 
-def refuse_too_large(config: GPTConfig, where: torch.device, shares: int):
-    """ValueError when a process's share of the matrices, their gradients and AdamW's two moments, 16 bytes a weight, can't fit."""
-    block = (4 * config.n_embd + 2 * config.n_expert * config.n_inner) * config.n_embd
-    rows = (1 if config.tied_head else 2) * config.padded_vocab_size + (config.seq_len if config.pos == "learned" else 0)
-    weights = config.n_layer // config.share_layers * block + rows * config.n_embd
-    # each process has all weights before they are divided, and at every evaluation
-    need, have = (4 + 12 / shares) * weights, device.total_memory(where)
-    if need > have:
+def refuse_too_large(config: TrainConfig, world: World):
+    """ValueError when weights, gradients and optimizer of a process can't fit."""
+    model, shard = GPT.on_meta(config.model), config.shard and world.size > 1
+    parts = plan.memory(config, plan.Setting(world.device.type, 4, False, world.size, shard), model).parts
+    need = sum(parts[name] for name in ("weights", "gradients", "optimizer", "average of the weights"))
+    if shard:  # each has all weights before they are divided, and at every evaluation, when there are no gradients
+        need += 4 * sum(p.numel() for p in model.parameters()) - parts["gradients"]
+    if need > (have := device.total_memory(world.device)):
         raise ValueError(
-            f"weights, gradients and optimizer of this model need {need / 1e9:.1f} GB, {where.type} has {have / 1e9:.1f} GB: "
-            f"choose a smaller --n-layer{', --n-expert' if config.n_expert > 1 else ''} or --n-embd, or --shard it over more processes"
+            f"weights, gradients and optimizer of this model need {need / 1e9:.1f} GB, {world.device.type} has {have / 1e9:.1f} GB: choose "
+            f"a smaller --n-layer{', --n-expert' if config.model.n_expert > 1 else ''} or --n-embd, or --shard it over more processes"
         )
 
 
@@ -247,6 +249,7 @@ class Trainer:
     """The model, what feeds it and what updates it."""
 
     def __init__(self, config: TrainConfig, world: World, model: GPT, shards: Shards, compiled: bool, teacher: GPT | None = None):
+        torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         self.config, self.world, self.device = config, world, world.device
         self.shards, self.tokenizer_name = shards, shards.tokenizer
         self.train_stream = TokenStream(shards, "train", config.model.seq_len, config.shuffle, config.seed)
@@ -334,10 +337,23 @@ class Trainer:
             if self.teacher is None:
                 return model(x, y)[1]
             with torch.no_grad():
-                expected = self.teacher(x)[0]
-            logits, loss = model(x, y, with_logits=True)
-            text = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())  # the loss, but without the experts' balance
-            return loss + self.config.teacher_weight * changes_gradient_only(divergence(logits, expected) - text)
+                taught = self.teacher.hidden(x).flatten(0, 1)
+            return model(x, y, criterion=lambda mine, targets: self.distilled(mine, taught, targets))[1]
+
+    def distilled(self, mine: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
+        """The cross entropy of the text, with a gradient that is in part that of the divergence from the teacher. mine (N, C),
+        taught (N, C'): the hidden states of student and teacher, whose logits, as far as they are many, never stand in memory together."""
+
+        def of_part(mine, taught, targets):
+            logits, expected = self.model.logits(mine).float(), self.teacher.logits(taught).float()
+            return torch.stack([F.cross_entropy(logits, targets, reduction="sum"), divergence(logits, expected)])
+
+        at_once = self.model.positions_at_once(mine)
+        parts = zip(*(x.split(at_once) for x in (mine, taught, targets)), strict=True)
+        if at_once < len(mine):  # then the backward pass makes them once more, a part at a time
+            of_part = partial(computed_again, of_part, use_reentrant=False)
+        text, from_teacher = sum(of_part(*part) for part in parts) / len(mine)
+        return text + self.config.teacher_weight * changes_gradient_only(from_teacher - text)
 
     def forbids(self, losses, mean: float, norm: float) -> str:
         """Why this update must not reach the weights, or ''."""
@@ -494,10 +510,9 @@ class Trainer:
 
 
 def divergence(logits: Tensor, expected: Tensor) -> Tensor:
-    """Mean Kullback-Leibler divergence, in nats a token, of what a student's logits (B, T, V) say from what its teacher's do (Hinton
+    """Kullback-Leibler divergence, in nats over all N tokens, of what a student's logits (N, V) say from what its teacher's do (Hinton
     et al., 2015, at temperature 1)."""
-    ours, theirs = (F.log_softmax(x.float().flatten(0, 1), dim=-1) for x in (logits, expected))
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return F.kl_div(F.log_softmax(logits, dim=-1), F.log_softmax(expected, dim=-1), reduction="sum", log_target=True)
 
 
 def changes_gradient_only(x: Tensor) -> Tensor:

@@ -73,6 +73,8 @@ def test_loss_by_position_is_the_loss_and_longer_models_are_the_same_at_first(sh
     assert longer.config.seq_len == 128 and (longer(x)[0] - model(x)[0]).abs().max() <= 1e-5
     assert longer(ids_for(longer.config))[0].isfinite().all()
     if pos == "rope":
+        config = stretched(tmp_path, 4, "yarn").config
+        assert (config.rope_scaling, config.rope_factor) == ("yarn", 4.0)
         assert (stretched(tmp_path, 4, "linear")(x)[0] - model(x)[0]).abs().max() > 1e-3
 
 
@@ -84,6 +86,7 @@ def test_mistakes_are_one_line(capsys, tmp_path):
         (["a b=", "a_b=--max-steps 1"], "two variants have the same name for a folder"),
         (["a=--n-head 5"], "a: n_embd 768 is not a multiple of n_head 5"),
         (["a='"], "No closing quotation"),
+        (["a=--seed 3", "b=--out-dir=x"], "a: each run has its own --seed and --out-dir: leave them out; b: each run"),
     ):
         assert run_main(compare.main, *argv, "--out-dir", tmp_path / "out") == 2
         (error,) = capsys.readouterr().err.strip().splitlines()
@@ -145,6 +148,25 @@ def test_fine_tuning_is_compared_and_not_done_again(shards, tmp_path, capsys, mo
     assert capsys.readouterr().out.splitlines() == table
     assert run_main(compare.main, *argv[:1], "window=--window 9", *argv[2:]) == 2
     assert "window: window 9 does not fit" in capsys.readouterr().err
+
+
+def test_a_student_of_another_teacher_is_another_run(shards, tmp_path, capsys, monkeypatch):
+    for name in ("base", "other"):
+        assert run_train(shards, tmp_path / name, "--max-steps", 2, "--val-every", 0) == 0
+    flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0", "--max-steps", "4"])
+    argv = [f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
+    monkeypatch.setattr(compare, "launch", lambda argv: Ended(forked(tmp_path, "train", *argv)))
+    assert run_main(compare.main, f"taught=--teacher {tmp_path}/base", *argv) == 0
+    monkeypatch.setattr(compare, "launch", None)
+    assert run_main(compare.main, f"taught=--teacher {tmp_path}/base/", *argv) == 0
+    taught, lessons = [], compare.load_teacher
+    monkeypatch.setattr(compare, "load_teacher", lambda config: taught.append(config.teacher) or lessons(config))
+    steps, update = [], compare.Trainer.update
+    monkeypatch.setattr(compare.Trainer, "update", lambda self, step: steps.append(step) or update(self, step))
+    assert run_main(compare.main, f"taught=--teacher {tmp_path}/base", *argv, "--time-steps", 5) == 0
+    assert len(taught) == 1 and len(steps) == 10 and max(steps) == 3
+    assert run_main(compare.main, f"taught=--teacher {tmp_path}/other", *argv) == 2
+    assert f"taught: teacher '{tmp_path}/other' does not fit" in capsys.readouterr().err
 
 
 @pytest.mark.slow

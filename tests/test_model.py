@@ -313,6 +313,8 @@ def test_the_copy_for_scoring_is_of_the_weights_there_are(monkeypatch):
 def test_too_long_an_input_is_refused():
     with pytest.raises(ValueError, match="9 positions, but the model sees at most 8"):
         GPT(GPTConfig(97, 8, 1, 1, 8))(torch.zeros(1, 9, dtype=torch.long))
+    with pytest.raises(ValueError, match="5 positions, but the cache holds at most 4"):
+        GPT(GPTConfig(97, 8, 1, 1, 8))(torch.zeros(1, 5, dtype=torch.long), cache=KVCache(4))
 
 
 @pytest.mark.parametrize("wrong", [{"n_embd": 10, "n_head": 3}, {"n_layer": 0}, {"attention": "fast"}])
@@ -446,5 +448,5 @@ def test_a_shortened_model_is_the_same_on_short_sequences():
     before = model(idx)[0]
     model.adapt(replace(model.config, seq_len=8))
     assert (model(idx)[0] == before).all() and model.transformer.wpe.weight.shape == (8, 16)
-    with pytest.raises(ValueError, match="longer than the 8 positions"):
+    with pytest.raises(ValueError, match="longer than the 8 positions the model has: lower it"):
         model.adapt(replace(model.config, seq_len=9))

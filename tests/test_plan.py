@@ -199,6 +199,7 @@ def test_a_plan_knows_what_a_card_multiplies_in(capsys):
         (["--shard", "--gpus", "8", "--dtype", "fp16"], "--shard does not scale the loss, which fp16 needs: choose --dtype bf16"),
         (["--shard", "--gpus", "8", "--gpu", "V100"], "--shard does not scale the loss, which fp16 needs: choose --dtype bf16"),
         (["--preset", "gpt2-xl", "--gpu", "L4", "--shard"], "or --activation-memory 0, or more --gpus"),
+        (["--teacher", "gpt2-xl"], "--teacher can't be planned for: leave it out"),
         (["--device", "mps"], "--device mps can't be planned for: give cuda with a --gpu, or cpu"),
         (["--total-batch-tokens", 2**50, "--n-layer", 10**5], "n_layer is 100000: it must be at most 1000; --total-batch-tokens is"),
         (["--gpus", "0", "--price", "-1"], "--price is -1.0: it must be at least 0; --gpus is 0: it must be at least 1"),

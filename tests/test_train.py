@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,7 +25,7 @@ import cli
 import device
 import sample
 import train
-from config import PRESETS, parse_config, parse_flags, read_run
+from config import PRESETS, TrainConfig, parse_config, parse_flags, read_run
 from dataloader import TokenStream, find_shards
 from distributed import World
 from model import GPT, GPTConfig
@@ -179,8 +180,13 @@ def teacher(shards, tmp_path_factory):
     return folder
 
 
-def test_a_student_follows_the_plain_formula_of_distillation(teacher, shards, tmp_path):
-    """(1 - w) · cross entropy + w · KL(teacher ‖ student), Hinton et al., 2015; the loss in the log is the cross entropy."""
+@pytest.mark.parametrize("max_logits", [2**26, 3000])
+def test_a_student_follows_the_plain_formula_of_distillation(teacher, shards, tmp_path, monkeypatch, max_logits):
+    """(1 - w) · cross entropy + w · KL(teacher ‖ student), Hinton et al., 2015; the loss in the log is the cross entropy. Also where
+    the logits never stand in memory together."""
+    monkeypatch.setattr("model.MAX_LOGITS", max_logits)
+    rows, divergence_of = [], train.divergence
+    monkeypatch.setattr(train, "divergence", lambda logits, expected: rows.append(logits.numel()) or divergence_of(logits, expected))
     argv = ["--teacher", teacher, "--teacher-weight", 0.7, "--max-steps", 1, "--warmup-steps", 0, "--grad-clip", 0]
     assert run_train(shards, tmp_path / "run", *argv) == 0
     torch.manual_seed(1337)
@@ -191,6 +197,7 @@ def test_a_student_follows_the_plain_formula_of_distillation(teacher, shards, tm
     divergence = (q * (q.log() - log_p)).sum(-1).mean()
     (0.3 * text + 0.7 * divergence).backward()
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
+    assert max(rows) <= max_logits and len(rows) > 1
     assert row["loss"] == pytest.approx(text.item(), abs=1e-5)
     assert row["grad_norm"] == pytest.approx(sum((p.grad**2).sum() for p in student.parameters()).item() ** 0.5, rel=1e-4)
 
@@ -200,6 +207,8 @@ def test_a_teacher_stays_the_same_when_its_run_goes_on(teacher, shards, tmp_path
     assert run_train(shards, tmp_path / "run", "--teacher", tmp_path / "teacher") == 0
     assert run_main(train.main, "--resume", "--out-dir", tmp_path / "teacher", "--max-steps", 60) == 0
     assert run_main(train.main, "--replay-step", 15, "--out-dir", tmp_path / "run") == 0
+    again = "--resume", "--out-dir", tmp_path / "run", "--max-steps", 21, "--teacher"
+    assert run_main(train.main, *again, tmp_path / "teacher") == 0 and run_main(train.main, *again, teacher) == 2
 
 
 def test_a_teacher_of_experts_leaves_their_balance_as_it_is(teacher, shards):
@@ -235,6 +244,14 @@ def test_a_teacher_that_reads_something_else_is_refused(teacher, shards, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_documents_are_kept_apart_only_where_their_beginnings_are_known(tmp_path, capsys):
+    shards = write_shards(tmp_path / "shards", [1000, 5000])
+    manifest = json.loads((shards / "manifest.json").read_text())
+    (shards / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "characters"}))
+    assert run_train(shards, tmp_path / "run", "--doc-mask") == 2
+    assert "--doc-mask: where a document ends in shards of the tokenizer 'characters'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -262,7 +279,14 @@ def test_a_model_with_rope_may_be_tuned_on_longer_sequences(shards, tmp_path, ca
     model = checkpoint.load_model(tmp_path / "long")[0]
     assert (model.config.seq_len, model.config.rope_scaling, model.config.rope_factor) == (128, "yarn", 4.0)
     assert float(read_stream(tmp_path / "long", "train")[0]) < 4.5
-    for argv, message in ((["--qk-norm"], "qk_norm True does not fit"), (["--n-expert", 2], "n_expert 2 does not fit")):
+    for argv, message in (
+        (["--qk-norm", "--n-expert", 2], "n_expert 2 does not fit"),
+        (["--qk-norm", "--n-expert", 2], "qk_norm True does not fit"),
+        (
+            ["--rope-scaling", "yarn", "--rope-factor", 4],
+            "rope_factor 4 is for sequences of 128, not of 32, since the model was trained on 32",
+        ),
+    ):
         assert run_train(shards, tmp_path / "no", "--init-from", tmp_path / "short", *argv) == 2
         assert message in capsys.readouterr().err
 
@@ -368,7 +392,8 @@ def test_a_log_is_never_truncated(shards, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--n-layer", 3], "n_layer 3 does not fit the run in"),
+        (["--n-layer", 3, "--max-lr", 1], "max_lr 1.0 does not fit the run in"),
+        (["--n-layer", 3, "--max-lr", 1], "n_layer 3 does not fit the run in"),
         (["--total-batch-tokens", 512], "total_batch_tokens 512"),
         (["--max-lr", 1e-4], "max_lr 0.0001"),
         (["--seed", 1], "seed 1"),
@@ -567,6 +592,7 @@ def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, messa
         (["--n-embd", 34, "--pos", "rope"], "pos rope turns pairs of channels: n_embd 34 / n_head 2 must be even"),
         (["--max-steps", 0, "--max-lr", -1, "--keep", -1], "--max-steps is 0: it must be at least 1; --max-lr is -1.0"),
         (["--max-lr", "nan"], "--max-lr is nan"),
+        (["--ema", 2, "--micro-batch-size", 7], "below 1; --micro-batch-size 7 × --seq-len 32 × 1 processes does not divide"),
         (["--max-steps", 10**21], "it must be at most 1,000,000,000"),
         (["--timeout-minutes", 1e12], "it must be at most 1,000,000"),
         (["--activation-memory", 2], "--activation-memory is 2.0: it must be from 0 to 1"),
@@ -591,17 +617,29 @@ def test_a_mistake_is_one_line_and_leaves_nothing(shards, tmp_path, capsys, monk
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("switches", [{}, {"tied_head": False}, {"n_expert": 4}, {"share_layers": 2}, {"pos": "rope"}])
+@pytest.mark.parametrize("switches", [{}, {"tied_head": False}, {"n_expert": 4}, {"share_layers": 2}, {"n_kv_head": 1}])
 def test_what_can_not_fit_is_refused_by_the_bytes_of_its_weights(monkeypatch, switches):
-    """4 bytes each for a weight, its gradient and AdamW's two moments, of which --shard divides all but the first."""
-    config = GPTConfig(**switches)
-    params = sum(p.numel() for p in GPT.on_meta(config).parameters())
-    for shares, bytes_each in ((1, 16), (2, 10), (4, 7)):
-        monkeypatch.setattr(device, "total_memory", lambda _, have=bytes_each * params: have)  # biases and norms are not counted
-        train.refuse_too_large(config, torch.device("cpu"), shares)
-        monkeypatch.setattr(device, "total_memory", lambda _, have=0.99 * bytes_each * params: have)
+    """4 bytes each for a weight, its gradient and AdamW's two moments, of which --shard divides all but the first, while there are no
+    gradients; Muon has one moment for a matrix, which processes share always."""
+    config = TrainConfig(model=GPTConfig(**switches))
+    model = GPT.on_meta(config.model)
+    params = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for name, p in model.transformer.h.named_parameters() if p.dim() == 2 and "router" not in name)
+    for settings, processes, need in (
+        ({}, 1, 16 * params),
+        ({}, 2, 16 * params),
+        ({"ema": 0.9}, 1, 20 * params),
+        ({"shard": True}, 2, 10 * params),
+        ({"shard": True}, 4, 7 * params),
+        ({"optimizer": "muon"}, 1, 16 * params - 4 * matrices),
+        ({"optimizer": "muon"}, 4, 16 * params - 7 * matrices),
+    ):
+        world = World(torch.device("cpu"), size=processes)
+        monkeypatch.setattr(device, "total_memory", lambda _, have=1.001 * need: have)
+        train.refuse_too_large(replace(config, **settings), world)
+        monkeypatch.setattr(device, "total_memory", lambda _, have=0.999 * need: have)
         with pytest.raises(ValueError, match="choose a smaller --n-layer"):
-            train.refuse_too_large(config, torch.device("cpu"), shares)
+            train.refuse_too_large(replace(config, **settings), world)
 
 
 def test_a_file_in_place_of_the_runs_folder_is_said(shards, tmp_path, capsys):
