@@ -28,6 +28,7 @@ def test_every_work_is_timed_on_both_sides(tmp_path, gpt2_tokenizer):
         assert low <= row["ratio"] <= high
 
 
+@pytest.mark.slow
 def test_a_side_that_fails_is_one_line(tmp_path):
     shape = "--n-layer 1 --n-head 1 --n-embd 8 --seq-len 16 --device cpu".split()
     result = script("bench.py", "--what", "score", *shape, "--hellaswag-file", tmp_path / "none.jsonl")

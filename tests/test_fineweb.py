@@ -411,6 +411,7 @@ def test_a_part_killed_at_any_write_ends_with_the_same_bytes(tmp_path, files):
     assert kills > 5
 
 
+@pytest.mark.slow
 def test_parts_that_run_at_once_do_not_disturb_each_other(tmp_path, fineweb_edu):
     """From the hub, one of them stopped in the middle of a file before; whichever ends last joins them."""
     out = tmp_path / "out"

@@ -103,6 +103,7 @@ def assert_equal_to_harness(folder: Path, tasks_file: Path):
     assert len({pred for pred, *_ in theirs}) == 4  # the model does choose
 
 
+@pytest.mark.slow
 def test_answers_equal_lm_evaluation_harness(tmp_path, model, tasks_file):
     model.save_pretrained(tmp_path)
     assert_equal_to_harness(tmp_path, tasks_file)

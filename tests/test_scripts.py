@@ -80,6 +80,7 @@ def answers_quickly(name: str) -> bool:
     return seconds < 2.0 or seconds < 1.5 * seconds_of("-c", "import torch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_answers_in_two_seconds(name):
     """On a machine so busy or slow that torch alone takes more than 1.3 s, the script may take half as long again; once in four tries."""

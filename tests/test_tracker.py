@@ -71,7 +71,7 @@ def set_environment(**names):
     os.environ.update(names)
 
 
-@pytest.mark.parametrize("kind", ["tensorboard", "trackio", "wandb"])
+@pytest.mark.parametrize("kind", ["tensorboard", "trackio", pytest.param("wandb", marks=pytest.mark.slow)])
 def test_a_run_and_its_resume_are_one_run_there(shards, tmp_path, kind):
     first = partial(set_environment, WANDB_MODE="offline", TRACKIO_DIR=str(tmp_path / "trackio"))
     found = {"tensorboard": in_tensorboard, "trackio": in_trackio, "wandb": in_wandb}[kind]
@@ -86,6 +86,7 @@ def test_a_run_and_its_resume_are_one_run_there(shards, tmp_path, kind):
         assert expected and found(tmp_path, name) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_for_the_run(shards, tmp_path):
     """W&B's own process gets the signal too."""
     env = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}

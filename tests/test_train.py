@@ -705,7 +705,9 @@ def signal_rank_1(owner, function: str):
     setattr(owner, function, signalled)
 
 
-@pytest.mark.parametrize(("owner", "function"), [(train.Trainer, "validate"), (train.Evaluation, "hellaswag")])
+@pytest.mark.parametrize(
+    ("owner", "function"), [(train.Trainer, "validate"), pytest.param(train.Evaluation, "hellaswag", marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_process_ends_the_evaluation_of_all(shards, tmp_path, owner, function):
     """The second of two gets it, the first is told; the run goes on from there."""
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(3)))
