@@ -349,7 +349,7 @@ def last_launch(run: dict, step: int | None) -> dict:
 
 def settled_teacher(given: str, recorded: str) -> str:
     """The teacher that a run began with, where the same one is given: a folder stands for the checkpoint in it that it had then."""
-    return recorded if given and Path(given) in (Path(recorded), Path(recorded).parent) else given
+    return recorded if given and recorded and Path(given) in (Path(recorded), Path(recorded).parent) else given
 
 
 def refuse_changes(before, now, allowed: set[str], source: str, remedy: str = "leave its flag out"):
