@@ -218,7 +218,7 @@ def report(config: TrainConfig) -> str:
     if config.price:
         lines.append(f"{hours * config.gpus * config.price:,.2f} $ at {config.price:g} $ a GPU and hour")
     if config.gpus > 1 and not on_cpu:
-        step = step_on(config, config.gpus, config.shard, name)
+        step = step_on(config, config.gpus, config.shard, name, dtype=dtype)
         lines.append(
             f"of a step of {step.seconds * 1e3:.1f} ms at {ASSUMED_MFU:.0%} MFU it waits {(step.seconds - step.compute) * 1e3:.1f} ms for "
             f"the {'weights and ' if config.shard else ''}gradients of the others"
@@ -324,13 +324,12 @@ def fsdp_step(compute: float, passes: int, params: int, rest: int, blocks: int, 
     return Step(compute, passes * (forward + backward + ends), passes * once, passes * sent)
 
 
-def step_on(config: TrainConfig, n: int, shard: bool, gpu: str, weak: bool = False) -> Step:
+def step_on(config: TrainConfig, n: int, shard: bool, gpu: str, weak: bool = False, dtype: torch.dtype = torch.bfloat16) -> Step:
     """A step of a preset on n GPUs at the assumed MFU. The batch is the preset's, of which each GPU takes its share, or with weak a
-    micro batch for each GPU."""
+    micro batch for each GPU. dtype: of the matrix products."""
     model = GPT.on_meta(config.model)
     sequences = config.micro_batch_size if weak else config.total_batch_tokens // config.model.seq_len // n
     passes = max(1, sequences // config.micro_batch_size)
-    dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
     compute = sequences * config.model.seq_len * model.flops_per_token() / (ASSUMED_MFU * device.peak_of(gpu, dtype))
     params = sum(p.numel() for p in model.parameters())
     if shard:

@@ -160,6 +160,8 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     world.on_main(lambda: check_hellaswag(config))
     world.on_all(lambda: fit_vocabulary(config, shards))
     world.on_main(lambda: refuse_too_large(config, world))
+    if config.teacher:
+        world.on_all(lambda: check_teacher(config))
     resumed = world.on_main(lambda: checkpoint.newest_step(out_dir, config.replay_step)) if config.resume else None
 
     torch.manual_seed(config.seed)
@@ -207,15 +209,17 @@ def fit_vocabulary(config: TrainConfig, shards: Shards):
 
 
 def load_teacher(config: TrainConfig) -> GPT:
-    """ValueError when it does not read what the student reads."""
-    teacher = checkpoint.load_gpt(config.teacher)[0]
-    ours, theirs = config.model, teacher.config
+    return checkpoint.load_gpt(config.teacher)[0].requires_grad_(False)
+
+
+def check_teacher(config: TrainConfig):
+    """ValueError when it is not there, or does not read what the student reads."""
+    ours, theirs = config.model, checkpoint.load_config(config.teacher)
     if theirs.vocab_size != ours.vocab_size or theirs.seq_len < ours.seq_len:
         raise ValueError(
             f"--teacher {config.teacher} has a vocabulary of {theirs.vocab_size} and {theirs.seq_len} positions, the run {ours.vocab_size} "
             f"and {ours.seq_len}: choose one with the same vocabulary and as many positions"
         )
-    return teacher.requires_grad_(False)
 
 
 def refuse_too_large(config: TrainConfig, world: World):

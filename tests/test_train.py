@@ -241,6 +241,8 @@ def test_a_teacher_that_reads_something_else_is_refused(teacher, shards, tmp_pat
         assert run_train(shards, tmp_path / "run", *argv) == 2
         (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
         assert message in error
+    run = forked(tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--teacher", "none.pt", processes=2)
+    assert run.returncode == 2 and run.stderr.count("error: ") == run.stderr.count("error: no checkpoint none.pt: check the path\n") == 1
     assert not (tmp_path / "run").exists()
 
 
