@@ -659,7 +659,7 @@ def test_a_busy_hub_is_waited_for(tmp_path, fineweb_edu, pretokenized):
     row(tmp_path / "bins")
 
 
-@pytest.mark.parametrize("argv", [["--shard-size", 400], ["--pretokenized"]])
+@pytest.mark.parametrize("argv", [pytest.param(["--shard-size", 400], marks=pytest.mark.slow), ["--pretokenized"]])
 def test_a_hub_that_stays_busy_is_one_line_and_the_same_command_goes_on(tmp_path, fineweb_edu, pretokenized, argv):
     repos = {"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu, "datasets/kjj0/fineweb10B-gpt2": pretokenized}
     answers = []

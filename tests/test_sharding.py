@@ -100,7 +100,7 @@ MANY = "--optimizer muon --pos rope --n-head 1 --norm rmsnorm --mlp swiglu --no-
     [
         (MANY, 1e-5),
         pytest.param("--n-expert 3 --n-expert-active 2", 1e-3, marks=pytest.mark.slow),  # balanced by micro batch
-        ("--share-layers 2 --ema 0.9 --activation-memory 0", 1e-5),
+        pytest.param("--share-layers 2 --ema 0.9 --activation-memory 0", 1e-5, marks=pytest.mark.slow),
     ],
 )
 def test_every_part_of_a_model_can_be_divided(flags, tolerance, shards, tmp_path):

@@ -297,8 +297,15 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
 # ---- what is not finite, and spikes ----
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("cause", ["hardware", "data"])
+@pytest.mark.parametrize(
+    ("cause", "what"),
+    [
+        ("hardware", "loss"),
+        ("data", "gradient"),
+        pytest.param("hardware", "gradient", marks=pytest.mark.slow),
+        pytest.param("data", "loss", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_not_finite_on_one_rank_reaches_no_weight(shards, tmp_path, what, cause):
     run = tmp_path / "run"
     first = partial(bad_update, what, cause)

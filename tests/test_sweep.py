@@ -121,6 +121,7 @@ def test_an_end_that_is_not_the_points_fault_ends_the_sweep_and_the_point_is_tri
     assert study.get_trials()[0].state.name == "RUNNING"
 
 
+@pytest.mark.slow
 def test_each_point_of_a_small_space_is_tried_once(shards, tmp_path, monkeypatch, capsys):
     seen = []
 

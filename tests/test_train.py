@@ -750,6 +750,7 @@ def test_an_existing_run_is_not_overwritten(finished, shards, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_mistake_under_torchrun_names_the_remedy(shards, tmp_path):
     argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--micro-batch-size", 8]
     result = script("train.py", *argv, processes=2)
