@@ -114,6 +114,8 @@ def read_metrics(path: Path, names: list[str], having: str = "") -> dict[str, di
     step counts."""
     found = {name: {} for name in names}
     for line in path.read_text(errors="replace").splitlines() if names and path.is_file() else ():
+        if having not in line:  # most lines, which need not be read as JSON then
+            continue
         try:
             row = json.loads(line)
             for name in names if not having or having in row else ():
