@@ -168,6 +168,28 @@ class TrainConfig:
             faults.append(self.batch_fault(world_size))
         cli.refuse(faults)
 
+    def warnings(self) -> list[str]:
+        """What can be run but is hardly meant: flags that do nothing beside the others, a line each."""
+        lines = []
+        if self.warmup_steps >= self.max_steps:
+            lines.append(f"--warmup-steps {self.warmup_steps} is not below --max-steps: the learning rate never comes to --max-lr")
+        usual = PRESETS[self.preset]
+        ours, theirs = ({**vars(config), **vars(config.model)} for config in (self, usual))
+        differ = [name for name in ours if ours[name] != theirs[name]]
+        idle = {
+            "--optimizer muon": [] if self.optimizer == "muon" else ["muon_lr", "muon_momentum"],
+            "--schedule wsd": [] if self.schedule == "wsd" else ["decay_ratio"],
+            "--teacher": [] if self.teacher else ["teacher_weight"],
+            "--n-expert": [] if self.model.n_expert > 1 else ["load_balance"],
+            "--plan": ["gpu", "gpus", "price", "rate"],  # in which nothing is trained
+        }
+        for other, names in idle.items():
+            lines += [f"{cli.flag(name)} does nothing without {other}" for name in names if name in differ]
+        shape = [name for name in vars(self.model) if name in differ and name not in NOT_IN_WEIGHTS | {"vocab_size"}]
+        if self.init_from and self.preset != TrainConfig.preset and shape:
+            lines.append(f"{', '.join(shape)} are those of --init-from {self.init_from}, not of --preset {self.preset}")
+        return lines
+
     def batch_fault(self, world_size: int) -> str:
         """Says that the batch does not divide, and the nearest that does."""
         sequences, rest = divmod(self.total_batch_tokens, self.model.seq_len * world_size)

@@ -177,8 +177,8 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     trainer = Trainer(config, world, model, shards, compiled, load_teacher(config) if config.teacher else None)
     if resumed is not None:
         trainer.load(resumed)
-    if config.warmup_steps >= config.max_steps:
-        log.progress(f"warning: --warmup-steps {config.warmup_steps} is not below --max-steps: the learning rate never comes to --max-lr")
+    for line in config.warnings():
+        log.progress(f"warning: {line}")
     active = f" ({model.num_params(active=True):,} of them active)" if config.model.n_expert > 1 else ""
     log.progress(
         f"{model.num_params():,} parameters{active}, {str(trainer.dtype)[6:]} on {world.size} × {world.device.type}; a step is "

@@ -813,6 +813,30 @@ def test_a_damaged_shard_ends_the_run_before_it_trains(shards, tmp_path, capsys)
     assert "tiny_train_000003.npy is damaged" in capsys.readouterr().err
 
 
+def test_flags_that_do_nothing_are_warned_of(shards, tmp_path, capsys):
+    argv = ["--muon-lr", 0.1, "--decay-ratio", 0.5, "--teacher-weight", 0.2, "--load-balance", 0.1, "--gpus", 8]
+    assert run_train(shards, tmp_path / "run", "--max-steps", 2, *argv) == 0
+    warned = re.findall("^warning: (.*)", capsys.readouterr().err, re.M)
+    assert warned == [
+        "--warmup-steps 3 is not below --max-steps: the learning rate never comes to --max-lr",
+        "--muon-lr does nothing without --optimizer muon", "--decay-ratio does nothing without --schedule wsd",
+        "--teacher-weight does nothing without --teacher", "--load-balance does nothing without --n-expert",
+        "--gpus does nothing without --plan",
+    ]  # fmt: skip
+    used = ["--optimizer", "muon", "--muon-lr", 0.1, "--schedule", "wsd", "--decay-ratio", 0.5, "--n-expert", 2, "--load-balance", 0.1]
+    assert parse_flags(list(map(str, used))).warnings() == []
+    assert all(preset.warnings() == [] for preset in PRESETS.values())
+    assert parse_flags(["--preset", "modern", "--optimizer", "adamw", "--schedule", "cosine"]).warnings() == []
+
+
+def test_a_preset_whose_shape_gives_way_to_the_given_weights_says_so(shards, tmp_path, capsys):
+    random_hf(257, 48, 3, 2, 32).save_pretrained(tmp_path / "hf")
+    argv = ["--preset", "quickstart", *TINY[6:], "--seq-len", 32, "--data-dir", shards, "--init-from", tmp_path / "hf", "--max-steps", 4]
+    assert run_main(train.main, *argv, "--out-dir", tmp_path / "run") == 0
+    warned = re.findall("^warning: (.*)", capsys.readouterr().err, re.M)
+    assert warned == [f"n_layer, n_embd are those of --init-from {tmp_path / 'hf'}, not of --preset quickstart"]
+
+
 # ---- presets ----
 
 
