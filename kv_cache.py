@@ -45,6 +45,15 @@ class KVCache:
         before = self.document_of[:, (positions[:1] - 1).clamp(min=0)] * (positions[0] > 0)  # (B, 1)
         return self.document_of.index_copy_(1, positions, before + starts.cumsum(1))
 
+    def stay(self):
+        """Tells torch.compile, once all layers have room, that it stays where it is: of what is changed in place, nothing else
+        may be in a CUDA graph."""
+        for layer in self.layers.values():
+            for x in (layer.keys, layer.values):
+                torch._dynamo.mark_static_address(x)
+        if self.document_of is not None:
+            torch._dynamo.mark_static_address(self.document_of)
+
     def nbytes(self) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers.values())
 

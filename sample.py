@@ -132,12 +132,17 @@ def stream(
     """What generate adds, as it comes: the ids (B, 1) of a position after the other, each with the model's logits (B, V) for it."""
     limit, end = model.config.seq_len, idx.size(1) + max_new_tokens
     cache = KVCache(min(limit, -(-end // 128) * 128 if compile else end)) if use_cache else None
-    new = idx  # the latest ids
+    new, position = idx, None  # the latest ids, and the first of their positions, where compiled code asks for it
     while idx.size(1) < end:
         if idx.size(1) > limit:
             cache = None
         if compile and cache is not None and cache.length:
-            logits = compiled_step(idx.device.type)(model, new, cache, torch.tensor([cache.length], device=idx.device))
+            if position is None:
+                cache.stay()
+                position = torch.tensor([cache.length], device=idx.device)
+            else:  # not brought from the CPU each time, for which a step would wait for the one before
+                position = position + 1
+            logits = compiled_step(idx.device.type)(model, new, cache, position)
             cache.length += 1
         else:
             logits = next_logits(model, idx[:, -limit:] if cache is None else idx, cache)[:, -1]  # (B, V)

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import run_main, save_checkpoint
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sample
@@ -44,6 +46,25 @@ def test_compiled_steps_give_the_same_tokens(model):
         assert (generate(net, idx, new, temperature=0, compile=True) == generate(net, idx, new, temperature=0)).all()
         plain, compiled = (generate(net, idx, new, generator=torch.Generator().manual_seed(5), compile=c) for c in (False, True))
         assert (plain == compiled).all()
+
+
+@pytest.mark.parametrize("switches", [{}, dict(window=4, pos="rope", doc_mask=True)])
+def test_a_compiled_step_changes_only_what_a_cuda_graph_may_hold(monkeypatch, switches):
+    """Inductor leaves out the CUDA graph of a step that changes an input which may move (its check_for_mutation)."""
+    held = []
+
+    def compiler(graph, inputs):
+        step = torch._guards.TracingContext.get().fw_metadata
+        held.append([i in step.static_input_indices for i, of in enumerate(step.input_info) if of.mutates_data])
+        return make_boxed_func(graph.forward)
+
+    step = torch.compile(sample.decode_step, backend=aot_autograd(fw_compiler=compiler, inference_compiler=compiler), dynamic=False)
+    monkeypatch.setattr(sample, "compiled_step", lambda kind: step)
+    model = GPT(GPTConfig(97, 16, 2, 2, 32, **switches))
+    idx = torch.randint(97, (1, 5), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # the second text has a cache of its own, and needs no compiling
+        assert (generate(model, idx, 6, temperature=0, compile=True) == generate(model, idx, 6, temperature=0)).all()
+    assert held == [[True] * (5 if switches else 4)]  # keys and values of two layers, and the documents
 
 
 def test_greedy_tokens_equal_hugging_faces(tmp_path, model):
