@@ -193,8 +193,7 @@ class GPT(nn.Module):
 
     def positions_at_once(self, x: Tensor) -> int:
         """How many of x (N, C) may have their logits in memory together."""
-        chunks = -(-len(x) * self.config.padded_vocab_size // (MAX_LOGITS_CUDA if x.device.type == "cuda" else MAX_LOGITS))
-        return -(-len(x) // chunks)
+        return -(-len(x) // loss_chunks(len(x), self.config.padded_vocab_size, x.device.type))
 
     def whole_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         # float(): the softmax over V must not be summed in bf16
@@ -356,6 +355,13 @@ class GPT(nn.Module):
         import huggingface
 
         huggingface.save(self, folder)
+
+
+def loss_chunks(n: int, rows: int, kind: str) -> int:
+    """Into how many parts n positions go, with a logit for each row of the table and position: as few as may be on this kind of
+    device, or up to twice as many if then all have one length; for lengths that change torch.compile makes slower code."""
+    fewest = -(-n * rows // (MAX_LOGITS_CUDA if kind == "cuda" else MAX_LOGITS))
+    return next((parts for parts in range(fewest, 2 * fewest) if n % parts == 0), fewest)
 
 
 class Context(NamedTuple):

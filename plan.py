@@ -21,7 +21,7 @@ from config import PRESETS, RUN, RUN_REMEDY, TrainConfig, last_launch
 from device import ASSUMED_MFU
 from files import read_json
 from kernels import BlockwiseAttention
-from model import GPT, MAX_LOGITS, MAX_LOGITS_CUDA, GPTConfig
+from model import GPT, GPTConfig, loss_chunks
 from plot_log import read_metrics
 from sharding import refuse_fp16
 
@@ -133,7 +133,7 @@ def loss_bytes(shape: GPTConfig, tokens: int, setting: Setting) -> float:
     """What the loss takes beside its input: logits and their gradients, of a chunk where there are many, and the gradient of the head."""
     kind, e, compiled, *_ = setting
     V, C = shape.padded_vocab_size, shape.n_embd
-    chunks = -(-tokens * V // (MAX_LOGITS_CUDA if kind == "cuda" else MAX_LOGITS))
+    chunks = loss_chunks(tokens, V, kind)
     if chunks == 1:
         return tokens * V * (2 * e if compiled else 12) + 4 * V * C
     forward = -(-tokens // chunks) * V * (2 * e if compiled else 17) + (e + (4 if compiled else 8)) * V * C

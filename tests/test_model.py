@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from huggingface import gpt2_state
 from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy, for_scoring
 from kv_cache import KVCache
-from model import GPT, SIZES, GPTConfig, flash_attention, manual_attention
+from model import GPT, SIZES, GPTConfig, flash_attention, loss_chunks, manual_attention
 
 # vocabulary, positions, layers, heads, channels: padded and not, heads of odd size, one layer, one head
 SHAPES = [(97, 24, 2, 2, 16), (128, 16, 1, 1, 8), (257, 40, 3, 4, 64), (1000, 33, 2, 3, 33)]
@@ -168,6 +168,15 @@ def test_many_logits_never_stand_in_memory_together(monkeypatch):
     assert largest.elements <= 1024 * 30 < 4 * 40 * 1024
     monkeypatch.undo()
     assert abs(model(idx, idx)[1] - loss) <= 1e-6
+
+
+@pytest.mark.parametrize("batch", [1, 16, 24, 32, 48, 64, 96, 128])
+def test_the_loss_goes_in_parts_of_one_length(batch):
+    n, most = batch * 1024, 2**29
+    parts = loss_chunks(n, 50304, "cuda")
+    assert n % parts == 0 and n // parts * 50304 <= most
+    assert parts <= 2 * -(-n * 50304 // most)  # nor are they smaller than need be
+    assert loss_chunks(65537, 50304, "cuda") == 7  # a prime: six of a length, and the rest
 
 
 # ---- compiled ----

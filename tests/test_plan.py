@@ -139,7 +139,6 @@ def allocated_peak(step) -> int:
 def test_the_peak_of_an_eager_step(monkeypatch, passes, max_logits, activation_memory):
     """With and without accumulation, with the loss whole and in chunks, with everything kept and computed again."""
     monkeypatch.setattr("model.MAX_LOGITS", max_logits)
-    monkeypatch.setattr(plan, "MAX_LOGITS", max_logits)
     shape = small(n_embd=128)
     gpt, idx = GPT(shape), torch.randint(1000, (8, 128))
     gpt.recompute = activation_memory == 0
