@@ -45,10 +45,10 @@ from sample import generate
 class BenchConfig:
     """Time this repository's work and its peers'."""
 
-    what: tuple[Literal["train", "generate", "score", "tokenize", "load", "save"], ...] = (
-        "train", "generate", "score", "tokenize", "load", "save"
+    what: tuple[Literal["train", "recompute", "generate", "score", "tokenize", "load", "save"], ...] = (
+        "train", "recompute", "generate", "score", "tokenize", "load", "save"
     )  # fmt: skip
-    """What to time."""
+    """What to time; recompute: training with less memory, beside our own with all that it needs."""
     model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
     device: str = "auto"
     """auto, cpu, cuda or mps."""
@@ -60,6 +60,8 @@ class BenchConfig:
     """Turns that each side takes, after two that do not count."""
     micro_batch_size: int = 1
     """Sequences of a training step."""
+    activation_memory: float = 0.9
+    """For recompute: the share of the activations that is kept, as train.py has it; without --compile none is."""
     new_tokens: int = 128
     """Tokens to generate, greedily, after a prompt of 16."""
     num_samples: int = 1
@@ -97,19 +99,24 @@ class Bench:
         return find_shards(self.folder / "shards")
 
 
-def trainer_of(bench: Bench) -> train.Trainer:
+def trainer_of(bench: Bench, activation_memory: float = 1.0) -> train.Trainer:
     config, B, T = bench.config, bench.config.micro_batch_size, bench.config.model.seq_len
     settings = TrainConfig(
         model=config.model, data_dir=str(bench.folder / "shards"), out_dir=str(bench.folder / "run"), total_batch_tokens=B * T,
         micro_batch_size=B, device=config.device, dtype=config.dtype, compile=config.compile, warmup_steps=0, max_lr=1e-4, keep=1,
+        activation_memory=activation_memory,
     )  # fmt: skip
     world = World(bench.device)
     return train.build(settings, world, train.Log(settings, world))[0]
 
 
-def train_ours(bench: Bench):
-    trainer, tokens = trainer_of(bench), bench.config.micro_batch_size * bench.config.model.seq_len
+def train_ours(bench: Bench, activation_memory: float = 1.0):
+    trainer, tokens = trainer_of(bench, activation_memory), bench.config.micro_batch_size * bench.config.model.seq_len
     return lambda number: (tokens, trainer.update(number).loss)
+
+
+def train_in_less_memory(bench: Bench):
+    return train_ours(bench, bench.config.activation_memory if bench.config.compile else 0)
 
 
 def train_peer(bench: Bench):
@@ -300,6 +307,7 @@ def saved_megabytes(trainer: train.Trainer) -> float:
 # what is counted, both sides, the peer's name, and whether their answers must be the same
 WORK = {
     "train": ("tokens/s", train_ours, train_peer, "transformers", False),
+    "recompute": ("tokens/s", train_in_less_memory, train_ours, "all kept", False),
     "generate": ("tokens/s", generate_ours, generate_peer, "transformers", True),
     "score": ("tasks/s", score_ours, score_peer, "transformers", True),
     "tokenize": ("MB/s", tokenize_ours, tokenize_peer, "tiktoken", True),
@@ -389,7 +397,7 @@ def compare(what: str, config: BenchConfig, folder: Path) -> dict:
 def make_inputs(config: BenchConfig, folder: Path):
     """Random shards, random weights large enough that no two logits are alike, and real text."""
     rng = np.random.default_rng(0)
-    if {"train", "load", "save"} & set(config.what):
+    if {"train", "recompute", "load", "save"} & set(config.what):
         size = config.shard_tokens if "load" in config.what else 2_000_000
         (folder / "shards").mkdir()
         entries = []
@@ -447,6 +455,8 @@ def table(rows: list[dict]) -> str:
 def faults_of(config: BenchConfig) -> list[str]:
     faults = config.model.faults()
     faults += cli.at_least(1, config, "rounds", "micro_batch_size", "new_tokens", "num_samples", "tasks", "megabytes", "shard_tokens")
+    if not 0 <= config.activation_memory <= 1:
+        faults.append(f"--activation-memory is {config.activation_memory}: it must be from 0 to 1")
     if not config.what:
         faults.append("--what has no value: give some of " + ", ".join(WORK))
     if "generate" in config.what and 16 + config.new_tokens > config.model.seq_len:

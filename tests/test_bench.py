@@ -43,6 +43,7 @@ def test_a_side_that_fails_is_one_line(tmp_path):
         (["--what", "generate", "--seq-len", 64], "--new-tokens 128 are more than --seq-len 64"),
         (["--vocab-size", 257], "--vocab-size is 257"),
         (["--what"], "--what has no value"),
+        (["--activation-memory", 1.5], "--activation-memory is 1.5: it must be from 0 to 1"),
         (["--rounds", 0, "--shard-tokens", 0], "--rounds is 0: it must be at least 1; --shard-tokens is 0"),
         (["--what", "tokenize", "--dataset", "none.txt"], "none.txt not found"),
     ],
