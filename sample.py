@@ -133,6 +133,7 @@ def stream(
     limit, end = model.config.seq_len, idx.size(1) + max_new_tokens
     cache = KVCache(min(limit, -(-end // 128) * 128 if compile else end)) if use_cache else None
     new, position = idx, None  # the latest ids, and the first of their positions, where compiled code asks for it
+    largest = torch.zeros((), device=idx.device)  # of the compiled steps' logits: looked at once, since to look is to wait
     while idx.size(1) < end:
         if idx.size(1) > limit:
             cache = None
@@ -143,12 +144,15 @@ def stream(
             else:  # not brought from the CPU each time, for which a step would wait for the one before
                 position = position + 1
             logits = compiled_step(idx.device.type)(model, new, cache, position)
+            largest = torch.maximum(largest, logits.amax())
             cache.length += 1
         else:
             logits = next_logits(model, idx[:, -limit:] if cache is None else idx, cache)[:, -1]  # (B, V)
         new = next_ids(logits.float(), temperature, top_k, top_p, generator)  # (B, 1)
         idx = torch.cat([idx, new], dim=1)
         yield new, logits
+    if not largest.isfinite():
+        raise ValueError(f"the model's {DIVERGED}")
 
 
 def speculate(
@@ -206,7 +210,7 @@ def next_logits(model: GPT, ids: Tensor, cache: KVCache | None, n: int = 1, name
     """The logits (B, n, V) that follow the last n of the ids (B, T); a cache holds the first of these."""
     seen = cache.length if cache is not None else 0
     logits = model.logits(model.hidden(ids[:, seen:], cache)[:, -n:])
-    if not seen and not logits.isfinite().all():
+    if not logits.isfinite().all():
         raise ValueError(f"the {name}'s {DIVERGED}")
     return logits
 
@@ -252,13 +256,12 @@ def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -
 
 
 def draw(weights: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One of the ids of each row, likely as its weight: (B, n), (B, n) → (B, 1)."""
-    try:
-        return ids.gather(1, torch.multinomial(weights, 1, generator=generator))
-    except RuntimeError as e:
-        if "probability tensor" not in str(e):
-            raise
-        raise ValueError(f"the model's {DIVERGED}") from e
+    """One of the ids of each row, likely as its weight: (B, n), (B, n) → (B, 1). As torch.multinomial does it, but that one stops
+    to check the weights, so that a GPU would have nothing to do meanwhile."""
+    if ids.size(1) == 1:
+        return ids
+    race = weights / torch.empty_like(weights).exponential_(generator=generator)
+    return ids.gather(1, race.argmax(-1, keepdim=True))
 
 
 def sample_texts(

@@ -91,6 +91,13 @@ def frequencies(logits, n=20_000, **how):
     return torch.bincount(ids.flatten(), minlength=logits.numel()) / n
 
 
+def test_a_draw_is_that_of_multinomial():
+    probs, ids = torch.rand(6, 50).softmax(-1), torch.randperm(50).expand(6, 50)
+    ours, theirs = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
+    for _ in range(20):
+        assert (sample.draw(probs, ids, ours) == ids.gather(1, torch.multinomial(probs, 1, generator=theirs))).all()
+
+
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0, 1.5]])
     assert (frequencies(logits) - logits[0].softmax(-1)).abs().max() < 0.015
@@ -307,12 +314,15 @@ def test_a_model_that_diverged_is_named(model, temperature):
         generate(GPT(model.config), torch.zeros(1, 1, dtype=torch.long), 2, temperature, draft=model)
 
 
-def test_a_model_that_diverged_at_a_later_position_is_named():
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_that_diverged_at_a_later_position_is_named(monkeypatch, temperature):
     model = GPT(GPTConfig(257, 16, 1, 1, 8))
+    monkeypatch.setattr(sample, "compiled_step", lambda kind: sample.decode_step)
     with torch.no_grad():
         model.transformer.wpe.weight[5:] = torch.nan
-    with pytest.raises(ValueError, match="its training diverged"):
-        generate(model, torch.zeros(1, 1, dtype=torch.long), 10)
+    for how in ({}, dict(use_cache=False), dict(compile=True), dict(draft=GPT(GPTConfig(257, 16, 1, 1, 8)))):
+        with pytest.raises(ValueError, match="the model's logits are not finite numbers: its training diverged"):
+            generate(model, torch.zeros(1, 1, dtype=torch.long), 10, temperature, **how)
 
 
 def test_nothing_to_go_on_from_is_refused(model):
