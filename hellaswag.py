@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cli
 from checkpoint import load_with_tokenizer
@@ -126,11 +127,11 @@ def completion_rows(task: dict, tokenizer: Tokenizer) -> list[Row]:
 def harness_rows(task: dict, tokenizer: Tokenizer) -> list[Row]:
     """As lm-evaluation-harness 0.4 builds its requests: tokenized together, cut where the context's own tokens end."""
     query = clean(f"{task['activity_label']}: {task['ctx_a']} {task['ctx_b'].capitalize()}")
-    context = query.rstrip()
+    context = len(tokenizer.encode(query.rstrip()))
     rows = []
     for ending in map(clean, task["endings"]):
         whole = tokenizer.encode(f"{query} {ending}")
-        rows.append(Row(whole, len(whole) - len(tokenizer.encode(context)), len(ending)))
+        rows.append(Row(whole, len(whole) - context, len(ending)))
     return rows
 
 
@@ -188,9 +189,11 @@ def log_probs(
     """The log-probability in nats of each row's ending given its context; the softmax and the sum are not in bf16.
     stopped: asked before each batch whether to leave the rest."""
     model, device = for_scoring(model), model.transformer.wte.weight.device
+    # cuDNN's attention makes a plan for each new shape, and nearly every batch has one
+    kernels = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
     trees = [grow(rows, model.config.seq_len) for rows in tasks]
     result = [[] for _ in tasks]
-    with cli.bar(total=len(tasks), desc="HellaSwag", unit="task", leave=False, disable=not progress) as bar:
+    with kernels, cli.bar(total=len(tasks), desc="HellaSwag", unit="task", leave=False, disable=not progress) as bar:
         for batch in batches(trees, batch_tokens):
             if stopped():
                 break
