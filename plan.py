@@ -58,12 +58,15 @@ def memory(config: TrainConfig, setting: Setting, model: GPT) -> Memory:
     head = model.lm_head.weight.numel()
     processes = world_size if shard else 1
 
-    # each block that is compiled makes its own copies, also of weights that blocks share; autocast keeps one
-    # divided ones come to a GPU in that dtype already
-    cast = matrices * (shape.share_layers if compiled else 1) * (not shard or kind == "cpu")
-    copies = (e * (cast * (config.activation_memory if compiled else 1) + head)) if e < 4 else 0
+    # each block that is compiled makes its own copies, also of weights that blocks share, and does not keep them when not all is
+    # kept, but for experts'; autocast keeps one; divided weights come to a GPU in that dtype already
+    of_each = shape.share_layers * (config.activation_memory == 1 or shape.n_expert > 1)
+    cast = matrices * (of_each if compiled else 1) * (not shard or kind == "cpu")
+    copies = (e * (cast + head)) if e < 4 else 0
     whole = block_bytes(shape, setting)
     kept = 4 * shape.n_embd + config.activation_memory * (whole - 4 * shape.n_embd)  # at the least a block's input
+    if compiled and config.activation_memory < 1:
+        kept = min(kept, whole - cheap_bytes(shape, setting))
     norm = (8 if shape.norm == "rmsnorm" else 4) * shape.n_embd  # the last one, which is never compiled
     activations = tokens * (shape.n_layer * kept + norm + e * shape.n_embd + 16)  # ids and targets are of 8 bytes
     again = tokens * (whole - kept)
@@ -117,6 +120,18 @@ def block_bytes(shape: GPTConfig, setting: Setting) -> float:
         hidden += e * inner * (shape.mlp == "swiglu")
         experts = 3 * e * C * shape.n_expert_active
     return residual + attention + hidden + experts * (shape.n_expert > 1)
+
+
+def cheap_bytes(shape: GPTConfig, setting: Setting) -> float:
+    """What torch.compile's partition of a block keeps no more of a token as soon as not all is to be kept: what is computed again
+    without a matrix product."""
+    kind, e, *_ = setting
+    C, kv = shape.n_embd, shape.n_embd // shape.n_head * shape.kv_heads
+    norms = 2 * C + 2 * kv * shape.qk_norm
+    if shape.n_expert > 1:  # which are not compiled
+        return e * norms
+    laid_out = C * (kind == "cpu" and shape.attention == "flash" and kv == C)  # attention's output
+    return e * (norms + laid_out + shape.n_inner)
 
 
 def backward_bytes(shape: GPTConfig, tokens: int, block: int, setting: Setting) -> float:

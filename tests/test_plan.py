@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_main
+from torch._functorch import config as functorch_config
 from torch.profiler import ProfilerActivity, profile
 
 import plan
@@ -111,14 +112,17 @@ def test_what_recomputation_keeps():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("activation_memory", [1.0, 0.9])
 @pytest.mark.parametrize("name", SWITCHES)
-def test_what_a_compiled_bf16_forward_pass_keeps(name):
+def test_what_a_compiled_bf16_forward_pass_keeps(name, activation_memory):
     torch._dynamo.reset()
     shape, gpt = small(**SWITCHES[name]), GPT(small(**SWITCHES[name]))
-    gpt.compile_blocks()
-    with torch.autocast("cpu", torch.bfloat16):
-        kept = saved_bytes(gpt, torch.randint(1000, (8, 128)))
-    assert kept_by_estimate(shape, Setting("cpu", 2, compiled=True), 8) == pytest.approx(kept, rel=0.05)
+    with functorch_config.patch(activation_memory_budget=1.0):  # put back afterwards
+        gpt.compile_blocks(activation_memory)
+        with torch.autocast("cpu", torch.bfloat16):
+            kept = saved_bytes(gpt, torch.randint(1000, (8, 128)))
+    estimate = kept_by_estimate(shape, Setting("cpu", 2, compiled=True), 8, activation_memory=activation_memory)
+    assert estimate == pytest.approx(kept, rel=0.05)
 
 
 def allocated_peak(step) -> int:
