@@ -264,13 +264,17 @@ def test_rope_depends_on_distance_alone(switches):
     assert (model.hidden(idx, positions=shifted, mask=mask) - model.hidden(idx)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("scaling", ["none", "linear", "yarn"])
-def test_the_angles_of_a_real_size_equal_llamas(scaling):
-    config = GPTConfig(97, 8192, 1, 1, 64, pos="rope", rope_scaling=scaling, rope_factor=1.0 if scaling == "none" else 4.0)
-    how = dict(rope_type=scaling, factor=4.0, original_max_position_embeddings=2048) if scaling != "none" else dict(rope_type="default")
+@pytest.mark.parametrize(
+    ("scaling", "base", "trained"), [("none", 1e4, 2048), ("linear", 1e4, 2048), ("yarn", 1e4, 2048), ("yarn", 10.0, 676)]
+)
+def test_the_angles_of_a_real_size_equal_llamas(scaling, base, trained):
+    """With a base of 10, yarn's slow end lies beyond the last pair."""
+    factor = 1.0 if scaling == "none" else 4.0
+    config = GPTConfig(97, 4 * trained, 1, 1, 64, pos="rope", rope_base=base, rope_scaling=scaling, rope_factor=factor)
+    how = dict(rope_type=scaling, factor=4.0, original_max_position_embeddings=trained) if scaling != "none" else dict(rope_type="default")
     theirs = LlamaRotaryEmbedding(
         transformers.LlamaConfig(
-            hidden_size=64, num_attention_heads=1, max_position_embeddings=8192, rope_parameters=dict(rope_theta=1e4) | how
+            hidden_size=64, num_attention_heads=1, max_position_embeddings=4 * trained, rope_parameters=dict(rope_theta=base) | how
         )
     )
     positions = torch.arange(500)
