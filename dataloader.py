@@ -80,7 +80,7 @@ class Shards:
 
     def split(self, name: str) -> list[dict]:
         """The entries of 'train' or 'val', in order."""
-        return [entry for entry in self.entries if f"_{name}_" in entry["file"]]
+        return [entry for entry in self.entries if re.search(rf"_{name}_\d+\.(npy|bin)$", entry["file"])]
 
     def contents(self) -> dict[str, list]:
         """File → its bytes and, where a manifest or verify_shards says it, its sha256."""

@@ -136,6 +136,16 @@ def test_folders_of_build_nanogpt_and_llmc_are_read(tmp_path):
     assert TokenStream(shards, "val", 4, shuffle=False).batch([0])[0].tolist() == [[0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize("prefix", ["my_val_set", "my_train_set"])
+def test_a_prefix_puts_no_shard_into_the_other_split(tmp_path, prefix):
+    for split in ("val", "train"):
+        np.save(tmp_path / f"{prefix}_{split}_000000.npy", np.arange(20, dtype=np.uint16))
+    shards = find_shards(tmp_path)
+    assert [[entry["file"] for entry in shards.split(split)] for split in ("val", "train")] == [
+        [f"{prefix}_val_000000.npy"], [f"{prefix}_train_000000.npy"],
+    ]  # fmt: skip
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-7])
 
