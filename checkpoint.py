@@ -23,7 +23,7 @@ import nanogpt
 from files import read_json, replace, sha256, write_json, write_temporary
 from fineweb import VOCAB_SIZES, Tokenizer, get_tokenizer
 from huggingface import config_from_hf, hf_folder
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, pad_tables
 
 
 class Files(NamedTuple):
@@ -321,7 +321,8 @@ def load_training(folder: Path, step: int) -> tuple[dict, dict]:
 @torch.no_grad()
 def load_weights(model: GPT, state: dict, source):
     """Copies a state dict into the model. ValueError names the first parameter that does not fit."""
-    own = model.state_dict()
+    own, state = model.state_dict(), dict(state)
+    pad_tables(model, state)
     if odd := sorted(own.keys() ^ state.keys()):
         raise ValueError(f"{source} is of another shape: {odd[0]} is in one of the two models only")
     for name, p in own.items():

@@ -155,6 +155,7 @@ class GPT(nn.Module):
             self.value_scale = nn.Parameter(torch.full((config.n_layer,), 0.5))
         self.chunk_loss = chunk_loss  # compile_blocks puts a compiled one here
         self.flex, self.recompute = False, False  # FlexAttention for windows and documents; activation checkpointing
+        self.register_load_state_dict_pre_hook(pad_tables)
         self.init_weights()
 
     @torch.no_grad()
@@ -355,6 +356,13 @@ class GPT(nn.Module):
         import huggingface
 
         huggingface.save(self, folder)
+
+
+def pad_tables(model: GPT, state: dict, prefix: str = "", *_):
+    """Tables of a state dict that end with the vocabulary, as Hugging Face's do, get the rows that only pad it; in place."""
+    for name in (f"{prefix}transformer.wte.weight", f"{prefix}lm_head.weight"):
+        if name in state and len(state[name]) == model.config.vocab_size:
+            state[name] = F.pad(state[name], (0, 0, 0, model.config.padded_vocab_size - model.config.vocab_size))
 
 
 def loss_chunks(n: int, rows: int, kind: str) -> int:

@@ -1,10 +1,10 @@
 """Checkpoints of nanoGPT and build-nanogpt, read as data: no code in them is run."""
 
+import re
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 
 import torch
-import torch.nn.functional as F
 
 from model import GPTConfig
 
@@ -29,7 +29,8 @@ def converted(content: dict) -> dict:
     Where the table has GPT-2's 50,257 ids, or the 50,304 rows that they are padded to, the tokenizer is GPT-2's; of any other it
     is not known. nanoGPT's GELU is the exact one.
     """
-    weights = {name.removeprefix("_orig_mod."): p for name, p in content["model"].items() if not name.endswith(".attn.bias")}  # masks
+    wrapped = re.compile(r"^(_orig_mod\.|module\.)+")  # by torch.compile, by DistributedDataParallel
+    weights = {wrapped.sub("", name): p for name, p in content["model"].items() if not name.endswith(".attn.bias")}  # masks
     shape = content["model_args"] if "model_args" in content else vars(content["config"])
     rows = shape["vocab_size"]
     is_gpt2 = rows in (50257, 50304)
@@ -43,6 +44,4 @@ def converted(content: dict) -> dict:
         mlp="gelu_exact" if "model_args" in content else "gelu",
         tied_head=torch.equal(weights["transformer.wte.weight"], weights["lm_head.weight"]),
     )
-    for name in ("transformer.wte.weight", "lm_head.weight"):
-        weights[name] = F.pad(weights[name], (0, 0, 0, config.padded_vocab_size - rows))
     return {"model": weights, "config": asdict(config), "tokenizer": "gpt2" if is_gpt2 else None}

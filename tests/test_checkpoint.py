@@ -5,10 +5,12 @@ import os
 import pickle
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import Trap, save_checkpoint
+from transformers import GPT2LMHeadModel
 
 import checkpoint
 from checkpoint import Saver, content_of, fault, files_of, load_model, newest_step, prune, sealed_steps, settle
@@ -251,6 +253,34 @@ def test_nanogpts_checkpoints_compute_what_they_did(tmp_path, kind, rows, capsys
         again = type(hf).from_pretrained(tmp_path / "hf").eval()
         assert (model(idx)[0] - again(idx).logits).abs().max() <= 1e-5
         assert (GPT.from_pretrained(tmp_path / "hf").eval()(idx)[0] == model(idx)[0]).all()
+
+
+def test_names_from_torch_compile_and_ddp_are_read(tmp_path):
+    theirs("nanoGPT", 65, tmp_path / "ckpt.pt")
+    expected = checkpoint.load_gpt(str(tmp_path / "ckpt.pt"))[0].state_dict()
+    content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    for prefix in ("", "module.", "module._orig_mod.", "_orig_mod.module."):
+        state = {prefix + name.removeprefix("_orig_mod."): p for name, p in content["model"].items()}
+        torch.save(content | {"model": state}, tmp_path / "ckpt.pt")
+        found = checkpoint.load_gpt(str(tmp_path / "ckpt.pt"))[0].state_dict()
+        assert all(torch.equal(p, expected[name]) for name, p in found.items())
+
+
+def test_tables_without_the_rows_that_pad_them_are_read(tmp_path):
+    """As Hugging Face's state dicts have them."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(257, 16, 2, 2, 24)).eval()
+    model.save_pretrained(tmp_path / "hf")
+    hf = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    state = {name: p.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p for name, p in hf.state_dict().items()}
+    assert len(state["transformer.wte.weight"]) == 257 < model.config.padded_vocab_size
+    idx = torch.randint(257, (2, 16))
+    again = GPT(model.config).eval()
+    assert not any(again.load_state_dict(state))  # no key is missing or too much
+    torch.save({"model": state, "config": asdict(model.config), "step": 0, "val_loss": None, "tokenizer": "bytes"}, tmp_path / "a.pt")
+    for found in (again, load_model(str(tmp_path / "a.pt"))[0]):
+        assert (found(idx)[0] - hf(idx).logits).abs().max() <= 1e-5
+        assert torch.equal(found(idx)[0], model(idx)[0]) and len(found.state_dict()["lm_head.weight"]) == 320
 
 
 def test_a_head_of_its_own_stays_one(tmp_path):
