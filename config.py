@@ -150,6 +150,8 @@ class TrainConfig:
             faults.append(f"--activation-memory is {self.activation_memory}: it must be from 0 to 1")
         elif 0 < self.activation_memory < 1 and not self.compile:
             faults.append("--activation-memory between 0 and 1 needs a compiled run: give --compile, or 0 or 1")
+        if self.min_lr_ratio > 1:
+            faults.append(f"--min-lr-ratio is {self.min_lr_ratio}: it must be at most 1")
         for name in ("ema", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be at least 0 and below 1")

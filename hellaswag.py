@@ -67,14 +67,15 @@ def load_tasks(path: str | Path, limit: int = 0) -> list[dict]:
     path = Path(path)
     if not path.exists() and path.name == HellaSwagConfig.file:
         download(URL, path)
-    if not path.is_file():
-        raise ValueError(f"no file {path}: give HellaSwag's {HellaSwagConfig.file}")
+    cli.refuse(missing(path))
     fetched = path.name == HellaSwagConfig.file
     tasks, remedy = [], "delete the file to fetch it again" if fetched else f"give HellaSwag's {HellaSwagConfig.file}"
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if limit and len(tasks) == limit:
                 break
+            if not line.strip():
+                continue
             task = read_task(line)
             if task is None:
                 raise ValueError(f"{path}, line {number}: not a HellaSwag task; {remedy}")
@@ -82,6 +83,12 @@ def load_tasks(path: str | Path, limit: int = 0) -> list[dict]:
     if not tasks:
         raise ValueError(f"{path} has no tasks; {remedy}")
     return tasks
+
+
+def missing(path: Path) -> list[str]:
+    """A fault, if it is neither there nor what would be fetched."""
+    there = path.is_file() or (path.name == HellaSwagConfig.file and not path.exists())
+    return [] if there else [f"no file {path}: give HellaSwag's {HellaSwagConfig.file}"]
 
 
 def read_task(line: bytes) -> dict | None:
@@ -267,13 +274,13 @@ def evaluate(
 def main():
     with cli.one_line_errors():
         config = cli.parse(HellaSwagConfig)
-        faults = cli.at_least(0, config, "limit", "batch_tokens")
+        faults = cli.at_least(0, config, "limit", "batch_tokens") + missing(Path(config.file))
         if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
             faults.append(f"--out {config.out}: give a file in a folder that exists")
         cli.refuse(faults)
         with join_world(config.device) as world:
-            tasks = world.on_main(lambda: load_tasks(config.file, config.limit))
             model, tokenizer = load_with_tokenizer(config.model, world.device)
+            tasks = world.on_main(lambda: load_tasks(config.file, config.limit))
             styles = tuple(STYLES) if config.style == "both" else (config.style,)
             dtype = pick_dtype(config.dtype, world.device)
             autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)

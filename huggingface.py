@@ -249,6 +249,8 @@ def config_from_hf(folder: Path) -> GPTConfig:
     missing = [key for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd") if key not in hf]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it does not describe a GPT-2")
+    if hf.get("activation_function") == "gelu_pytorch_tanh":
+        hf["activation_function"] = "gelu_new"  # the same by another name
     mlp = next((ours for ours, theirs in ACTIVATIONS.items() if theirs == hf.get("activation_function")), "gelu")
     tied = hf.get("tie_word_embeddings", True) is not False
     config = GPTConfig(hf["vocab_size"], hf["n_positions"], hf["n_layer"], hf["n_head"], hf["n_embd"], mlp=mlp, tied_head=tied)
@@ -284,7 +286,7 @@ def load_safetensors(folder: Path) -> dict[str, Tensor]:
     state = {}
     for path in paths:
         if not path.exists():
-            raise ValueError(f"{folder} has no {path.name}: pickled weights are not read; save it with safe_serialization=True")
+            raise ValueError(f"{folder} has no {path.name}; pickled weights are not read: transformers' save_pretrained writes it")
         try:
             state.update(load_file(path))
         except SafetensorError as e:

@@ -98,10 +98,11 @@ def generate(
     a time, see speculate; with it use_cache and compile make no difference. counts: has the model's "passes" added, and of
     the draft's ids those "proposed" and "accepted". progress: a bar on stderr, when it takes more than two seconds. The model
     sees at most its last seq_len ids; from there on every position shifts with each token, and cache and draft are of no
-    use. ValueError when T is 0 or the draft has another vocabulary.
+    use. ValueError when T is 0, the draft has another vocabulary, or a number is none that SampleConfig takes.
     """
-    if idx.size(1) == 0:
-        raise ValueError("generate needs at least one id to go on from")
+    if idx.dim() != 2 or idx.size(1) == 0:
+        raise ValueError(f"generate needs at least one id to go on from: ids (B, T), these are {tuple(idx.shape)}")
+    SampleConfig("", "", 1, max_new_tokens, temperature, top_k, top_p, draft_tokens=draft_tokens).validate()
     if compile and model.config.n_expert > 1:
         raise ValueError("a token's path through experts can't be compiled: leave --compile out")
     end = idx.size(1) + max_new_tokens

@@ -199,8 +199,9 @@ def find_data(config: TrainConfig) -> Shards:
 def fit_vocabulary(config: TrainConfig, shards: Shards):
     """A new model takes the shards' vocabulary; one that has weights, or a vocabulary by flag, must have it already."""
     ours, theirs = config.model.vocab_size, shards.vocab_size
-    given = config.resume or config.init_from or ours != PRESETS[config.preset].model.vocab_size
-    if given and ours != theirs:
+    weights, given = config.resume or config.init_from, ours != PRESETS[config.preset].model.vocab_size
+    padded = not weights and theirs <= ours <= replace(config.model, vocab_size=theirs).padded_vocab_size  # the table has these rows
+    if (weights or given) and ours != theirs and not padded:
         remedy = "leave --vocab-size out, or make shards with the tokenizer that the model has"
         raise ValueError(f"the model's vocabulary is {ours}, that of the shards in {config.data_dir} {theirs}: {remedy}")
     if config.model.doc_mask and shards.tokenizer not in fineweb.VOCAB_SIZES:

@@ -11,7 +11,7 @@ from threading import Thread
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import forked, run_main
+from conftest import forked, run_main, save_checkpoint
 from test_fineweb import disk_of, the_error
 
 import hellaswag
@@ -246,13 +246,26 @@ def test_two_processes_give_the_answers_of_one(model, tasks_file, tmp_path):
         (json.dumps(make_tasks(1)[0] | {"label": 4}) + "\n", "line 1: not a HellaSwag task"),
     ],
 )
-def test_a_wrong_file_is_one_line(tmp_path, capsys, text, message):
+def test_a_wrong_file_is_one_line(model, tmp_path, capsys, text, message):
     path = tmp_path / "tasks.jsonl"
     if text is not None:
         path.write_text(text)
-    assert run_main(hellaswag.main, "-d", "cpu", "--file", path) == 2
+    saved = save_checkpoint(tmp_path, 1, model, "bytes", None, {})
+    assert run_main(hellaswag.main, "-m", saved, "-d", "cpu", "--file", path) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and message in error[0]
+
+
+def test_nothing_is_fetched_for_a_model_that_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hellaswag, "download", lambda url, path: pytest.fail("fetched"))
+    assert run_main(hellaswag.main, "-m", "nope", "-d", "cpu") == 2
+    assert "no model named 'nope'" in capsys.readouterr().err
+
+
+def test_empty_lines_are_passed_over(tasks_file, tmp_path):
+    (tmp_path / "tasks.jsonl").write_text("\n" + tasks_file.read_text() + " \n\n")
+    assert hellaswag.load_tasks(tmp_path / "tasks.jsonl") == hellaswag.load_tasks(tasks_file)
 
 
 # ---- the download ----
@@ -292,13 +305,14 @@ def test_a_download_is_whole_or_not_kept(tmp_path, monkeypatch, rows, cut, kept)
     assert path.exists() == kept and len(list(tmp_path.iterdir())) == kept
 
 
-def test_a_download_that_fills_the_disk(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "hellaswag_val.jsonl"
+def test_a_download_that_fills_the_disk(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tasks").mkdir()
+    path, saved = tmp_path / "tasks" / "hellaswag_val.jsonl", save_checkpoint(tmp_path, 1, model, "bytes", None, {})
     with served(monkeypatch, 10_042):
         with disk_of(1_000_000):
-            assert run_main(hellaswag.main, "-d", "cpu", "--file", path) == 1
+            assert run_main(hellaswag.main, "-m", saved, "-d", "cpu", "--file", path) == 1
         assert "free some space and give the command again" in the_error(capsys.readouterr().err)
-        assert not list(tmp_path.iterdir())
+        assert not list(path.parent.iterdir())
         assert len(load_tasks(path)) == 10_042
 
 

@@ -304,6 +304,14 @@ def test_wrong_settings_are_one_line(capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("wrong", [dict(top_p=0.0), dict(top_p=2.0), dict(top_k=-1), dict(temperature=-1.0), dict(max_new_tokens=-1)])
+def test_generate_refuses_what_the_script_refuses(model, wrong):
+    with pytest.raises(ValueError, match=f"--{'-'.join(next(iter(wrong)).split('_'))} is "):
+        generate(**dict(model=model, idx=torch.zeros(1, 1, dtype=torch.long), max_new_tokens=2) | wrong)
+    with pytest.raises(ValueError, match=r"ids \(B, T\), these are \(3,\)"):
+        generate(model, torch.zeros(3, dtype=torch.long), 2)
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_model_that_diverged_is_named(model, temperature):
     with torch.no_grad():

@@ -602,7 +602,8 @@ def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, messa
         (["--device", "cuda"], "--device cuda: this machine has none"),
         (["--init-from", "gpt5"], "no model named 'gpt5'"),
         (["--init-from", "none.pt"], "no checkpoint none.pt"),
-        (["--vocab-size", 300], "the model's vocabulary is 300, that of the shards"),
+        (["--vocab-size", 321], "the model's vocabulary is 321, that of the shards"),
+        (["--min-lr-ratio", 2], "--min-lr-ratio is 2.0: it must be at most 1"),
         (["--n-embd", 400_000], "choose a smaller --n-layer or --n-embd"),
         (["--seq-len", 8192, "--total-batch-tokens", 32768], "fewer than one sequence of 8192"),
         (["--resume"], "there is no run in"),
@@ -811,6 +812,12 @@ def test_a_damaged_shard_ends_the_run_before_it_trains(shards, tmp_path, capsys)
     path.write_bytes(data)
     assert run_train(copy, tmp_path / "run") == 2
     assert "tiny_train_000003.npy is damaged" in capsys.readouterr().err
+
+
+def test_a_vocabulary_of_the_tables_rows_is_that_of_the_shards(shards, tmp_path):
+    """As build-nanogpt and nanoGPT give it: 50304 for 50,257."""
+    assert run_train(shards, tmp_path / "run", "--max-steps", 2, "--vocab-size", 320) == 0
+    assert read_run(tmp_path / "run").model.vocab_size == 257
 
 
 def test_flags_that_do_nothing_are_warned_of(shards, tmp_path, capsys):
