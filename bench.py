@@ -59,7 +59,9 @@ class BenchConfig:
     rounds: int = 5
     """Turns that each side takes, after two that do not count."""
     micro_batch_size: int = 1
-    """Sequences of a training step."""
+    """Sequences of a pass through the model in training."""
+    passes: int = 1
+    """Passes of a training step, whose gradients are accumulated."""
     activation_memory: float = 0.9
     """For recompute: the share of the activations that is kept, as train.py has it; without --compile none is."""
     new_tokens: int = 128
@@ -78,6 +80,10 @@ class BenchConfig:
     """Tokens of the shard to open."""
     json: bool = False
     """Print JSON instead of a table."""
+
+    @property
+    def step_tokens(self) -> int:
+        return self.micro_batch_size * self.model.seq_len * self.passes
 
 
 # ---- the two sides of each work: set up, then a function that does one round and returns the amount of work and its answer,
@@ -100,19 +106,19 @@ class Bench:
 
 
 def trainer_of(bench: Bench, activation_memory: float = 1.0) -> train.Trainer:
-    config, B, T = bench.config, bench.config.micro_batch_size, bench.config.model.seq_len
+    config = bench.config
     settings = TrainConfig(
-        model=config.model, data_dir=str(bench.folder / "shards"), out_dir=str(bench.folder / "run"), total_batch_tokens=B * T,
-        micro_batch_size=B, device=config.device, dtype=config.dtype, compile=config.compile, warmup_steps=0, max_lr=1e-4, keep=1,
-        activation_memory=activation_memory,
+        model=config.model, data_dir=str(bench.folder / "shards"), out_dir=str(bench.folder / "run"), total_batch_tokens=config.step_tokens,
+        micro_batch_size=config.micro_batch_size, device=config.device, dtype=config.dtype, compile=config.compile,
+        activation_memory=activation_memory, warmup_steps=0, max_lr=1e-4, keep=1,
     )  # fmt: skip
     world = World(bench.device)
     return train.build(settings, world, train.Log(settings, world))[0]
 
 
 def train_ours(bench: Bench, activation_memory: float = 1.0):
-    trainer, tokens = trainer_of(bench, activation_memory), bench.config.micro_batch_size * bench.config.model.seq_len
-    return lambda number: (tokens, trainer.update(number).loss)
+    trainer = trainer_of(bench, activation_memory)
+    return lambda number: (bench.config.step_tokens, trainer.update(number).loss)
 
 
 def train_in_less_memory(bench: Bench):
@@ -120,21 +126,22 @@ def train_in_less_memory(bench: Bench):
 
 
 def train_peer(bench: Bench):
-    B, T = bench.config.micro_batch_size, bench.config.model.seq_len
+    B, passes = bench.config.micro_batch_size, bench.config.passes
     model = hugging_face(bench.config.model).to(bench.device)
     forward = torch.compile(model) if bench.config.compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    stream = TokenStream(bench.shards(), "train", T)
+    stream = TokenStream(bench.shards(), "train", bench.config.model.seq_len)
 
     def step(number):
-        x = torch.from_numpy(stream.batch(range(number * B, number * B + B))[0]).to(bench.device)
-        with bench.autocast():
-            loss = forward(input_ids=x, labels=x, use_cache=False).loss
-        loss.backward()
+        for first in range(number * passes * B, (number + 1) * passes * B, B):
+            x = torch.from_numpy(stream.batch(range(first, first + B))[0]).to(bench.device)
+            with bench.autocast():
+                loss = forward(input_ids=x, labels=x, use_cache=False).loss / passes
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return B * T, loss.item()
+        return bench.config.step_tokens, loss.item()
 
     return step
 
@@ -454,7 +461,8 @@ def table(rows: list[dict]) -> str:
 
 def faults_of(config: BenchConfig) -> list[str]:
     faults = config.model.faults()
-    faults += cli.at_least(1, config, "rounds", "micro_batch_size", "new_tokens", "num_samples", "tasks", "megabytes", "shard_tokens")
+    counts = "rounds", "micro_batch_size", "passes", "new_tokens", "num_samples", "tasks", "megabytes", "shard_tokens"
+    faults += cli.at_least(1, config, *counts)
     if not 0 <= config.activation_memory <= 1:
         faults.append(f"--activation-memory is {config.activation_memory}: it must be from 0 to 1")
     if not config.what:

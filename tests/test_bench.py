@@ -16,7 +16,7 @@ def test_every_work_is_timed_on_both_sides(tmp_path, gpt2_tokenizer):
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(6)))
     shape = "--n-layer 2 --n-head 2 --n-embd 32 --seq-len 256 --dtype fp32 --no-compile --device cpu".split()
-    small = "--rounds 3 --tasks 6 --new-tokens 20 --megabytes 1 --shard-tokens 100000 --json".split()
+    small = "--rounds 3 --passes 2 --tasks 6 --new-tokens 20 --megabytes 1 --shard-tokens 100000 --json".split()
     result = script("bench.py", *shape, *small, "--hellaswag-file", tasks, timeout=300)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
