@@ -360,9 +360,10 @@ class GPT(nn.Module):
 
 def pad_tables(model: GPT, state: dict, prefix: str = "", *_):
     """Tables of a state dict that end with the vocabulary, as Hugging Face's do, get the rows that only pad it; in place."""
+    missing = model.config.padded_vocab_size - model.config.vocab_size
     for name in (f"{prefix}transformer.wte.weight", f"{prefix}lm_head.weight"):
-        if name in state and len(state[name]) == model.config.vocab_size:
-            state[name] = F.pad(state[name], (0, 0, 0, model.config.padded_vocab_size - model.config.vocab_size))
+        if missing and name in state and len(state[name]) == model.config.vocab_size:
+            state[name] = F.pad(state[name], (0, 0, 0, missing))
 
 
 def loss_chunks(n: int, rows: int, kind: str) -> int:

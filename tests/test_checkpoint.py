@@ -283,6 +283,14 @@ def test_tables_without_the_rows_that_pad_them_are_read(tmp_path):
         assert torch.equal(found(idx)[0], model(idx)[0]) and len(found.state_dict()["lm_head.weight"]) == 320
 
 
+def test_tables_that_need_no_padding_are_not_copied():
+    """As for_scoring's copy of a model relies on."""
+    model = GPT(GPTConfig(256, 16, 1, 1, 8))
+    copy = GPT.on_meta(model.config)
+    copy.load_state_dict(model.state_dict(), assign=True)
+    assert copy.transformer.wte.weight.data_ptr() == copy.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+
 def test_a_head_of_its_own_stays_one(tmp_path):
     theirs("nanoGPT", 65, tmp_path / "ckpt.pt")
     tied = checkpoint.load_gpt(str(tmp_path / "ckpt.pt"))[0].eval()
