@@ -251,7 +251,7 @@ def main():
         except ImportError as e:
             raise ValueError(f"the page needs Gradio ({e}): pip install gradio") from e
         except ValueError as e:
-            raise ValueError(f"Gradio can't read its environment ({e}): look at GRADIO_SERVER_PORT") from e
+            raise ValueError(f"Gradio can't read its environment ({e}): look at the variables GRADIO_…") from e
         system = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # no fonts from elsewhere
         page = build(offered(config.model), device, dtype)
         try:

@@ -150,8 +150,6 @@ class TrainConfig:
             faults.append(f"--activation-memory is {self.activation_memory}: it must be from 0 to 1")
         elif 0 < self.activation_memory < 1 and not self.compile:
             faults.append("--activation-memory between 0 and 1 needs a compiled run: give --compile, or 0 or 1")
-        if self.min_lr_ratio > 1:
-            faults.append(f"--min-lr-ratio is {self.min_lr_ratio}: it must be at most 1")
         for name in ("ema", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be at least 0 and below 1")
@@ -175,6 +173,10 @@ class TrainConfig:
         lines = []
         if self.warmup_steps >= self.max_steps:
             lines.append(f"--warmup-steps {self.warmup_steps} is not below --max-steps: the learning rate never comes to --max-lr")
+        if self.min_lr_ratio > 1:
+            lines.append(f"--min-lr-ratio {self.min_lr_ratio} is above 1: the learning rate rises to the end")
+        if self.init_revision and not self.init_from:
+            lines.append("--init-revision does nothing without --init-from")
         usual = PRESETS[self.preset]
         ours, theirs = ({**vars(config), **vars(config.model)} for config in (self, usual))
         differ = [name for name in ours if ours[name] != theirs[name]]
@@ -182,15 +184,20 @@ class TrainConfig:
             "--optimizer muon": [] if self.optimizer == "muon" else ["muon_lr", "muon_momentum"],
             "--schedule wsd": [] if self.schedule == "wsd" else ["decay_ratio"],
             "--teacher": [] if self.teacher else ["teacher_weight"],
-            "--n-expert": [] if self.model.n_expert > 1 else ["load_balance"],
+            "--n-expert": [] if self.model.n_expert > 1 or self.init_from else ["load_balance"],  # it may have come with the weights
             "--plan": ["gpu", "gpus", "price", "rate"],  # in which nothing is trained
         }
         for other, names in idle.items():
             lines += [f"{cli.flag(name)} does nothing without {other}" for name in names if name in differ]
-        shape = [name for name in vars(self.model) if name in differ and name not in NOT_IN_WEIGHTS | {"vocab_size"}]
-        if self.init_from and self.preset != TrainConfig.preset and shape:
-            lines.append(f"{', '.join(shape)} are those of --init-from {self.init_from}, not of --preset {self.preset}")
         return lines
+
+    def given_way(self, shape: GPTConfig) -> list[str]:
+        """A line that says what of the preset's model gives way to that of --init-from, if anything does; what a flag says is neither's."""
+        usual = vars(PRESETS[self.preset].model)
+        names = [name for name, kept in vars(shape).items() if usual[name] != kept == getattr(self.model, name) and name != "vocab_size"]
+        if not names or self.preset == TrainConfig.preset:
+            return []
+        return [f"of --init-from {self.init_from}, and not of --preset {self.preset}, the run has {', '.join(map(cli.flag, names))}"]
 
     def batch_fault(self, world_size: int) -> str:
         """Says that the batch does not divide, and the nearest that does."""

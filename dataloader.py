@@ -69,6 +69,12 @@ def open_bin(path: Path) -> np.ndarray:
 # ---- a folder of shards ----
 
 
+def split_of(file: str) -> str | None:
+    """'train' or 'val', by a shard's name; None for another file's."""
+    match = re.search(r"_(train|val)_\d+\.(npy|bin)$", file)
+    return match and match[1]
+
+
 @dataclass
 class Shards:
     """A folder's manifest, or what stands in for one."""
@@ -80,7 +86,7 @@ class Shards:
 
     def split(self, name: str) -> list[dict]:
         """The entries of 'train' or 'val', in order."""
-        return [entry for entry in self.entries if re.search(rf"_{name}_\d+\.(npy|bin)$", entry["file"])]
+        return [entry for entry in self.entries if split_of(entry["file"]) == name]
 
     def contents(self) -> dict[str, list]:
         """File → its bytes and, where a manifest or verify_shards says it, its sha256."""

@@ -37,7 +37,7 @@ from typing import Literal
 import numpy as np
 
 import cli
-from dataloader import MANIFEST, REMEDY, open_shard, part_folder, part_folders, write_shard
+from dataloader import MANIFEST, REMEDY, open_shard, part_folder, part_folders, split_of, write_shard
 from files import hold, read_json, sha256, write_json
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -618,7 +618,7 @@ def write_manifest(out: Path, progress: dict, shards: list[dict]):
     }
     write_json(out / MANIFEST, manifest)
     (out / PROGRESS).unlink(missing_ok=True)
-    val_tokens = sum(shard["tokens"] for shard in shards if "_val_" in shard["file"])
+    val_tokens = sum(shard["tokens"] for shard in shards if split_of(shard["file"]) == "val")
     print(f"{out}: {manifest['tokens']:,} tokens in {len(shards)} shards, {val_tokens:,} of them for validation")
 
 
@@ -694,7 +694,7 @@ def move_shards(out: Path, config: PrepareConfig, folders: list[Path], manifests
     moves, shards = [], []
     for folder, manifest in zip(folders, manifests, strict=True):
         for entry in manifest["shards"]:
-            split = "val" if "_val_" in entry["file"] else "train"
+            split = split_of(entry["file"])
             shards.append(entry | {"file": shard_name(config, split, len(shards))})
             source, target = folder / entry["file"], out / shards[-1]["file"]
             if target.exists() and not source.exists():  # renamed before a kill
@@ -732,13 +732,13 @@ def fetch_pretokenized(config: PrepareConfig):
     if not files:
         raise ValueError(f"{repo} has no .bin shards: leave --dataset out, or --pretokenized")
     shards, train_tokens = [], 0
-    for file in cli.bar(sorted(files, key=lambda file: ("_val_" not in file, file)), desc=f"downloading into {out}", unit="shard"):
+    for file in cli.bar(sorted(files, key=lambda file: (split_of(file) != "val", file)), desc=f"downloading into {out}", unit="shard"):
         if config.max_tokens and train_tokens >= config.max_tokens:
             break
         problem = f"could not fetch {file} of {repo} from the hub"
         patiently(problem, remedy, busy_or_away, hf_hub_download, repo, file, repo_type="dataset", revision=info.sha, local_dir=out)
         shards.append(check_download(out, file, files[file] and files[file].sha256))
-        train_tokens += shards[-1]["tokens"] if "_val_" not in file else 0
+        train_tokens += shards[-1]["tokens"] if split_of(file) != "val" else 0
     write_manifest(out, progress, shards)
 
 

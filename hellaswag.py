@@ -196,7 +196,7 @@ def log_probs(
     """The log-probability in nats of each row's ending given its context; the softmax and the sum are not in bf16.
     stopped: asked before each batch whether to leave the rest."""
     model, device = for_scoring(model), model.transformer.wte.weight.device
-    # cuDNN's attention makes a plan for each new shape, and nearly every batch has one
+    # cuDNN's attention makes a plan for each new shape, and nearly every batch is of a new shape
     kernels = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
     trees = [grow(rows, model.config.seq_len) for rows in tasks]
     result = [[] for _ in tasks]
@@ -274,11 +274,12 @@ def evaluate(
 def main():
     with cli.one_line_errors():
         config = cli.parse(HellaSwagConfig)
-        faults = cli.at_least(0, config, "limit", "batch_tokens") + missing(Path(config.file))
+        faults = cli.at_least(0, config, "limit", "batch_tokens")
         if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
             faults.append(f"--out {config.out}: give a file in a folder that exists")
         cli.refuse(faults)
         with join_world(config.device) as world:
+            world.on_main(lambda: cli.refuse(missing(Path(config.file))))
             model, tokenizer = load_with_tokenizer(config.model, world.device)
             tasks = world.on_main(lambda: load_tasks(config.file, config.limit))
             styles = tuple(STYLES) if config.style == "both" else (config.style,)

@@ -286,7 +286,9 @@ def load_safetensors(folder: Path) -> dict[str, Tensor]:
     state = {}
     for path in paths:
         if not path.exists():
-            raise ValueError(f"{folder} has no {path.name}; pickled weights are not read: transformers' save_pretrained writes it")
+            raise ValueError(
+                f"{folder} has no {path.name}; pickled weights are not read: load it in transformers and save_pretrained it again"
+            )
         try:
             state.update(load_file(path))
         except SafetensorError as e:

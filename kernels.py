@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 class Linear(nn.Linear):
     """nn.Linear, but for one row of input, as when a token is generated: there reading the weights is all of the work, and on
-    a CPU the loop that torch.compile makes reads them 1.5 times as fast as the matrix product of the library."""
+    a CPU the loop that torch.compile makes reads them 1.5 times as fast as the matrix product of the library. On a GPU, where
+    that has not been measured, Inductor does the same of its own accord, but not where there is a bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() != self.in_features or x.device.type != "cpu" or not torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if x.numel() != self.in_features or not torch.compiler.is_compiling() or torch.is_grad_enabled():
             return super().forward(x)
         y = (self.weight * x.flatten()).sum(-1)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)

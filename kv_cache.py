@@ -46,8 +46,8 @@ class KVCache:
         return self.document_of.index_copy_(1, positions, before + starts.cumsum(1))
 
     def stay(self):
-        """Tells torch.compile, once all layers have room, that it stays where it is: of what is changed in place, nothing else
-        may be in a CUDA graph."""
+        """Tells torch.compile, once all layers have room, that it stays where it is: a CUDA graph may change in place only what
+        is said to."""
         for layer in self.layers.values():
             for x in (layer.keys, layer.values):
                 torch._dynamo.mark_static_address(x)

@@ -360,9 +360,10 @@ class GPT(nn.Module):
 
 def pad_tables(model: GPT, state: dict, prefix: str = "", *_):
     """Tables of a state dict that end with the vocabulary, as Hugging Face's do, get the rows that only pad it; in place."""
-    missing = model.config.padded_vocab_size - model.config.vocab_size
+    config = model.config
+    missing = config.padded_vocab_size - config.vocab_size
     for name in (f"{prefix}transformer.wte.weight", f"{prefix}lm_head.weight"):
-        if missing and name in state and len(state[name]) == model.config.vocab_size:
+        if missing and name in state and state[name].shape == (config.vocab_size, config.n_embd):
             state[name] = F.pad(state[name], (0, 0, 0, missing))
 
 

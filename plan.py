@@ -123,8 +123,8 @@ def block_bytes(shape: GPTConfig, setting: Setting) -> float:
 
 
 def cheap_bytes(shape: GPTConfig, setting: Setting) -> float:
-    """What torch.compile's partition of a block keeps no more of a token as soon as not all is to be kept: what is computed again
-    without a matrix product."""
+    """What torch.compile's partition of a block stops keeping of a token as soon as --activation-memory is below 1: what is
+    computed again without a matrix product."""
     kind, e, *_ = setting
     C, kv = shape.n_embd, shape.n_embd // shape.n_head * shape.kv_heads
     norms = 2 * C + 2 * kv * shape.qk_norm

@@ -98,10 +98,10 @@ def generate(
     a time, see speculate; with it use_cache and compile make no difference. counts: has the model's "passes" added, and of
     the draft's ids those "proposed" and "accepted". progress: a bar on stderr, when it takes more than two seconds. The model
     sees at most its last seq_len ids; from there on every position shifts with each token, and cache and draft are of no
-    use. ValueError when T is 0, the draft has another vocabulary, or a number is none that SampleConfig takes.
+    use. ValueError when T is 0, the draft has another vocabulary, or a number is outside what SampleConfig allows.
     """
     if idx.dim() != 2 or idx.size(1) == 0:
-        raise ValueError(f"generate needs at least one id to go on from: ids (B, T), these are {tuple(idx.shape)}")
+        raise ValueError(f"generate needs ids (B, T), at least one in a row, to go on from: these are {tuple(idx.shape)}")
     SampleConfig("", "", 1, max_new_tokens, temperature, top_k, top_p, draft_tokens=draft_tokens).validate()
     if compile and model.config.n_expert > 1:
         raise ValueError("a token's path through experts can't be compiled: leave --compile out")
@@ -130,7 +130,8 @@ def stream(
     use_cache: bool = True,
     compile: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What generate adds, as it comes: the ids (B, 1) of a position after the other, each with the model's logits (B, V) for it."""
+    """What generate adds, as it comes: the ids (B, 1) of a position after the other, each with the model's logits (B, V) for it.
+    ValueError when these are not finite, from compiled steps not before the end."""
     limit, end = model.config.seq_len, idx.size(1) + max_new_tokens
     cache = KVCache(min(limit, -(-end // 128) * 128 if compile else end)) if use_cache else None
     new, position = idx, None  # the latest ids, and the first of their positions, where compiled code asks for it
@@ -145,7 +146,7 @@ def stream(
             else:  # not brought from the CPU each time, for which a step would wait for the one before
                 position = position + 1
             logits = compiled_step(idx.device.type)(model, new, cache, position)
-            largest = torch.maximum(largest, logits.amax())
+            largest = torch.maximum(largest, logits.abs().amax())
             cache.length += 1
         else:
             logits = next_logits(model, idx[:, -limit:] if cache is None else idx, cache)[:, -1]  # (B, V)
@@ -224,7 +225,7 @@ def decode_step(model: GPT, ids: Tensor, cache: KVCache, position: Tensor) -> Te
 @functools.cache
 def compiled_step(kind: str):
     """decode_step, compiled for a kind of device."""
-    # a step is hundreds of small kernels; tuned, those that Triton makes read weights faster than the library's for one row
+    # a step is hundreds of small kernels, whose sizes are tried out
     launched_as_one = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
     # on a CPU, what a matrix is multiplied with is to be computed once, not again in the loop over each of its rows
     computed_once = {"realize_opcount_threshold": 0, "realize_reads_threshold": 0}
@@ -259,7 +260,7 @@ def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -
 
 def draw(weights: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
     """One of the ids of each row, likely as its weight: (B, n), (B, n) → (B, 1). As torch.multinomial does it, but that one stops
-    to check the weights, so that a GPU would have nothing to do meanwhile."""
+    to check the weights, and between compiled steps a GPU would have nothing to do meanwhile."""
     if ids.size(1) == 1:
         return ids
     race = weights / torch.empty_like(weights).exponential_(generator=generator)

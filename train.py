@@ -112,7 +112,7 @@ def replay(config: TrainConfig, world: World):
     elif logged == update.loss or not (math.isfinite(logged) or math.isfinite(update.loss)):
         log.result("the same as in the log")
     else:
-        log.result(f"in the log: {logged!r}; the same bits need the processes, micro batch, hardware and torch of then: see {RUN}")
+        log.result(f"in the log: {logged!r}; the same bits need the processes, micro batch, hardware, code and torch of then: see {RUN}")
         sys.exit(1)
 
 
@@ -165,8 +165,10 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     resumed = world.on_main(lambda: checkpoint.newest_step(out_dir, config.replay_step)) if config.resume else None
 
     torch.manual_seed(config.seed)
+    warnings = config.warnings()
     if config.init_from and resumed is None:
         model, _ = checkpoint.load_gpt(config.init_from, config.init_revision)
+        warnings += config.given_way(model.config)
         model.adapt(config.model)
     else:
         model = GPT(config.model)
@@ -177,7 +179,7 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     trainer = Trainer(config, world, model, shards, compiled, load_teacher(config) if config.teacher else None)
     if resumed is not None:
         trainer.load(resumed)
-    for line in config.warnings():
+    for line in warnings:
         log.progress(f"warning: {line}")
     active = f" ({model.num_params(active=True):,} of them active)" if config.model.n_expert > 1 else ""
     log.progress(
@@ -199,9 +201,8 @@ def find_data(config: TrainConfig) -> Shards:
 def fit_vocabulary(config: TrainConfig, shards: Shards):
     """A new model takes the shards' vocabulary; one that has weights, or a vocabulary by flag, must have it already."""
     ours, theirs = config.model.vocab_size, shards.vocab_size
-    weights, given = config.resume or config.init_from, ours != PRESETS[config.preset].model.vocab_size
-    padded = not weights and theirs <= ours <= replace(config.model, vocab_size=theirs).padded_vocab_size  # the table has these rows
-    if (weights or given) and ours != theirs and not padded:
+    given = config.resume or config.init_from or ours != PRESETS[config.preset].model.vocab_size
+    if given and ours != theirs:
         remedy = "leave --vocab-size out, or make shards with the tokenizer that the model has"
         raise ValueError(f"the model's vocabulary is {ours}, that of the shards in {config.data_dir} {theirs}: {remedy}")
     if config.model.doc_mask and shards.tokenizer not in fineweb.VOCAB_SIZES:

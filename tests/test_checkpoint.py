@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -333,6 +334,10 @@ def test_wrong_checkpoints_are_named(tmp_path, run, model):
         torch.save(content | part, tmp_path / "other.pt")
         with pytest.raises(ValueError, match="not a checkpoint of this project"):
             load_model(str(tmp_path / "other.pt"))
+    for shape in ((), (257,), (257, 2, 16)):
+        torch.save(content | {"model": content["model"] | {"transformer.wte.weight": torch.zeros(shape)}}, tmp_path / "shape.pt")
+        with pytest.raises(ValueError, match=re.escape(f"wte.weight is {shape} there")):
+            load_model(str(tmp_path / "shape.pt"))
     content["config"]["n_embd"] = 32
     torch.save(content, tmp_path / "shape.pt")
     with pytest.raises(ValueError, match=r"of another shape: .* is \(320, 16\) there, \(320, 32\) here"):

@@ -263,6 +263,11 @@ def test_nothing_is_fetched_for_a_model_that_is_not_there(tmp_path, capsys, monk
     assert "no model named 'nope'" in capsys.readouterr().err
 
 
+def test_a_file_that_is_not_there_is_said_before_a_model_is_fetched(tmp_path, capsys):
+    assert run_main(hellaswag.main, "-m", "nope", "-d", "cpu", "--file", tmp_path / "none.jsonl") == 2
+    assert "none.jsonl: give HellaSwag's" in capsys.readouterr().err
+
+
 def test_empty_lines_are_passed_over(tasks_file, tmp_path):
     (tmp_path / "tasks.jsonl").write_text("\n" + tasks_file.read_text() + " \n\n")
     assert hellaswag.load_tasks(tmp_path / "tasks.jsonl") == hellaswag.load_tasks(tasks_file)

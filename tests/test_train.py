@@ -602,8 +602,7 @@ def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, messa
         (["--device", "cuda"], "--device cuda: this machine has none"),
         (["--init-from", "gpt5"], "no model named 'gpt5'"),
         (["--init-from", "none.pt"], "no checkpoint none.pt"),
-        (["--vocab-size", 321], "the model's vocabulary is 321, that of the shards"),
-        (["--min-lr-ratio", 2], "--min-lr-ratio is 2.0: it must be at most 1"),
+        (["--vocab-size", 300], "the model's vocabulary is 300, that of the shards"),
         (["--n-embd", 400_000], "choose a smaller --n-layer or --n-embd"),
         (["--seq-len", 8192, "--total-batch-tokens", 32768], "fewer than one sequence of 8192"),
         (["--resume"], "there is no run in"),
@@ -814,18 +813,14 @@ def test_a_damaged_shard_ends_the_run_before_it_trains(shards, tmp_path, capsys)
     assert "tiny_train_000003.npy is damaged" in capsys.readouterr().err
 
 
-def test_a_vocabulary_of_the_tables_rows_is_that_of_the_shards(shards, tmp_path):
-    """As build-nanogpt and nanoGPT give it: 50304 for 50,257."""
-    assert run_train(shards, tmp_path / "run", "--max-steps", 2, "--vocab-size", 320) == 0
-    assert read_run(tmp_path / "run").model.vocab_size == 257
-
-
 def test_flags_that_do_nothing_are_warned_of(shards, tmp_path, capsys):
     argv = ["--muon-lr", 0.1, "--decay-ratio", 0.5, "--teacher-weight", 0.2, "--load-balance", 0.1, "--gpus", 8]
+    argv += ["--min-lr-ratio", 2, "--init-revision", "main"]
     assert run_train(shards, tmp_path / "run", "--max-steps", 2, *argv) == 0
     warned = re.findall("^warning: (.*)", capsys.readouterr().err, re.M)
     assert warned == [
         "--warmup-steps 3 is not below --max-steps: the learning rate never comes to --max-lr",
+        "--min-lr-ratio 2.0 is above 1: the learning rate rises to the end", "--init-revision does nothing without --init-from",
         "--muon-lr does nothing without --optimizer muon", "--decay-ratio does nothing without --schedule wsd",
         "--teacher-weight does nothing without --teacher", "--load-balance does nothing without --n-expert",
         "--gpus does nothing without --plan",
@@ -838,10 +833,13 @@ def test_flags_that_do_nothing_are_warned_of(shards, tmp_path, capsys):
 
 def test_a_preset_whose_shape_gives_way_to_the_given_weights_says_so(shards, tmp_path, capsys):
     random_hf(257, 48, 3, 2, 32).save_pretrained(tmp_path / "hf")
-    argv = ["--preset", "quickstart", *TINY[6:], "--seq-len", 32, "--data-dir", shards, "--init-from", tmp_path / "hf", "--max-steps", 4]
-    assert run_main(train.main, *argv, "--out-dir", tmp_path / "run") == 0
+    argv = ["--preset", "quickstart", *TINY[6:], "--seq-len", 24, "--total-batch-tokens", 192, "--max-steps", 4]
+    assert run_main(train.main, *argv, "--data-dir", shards, "--init-from", tmp_path / "hf", "--out-dir", tmp_path / "run") == 0
     warned = re.findall("^warning: (.*)", capsys.readouterr().err, re.M)
-    assert warned == [f"n_layer, n_embd are those of --init-from {tmp_path / 'hf'}, not of --preset quickstart"]
+    given_way = "--n-layer, --n-embd, --attention"  # a flag says the length
+    assert warned == [f"of --init-from {tmp_path / 'hf'}, and not of --preset quickstart, the run has {given_way}"]
+    gpt2 = parse_flags(["--preset", "gpt3-125m", "--init-from", "gpt2"], GPTConfig())
+    assert "--seq-len" in gpt2.given_way(GPTConfig())[0] and parse_flags([]).given_way(GPTConfig(n_layer=3)) == []
 
 
 # ---- presets ----

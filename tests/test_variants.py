@@ -179,6 +179,7 @@ def test_rope_alone_equals_gpt_neox():
     [
         (dict(activation_function="relu2"), dict(mlp="relu2")),
         (dict(activation_function="gelu"), dict(mlp="gelu_exact")),
+        (dict(activation_function="gelu_pytorch_tanh"), {}),  # gelu_new by another name
         (dict(tie_word_embeddings=False), dict(tied_head=False)),
     ],
 )
