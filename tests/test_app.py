@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, run_main, save_checkpoint
+from conftest import REPO, run_main, save_checkpoint, script
 
 import app
 from app import Piece, as_html, clamp, offered, write
@@ -108,6 +108,12 @@ def test_no_model_ends_in_one_line(capsys, argv, words):
     assert run_main(app.main, *argv) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and words in said
+
+
+def test_an_environment_that_gradio_can_not_read_is_one_line(tmp_path):
+    result = script("app.py", "-m", save_checkpoint(tmp_path, 1, tiny(1), "bytes", 3.0, {}), GRADIO_SERVER_PORT="abc")
+    assert result.returncode == 2 and result.stderr.startswith("error: Gradio can't read its environment (invalid literal for int()")
+    assert result.stderr.count("\n") == 1 and "GRADIO_" in result.stderr
 
 
 # ---- a page that is served ----

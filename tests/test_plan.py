@@ -3,12 +3,17 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_main
+from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 from torch.profiler import ProfilerActivity, profile
 
 import plan
@@ -124,6 +129,28 @@ def test_what_a_compiled_bf16_forward_pass_keeps(name, activation_memory):
             kept = saved_bytes(gpt, torch.randint(1000, (8, 128)))
     estimate = kept_by_estimate(shape, Setting("cpu", 2, compiled=True), 8, activation_memory=activation_memory)
     assert estimate == pytest.approx(kept, rel=0.05)
+
+
+def products_of_backward(activation_memory: float) -> int:
+    """How many matrix products torch.compile's partition leaves to the backward pass of a block."""
+    torch._dynamo.reset()
+    counts = []
+
+    def count(graph, inputs):
+        counts.append(sum("mm" in str(node.target) for node in graph.graph.nodes if node.op == "call_function"))
+        return make_boxed_func(graph.forward)
+
+    partition = partial(min_cut_rematerialization_partition, compiler="inductor")
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count, decompositions=select_decomp_table(), partition_fn=partition)
+    gpt = GPT(small(n_layer=1))
+    gpt.transformer.h[0].compile(backend=backend)
+    with functorch_config.patch(activation_memory_budget=activation_memory), torch.autocast("cpu", torch.bfloat16):
+        gpt.hidden(torch.randint(1000, (2, 128))).sum().backward()
+    return counts[1]
+
+
+def test_a_little_less_activation_memory_computes_no_matrix_product_again():
+    assert products_of_backward(0.9) == products_of_backward(1.0) < products_of_backward(0.0)
 
 
 def allocated_peak(step) -> int:
