@@ -265,7 +265,8 @@ def test_the_slurm_script_saves_queues_itself_again_and_goes_on(shards, tmp_path
     command = ["bash", str(REPO / "slurm.sh"), *TINY, "--data-dir", str(shards), "--val-every", "0", "--max-steps"]
     with open(tmp_path / "err", "w") as err:
         started = subprocess.Popen([*command, str(10**6)], cwd=tmp_path, env=env, stdout=err, stderr=err)
-    wait_until(lambda: (tmp_path / "run" / "log.txt").exists() or started.poll() is not None, 60)
+    # a second step in the log means that both processes have done one, and so have something to save
+    wait_until(lambda: (tmp_path / "run" / "log.txt").exists() and len(read_stream(tmp_path / "run", "train")) > 1, 60)
     started.send_signal(signal.SIGUSR1)
     started.wait(60)
     assert "all saved" in (tmp_path / "err").read_text() and (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
