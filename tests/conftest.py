@@ -106,6 +106,13 @@ def script(*argv, processes: int = 0, timeout: float = 120, **env) -> subprocess
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
 
 
+def seconds_of(*argv) -> float:
+    """Wall clock of Python with these arguments, which must succeed."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, *map(str, argv)], capture_output=True, check=True)
+    return time.monotonic() - began
+
+
 # ---- processes that begin in milliseconds: forked from a server that has PyTorch loaded already ----
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -2,14 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import pandas
 import pytest
-from conftest import REPO, run_main
+from conftest import REPO, run_main, seconds_of
 
 import plot_log
 from plot_log import PlotConfig, points, read_log, read_metrics, smoothed
@@ -136,21 +133,14 @@ def test_nineteen_thousand_steps_are_drawn_in_three_seconds(tmp_path):
     log.write_text("".join(f"{s} train {10 / (s + 1) + 3 + (s * 7919 % 101) / 500}\n" for s in range(19073)))
     rows = ({"step": s, "loss": 3.0, "tokens": s * 524288, "lr": 6e-4, "grad_norm": 0.3} for s in range(19073))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, REPO / "plot_log.py", log, "--x", "tokens", "--smooth", "0.99", "--panels", "lr", "grad_norm"]
+    flags = ["--x", "tokens", "--smooth", "0.99", "--panels", "lr", "grad_norm", "--out", tmp_path / "plot.svg"]
+    matplotlib = "from matplotlib.figure import Figure; Figure().savefig('/dev/null', format='svg')"
 
     def is_drawn_in_time() -> bool:
-        began = time.monotonic()
-        subprocess.run([*command, "--out", tmp_path / "plot.svg"], check=True, capture_output=True)
-        seconds = time.monotonic() - began
-        return seconds < 3 or seconds < 3 * seconds_of_matplotlib()  # a machine that busy is slow at all else too
+        seconds = seconds_of(REPO / "plot_log.py", log, *flags)
+        return seconds < 3 or seconds < 3 * seconds_of("-c", matplotlib)  # a machine that busy is slow at all else too
 
     assert any(is_drawn_in_time() for _ in range(3))
-
-
-def seconds_of_matplotlib() -> float:
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "from matplotlib.figure import Figure; Figure().savefig('/dev/null', format='svg')"], check=True)
-    return time.monotonic() - began
 
 
 def test_a_models_baselines_are_those_of_its_size():

@@ -5,10 +5,9 @@ import math
 import re
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import REPO, run_main
+from conftest import REPO, run_main, seconds_of
 
 import cli
 from config import TrainConfig, parse_config
@@ -67,12 +66,6 @@ def test_importing_does_nothing(tmp_path):
     result = subprocess.run([sys.executable, "-c", IMPORT_QUIETLY, str(REPO)], capture_output=True, text=True, cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
-
-
-def seconds_of(*command) -> float:
-    began = time.monotonic()
-    subprocess.run([sys.executable, *map(str, command)], capture_output=True, check=True)
-    return time.monotonic() - began
 
 
 def answers_quickly(name: str) -> bool:
