@@ -266,7 +266,8 @@ def test_the_slurm_script_saves_queues_itself_again_and_goes_on(shards, tmp_path
     with open(tmp_path / "err", "w") as err:
         started = subprocess.Popen([*command, str(10**6)], cwd=tmp_path, env=env, stdout=err, stderr=err)
     # a second step in the log means that both processes have done one, and so have something to save
-    wait_until(lambda: (tmp_path / "run" / "log.txt").exists() and len(read_stream(tmp_path / "run", "train")) > 1, 60)
+    log = tmp_path / "run" / "log.txt"
+    wait_until(lambda: started.poll() is not None or (log.exists() and len(read_stream(log.parent, "train")) > 1), 60)
     started.send_signal(signal.SIGUSR1)
     started.wait(60)
     assert "all saved" in (tmp_path / "err").read_text() and (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"

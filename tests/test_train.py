@@ -15,7 +15,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import REPO, TINY, Forked, forked, read_stream, run_main, run_train, script, seconds_of, write_shards
+from conftest import REPO, TINY, Forked, forked, read_stream, run_main, run_train, script, write_shards
 from test_hellaswag import make_tasks
 from test_model import random_hf
 from torch.optim import AdamW
@@ -761,9 +761,8 @@ def test_a_mistake_under_torchrun_names_the_remedy(shards, tmp_path):
 def test_no_shards_is_said_within_five_seconds(tmp_path):
     began = time.monotonic()
     result = subprocess.run([sys.executable, REPO / "train.py"], cwd=tmp_path, capture_output=True, text=True)
-    seconds = time.monotonic() - began
     assert result.returncode == 2 and "python fineweb.py" in result.stderr and len(result.stderr.splitlines()) == 1
-    assert seconds < 5 or seconds < 2 * seconds_of("-c", "import torch")  # a machine that busy is slow at all else too
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("processes", [0, 2])
