@@ -193,7 +193,6 @@ def prompt(config: BenchConfig) -> torch.Tensor:
 
 
 def score_ours(bench: Bench):
-    hardware.set_malloc(bench.device)
     model = GPT.from_pretrained(str(bench.folder / "model")).to(bench.device).eval()
     tasks, tokenizer, world = bench_tasks(bench), fineweb.get_tokenizer("gpt2"), World(bench.device, rank=0)
 

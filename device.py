@@ -46,9 +46,9 @@ MALLOC_SETTINGS = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MM
 
 
 def set_malloc(device: torch.device, sparing: bool = False):
-    """On a CPU with glibc: what is freed stays the process's, for the next step to use. As a rule large blocks go back to the
-    kernel, which hands them out anew in each step, zeroed page by page: a fifth of a training step's time (results/README.md).
-    sparing: blocks of 8 MB and more go back, for less memory. What the environment says of this to malloc stands."""
+    """For compiled training on a CPU with glibc: what is freed stays the process's, for the next step to use, at some 5 % more
+    memory (results/README.md). As a rule large blocks go back to the kernel, which hands them out anew in each step, zeroed page
+    by page: a fifth of its time. sparing: blocks of 8 MB and more go back, for less memory. What the environment says stands."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if device.type != "cpu" or not mallopt or any(name in os.environ for name in MALLOC_SETTINGS):
         return

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cli
 from checkpoint import load_with_tokenizer
-from device import pick_dtype, set_malloc
+from device import pick_dtype
 from distributed import World, join_world
 from files import write_atomically
 from fineweb import Tokenizer
@@ -279,7 +279,6 @@ def main():
             faults.append(f"--out {config.out}: give a file in a folder that exists")
         cli.refuse(faults)
         with join_world(config.device) as world:
-            set_malloc(world.device)
             world.on_main(lambda: cli.refuse(missing(Path(config.file))))
             model, tokenizer = load_with_tokenizer(config.model, world.device)
             tasks = world.on_main(lambda: load_tasks(config.file, config.limit))

@@ -19,7 +19,7 @@ import tyro
 import cli
 from checkpoint import load_with_tokenizer
 from dataloader import Shards, TokenStream, find_shards
-from device import pick_device, pick_dtype, set_malloc
+from device import pick_device, pick_dtype
 from fineweb import Tokenizer
 from kernels import for_scoring, log_likelihoods
 from model import GPT
@@ -121,7 +121,6 @@ def main():
         config = cli.parse(PerplexityConfig)
         config.validate()
         device = pick_device(config.device)
-        set_malloc(device)
         dtype = pick_dtype(config.dtype, device)
         model, tokenizer = load_with_tokenizer(config.model, device)
         T, results = model.config.seq_len, []

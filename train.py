@@ -262,11 +262,11 @@ class Trainer:
         self.val_stream = TokenStream(shards, "val", config.model.seq_len, shuffle=False)
         self.dtype = device.pick_dtype(config.dtype, world.device)
         self.peak_flops = device.peak_flops(world.device, self.dtype)
-        device.set_malloc(world.device, sparing=config.activation_memory < 1)
         self.model = model.to(world.device)
         self.teacher = teacher and teacher.to(world.device)
         if compiled:
             device.mend_compile_cache()
+            device.set_malloc(world.device, sparing=config.activation_memory < 1)
             for part in filter(None, (self.model, self.teacher)):
                 part.compile_blocks(config.activation_memory)
         self.model.recompute = not compiled and config.activation_memory == 0
