@@ -46,7 +46,7 @@ MALLOC_SETTINGS = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MM
 
 
 def set_malloc(device: torch.device, sparing: bool = False):
-    """For compiled training on a CPU with glibc: what is freed stays the process's, for the next step to use, at some 5 % more
+    """For compiled training on a CPU with glibc: what is freed stays the process's, for the next step to use, at 6 % more
     memory (results/README.md). As a rule large blocks go back to the kernel, which hands them out anew in each step, zeroed page
     by page: a fifth of its time. sparing: blocks of 8 MB and more go back, for less memory. What the environment says stands."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
