@@ -291,7 +291,8 @@ def measure(folder: Path) -> dict:
 
 def speeds_in_turns(folders: list[Path], steps: int, turn: int = 5) -> list[float]:
     """Tokens a second of the runs' training steps, the median of so many, all in this process and in turns of a few steps: a
-    machine whose speed drifts is fair to all."""
+    machine whose speed drifts is fair to all. What device.set_malloc says for the last compiled one holds for all of them, which
+    tells where variants differ in --compile or --activation-memory."""
     trainers, seconds = [], [[] for _ in folders]
     for folder in folders:
         config = read_run(folder)

@@ -46,14 +46,16 @@ MALLOC_SETTINGS = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MM
 
 
 def set_malloc(device: torch.device, sparing: bool = False):
-    """For compiled training on a CPU with glibc: what is freed stays the process's, for the next step to use, at 6 % more
-    memory (results/README.md). As a rule large blocks go back to the kernel, which hands them out anew in each step, zeroed page
-    by page: a fifth of its time. sparing: blocks of 8 MB and more go back, for less memory. What the environment says stands."""
+    """For compiled training on a CPU with glibc: what is freed stays the process's, for the next step to use; 6 % more memory at
+    124M (results/README.md). As a rule large blocks go back to the kernel, which hands them out anew in each step, zeroed page by
+    page: a fifth of its time. sparing: blocks of 8 MB and more go back, for less memory. What the environment says stands."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if device.type != "cpu" or not mallopt or any(name in os.environ for name in MALLOC_SETTINGS):
         return
     if sparing:
+        mallopt(M_MMAP_MAX, 65536)  # glibc's own number
         mallopt(M_MMAP_THRESHOLD, 8 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, 64 * 2**20)  # what glibc comes to by itself, at most, where it is not told a threshold
     else:
         mallopt(M_MMAP_MAX, 0)  # no block is mapped, to be unmapped when it is freed
         mallopt(M_TRIM_THRESHOLD, -1)  # nor is the heap's free end given back
