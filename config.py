@@ -86,6 +86,8 @@ class TrainConfig:
     """Precision of the matrix products; auto is bf16 where the hardware has it, else fp16 on CUDA and fp32 elsewhere."""
     compile: bool = True
     """torch.compile the training step and validation."""
+    self_check: bool = True
+    """Before a compiled run's first step, compare its loss and gradients with eager code's; train without compiling if they differ."""
     activation_memory: float = 1.0
     """Share of what the backward pass needs that is kept for it; the rest is computed again. Without --compile 0 or 1."""
     shard: bool = False
@@ -217,9 +219,9 @@ class TrainConfig:
 # what a resumed run may change; all else decides the model, the data or the global batch
 MAY_CHANGE = {
     "replay_step", "data_dir", "max_steps", "max_bad_steps", "skip_spikes", "micro_batch_size", "attention", "device", "dtype",
-    "compile", "activation_memory", "shard", "verify_shards", "val_every", "val_tokens", "hellaswag_every", "hellaswag_file",
-    "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep", "on_save_error", "tracker", "timeout_minutes",
-    "plan", "gpu", "gpus", "price", "rate",
+    "compile", "self_check", "activation_memory", "shard", "verify_shards", "val_every", "val_tokens", "hellaswag_every",
+    "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep", "on_save_error", "tracker",
+    "timeout_minutes", "plan", "gpu", "gpus", "price", "rate",
 }  # fmt: skip
 
 

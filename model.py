@@ -290,6 +290,13 @@ class GPT(nn.Module):
         # its kernels are for heads of at least 16 channels
         self.flex = self.lm_head.weight.device.type == "cuda" and self.config.n_embd // self.config.n_head >= 16
 
+    def undo_compile(self):
+        """Back to eager code, in all that compile_blocks changed."""
+        for block in self.transformer.h:
+            block._compiled_call_impl = None  # PyTorch has no public way to undo Module.compile
+        del self.whole_loss  # the method is there again
+        self.chunk_loss, self.flex = chunk_loss, False
+
     @classmethod
     def on_meta(cls, config: GPTConfig) -> "GPT":
         """A model whose weights take no memory and have no values: to count with, or to be given those of another."""

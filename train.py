@@ -41,6 +41,7 @@ import hellaswag
 import optimizer
 import plan
 import plot_log
+import self_check
 import sharding
 from config import PRESETS, RUN, RUN_REMEDY, TrainConfig, parse_config, parse_flags, torchrun_id
 from dataloader import MANIFEST, Shards, TokenStream, differences, find_shards, share, verify_shards
@@ -60,9 +61,10 @@ def train(config: TrainConfig, world: World):
     if start > config.max_steps or (start == config.max_steps and trainer.val_loss is not None):
         log.progress(f"{config.out_dir} finished already, at step {start}: raise --max-steps to go on")
         return
+    stop = StopSignal()
+    check_compiled(trainer, start, log)
     torchruns = world.gather(torchrun_id())
     world.on_main(lambda: log.track(record_launch(config, world, trainer, start, torchruns), start))
-    stop = StopSignal()
     evaluation = Evaluation(trainer, log, stop)
     step, stopping = start, False
     while True:
@@ -101,6 +103,7 @@ def replay(config: TrainConfig, world: World):
     log = Log(config, world)
     logged = world.on_main(lambda: logged_loss(Path(config.out_dir), config.replay_step))
     trainer, start = build(config, world, log)
+    check_compiled(trainer, start, log)
     log.progress(f"steps {start} to {config.replay_step}, from {f'the checkpoint of step {start}' if start else 'the beginning'}")
     for step in range(start, config.replay_step + 1):
         update = trainer.update(step)
@@ -190,6 +193,24 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     return trainer, resumed or 0
 
 
+def check_compiled(trainer: "Trainer", step: int, log: "Log"):
+    """Compares compiled and eager code on each rank's first micro batch. Where any rank finds a difference, all train without compiling."""
+    if not (trainer.compiled and trainer.config.self_check):
+        return
+    began = time.perf_counter()
+    positions = trainer.share(step, trainer.world.rank)[0]
+    found = self_check.differences(trainer.model, lambda: trainer.loss(trainer.model, positions), trainer.dtype)
+    wrong = {name: off for by_rank in trainer.world.gather(found) for name, off in by_rank.items()}
+    if wrong:
+        first, off = next(iter(wrong.items()))
+        log.progress(
+            f"warning: self-check failed: with torch.compile {first} is {f'{off:.0%} off' if math.isfinite(off) else 'not finite'}"
+            f"{f', and {len(wrong) - 1} more are wrong' if len(wrong) > 1 else ''}; this run trains without torch.compile, slower but right"
+        )
+        trainer.stop_compiling()
+    trainer.seconds += time.perf_counter() - began  # compiling counts, as it does in the first step
+
+
 def find_data(config: TrainConfig) -> Shards:
     """The shards of --data-dir; the quickstart makes its own at the first start."""
     own = config.preset == "quickstart" and config.data_dir == PRESETS["quickstart"].data_dir
@@ -264,6 +285,7 @@ class Trainer:
         self.peak_flops = device.peak_flops(world.device, self.dtype)
         self.model = model.to(world.device)
         self.teacher = teacher and teacher.to(world.device)
+        self.compiled = compiled
         if compiled:
             device.mend_compile_cache()
             device.set_malloc(world.device, sparing=config.activation_memory < 1)
@@ -290,6 +312,12 @@ class Trainer:
         self.recent_losses = deque(maxlen=SPIKE_WINDOW)
         # a copy would cost a CPU's training the memory that it needs
         self.saver = checkpoint.Saver(Path(config.out_dir), config.keep, background=self.device.type != "cpu")
+
+    def stop_compiling(self):
+        """Trains with eager code from now on. Of activation memory there is then all or none."""
+        for part in filter(None, (self.model, self.teacher)):
+            part.undo_compile()
+        self.compiled, self.model.recompute = False, self.config.activation_memory < 1
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -760,6 +788,7 @@ def record_launch(config: TrainConfig, world: World, trainer: Trainer, step: int
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": device.describe(world.device),
+        "compiled": trainer.compiled,
         "world_size": world.size,
         "torchrun": torchruns,
     }
