@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import re
 import resource
 import shutil
@@ -59,6 +60,28 @@ def set_malloc(device: torch.device, sparing: bool = False):
     else:
         mallopt(M_MMAP_MAX, 0)  # no block is mapped, to be unmapped when it is freed
         mallopt(M_TRIM_THRESHOLD, -1)  # nor is the heap's free end given back
+
+
+def avoid_gcc_copy_bug():
+    """Makes GCC call memcpy in the code that torch.compile generates, instead of copying with `rep movsq`.
+
+    GCC bug 113255: before such a copy, GCC 11 and 12 (fixed in 14) drop the stores to its source. Where GCC tunes for a CPU it does
+    not know, as 12.2 does on an Emerald Rapids Xeon, that leaves garbage in most of a 16-bit tensor that Inductor transposes. Call this
+    before anything is compiled, so at import. It must not import Inductor, which takes a second. Inductor has no setting for
+    further flags of the compiler, so this one goes where it pastes the value of -ffp-contract.
+    """
+    compiler = os.path.basename(os.environ.get("CXX", "g++"))
+    if sys.platform != "linux" or platform.machine() != "x86_64" or not re.fullmatch(r"(.+-)?g\+\+(-[\d.]+)?", compiler):
+        return  # the flag is GCC's alone: clang refuses it
+    value = os.environ.get(FP_CONTRACT, "off")
+    if COPY_BY_CALL not in value:
+        os.environ[FP_CONTRACT] = f"{value} {COPY_BY_CALL}"
+    if inductor := sys.modules.get("torch._inductor.config"):  # which has read the environment already
+        inductor.cpp.enable_floating_point_contract_flag = os.environ[FP_CONTRACT]
+
+
+FP_CONTRACT = "TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG"
+COPY_BY_CALL = "-mstringop-strategy=libcall"
 
 
 def mend_compile_cache():

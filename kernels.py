@@ -7,6 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from device import avoid_gcc_copy_bug
+
+avoid_gcc_copy_bug()
+
 
 class Linear(nn.Linear):
     """nn.Linear, but for one row of input, as when a token is generated: there reading the weights is all of the work, and on

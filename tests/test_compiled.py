@@ -1,15 +1,168 @@
-"""The self-check that every compiled run begins with."""
+"""A compiled training step against the same step run eagerly, and the self-check that every compiled run begins with."""
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ids_for, read_stream, run_train
+from conftest import REPO, ids_for, read_stream, run_train
+from test_variants import VARIANTS
+from torch._functorch import config as functorch_config
 
+import device
 import model as model_module
 import self_check
+from kv_cache import KVCache
 from model import GPT, GPTConfig
+from sample import compiled_step
 
-FP32 = torch.float32
+BF16, FP32 = torch.bfloat16, torch.float32
+LARGEST = {BF16: 0.03, FP32: 2e-5}  # ‖compiled - eager‖ / ‖eager‖ of a gradient: three times what rounding comes to
+M_PERTURB, ALL_ONES = -6, 0x100  # of mallopt: malloc fills what it returns with bytes of ones, a NaN in every float format
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Code that reads memory before it writes there gets NaN."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc's malloc can fill memory")
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_PERTURB, ALL_ONES)
+    assert torch.empty(1000).isnan().all() and torch.empty(10**6, dtype=BF16).isnan().all()
+    yield
+    mallopt(M_PERTURB, 0)
+
+
+# ---- gradients ----
+
+
+def check_parity(shape: GPTConfig, dtype: torch.dtype, batch: int, activation_memory: float = 1.0):
+    """The loss and every parameter's gradient, compiled against eager."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()  # what other tests compiled counts against the limit
+    model = GPT(shape)
+    idx = ids_for(shape, batch)
+    idx[:, ::37] = shape.vocab_size - 1  # where documents begin
+    with self_check.first_of_each_kind(model), functorch_config.patch(activation_memory_budget=1.0):  # put back afterwards
+        loss, expected = gradients(model, idx, dtype)
+        model.compile_blocks(activation_memory)
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            compiled, found = gradients(model, idx, dtype)
+    assert compiled == pytest.approx(loss, rel=1e-4 if dtype == BF16 else 1e-6)
+    total = sum(g.square().sum() for g in expected.values()).sqrt()
+    off = {name: ((found[name] - g).norm() / (g.norm() + 1e-3 * total)).item() for name, g in expected.items()}
+    largest = LARGEST[dtype] if shape.n_expert == 1 else 0.2  # where rounding sends a token to another expert
+    assert {name: x for name, x in off.items() if not x <= largest} == {}
+
+
+def gradients(model: GPT, idx: torch.Tensor, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", dtype) if dtype != FP32 else nullcontext():
+        loss = model(idx, idx.roll(-1, 1))[1]
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+BATCHES, LENGTHS, HEAD_SIZES = (1, 2, 8), (128, 256, 1024), (16, 32, 64)
+SQUARE = [(BATCHES[i], LENGTHS[j], HEAD_SIZES[(i + j) % 3]) for i in range(3) for j in range(3)]  # each pair of values once
+DIAGONAL = SQUARE[::4]  # each value once
+STEPS = [
+    *((BF16, "flash", *row) for row in SQUARE),
+    *((FP32, "flash", *row) for row in DIAGONAL),
+    *((dtype, "manual", *row) for dtype in (BF16, FP32) for row in DIAGONAL),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "attention", "batch", "length", "head_size"),
+    [(BF16, "flash", 2, 128, 32), *(pytest.param(*step, marks=pytest.mark.slow) for step in STEPS)],
+)
+def test_compiled_step_has_eager_gradients(poisoned_memory, dtype, attention, batch, length, head_size):
+    check_parity(GPTConfig(97, length, 1, 4, 4 * head_size, attention), dtype, batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", list(VARIANTS)[1:])
+def test_compiled_variant_has_eager_gradients(poisoned_memory, variant):
+    switches = dict(VARIANTS[variant])
+    if switches.get("window", 1) > 1:
+        switches["window"] = 50
+    check_parity(GPTConfig(**dict(vocab_size=97, seq_len=128, n_layer=4, n_head=4, n_embd=64) | switches), BF16, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("activation_memory", [0.5, 0.0])
+def test_compiled_recomputation_and_chunked_loss_have_eager_gradients(poisoned_memory, monkeypatch, dtype, activation_memory):
+    monkeypatch.setattr("model.MAX_LOGITS", 128 * 150)  # two chunks
+    check_parity(GPTConfig(97, 128, 2, 2, 64), dtype, 2, activation_memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["gpt2", "modern", "pattern"])
+def test_compiled_token_has_eager_logits_in_bf16(poisoned_memory, variant):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(**dict(vocab_size=97, seq_len=128, n_layer=4, n_head=4, n_embd=64) | VARIANTS[variant])).to(BF16)
+    idx = ids_for(model.config, 2)
+    with torch.no_grad():
+        expected = model(idx)[0][:, 100]
+        cache = KVCache(128)
+        model(idx[:, :100], cache=cache)
+        found = compiled_step("cpu")(model, idx[:, 100:101], cache, torch.tensor([100]))
+    assert (found - expected).norm() <= 0.03 * expected.norm()
+
+
+# ---- the compiler ----
+
+
+def transposed_twice(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two copies that Inductor puts into one kernel: with a single one, GCC inlines the transpose and gets it right."""
+    x = x.view(2, 256, 4, 32).transpose(1, 2)
+    return x[:, :, :128].transpose(2, 3).contiguous(), x[:, :, 128:].transpose(2, 3).contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_compiled_transposes_are_right(dtype):
+    x = torch.randn(2, 256, 128).to(dtype)
+    for found, expected in zip(torch.compile(transposed_twice)(x), transposed_twice(x), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="the flag is for GCC on x86-64")
+@pytest.mark.parametrize(
+    ("compiler", "before", "after"),
+    [
+        ("g++", None, "off -mstringop-strategy=libcall"),
+        ("/usr/bin/x86_64-linux-gnu-g++-13", "fast", "fast -mstringop-strategy=libcall"),
+        ("g++", "off -mstringop-strategy=libcall", "off -mstringop-strategy=libcall"),
+        ("clang++", None, None),  # which refuses the flag
+        ("clang++-16", "off", "off"),
+    ],
+)
+def test_gcc_is_told_to_call_memcpy(monkeypatch, compiler, before, after):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv(device.FP_CONTRACT, before or "")
+    if before is None:
+        monkeypatch.delenv(device.FP_CONTRACT)
+    monkeypatch.delitem(sys.modules, "torch._inductor.config", raising=False)
+    device.avoid_gcc_copy_bug()
+    assert os.environ.get(device.FP_CONTRACT) == after
+
+
+def test_inductor_has_the_flag_if_imported_first():
+    code = "import torch._inductor.config as c, kernels; print('libcall' in c.cpp.enable_floating_point_contract_flag)"
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", device.FP_CONTRACT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=REPO, capture_output=True, text=True)
+    assert result.stdout == f"{sys.platform == 'linux' and platform.machine() == 'x86_64'}\n", result.stderr
+
+
+# ---- the self-check ----
 
 
 @pytest.fixture

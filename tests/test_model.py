@@ -12,7 +12,6 @@ from conftest import REPO, Trap, ids_for
 from hub import serve
 from reference import gpt2_logits
 from safetensors.torch import load_file, save_file
-from torch._functorch import config as functorch_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -177,31 +176,6 @@ def test_the_loss_goes_in_parts_of_one_length(batch):
     assert n % parts == 0 and n // parts * 50304 <= most
     assert parts <= 2 * -(-n * 50304 // most)  # nor are they smaller than need be
     assert loss_chunks(65537, 50304, "cuda") == 7  # a prime: six of a length, and the rest
-
-
-# ---- compiled ----
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("activation_memory", [1.0, 0.0])
-def test_compiled_blocks_have_the_loss_and_gradients_of_plain_ones(monkeypatch, activation_memory):
-    monkeypatch.setattr("model.MAX_LOGITS", 128 * 150)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(100, 200, 2, 2, 32))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    idx = ids_for(model.config)
-    model(idx, idx)[1].backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
-    plain = model(idx, idx)[1].item()
-    model.zero_grad()
-    with functorch_config.patch(activation_memory_budget=1.0):  # put back afterwards
-        model.compile_blocks(activation_memory)
-        loss = model(idx, idx)[1]
-        loss.backward()
-    assert abs(loss.item() - plain) <= 1e-5
-    for name, p in model.named_parameters():
-        assert (p.grad - expected[name]).abs().max() <= 1e-5, name
 
 
 @pytest.mark.parametrize("attention", ["flash", "manual"])
