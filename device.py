@@ -6,6 +6,7 @@ import platform
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -70,14 +71,23 @@ def avoid_gcc_copy_bug():
     before anything is compiled, so at import. It must not import Inductor, which takes a second. Inductor has no setting for
     further flags of the compiler, so this one goes where it pastes the value of -ffp-contract.
     """
-    compiler = os.path.basename(os.environ.get("CXX", "g++"))
-    if sys.platform != "linux" or platform.machine() != "x86_64" or not re.fullmatch(r"(.+-)?g\+\+(-[\d.]+)?", compiler):
+    if sys.platform != "linux" or platform.machine() != "x86_64" or not is_gcc(os.environ.get("CXX", "g++")):
         return  # the flag is GCC's alone: clang refuses it
     value = os.environ.get(FP_CONTRACT, "off")
     if COPY_BY_CALL not in value:
         os.environ[FP_CONTRACT] = f"{value} {COPY_BY_CALL}"
     if inductor := sys.modules.get("torch._inductor.config"):  # which has read the environment already
         inductor.cpp.enable_floating_point_contract_flag = os.environ[FP_CONTRACT]
+
+
+def is_gcc(compiler: str) -> bool:
+    """Whether a C++ compiler is GCC; one whose name does not tell is asked."""
+    name = os.path.basename(compiler)
+    if re.fullmatch(r"(.+-)?g\+\+(-[\d.]+)?", name) or "clang" in name:
+        return "clang" not in name
+    with suppress(OSError, subprocess.SubprocessError):
+        return "Free Software Foundation" in subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=10).stdout
+    return False
 
 
 FP_CONTRACT = "TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG"

@@ -5,6 +5,7 @@ finite, nothing raised an error, and training was only worse.
 """
 
 import math
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -19,25 +20,34 @@ TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.05, torch.float16: 0.05}
 EXPERTS_TOLERANCE = 0.3
 
 
-def differences(model: GPT, loss: Callable[[], Tensor], dtype: torch.dtype) -> dict[str, float]:
+def differences(
+    model: GPT, loss: Callable[[], Tensor], validate: Callable[[], Tensor] | None, dtype: torch.dtype, teacher: GPT | None = None
+) -> dict[str, float]:
     """What compiled and eager code disagree on, in the order in which it is computed: the losses of training and validation, then
     gradients from the last layer to the first, each with ‖compiled - eager‖ / ‖eager‖. {} where all is within the dtype's
     tolerance (a loss within a tenth of it), or where eager itself is not finite.
 
-    loss: computes a micro batch's loss with the model (scalar). Compiles what the first step would compile. Layers of one kind share
-    their code, so only the first layers run, until there was one of each kind. Gradients that the parameters have are lost.
+    loss: a micro batch's loss with the model, and its teacher if it has one (scalar). validate: the same as validation computes
+    it; None where validation isn't compiled. Compiles what the first step would compile. Layers of one kind share their code, so
+    only the first layers run, until there was one of each kind. Gradients that the parameters have are lost.
     """
     with first_of_each_kind(model):
-        expected, gradients = loss_and_gradients(model, loss, dtype, eager=True)
+        with eager(*filter(None, (model, teacher))):
+            expected, gradients = loss_and_gradients(model, loss, dtype)
         compiled, theirs = loss_and_gradients(model, loss, dtype)
         with torch.no_grad():
-            validated = loss()
+            validated = validate() if validate else expected
     if not all(x.isfinite().all() for x in (expected, *gradients.values())):
         return {}
     tolerance = TOLERANCE[dtype] if model.config.n_expert == 1 else EXPERTS_TOLERANCE
-    total = torch.stack([g.norm() for g in gradients.values()]).norm()  # a gradient that is nearly 0 is mostly rounding
-    losses = {"the training loss": relative(compiled, expected), "the validation loss": relative(validated, expected)}
-    others = {f"the gradient of {name}": relative(theirs[name], g, 1e-3 * total) for name, g in reversed(gradients.items())}
+    losses = {"the training loss": relative([compiled], [expected]), "the validation loss": relative([validated], [expected])}
+    total = torch.stack([g.norm() for g in gradients.values()]).norm().item()
+    others = {}
+    for group in reversed({re.sub(r"\.\d+$", "", name): None for name in gradients}):  # a layer's experts are one group
+        names = [name for name in gradients if re.sub(r"\.\d+$", "", name) == group]
+        # a gradient that is nearly 0 is mostly rounding
+        off = relative([theirs[name] for name in names], [gradients[name] for name in names], 1e-3 * total)
+        others[f"the gradient of {group}"] = off
     return {name: x for name, x in losses.items() if x > tolerance / 10} | {name: x for name, x in others.items() if x > tolerance}
 
 
@@ -53,12 +63,25 @@ def first_of_each_kind(model: GPT):
         config.n_layer = n_layer
 
 
-def loss_and_gradients(model: GPT, loss: Callable[[], Tensor], dtype: torch.dtype, eager: bool = False) -> tuple[Tensor, dict]:
-    flex, model.flex = model.flex, model.flex and not eager  # FlexAttention without torch.compile needs memory for all scores
-    with torch.compiler.set_stance("force_eager" if eager else "default"):
-        value = loss()
-        (value * (1024 if dtype == torch.float16 else 1)).backward()  # or the smallest gradients would be 0 in fp16
-    model.flex = flex
+@contextmanager
+def eager(*models: GPT):
+    """For as long as the block lasts the models run eagerly and in little memory: without FlexAttention, which keeps all scores when it
+    isn't compiled, and recomputing each block's activations in the backward pass."""
+    before = [(model, model.flex, model.recompute) for model in models]
+    for model in models:
+        model.flex, model.recompute = False, True
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for model, flex, recompute in before:
+            model.flex, model.recompute = flex, recompute
+
+
+def loss_and_gradients(model: GPT, loss: Callable[[], Tensor], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    value = loss()
+    (value * (1024 if dtype == torch.float16 else 1)).backward()  # or the smallest gradients would be 0 in fp16
     gradients = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return value.detach(), gradients
@@ -69,6 +92,8 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def relative(x: Tensor, expected: Tensor, least: Tensor | float = 0.0) -> float:
-    share = (x.float() - expected.float()).norm() / (expected.float().norm() + least)
-    return share.nan_to_num(nan=math.inf).item()
+def relative(found: list[Tensor], expected: list[Tensor], least: float = 0.0) -> float:
+    """‖found - expected‖ / (‖expected‖ + least), of all tensors together; inf where something is not finite."""
+    off = torch.stack([(x.float() - y.float()).norm() for x, y in zip(found, expected, strict=True)]).norm()
+    size = torch.stack([y.float().norm() for y in expected]).norm() + least
+    return (off / size.clamp(min=1e-30)).nan_to_num(nan=math.inf).item()

@@ -195,11 +195,18 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
 
 def check_compiled(trainer: "Trainer", step: int, log: "Log"):
     """Compares compiled and eager code on each rank's first micro batch. Where any rank finds a difference, all train without compiling."""
-    if not (trainer.compiled and trainer.config.self_check):
+    config = trainer.config
+    if not (trainer.compiled and config.self_check and step < config.max_steps):
         return
     began = time.perf_counter()
     positions = trainer.share(step, trainer.world.rank)[0]
-    found = self_check.differences(trainer.model, lambda: trainer.loss(trainer.model, positions), trainer.dtype)
+    found = self_check.differences(
+        trainer.model,
+        lambda: trainer.loss(trainer.model, positions),
+        None if trainer.sharded else lambda: trainer.plain_loss(trainer.train_stream.batch(positions)),
+        trainer.dtype,
+        trainer.teacher,
+    )
     wrong = {name: off for by_rank in trainer.world.gather(found) for name, off in by_rank.items()}
     if wrong:
         first, off = next(iter(wrong.items()))
@@ -447,10 +454,14 @@ class Trainer:
             positions = mine[start : start + B]
             x, y = self.val_stream.batch(positions + [0] * (B - len(positions)))  # always (B, T): nothing is compiled anew
             y[len(positions) :] = -100
-            x, y = self.to_device((x, y))
-            with self.autocast():
-                total += self.evaluated(x, y)[1].item() * len(positions)
+            total += self.plain_loss((x, y)).item() * len(positions)
         return sum(world.gather_unless(stopped(), total)) / count
+
+    def plain_loss(self, batch) -> Tensor:
+        """The loss that is validated: of the text alone, with the weights that are evaluated."""
+        x, y = self.to_device(batch)
+        with self.autocast():
+            return self.evaluated(x, y)[1]
 
     def to_device(self, arrays) -> list[Tensor]:
         tensors = [torch.from_numpy(array) for array in arrays]
