@@ -63,35 +63,43 @@ def set_malloc(device: torch.device, sparing: bool = False):
         mallopt(M_TRIM_THRESHOLD, -1)  # nor is the heap's free end given back
 
 
-def avoid_gcc_copy_bug():
-    """Makes GCC call memcpy in the code that torch.compile generates, instead of copying with `rep movsq`.
+FP_CONTRACT = "TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG"
+COPY_BY_CALL, CPU_IS = "-mstringop-strategy=libcall", "-DCPU_IS_"
 
-    GCC bug 113255: before such a copy, GCC 11 and 12 (fixed in 14) drop the stores to its source. Where GCC tunes for a CPU it does
-    not know, as 12.2 does on an Emerald Rapids Xeon, that leaves garbage in most of a 16-bit tensor that Inductor transposes. Call this
-    before anything is compiled, so at import. It must not import Inductor, which takes a second. Inductor has no setting for
-    further flags of the compiler, so this one goes where it pastes the value of -ffp-contract.
+
+def set_compiler_flags():
+    """Gives the C++ compiler that torch.compile calls two more flags, each against silently wrong results.
+
+    -mstringop-strategy=libcall: GCC calls memcpy and never copies with `rep movsq`. GCC 11 and 12 delete the stores that filled an
+    array before such a copy (GCC bug 113255). On Emerald Rapids, a CPU that GCC 12.2 doesn't know, this corrupts 16-bit tensors where
+    Inductor puts two transposes in one kernel (results/compiler.md).
+
+    -DCPU_IS_…: Inductor's cache does not tell apart graphs made for vectors of different lengths. It does tell apart flags.
+
+    Call this at import, before anything is compiled. It doesn't import Inductor, which takes a second. Inductor has no setting for
+    extra compiler flags. It pastes this variable after `-ffp-contract=`, so they are appended there.
     """
-    if sys.platform != "linux" or platform.machine() != "x86_64" or not is_gcc(os.environ.get("CXX", "g++")):
-        return  # the flag is GCC's alone: clang refuses it
-    value = os.environ.get(FP_CONTRACT, "off")
-    if COPY_BY_CALL not in value:
-        os.environ[FP_CONTRACT] = f"{value} {COPY_BY_CALL}"
-    if inductor := sys.modules.get("torch._inductor.config"):  # which has read the environment already
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return
+    flags = [word for word in os.environ.get(FP_CONTRACT, "off").split() if not word.startswith((COPY_BY_CALL, CPU_IS))]
+    flags.append(CPU_IS + torch.backends.cpu.get_cpu_capability().replace(" ", "_"))
+    if is_gcc(os.environ.get("CXX", "g++")):
+        flags.append(COPY_BY_CALL)  # clang refuses it
+    os.environ[FP_CONTRACT] = " ".join(flags)
+    if inductor := sys.modules.get("torch._inductor.config"):  # it has read the environment already
         inductor.cpp.enable_floating_point_contract_flag = os.environ[FP_CONTRACT]
 
 
 def is_gcc(compiler: str) -> bool:
-    """Whether a C++ compiler is GCC; one whose name does not tell is asked."""
+    """Whether a C++ compiler is GCC. Asks it for its version if the name doesn't say."""
     name = os.path.basename(compiler)
-    if re.fullmatch(r"(.+-)?g\+\+(-[\d.]+)?", name) or "clang" in name:
-        return "clang" not in name
+    if "clang" in name:
+        return False
+    if re.fullmatch(r"(.+-)?g\+\+(-[\d.]+)?", name):
+        return True
     with suppress(OSError, subprocess.SubprocessError):
         return "Free Software Foundation" in subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=10).stdout
     return False
-
-
-FP_CONTRACT = "TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG"
-COPY_BY_CALL = "-mstringop-strategy=libcall"
 
 
 def mend_compile_cache():

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from device import avoid_gcc_copy_bug
+from device import set_compiler_flags
 
-avoid_gcc_copy_bug()
+set_compiler_flags()  # before anything is compiled
 
 
 class Linear(nn.Linear):

@@ -291,7 +291,7 @@ class GPT(nn.Module):
         self.flex = self.lm_head.weight.device.type == "cuda" and self.config.n_embd // self.config.n_head >= 16
 
     def undo_compile(self):
-        """Back to eager code, in all that compile_blocks changed."""
+        """Makes blocks and loss eager again."""
         for block in self.transformer.h:
             block._compiled_call_impl = None  # PyTorch has no public way to undo Module.compile
         del self.whole_loss  # the method is there again

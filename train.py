@@ -194,26 +194,25 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
 
 
 def check_compiled(trainer: "Trainer", step: int, log: "Log"):
-    """Compares compiled and eager code on each rank's first micro batch. Where any rank finds a difference, all train without compiling."""
+    """Compares compiled and eager code on each rank's first micro batch. If any rank finds a mismatch, all ranks train eagerly."""
     config = trainer.config
     if not (trainer.compiled and config.self_check and step < config.max_steps):
         return
     began = time.perf_counter()
     positions = trainer.share(step, trainer.world.rank)[0]
-    found = self_check.differences(
+    found = self_check.mismatches(
         trainer.model,
         lambda: trainer.loss(trainer.model, positions),
-        None if trainer.sharded else lambda: trainer.plain_loss(trainer.train_stream.batch(positions)),
+        None if trainer.sharded else lambda: trainer.validation_loss(trainer.train_stream.batch(positions)),
         trainer.dtype,
         trainer.teacher,
     )
-    wrong = {name: off for by_rank in trainer.world.gather(found) for name, off in by_rank.items()}
+    wrong = max(trainer.world.gather(found), key=len)  # of the rank with the most
     if wrong:
-        first, off = next(iter(wrong.items()))
-        log.progress(
-            f"warning: self-check failed: with torch.compile {first} is {f'{off:.0%} off' if math.isfinite(off) else 'not finite'}"
-            f"{f', and {len(wrong) - 1} more are wrong' if len(wrong) > 1 else ''}; this run trains without torch.compile, slower but right"
-        )
+        first, error = next(iter(wrong.items()))
+        how = f"differs from eager by {error:.0%}" if math.isfinite(error) else "is not finite"
+        more = f" ({len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
+        log.progress(f"warning: self-check failed: compiled {first} {how}{more}; training without torch.compile, which is slower")
         trainer.stop_compiling()
     trainer.seconds += time.perf_counter() - began  # compiling counts, as it does in the first step
 
@@ -313,7 +312,7 @@ class Trainer:
         self.largest_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.average = optimizer.AverageWeights(self.model, config.ema) if config.ema else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
-        self.seconds = 0.0  # spent in updates, over all launches of the run
+        self.seconds = 0.0  # spent in updates and compiling, over all launches of the run
         self.val_loss = None  # of the checkpoint that the run goes on from, if it was validated
         self.bad_steps = 0  # updates skipped in a row
         self.recent_losses = deque(maxlen=SPIKE_WINDOW)
@@ -321,7 +320,7 @@ class Trainer:
         self.saver = checkpoint.Saver(Path(config.out_dir), config.keep, background=self.device.type != "cpu")
 
     def stop_compiling(self):
-        """Trains with eager code from now on. Of activation memory there is then all or none."""
+        """Trains eagerly from now on. Eager code keeps all activations, or recomputes all: that is what it does below 1."""
         for part in filter(None, (self.model, self.teacher)):
             part.undo_compile()
         self.compiled, self.model.recompute = False, self.config.activation_memory < 1
@@ -454,11 +453,11 @@ class Trainer:
             positions = mine[start : start + B]
             x, y = self.val_stream.batch(positions + [0] * (B - len(positions)))  # always (B, T): nothing is compiled anew
             y[len(positions) :] = -100
-            total += self.plain_loss((x, y)).item() * len(positions)
+            total += self.validation_loss((x, y)).item() * len(positions)
         return sum(world.gather_unless(stopped(), total)) / count
 
-    def plain_loss(self, batch) -> Tensor:
-        """The loss that is validated: of the text alone, with the weights that are evaluated."""
+    def validation_loss(self, batch) -> Tensor:
+        """Validation's loss: cross entropy of the text, without the teacher, using self.evaluated."""
         x, y = self.to_device(batch)
         with self.autocast():
             return self.evaluated(x, y)[1]

@@ -82,6 +82,12 @@ class Trap:
         return (open, ("fired", "w"))
 
 
+def trace_only():
+    """torch.compile traces, and no C++ is compiled."""
+    compile = torch.compile
+    torch.compile = lambda f, **how: compile(f, backend="aot_eager", **how)
+
+
 def run_main(main, *argv) -> int:
     """Calls a script's main in this process with a command line. Returns its exit status."""
     before, sys.argv = sys.argv, ["script", *map(str, argv)]

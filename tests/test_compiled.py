@@ -1,8 +1,10 @@
 """A compiled training step against the same step run eagerly, and the self-check that every compiled run begins with."""
 
 import ctypes
+import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, ids_for, read_stream, run_train
+from conftest import REPO, TINY, forked, ids_for, read_stream, run_train, trace_only
 from test_variants import VARIANTS
 from torch._functorch import config as functorch_config
 
@@ -23,7 +25,7 @@ from model import GPT, GPTConfig
 from sample import compiled_step
 
 BF16, FP32 = torch.bfloat16, torch.float32
-LARGEST = {BF16: 0.03, FP32: 2e-5}  # ‖compiled - eager‖ / ‖eager‖ of a gradient: three times what rounding comes to
+LARGEST = {BF16: 0.03, FP32: 2e-5}  # ‖compiled - eager‖ / ‖eager‖ of a gradient: three times the rounding we saw
 M_PERTURB, ALL_ONES = -6, 0x100  # of mallopt: malloc fills what it returns with bytes of ones, a NaN in every float format
 
 
@@ -136,36 +138,69 @@ def test_compiled_transposes_are_right(dtype):
 
 
 VERSION = subprocess.run(["c++", "--version"], capture_output=True, text=True).stdout if shutil.which("c++") else ""
+ON_X86 = pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="the flags are for Linux on x86-64")
+CALL = " -mstringop-strategy=libcall"
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="the flag is for GCC on x86-64")
+@ON_X86
 @pytest.mark.parametrize(
     ("compiler", "before", "after"),
     [
-        ("g++", None, "off -mstringop-strategy=libcall"),
-        ("/usr/bin/x86_64-linux-gnu-g++-13", "fast", "fast -mstringop-strategy=libcall"),
-        ("g++", "off -mstringop-strategy=libcall", "off -mstringop-strategy=libcall"),
-        ("clang++", None, None),  # which refuses the flag
-        ("clang++-16", "off", "off"),
-        (sys.executable, "off", "off"),  # which is no compiler, and says so when asked
-        ("c++", "off", "off -mstringop-strategy=libcall" if "Free Software" in VERSION else "off"),
+        ("g++", None, f"off -DCPU_IS_AVX2{CALL}"),
+        ("/usr/bin/x86_64-linux-gnu-g++-13", "fast", f"fast -DCPU_IS_AVX2{CALL}"),
+        ("g++", f"off -DCPU_IS_AVX512{CALL}", f"off -DCPU_IS_AVX2{CALL}"),  # from a parent process on another CPU
+        ("clang++", None, "off -DCPU_IS_AVX2"),
+        ("clang++-16", f"off{CALL}", "off -DCPU_IS_AVX2"),
+        (sys.executable, "off", "off -DCPU_IS_AVX2"),  # no compiler
+        ("c++", "off", f"off -DCPU_IS_AVX2{CALL if 'Free Software' in VERSION else ''}"),
     ],
 )
-def test_gcc_is_told_to_call_memcpy(monkeypatch, compiler, before, after):
+def test_compiler_flags(monkeypatch, compiler, before, after):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv(device.FP_CONTRACT, before or "")
     if before is None:
-        monkeypatch.delenv(device.FP_CONTRACT)
+        monkeypatch.delenv(device.FP_CONTRACT)  # set before, so that it is put back
     monkeypatch.delitem(sys.modules, "torch._inductor.config", raising=False)
-    device.avoid_gcc_copy_bug()
-    assert os.environ.get(device.FP_CONTRACT) == after
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    device.set_compiler_flags()
+    assert os.environ[device.FP_CONTRACT] == after
 
 
-def test_inductor_has_the_flag_if_imported_first():
-    code = "import torch._inductor.config as c, kernels; print('libcall' in c.cpp.enable_floating_point_contract_flag)"
+@ON_X86
+def test_inductor_has_the_flags_if_imported_first():
+    code = (
+        "import torch._inductor.config, kernels\nfrom torch._inductor.cpp_builder import CppTorchOptions\n"
+        "print(any('-DCPU_IS_' in flag for flag in CppTorchOptions().get_cflags()))"
+    )
     environment = {name: value for name, value in os.environ.items() if name not in ("CXX", device.FP_CONTRACT)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=REPO, capture_output=True, text=True)
-    assert result.stdout == f"{sys.platform == 'linux' and platform.machine() == 'x86_64'}\n", result.stderr
+    assert result.stdout == "True\n", result.stderr
+
+
+@ON_X86
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512" or not shutil.which("g++"), reason="needs AVX-512 and g++")
+def test_case_in_compiler_md_is_right_with_the_flag(tmp_path):
+    (code,) = re.findall(r"```cpp\n(.*?)```", (REPO / "results" / "compiler.md").read_text(), re.DOTALL)
+    (tmp_path / "case.cpp").write_text(code)
+    command = ["g++", "-O3", "-march=x86-64-v4", device.COPY_BY_CALL, "case.cpp", "-o", "case"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert subprocess.run(["./case"], cwd=tmp_path, capture_output=True, text=True).stdout == "0 of 1024 values wrong\n"
+
+
+@pytest.mark.slow
+@ON_X86
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a CPU with two lengths of vectors")
+def test_one_cache_serves_two_vector_lengths(tmp_path):
+    """A folder that outlives its machine, as one on a shared disk."""
+    code = (
+        "import torch, kernels; from test_compiled import transposed_twice; x = torch.randn(2, 256, 128).bfloat16()\n"
+        "print(all(map(torch.equal, torch.compile(transposed_twice)(x), transposed_twice(x))))"
+    )
+    for capability in ("avx512", "avx2"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        environment["PYTHONPATH"] = f"{REPO}:{REPO / 'tests'}"
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert result.stdout == "True\n", result.stderr
 
 
 # ---- the self-check ----
@@ -173,9 +208,8 @@ def test_inductor_has_the_flag_if_imported_first():
 
 @pytest.fixture
 def quick_compile(monkeypatch):
-    """torch.compile traces, and no C++ is compiled."""
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, backend="aot_eager", **how))
+    monkeypatch.setattr(torch, "compile", torch.compile)  # puts it back afterwards
+    trace_only()
     torch._dynamo.reset()
 
 
@@ -185,20 +219,38 @@ def damage_compiled_gelu(monkeypatch, factor: float):
     )
 
 
-@pytest.mark.parametrize("factor", [1.3, float("nan")])
+@pytest.mark.parametrize("factor", [1.3, float("nan"), float("inf")])
 def test_failed_self_check_trains_eagerly(quick_compile, monkeypatch, shards, tmp_path, capsys, factor):
     damage_compiled_gelu(monkeypatch, factor)
     assert run_train(shards, tmp_path / "compiled", "--compile") == 0
     err = capsys.readouterr().err
-    assert err.count("self-check failed") == 1 and "trains without torch.compile" in err
+    assert err.count("self-check failed") == 1 and "training without torch.compile" in err
     assert run_train(shards, tmp_path / "eager") == 0
     assert read_stream(tmp_path / "compiled", "train") == read_stream(tmp_path / "eager", "train")
+
+
+def damage_rank_1():
+    trace_only()
+    if os.environ["RANK"] == "1":
+        damage_compiled_gelu(pytest.MonkeyPatch(), 1.3)
+
+
+@pytest.mark.parametrize("shard", [[], ["--shard"]])
+def test_one_rank_that_fails_makes_all_train_eagerly(shards, tmp_path, shard):
+    flags = [*TINY, "--compile", *shard, "--max-steps", 3, "--data-dir", shards, "--out-dir", tmp_path / "run"]
+    run = forked(tmp_path, "train", *flags, processes=2, first=damage_rank_1)
+    assert run.returncode == 0 and run.stderr.count("self-check failed") == 1
+    assert not json.loads((tmp_path / "run" / "run.json").read_text())["launches"][0]["compiled"]
+    assert run_train(shards, tmp_path / "plain", "--max-steps", 3) == 0
+    here, there = (read_stream(tmp_path / name, "train") for name in ("run", "plain"))
+    assert [float(x) for x in here.values()] == pytest.approx([float(x) for x in there.values()], abs=1e-5)
 
 
 def test_self_check_of_right_code_changes_nothing(quick_compile, shards, tmp_path, capsys):
     for name, flag in (("checked", "--self-check"), ("unchecked", "--no-self-check")):
         assert run_train(shards, tmp_path / name, "--compile", flag, "--max-steps", 3) == 0
     assert "self-check" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "checked" / "run.json").read_text())["launches"][0]["compiled"]
     assert read_stream(tmp_path / "checked", "train") == read_stream(tmp_path / "unchecked", "train")
 
 
@@ -218,20 +270,20 @@ def test_self_check_names_what_went_wrong_first(quick_compile):
         return model(idx, idx)[1]
 
     loss().backward()  # gradients from before don't count
-    assert self_check.differences(model, loss, loss, FP32) == {}
+    assert self_check.mismatches(model, loss, loss, FP32) == {}
 
     def wrong(x):
         return F.gelu(x, approximate="tanh") + (x - x.detach() if torch.compiler.is_compiling() else 0)
 
     model.transformer.h[1].mlp.activation = wrong
-    found = self_check.differences(model, loss, loss, FP32)
-    assert next(iter(found)) == "the gradient of transformer.h.1.mlp.c_fc.bias"
+    found = self_check.mismatches(model, loss, loss, FP32)
+    assert next(iter(found)) == "gradient of transformer.h.1.mlp.c_fc.bias"
     assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(
     ("switches", "layers"),
-    [({}, 2), (dict(window=8), 2), (dict(window=8, window_pattern="SSSL"), 4), (dict(window=8, window_pattern="LS"), 2)],
+    [({}, 2), (dict(window=8), 2), (dict(window=8, window_pattern="SSSL"), 4), (dict(window=8, window_pattern="LS"), 3)],
 )
 def test_self_check_runs_a_layer_of_each_kind(switches, layers):
     model = GPT.on_meta(GPTConfig(97, 32, 12, 2, 32, **switches))

@@ -5,7 +5,7 @@ from shutil import copy, copytree
 
 import pytest
 import torch
-from conftest import TINY, forked, read_stream, run_train, script
+from conftest import TINY, forked, read_stream, run_train, script, trace_only
 from test_hellaswag import make_tasks
 
 import checkpoint
@@ -144,14 +144,8 @@ def test_fp16_is_refused(shards, tmp_path):
     assert run.stderr.count("error: --shard does not scale the loss, which fp16 needs: choose --dtype bf16 or fp32\n") == 1
 
 
-def trace_only():
-    """torch.compile traces, and no C++ is compiled."""
-    compile = torch.compile
-    torch.compile = lambda f, **how: compile(f, backend="aot_eager", **how)
-
-
 def test_self_check_before_a_resume_changes_no_validation(shards, tmp_path):
-    """The first thing that a resumed run does may be to validate averaged weights, which are put into each process's part."""
+    """A resumed run may validate averaged weights first. The self-check must leave the weights sharded."""
     flags = ["--compile", "--ema", 0.5, "--max-lr", 0.02, "--max-steps", 6, "--val-every", 2, "--checkpoint-every", 2]
     sharded(shards, tmp_path / "run", *flags, first=trace_only)
     before = read_stream(tmp_path / "run", "val")
@@ -160,6 +154,7 @@ def test_self_check_before_a_resume_changes_no_validation(shards, tmp_path):
     resume = ["--resume", "--out-dir", tmp_path / "run"]
     run = forked(tmp_path, "train", *resume, processes=2, first=trace_only)
     assert run.returncode == 0 and "self-check" not in run.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["launches"][1]["compiled"]
     lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
     assert sum(line.startswith("4 val ") for line in lines) == 2
     assert read_stream(tmp_path / "run", "val") == before
