@@ -23,9 +23,9 @@ import tyro
 import cli
 from checkpoint import checkpoint_file, files_of, load_with_tokenizer, sealed_steps
 from device import pick_device, pick_dtype
-from fineweb import Tokenizer
 from model import GPT
 from sample import stream
+from tokenizer import Tokenizer
 
 
 @dataclass

@@ -32,6 +32,7 @@ import cli
 import device as hardware
 import fineweb
 import hellaswag
+import tokenizer as tokenizers
 import train
 from config import TrainConfig
 from dataloader import TokenStream, find_shards, write_shard
@@ -194,7 +195,7 @@ def prompt(config: BenchConfig) -> torch.Tensor:
 
 def score_ours(bench: Bench):
     model = GPT.from_pretrained(str(bench.folder / "model")).to(bench.device).eval()
-    tasks, tokenizer, world = bench_tasks(bench), fineweb.get_tokenizer("gpt2"), World(bench.device, rank=0)
+    tasks, tokenizer, world = bench_tasks(bench), tokenizers.get_tokenizer("gpt2"), World(bench.device, rank=0)
 
     def run(number):
         scored = hellaswag.evaluate(model, tokenizer, tasks, world, autocast=bench.autocast(), styles=("completion",))[1]
@@ -208,7 +209,7 @@ def score_peer(bench: Bench):
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(bench.folder / "model").to(bench.device).eval()
-    tasks, tokenizer = bench_tasks(bench), fineweb.get_tokenizer("gpt2")
+    tasks, tokenizer = bench_tasks(bench), tokenizers.get_tokenizer("gpt2")
 
     @torch.no_grad()
     def answer(task):

@@ -21,9 +21,9 @@ from torch import Tensor
 
 import nanogpt
 from files import read_json, replace, sha256, write_json, write_temporary
-from fineweb import VOCAB_SIZES, Tokenizer, get_tokenizer
 from huggingface import config_from_hf, hf_folder
 from model import GPT, GPTConfig, pad_tables
+from tokenizer import VOCAB_SIZES, Tokenizer, get_tokenizer
 
 
 class Files(NamedTuple):

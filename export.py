@@ -15,7 +15,7 @@ import cli
 from checkpoint import load_with_tokenizer
 from device import pick_dtype
 from files import read_json
-from fineweb import Tokenizer
+from tokenizer import Tokenizer
 
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 

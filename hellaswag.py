@@ -29,9 +29,9 @@ from checkpoint import load_with_tokenizer
 from device import pick_dtype
 from distributed import World, join_world
 from files import write_atomically
-from fineweb import Tokenizer
 from kernels import for_scoring, log_likelihoods
 from model import GPT, causal_mask
+from tokenizer import Tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 VAL_TASKS = 10_042

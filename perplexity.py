@@ -20,9 +20,9 @@ import cli
 from checkpoint import load_with_tokenizer
 from dataloader import Shards, TokenStream, find_shards
 from device import pick_device, pick_dtype
-from fineweb import Tokenizer
 from kernels import for_scoring, log_likelihoods
 from model import GPT
+from tokenizer import Tokenizer
 
 
 @dataclass

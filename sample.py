@@ -18,9 +18,9 @@ from torch import Tensor
 import cli
 from checkpoint import load_with_tokenizer
 from device import can_compile, mend_compile_cache, pick_device, pick_dtype
-from fineweb import Tokenizer
 from kv_cache import KVCache
 from model import GPT
+from tokenizer import Tokenizer
 
 
 @dataclass

@@ -43,12 +43,14 @@ import plan
 import plot_log
 import self_check
 import sharding
+import tokenizer as tokenizers
 from config import PRESETS, RUN, RUN_REMEDY, TrainConfig, parse_config, parse_flags, torchrun_id
 from dataloader import MANIFEST, Shards, TokenStream, differences, find_shards, share, verify_shards
 from distributed import PeerLost, Stopped, World, join_world, meet
 from files import append, hold, read_json, write_json
 from model import GPT
 from sample import sample_texts
+from tokenizer import VOCAB_SIZES, Tokenizer
 from tracker import Tracker
 
 # ---- the run ----
@@ -232,7 +234,7 @@ def fit_vocabulary(config: TrainConfig, shards: Shards):
     if given and ours != theirs:
         remedy = "leave --vocab-size out, or make shards with the tokenizer that the model has"
         raise ValueError(f"the model's vocabulary is {ours}, that of the shards in {config.data_dir} {theirs}: {remedy}")
-    if config.model.doc_mask and shards.tokenizer not in fineweb.VOCAB_SIZES:
+    if config.model.doc_mask and shards.tokenizer not in VOCAB_SIZES:
         raise ValueError(f"--doc-mask: where a document ends in shards of the tokenizer {shards.tokenizer!r} nobody knows: leave it out")
     config.model = replace(config.model, vocab_size=theirs)
 
@@ -575,11 +577,11 @@ class Evaluation:
         wanted = self.tokenizer and self.config.hellaswag_every
         self.tasks = self.or_warn("HellaSwag in this run", self.get_tasks) if wanted else None
 
-    def get_tokenizer(self) -> fineweb.Tokenizer:
+    def get_tokenizer(self) -> Tokenizer:
         name = self.trainer.tokenizer_name
-        self.world.on_main(lambda: fineweb.get_tokenizer(name) and None)  # fetched once, then there for all
-        self.world.on_all(lambda: fineweb.get_tokenizer(name) and None)
-        return fineweb.get_tokenizer(name)
+        self.world.on_main(lambda: tokenizers.get_tokenizer(name) and None)  # fetched once, then there for all
+        self.world.on_all(lambda: tokenizers.get_tokenizer(name) and None)
+        return tokenizers.get_tokenizer(name)
 
     def get_tasks(self) -> list[dict]:
         return self.world.on_main(lambda: hellaswag.load_tasks(self.config.hellaswag_file))

@@ -20,8 +20,8 @@ import checkpoint
 import train
 from dataloader import write_shard
 from files import write_json
-from fineweb import get_tokenizer
 from model import GPTConfig
+from tokenizer import get_tokenizer
 
 REPO = Path(__file__).parent.parent
 

@@ -25,9 +25,9 @@ from conftest import REPO, run_main, save_checkpoint, script
 
 import app
 from app import Piece, as_html, clamp, offered, write
-from fineweb import get_tokenizer
 from model import GPT, GPTConfig
 from sample import sample_texts
+from tokenizer import get_tokenizer
 
 BYTES = get_tokenizer("bytes")
 LONGEST = app.LENGTH[1]

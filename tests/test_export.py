@@ -22,9 +22,9 @@ import checkpoint
 import export
 import hellaswag
 from distributed import World
-from fineweb import get_tokenizer
 from model import GPT, GPTConfig
 from sample import sample_texts
+from tokenizer import get_tokenizer
 
 LLAMA = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, n_kv_head=1)
 

@@ -26,9 +26,11 @@ from hub import SHA, serve
 from test_dataloader import llmc_bin
 
 import fineweb
+import tokenizer as tokenizers
 from dataloader import find_shards, open_shard, verify_shards
 from files import hold, read_json
-from fineweb import get_tokenizer, read_file
+from fineweb import read_file
+from tokenizer import get_tokenizer
 
 TEXTS = [f"Document {i}: " + "naïve café, 日本語, \n\ttabs… " * (i % 7) + "<|endoftext|>" * (i % 2) for i in range(40)] + [""]
 
@@ -171,7 +173,7 @@ def test_workers_change_nothing(tmp_path, corpus, monkeypatch):
     assert result.returncode == 0, result.stderr
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "chunks") == bytes_of(tmp_path / "three")
     # processes, as where gigatoken is not installed
-    code = "import fineweb; fineweb.fast_encode = lambda name: None; fineweb.main()"
+    code = "import fineweb, tokenizer; fineweb.fast_encode = tokenizer.fast_encode = lambda name: None; fineweb.main()"
     argv = ["--dataset", corpus, "--out-dir", tmp_path / "spawned", "--shard-size", "500", "--tokenizer", "bytes", "--workers", "2"]
     result = subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -192,16 +194,16 @@ def test_the_fast_encoder_gives_the_plain_ones_ids(name, gpt2_tokenizer):
     texts += ["".join(rng.choices("".join(HARD), k=50)) for _ in range(300)]
     tokenizer = get_tokenizer(name)
     expected = [id for text in texts for id in (tokenizer.eot, *tokenizer.encode(text))]
-    assert fineweb.tokenize(name, texts).tolist() == expected
+    assert tokenizers.tokenize(name, texts).tolist() == expected
     whole = [text for text in texts if "\ud800" not in text]
-    fast = fineweb.fast_encode(name)(whole)
+    fast = tokenizers.fast_encode(name)(whole)
     assert [row.tolist() for row in fast] == [tokenizer.encode(text) for text in whole]
 
 
 def test_where_the_fast_encoder_differs_the_plain_one_does_the_part(monkeypatch, capsys):
-    plain = fineweb.tokenize("bytes", TEXTS)
-    monkeypatch.setattr(fineweb, "fast_encode", lambda name: lambda texts: [np.zeros(3, np.uint8)] * len(texts))
-    assert (fineweb.tokenize("bytes", TEXTS) == plain).all()
+    plain = tokenizers.tokenize("bytes", TEXTS)
+    monkeypatch.setattr(tokenizers, "fast_encode", lambda name: lambda texts: [np.zeros(3, np.uint8)] * len(texts))
+    assert (tokenizers.tokenize("bytes", TEXTS) == plain).all()
     assert "warning: gigatoken and tiktoken differ on" in capsys.readouterr().err
 
 

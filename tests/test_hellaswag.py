@@ -18,9 +18,9 @@ import hellaswag
 from checkpoint import load_model
 from distributed import World
 from export import save_tokenizer
-from fineweb import get_tokenizer
 from hellaswag import clean, completion_rows, evaluate, harness_rows, load_tasks, log_probs
 from model import GPT, GPTConfig
+from tokenizer import get_tokenizer
 
 WORLD = World(torch.device("cpu"))
 

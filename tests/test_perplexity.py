@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import perplexity
-from fineweb import get_tokenizer
 from model import GPT, GPTConfig
 from perplexity import rows_of_text, score
+from tokenizer import get_tokenizer
 
 TEXT = (REPO / "README.md").read_text()[:1500]
 

@@ -13,9 +13,9 @@ from torch._functorch.aot_autograd import make_boxed_func
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sample
-from fineweb import get_tokenizer
 from model import GPT, GPTConfig
 from sample import generate, next_ids
+from tokenizer import get_tokenizer
 
 
 @pytest.fixture

@@ -451,14 +451,14 @@ def test_a_step_is_done_again_with_the_settings_that_it_was_done_with(shards, tm
 
 
 def no_tokenizer_on_rank_1():
-    plain = train.fineweb.get_tokenizer
+    plain = train.tokenizers.get_tokenizer
 
     def get_tokenizer(name):
         if os.environ["RANK"] == "1":
             raise ValueError("could not fetch it")
         return plain(name)
 
-    train.fineweb.get_tokenizer = get_tokenizer
+    train.tokenizers.get_tokenizer = get_tokenizer
 
 
 def test_what_one_rank_lacks_all_do_without(shards, tmp_path):
