@@ -38,8 +38,9 @@ from config import TrainConfig
 from dataloader import TokenStream, find_shards, write_shard
 from distributed import World
 from files import write_json
-from model import GPT, GPTConfig
+from model import GPT
 from sample import generate
+from variants import VariantConfig, build
 
 
 @dataclass
@@ -50,7 +51,7 @@ class BenchConfig:
         "train", "recompute", "generate", "score", "tokenize", "load", "save"
     )  # fmt: skip
     """What to time; recompute: training with less memory, beside our own that keeps everything."""
-    model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
+    model: tyro.conf.OmitArgPrefixes[VariantConfig] = field(default_factory=VariantConfig)
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -148,7 +149,7 @@ def train_peer(bench: Bench):
     return step
 
 
-def hugging_face(config: GPTConfig):
+def hugging_face(config: VariantConfig):
     """A transformers model of the same shape."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -416,7 +417,7 @@ def make_inputs(config: BenchConfig, folder: Path):
         write_json(folder / "shards" / "manifest.json", {"tokenizer": "gpt2", "vocab_size": config.model.vocab_size, "shards": entries})
     if {"generate", "score"} & set(config.what):
         torch.manual_seed(0)
-        model = GPT(config.model)
+        model = build(config.model)
         for p in model.parameters():
             if p.dim() >= 2:
                 torch.nn.init.normal_(p, std=0.05)
@@ -462,7 +463,7 @@ def table(rows: list[dict]) -> str:
 
 
 def faults_of(config: BenchConfig) -> list[str]:
-    faults = config.model.faults()
+    faults = config.model.errors()
     counts = "rounds", "micro_batch_size", "passes", "new_tokens", "num_samples", "tasks", "megabytes", "shard_tokens"
     faults += cli.at_least(1, config, *counts)
     if not 0 <= config.activation_memory <= 1:

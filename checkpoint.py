@@ -21,9 +21,10 @@ from torch import Tensor
 
 import nanogpt
 from files import read_json, replace, sha256, write_json, write_temporary
-from huggingface import config_from_hf, hf_folder
-from model import GPT, GPTConfig, pad_tables
+from huggingface import hf_folder, pad_tables, shape_from_hf
+from model import GPT
 from tokenizer import VOCAB_SIZES, Tokenizer, get_tokenizer
+from variants import VariantConfig, build
 
 
 class Files(NamedTuple):
@@ -245,11 +246,11 @@ def checkpoint_file(path: str) -> Path | None:
     return None
 
 
-def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, GPTConfig, str | None]:
+def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, VariantConfig, str | None]:
     """A checkpoint's content (None: it is Hugging Face's), its config and the name of its tokenizer, if that is known."""
     file = checkpoint_file(path)
     if file is None:
-        config = config_from_hf(hf_folder(path, revision or None))
+        config = VariantConfig(**shape_from_hf(hf_folder(path, revision or None)))
         return None, config, next((name for name, size in VOCAB_SIZES.items() if size == config.vocab_size), None)
     numbered = re.fullmatch(r"model_(\d+)", file.stem)
     if numbered and file.with_suffix(".json").exists() and (problem := fault(file.parent, int(numbered[1]), weights_only=True)):
@@ -259,7 +260,7 @@ def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, GPTConf
         if not isinstance(content, dict):
             raise TypeError("no dict")
         content = nanogpt.converted(content) if nanogpt.is_nanogpt(content) else content
-        weights, config, tokenizer = content["model"], GPTConfig(**content["config"]), content["tokenizer"]
+        weights, config, tokenizer = content["model"], VariantConfig(**content["config"]), content["tokenizer"]
         if isinstance(tokenizer, str | None) and all(isinstance(p, torch.Tensor) for p in weights.values()):
             return content, config, tokenizer
     except (KeyError, TypeError, IndexError, ValueError, AttributeError, RuntimeError):
@@ -267,7 +268,7 @@ def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, GPTConf
     raise ValueError(f"{file} is not a checkpoint of this project, nanoGPT or build-nanogpt: it has no model, config and tokenizer")
 
 
-def load_config(path: str, revision: str = "") -> GPTConfig:
+def load_config(path: str, revision: str = "") -> VariantConfig:
     """The shape of the model that load_model would load."""
     return open_checkpoint(path, revision)[1]
 
@@ -282,7 +283,7 @@ def load_gpt(path: str, revision: str = "") -> tuple[GPT, str | None]:
     content, config, tokenizer = open_checkpoint(path, revision)
     if content is None:
         return GPT.from_pretrained(path, revision or None), tokenizer
-    model = GPT(config)
+    model = build(config)
     load_weights(model, content["model"], path)
     return model, tokenizer
 

@@ -30,9 +30,10 @@ from dataloader import TokenStream, find_shards
 from device import can_compile, pick_device
 from distributed import World
 from kv_cache import KVCache
-from model import GPT, GPTConfig
+from model import GPT
 from plot_log import read_metrics
 from train import Trainer, find_data, load_teacher
+from variants import VariantConfig, adapt, build, build_on_meta, idle_params
 
 
 @dataclass
@@ -276,7 +277,7 @@ def measure(folder: Path) -> dict:
     config = read_run(folder)
     metrics = read_metrics(folder / "metrics.jsonl", ["tokens_per_second", "memory_bytes", "seconds"])
     rates = list(metrics["tokens_per_second"].values())
-    model = GPT.on_meta(config.model)
+    model = build_on_meta(config.model)
     return {
         "tokens": config.max_steps * config.total_batch_tokens,
         "val_loss": last_checkpoint(folder)["val_loss"],
@@ -284,7 +285,7 @@ def measure(folder: Path) -> dict:
         "tokens_per_second": statistics.median(rates[len(rates) // 2 :]),  # compiled by then
         "memory_bytes": max(metrics["memory_bytes"].values()),
         "params": model.num_params(),
-        "active_params": model.num_params(active=True),
+        "active_params": model.num_params() - idle_params(model),
         "cache_bytes": cache_bytes(config.model),
     }
 
@@ -298,7 +299,7 @@ def speeds_in_turns(folders: list[Path], steps: int, turn: int = 5) -> list[floa
         config = read_run(folder)
         where = pick_device(config.device)
         compiled, teacher = config.compile and can_compile(where), load_teacher(config) if config.teacher else None
-        trainers.append(Trainer(config, World(where), GPT(config.model), find_shards(config.data_dir), compiled, teacher))
+        trainers.append(Trainer(config, World(where), build(config.model), find_shards(config.data_dir), compiled, teacher))
     torch._dynamo.config.recompile_limit = 10**6  # each variant is compiled anew
     turns = range(0, turn + steps, turn)  # the first compiles and does not count
     for start in cli.bar(turns, desc="steps in turns", unit="turn"):
@@ -310,7 +311,7 @@ def speeds_in_turns(folders: list[Path], steps: int, turn: int = 5) -> list[floa
     return [t.config.total_batch_tokens / statistics.median(its[turn : turn + steps]) for t, its in zip(trainers, seconds, strict=True)]
 
 
-def cache_bytes(config: GPTConfig) -> int:
+def cache_bytes(config: VariantConfig) -> int:
     """What the KV cache of one sequence of seq_len positions takes in fp32."""
     cache = KVCache(config.seq_len)
     return sum(2 * config.kv_heads * config.n_embd // config.n_head * cache.room(window) * 4 for window in config.windows)
@@ -398,9 +399,9 @@ def stretched(folder: Path, times: int, scaling: str) -> GPT:
     c = model.config
     longer = replace(c, seq_len=times * c.seq_len, rope_scaling=scaling, rope_factor=float(times) if scaling != "none" else 1.0)
     if c.pos == "rope":
-        model.adapt(longer)
+        adapt(model, longer)
         return model
-    other = GPT(longer).eval()
+    other = build(longer).eval()
     table = other.state_dict()["transformer.wpe.weight"].clone()
     table[: c.seq_len] = model.transformer.wpe.weight
     other.load_state_dict(model.state_dict() | {"transformer.wpe.weight": table})

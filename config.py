@@ -14,7 +14,8 @@ import cli
 import hellaswag
 from device import CARDS
 from files import read_json
-from model import NOT_IN_WEIGHTS, SIZES, GPTConfig
+from huggingface import SIZES
+from variants import NOT_IN_WEIGHTS, VariantConfig
 
 
 @dataclass
@@ -37,7 +38,7 @@ class TrainConfig:
     """Start from these weights (gpt2, gpt2-medium, …, a Hugging Face folder, a checkpoint) instead of random ones."""
     init_revision: str = ""
     """Branch, tag or commit on the hub of --init-from gpt2, …; the commit it resolves to is recorded and kept."""
-    model: tyro.conf.OmitArgPrefixes[GPTConfig] = field(default_factory=GPTConfig)
+    model: tyro.conf.OmitArgPrefixes[VariantConfig] = field(default_factory=VariantConfig)
 
     max_steps: int = 19073
     """Updates in the whole run, 19,073 × 524,288 tokens being 10 B. The schedule ends here, also when a resumed run moves it."""
@@ -136,7 +137,7 @@ class TrainConfig:
 
     def validate(self, world_size: int):
         """ValueError with every fault at once."""
-        faults = self.model.faults()
+        faults = self.model.errors()
         faults += cli.at_least(
             1, self, "max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens", "max_bad_steps"
         )
@@ -193,7 +194,7 @@ class TrainConfig:
             lines += [f"{cli.flag(name)} does nothing without {other}" for name in names if name in differ]
         return lines
 
-    def given_way(self, shape: GPTConfig) -> list[str]:
+    def given_way(self, shape: VariantConfig) -> list[str]:
         """A line that says what of the preset's model gives way to that of --init-from, if anything does; what a flag says is neither's."""
         usual = vars(PRESETS[self.preset].model)
         names = [name for name, kept in vars(shape).items() if usual[name] != kept == getattr(self.model, name) and name != "vocab_size"]
@@ -230,7 +231,7 @@ def gpt3(name: str, n_layer: int, n_head: int, n_embd: int, total_batch_tokens: 
     300 B; the warmup is their 375 M (appendix B)."""
     return TrainConfig(
         preset=name,
-        model=GPTConfig(seq_len=2048, n_layer=n_layer, n_head=n_head, n_embd=n_embd),
+        model=VariantConfig(seq_len=2048, n_layer=n_layer, n_head=n_head, n_embd=n_embd),
         total_batch_tokens=total_batch_tokens,
         max_steps=round(10e9 / total_batch_tokens),
         warmup_steps=round(375e6 / total_batch_tokens),
@@ -245,7 +246,7 @@ PRESETS = {
         data_dir="stdlib_bytes",
         out_dir="log/quickstart",
         # on two CPU cores PyTorch's fused attention is slower backward than the plain products
-        model=GPTConfig(vocab_size=257, seq_len=128, n_layer=2, n_head=2, n_embd=128, attention="manual"),
+        model=VariantConfig(vocab_size=257, seq_len=128, n_layer=2, n_head=2, n_embd=128, attention="manual"),
         max_steps=1500,
         total_batch_tokens=2048,
         micro_batch_size=16,
@@ -263,9 +264,9 @@ PRESETS = {
         keep=1,
     ),
     # learning rates of the sizes: Brown et al., 2020, table 2.1
-    "gpt2-medium": TrainConfig(preset="gpt2-medium", model=GPTConfig(**SIZES["gpt2-medium"]), max_lr=3e-4, micro_batch_size=32),
-    "gpt2-large": TrainConfig(preset="gpt2-large", model=GPTConfig(**SIZES["gpt2-large"]), max_lr=2.5e-4, micro_batch_size=16),
-    "gpt2-xl": TrainConfig(preset="gpt2-xl", model=GPTConfig(**SIZES["gpt2-xl"]), max_lr=2e-4, micro_batch_size=8),
+    "gpt2-medium": TrainConfig(preset="gpt2-medium", model=VariantConfig(**SIZES["gpt2-medium"]), max_lr=3e-4, micro_batch_size=32),
+    "gpt2-large": TrainConfig(preset="gpt2-large", model=VariantConfig(**SIZES["gpt2-large"]), max_lr=2.5e-4, micro_batch_size=16),
+    "gpt2-xl": TrainConfig(preset="gpt2-xl", model=VariantConfig(**SIZES["gpt2-xl"]), max_lr=2e-4, micro_batch_size=8),
     "gpt3-125m": gpt3("gpt3-125m", n_layer=12, n_head=12, n_embd=768, max_lr=6e-4, micro_batch_size=32),
     "gpt3-350m": gpt3("gpt3-350m", n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4, micro_batch_size=16),
     "gpt3-760m": gpt3("gpt3-760m", n_layer=24, n_head=16, n_embd=1536, max_lr=2.5e-4, micro_batch_size=8),
@@ -274,7 +275,7 @@ PRESETS = {
     # GPT-2's layers and width with what makes it learn from fewer tokens; compare.py --suite without measures each part's share
     "modern": TrainConfig(
         preset="modern",
-        model=GPTConfig(
+        model=VariantConfig(
             pos="rope",
             qk_norm=True,
             norm="rmsnorm",
@@ -333,7 +334,7 @@ def holds_a_run(out_dir: Path) -> bool:
     return any((out_dir / name).exists() for name in ("run.json", "log.txt", "config.json")) or any(out_dir.glob("model*"))
 
 
-def parse_flags(argv: list[str] | None = None, model: GPTConfig | None = None) -> TrainConfig:
+def parse_flags(argv: list[str] | None = None, model: VariantConfig | None = None) -> TrainConfig:
     """Flags over the defaults of a preset, and over a model's shape where one is given."""
     first, _ = tyro.cli(PresetFlag, args=argv, return_unknown_args=True, add_help=False)
     preset = PRESETS.get(first.preset, PRESETS["gpt2"])  # a wrong name is for the full parser to refuse
@@ -368,7 +369,7 @@ def read_run(out_dir: Path, step: int | None = None) -> TrainConfig:
         settings = run["config"] if step is None else last_launch(run, step)["config"]
         if not isinstance(run["data"], dict) or not isinstance(run["launches"], list):
             raise TypeError("data or launches")
-        return TrainConfig(**settings | {"model": GPTConfig(**settings["model"])})
+        return TrainConfig(**settings | {"model": VariantConfig(**settings["model"])})
     except (KeyError, TypeError) as e:
         raise ValueError(f"{path} was written by another version of train.py ({e}): resume with that one") from e
 

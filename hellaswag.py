@@ -25,13 +25,15 @@ import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cli
+from attention import causal_mask
 from checkpoint import load_with_tokenizer
 from device import pick_dtype
 from distributed import World, join_world
 from files import write_atomically
-from kernels import for_scoring, log_likelihoods
-from model import GPT, causal_mask
+from loss import log_likelihoods
+from model import GPT
 from tokenizer import Tokenizer
+from variants import scoring_copy
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 VAL_TASKS = 10_042
@@ -195,7 +197,7 @@ def log_probs(
 ) -> list[list[float]]:
     """The log-probability in nats of each row's ending given its context; the softmax and the sum are not in bf16.
     stopped: asked before each batch whether to leave the rest."""
-    model, device = for_scoring(model), model.transformer.wte.weight.device
+    model, device = scoring_copy(model), model.transformer.wte.weight.device
     # cuDNN's attention makes a plan for each new shape, and nearly every batch is of a new shape
     kernels = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
     trees = [grow(rows, model.config.seq_len) for rows in tasks]
@@ -215,8 +217,8 @@ def log_probs(
                 torch.from_numpy(array).to(device) for array in (ids, positions, branch, scored, targets)
             )
             own = (branch[:, None, :, None] == branch[:, None, None, :]) | (branch[:, None, None, :] == 0)  # or the context
-            x = model.hidden(ids, positions=positions, mask=own & causal_mask(L, L, device))  # (B, L, C)
-            log_p = log_likelihoods(model, x.flatten(0, 1)[scored], targets)  # (N,): no other position needs logits
+            x = model.hidden_states(ids, positions=positions, mask=own & causal_mask(L, L, device))  # (B, L, C)
+            log_p = log_likelihoods(model.logits, x.flatten(0, 1)[scored], targets)  # (N,): no other position needs logits
             sums = [part.sum().item() for part in log_p.cpu().double().split([n for i in batch for n in trees[i].counts])]
             for i in batch:
                 result[i], sums = sums[: len(tasks[i])], sums[len(tasks[i]) :]

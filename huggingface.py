@@ -1,38 +1,57 @@
-"""Hugging Face's files, config.json and model.safetensors: of a GPT2LMHeadModel to and from a GPT, of its variants as the
-architecture of transformers that computes the same."""
+"""Hugging Face's files, config.json and model.safetensors: GPT-2's in, and any variant out, as the architecture of transformers that
+computes the same.
 
-import dataclasses
+A model is a shape and a state here. shape: the fields of its config by name; switches that are missing are off. state: its state dict.
+"""
+
 import json
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
+from attention import layer_windows
 from files import replace, write_json
-from model import GPT, SIZES, SWITCHES, GPTConfig
+
+SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}
 
 
-def load(name_or_dir: str, revision: str | None = None) -> GPT:
-    """GPT.from_pretrained."""
+def load(name_or_dir: str, revision: str | None = None) -> tuple[Path, dict, dict[str, Tensor]]:
+    """The folder, shape and state of a GPT-2 on the hub or in a local folder. ValueError if it is missing, damaged or no GPT-2."""
     folder = hf_folder(name_or_dir, revision)
-    model = GPT(config_from_hf(folder))
-    load_hf_state(model, load_safetensors(folder), folder)
-    return model
+    shape = shape_from_hf(folder)
+    return folder, shape, state_from_hf(load_safetensors(folder), shape, folder)
 
 
-def save(model: GPT, folder: str | Path):
-    """GPT.save_pretrained."""
+@torch.no_grad()
+def save(shape: dict, state: dict[str, Tensor], folder: str | Path):
+    """Writes a model as the first architecture of transformers that computes the same; ValueError if none does."""
     from safetensors.torch import save_file
 
-    kind = architecture(model.config)
+    kind = architecture(shape)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {"GPT2": gpt2_state, "GPTNeoX": neox_state}.get(kind, llama_state)(model)
-    state = {name: p.detach().cpu().clone(memory_format=torch.contiguous_format) for name, p in state.items()}
+    theirs = {"GPT2": gpt2_state, "GPTNeoX": neox_state}.get(kind, llama_state)(shape, state)
+    theirs = {name: p.detach().cpu().clone(memory_format=torch.contiguous_format) for name, p in theirs.items()}
     temporary = folder / "model.safetensors.tmp"
-    save_file(state, temporary, metadata={"format": "pt"})
+    save_file(theirs, temporary, metadata={"format": "pt"})
     replace(temporary, folder / "model.safetensors")
-    write_json(folder / "config.json", config_to_hf(model.config, kind))
+    write_json(folder / "config.json", config_to_hf(shape, state, kind))
+
+
+def pad_tables(model, state: dict, prefix: str = "", *_):
+    """Adds the rows that only pad the vocabulary to tables that lack them, as Hugging Face's do. In place. A load_state_dict pre-hook."""
+    config = model.config
+    missing = config.padded_vocab_size - config.vocab_size
+    for name in (f"{prefix}transformer.wte.weight", f"{prefix}lm_head.weight"):
+        if missing and name in state and state[name].shape == (config.vocab_size, config.n_embd):
+            state[name] = F.pad(state[name], (0, 0, 0, missing))
 
 
 # ---- which architecture of transformers computes the same ----
@@ -46,24 +65,30 @@ class Anything:
         return True
 
 
-# the switches that an architecture has, and what they may be; all others are as in GPT-2
+# the switches that an architecture has, and the values it computes; all others must be off
 ANY, EITHER = Anything(), (True, False)
-ALL = dict(tied_head=EITHER, share_layers=ANY, load_balance=ANY)  # the last tells in training alone
+ALL = dict(tied_head=EITHER, share_layers=ANY, load_balance=ANY)  # load_balance matters in training only
 ROPE = ALL | dict(pos=("rope",), rope_base=ANY, rope_scaling=("none", "linear", "yarn"), rope_factor=ANY)
 LLAMA = ROPE | dict(n_kv_head=ANY, norm=("rmsnorm",), mlp=("swiglu",), bias=(False,))
 ARCHITECTURES = {
     "GPT2": ALL | dict(mlp=ACTIVATIONS),
     "GPTNeoX": ROPE | dict(mlp=ACTIVATIONS),
-    "Mixtral": LLAMA | dict(window=ANY, n_expert=range(2, 1025), n_expert_active=range(2, 1025)),  # of one alone it drops the weight
+    "Mixtral": LLAMA | dict(window=ANY, n_expert=range(2, 1025), n_expert_active=range(2, 1025)),  # with one active it drops the weight
     "Llama": LLAMA,
     "Mistral": LLAMA | dict(window=ANY),
     "Qwen3": LLAMA | dict(qk_norm=(True,), window=ANY, window_pattern=ANY),
 }
+# every switch as GPT-2 has it
+OFF = dict(
+    pos="learned", rope_base=10000.0, rope_scaling="none", rope_factor=1.0, n_kv_head=None, window=None, window_pattern="S", doc_mask=False,
+    qk_norm=False, norm="layernorm", mlp="gelu", bias=True, tied_head=True, value_residual=False, share_layers=1, n_expert=1,
+    n_expert_active=1, load_balance=0.01,
+)  # fmt: skip
 
 
-def architecture(config: GPTConfig) -> str:
+def architecture(shape: dict) -> str:
     """The first that computes the same. ValueError names the nearest, and where it differs."""
-    odd = {kind: misfits(config, switches) for kind, switches in ARCHITECTURES.items()}
+    odd = {kind: misfits(shape, switches) for kind, switches in ARCHITECTURES.items()}
     nearest = min(odd, key=lambda kind: len(odd[kind]))
     if odd[nearest]:
         why = f"no architecture of transformers computes this model: {nearest}, the nearest, differs in {', '.join(odd[nearest])}"
@@ -71,145 +96,192 @@ def architecture(config: GPTConfig) -> str:
     return nearest
 
 
-def misfits(config: GPTConfig, switches: dict) -> list[str]:
-    """The switches that stand otherwise in a config than an architecture has them, but for those that change nothing."""
-    if config.kv_heads == config.n_head:
-        config = dataclasses.replace(config, n_kv_head=None)
-    if not any(config.windows):
-        config = dataclasses.replace(config, window=None, window_pattern="S")
-    values = [(f, getattr(config, f.name)) for f in SWITCHES]
-    return [f"{f.name} {value}" for f, value in values if value not in switches.get(f.name, (f.default,))]
+def misfits(shape: dict, switches: dict) -> list[str]:
+    """The switches whose values an architecture does not compute, leaving out those that change nothing."""
+    sizes = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "attention")
+    values = OFF | {name: value for name, value in shape.items() if name not in sizes}
+    if values["n_kv_head"] == shape["n_head"]:
+        values["n_kv_head"] = None
+    if not any(windows_of(shape)):
+        values |= dict(window=None, window_pattern="S")
+    return [f"{name} {value}" for name, value in values.items() if value not in switches.get(name, (OFF.get(name, Anything),))]
 
 
-def config_to_hf(config: GPTConfig, kind: str) -> dict:
+def windows_of(shape: dict) -> list[int | None]:
+    shape = OFF | shape
+    return layer_windows(shape["window"], shape["window_pattern"], shape["n_layer"], shape["seq_len"])
+
+
+def config_to_hf(shape: dict, state: dict[str, Tensor], kind: str) -> dict:
     """config.json. <|endoftext|> is the last id in every tokenizer of this project, as in GPT-2's."""
+    shape = OFF | shape
     both = {
         "architectures": ["GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"],
         "model_type": "gpt_neox" if kind == "GPTNeoX" else kind.lower(),
-        "vocab_size": config.vocab_size,
-        "bos_token_id": config.vocab_size - 1,
-        "eos_token_id": config.vocab_size - 1,
-        "tie_word_embeddings": config.tied_head,
+        "vocab_size": shape["vocab_size"],
+        "bos_token_id": shape["vocab_size"] - 1,
+        "eos_token_id": shape["vocab_size"] - 1,
+        "tie_word_embeddings": shape["tied_head"],
     }
     if kind == "GPT2":
-        return both | {
-            "n_positions": config.seq_len,
-            "n_ctx": config.seq_len,  # llama.cpp asks for it
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_embd": config.n_embd,
-            "activation_function": ACTIVATIONS[config.mlp],
-            "layer_norm_epsilon": 1e-5,
-            "attn_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "resid_pdrop": 0.0,
-        }
-    rope = {"rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling, "rope_theta": config.rope_base}
-    if config.rope_scaling != "none":
-        rope["factor"] = config.rope_factor
-    if config.rope_scaling == "yarn":
-        rope["original_max_position_embeddings"] = round(config.seq_len / config.rope_factor)
+        return both | gpt2_config(shape)
+    rope = rope_config(shape)
     both |= {
-        "max_position_embeddings": config.seq_len,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "hidden_size": config.n_embd,
-        "intermediate_size": config.n_inner,
+        "max_position_embeddings": shape["seq_len"],
+        "num_hidden_layers": shape["n_layer"],
+        "num_attention_heads": shape["n_head"],
+        "hidden_size": shape["n_embd"],
+        "intermediate_size": next(p for name, p in state.items() if ".mlp.c_proj." in name and p.dim() == 2).size(1),
         "rope_parameters": rope,
         # and as transformers 4 and llama.cpp look for it
-        "rope_theta": config.rope_base,
-        "rope_scaling": None if config.rope_scaling == "none" else rope,
+        "rope_theta": shape["rope_base"],
+        "rope_scaling": None if shape["rope_scaling"] == "none" else rope,
     }
-    if kind == "GPTNeoX":
-        return both | {
-            "rope_parameters": rope | {"partial_rotary_factor": 1.0},
-            "rotary_pct": 1.0,
-            "rotary_emb_base": config.rope_base,
-            "use_parallel_residual": False,
-            "hidden_act": ACTIVATIONS[config.mlp],
-            "layer_norm_eps": 1e-5,
-        }
-    return both | {
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.n_embd // config.n_head,
+    return both | (neox_config(shape, rope) if kind == "GPTNeoX" else llama_config(shape, kind))
+
+
+def gpt2_config(shape: dict) -> dict:
+    return {
+        "n_positions": shape["seq_len"],
+        "n_ctx": shape["seq_len"],  # llama.cpp asks for it
+        "n_layer": shape["n_layer"],
+        "n_head": shape["n_head"],
+        "n_embd": shape["n_embd"],
+        "activation_function": ACTIVATIONS[shape["mlp"]],
+        "layer_norm_epsilon": 1e-5,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
+
+
+def rope_config(shape: dict) -> dict:
+    scaling = shape["rope_scaling"]
+    rope = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": shape["rope_base"]}
+    if scaling != "none":
+        rope["factor"] = shape["rope_factor"]
+    if scaling == "yarn":
+        rope["original_max_position_embeddings"] = round(shape["seq_len"] / shape["rope_factor"])
+    return rope
+
+
+def neox_config(shape: dict, rope: dict) -> dict:
+    return {
+        "rope_parameters": rope | {"partial_rotary_factor": 1.0},
+        "rotary_pct": 1.0,
+        "rotary_emb_base": shape["rope_base"],
+        "use_parallel_residual": False,
+        "hidden_act": ACTIVATIONS[shape["mlp"]],
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def llama_config(shape: dict, kind: str) -> dict:
+    config = {
+        "num_key_value_heads": shape["n_kv_head"] or shape["n_head"],
+        "head_dim": shape["n_embd"] // shape["n_head"],
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "attention_bias": False,
-        "sliding_window": config.window,
-        "use_sliding_window": config.window is not None,
-        **({"layer_types": ["sliding_attention" if w else "full_attention" for w in config.windows]} if kind == "Qwen3" else {}),
-        **({"num_local_experts": config.n_expert, "num_experts_per_tok": config.n_expert_active} if kind == "Mixtral" else {}),
+        "sliding_window": shape["window"],
+        "use_sliding_window": shape["window"] is not None,
+    }
+    if kind == "Qwen3":
+        config["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows_of(shape)]
+    if kind == "Mixtral":
+        config |= {"num_local_experts": shape["n_expert"], "num_experts_per_tok": shape["n_expert_active"]}
+    return config
+
+
+# ---- the weights under each architecture's names, without the rows that only pad the vocabulary ----
+
+
+def ends_of(shape: dict, state: dict[str, Tensor], table: str, head: str) -> dict[str, Tensor]:
+    """The embedding table and, unless they are tied, the head."""
+    rows = shape["vocab_size"]
+    ends = {table: state["transformer.wte.weight"][:rows]}
+    return ends if shape.get("tied_head", True) else ends | {head: state["lm_head.weight"][:rows]}
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The parameters under a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): p for name, p in state.items() if name.startswith(prefix)}
+
+
+def blocks_of(shape: dict, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Each layer's parameters; layers that share a block have the same."""
+    return [part_of(state, f"transformer.h.{layer // shape.get('share_layers', 1)}.") for layer in range(shape["n_layer"])]
+
+
+def renamed(params: dict[str, Tensor], names: dict[str, str], at: str) -> dict[str, Tensor]:
+    """Weight and, where there is one, bias of each of our modules, under their names."""
+    return {
+        f"{at}{theirs}.{end}": params[f"{ours}.{end}"]
+        for ours, theirs in names.items()
+        for end in ("weight", "bias")
+        if f"{ours}.{end}" in params
     }
 
 
-# ---- the weights, by their names there; the rows that only pad the vocabulary are left out ----
+def gpt2_state(shape: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-2's linear layers are Conv1D: weights are (in, out)."""
+    theirs = ends_of(shape, state, "transformer.wte.weight", "lm_head.weight")
+    theirs |= renamed(state, {"transformer.wpe": "transformer.wpe", "transformer.ln_f": "transformer.ln_f"}, "")
+    for layer, params in enumerate(blocks_of(shape, state)):
+        theirs |= {f"transformer.h.{layer}.{name}": p.t() if is_conv1d(name) else p for name, p in params.items()}
+    return theirs
 
 
-def layers_of(model: GPT) -> list[nn.Module]:
-    """A block for each layer; layers that share one have the same."""
-    return [model.transformer.h[layer // model.config.share_layers] for layer in range(model.config.n_layer)]
-
-
-def ends_of(model: GPT, table: str, head: str) -> dict[str, Tensor]:
-    """The embedding table and, where it is not the same, the head."""
-    rows = model.config.vocab_size
-    ends = {table: model.transformer.wte.weight[:rows]}
-    return ends if model.config.tied_head else ends | {head: model.lm_head.weight[:rows]}
-
-
-def both_of(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """Weight and, where there is one, bias."""
-    return {f"{name}.{end}": p for end, p in module.named_parameters()}
-
-
-def gpt2_state(model: GPT) -> dict[str, Tensor]:
-    """Conv1D weights are (in, out)."""
-    state = ends_of(model, "transformer.wte.weight", "lm_head.weight")
-    state |= both_of("transformer.wpe", model.transformer.wpe) | both_of("transformer.ln_f", model.transformer.ln_f)
-    for layer, block in enumerate(layers_of(model)):
-        for name, p in block.named_parameters():
-            state[f"transformer.h.{layer}.{name}"] = p.t() if is_conv1d(name) else p
-    return state
-
-
-def neox_state(model: GPT) -> dict[str, Tensor]:
-    """Query, key and value stand head by head in one product."""
-    heads = model.config.n_head
-    state = ends_of(model, "gpt_neox.embed_in.weight", "embed_out.weight") | both_of("gpt_neox.final_layer_norm", model.transformer.ln_f)
-    for layer, block in enumerate(layers_of(model)):
+def neox_state(shape: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-NeoX has query, key and value head by head in one product."""
+    theirs = ends_of(shape, state, "gpt_neox.embed_in.weight", "embed_out.weight")
+    theirs |= renamed(state, {"transformer.ln_f": "gpt_neox.final_layer_norm"}, "")
+    names = {
+        "ln_1": "input_layernorm",
+        "ln_2": "post_attention_layernorm",
+        "attn.c_proj": "attention.dense",
+        "mlp.c_fc": "mlp.dense_h_to_4h",
+        "mlp.c_proj": "mlp.dense_4h_to_h",
+    }
+    for layer, params in enumerate(blocks_of(shape, state)):
         at = f"gpt_neox.layers.{layer}."
-        state |= both_of(at + "input_layernorm", block.ln_1) | both_of(at + "post_attention_layernorm", block.ln_2)
-        state |= both_of(at + "attention.dense", block.attn.c_proj)
-        state |= both_of(at + "mlp.dense_h_to_4h", block.mlp.c_fc) | both_of(at + "mlp.dense_4h_to_h", block.mlp.c_proj)
-        for name, p in both_of(at + "attention.query_key_value", block.attn.c_attn).items():
-            state[name] = p.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
-    return state
+        theirs |= renamed(params, names, at)
+        for name, p in renamed(params, {"attn.c_attn": "attention.query_key_value"}, at).items():
+            theirs[name] = p.unflatten(0, (3, shape["n_head"], -1)).transpose(0, 1).flatten(0, 2)
+    return theirs
 
 
-def llama_state(model: GPT) -> dict[str, Tensor]:
+def llama_state(shape: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Llama's names, which Mistral, Qwen3 and Mixtral have too."""
-    state = ends_of(model, "model.embed_tokens.weight", "lm_head.weight") | both_of("model.norm", model.transformer.ln_f)
-    for layer, block in enumerate(layers_of(model)):
-        at, attn = f"model.layers.{layer}.", block.attn
-        q, k, v = attn.c_attn.weight.split([model.config.n_embd, attn.kv_size, attn.kv_size])
-        state |= {at + f"self_attn.{name}_proj.weight": p for name, p in zip("qkvo", (q, k, v, attn.c_proj.weight), strict=True)}
-        if model.config.qk_norm:
-            state |= both_of(at + "self_attn.q_norm", attn.q_norm) | both_of(at + "self_attn.k_norm", attn.k_norm)
-        state |= both_of(at + "input_layernorm", block.ln_1) | both_of(at + "post_attention_layernorm", block.ln_2)
-        if model.config.n_expert == 1:
-            gate, up = block.mlp.c_fc.weight.chunk(2)
-            parts = {"gate": gate, "up": up, "down": block.mlp.c_proj.weight}
-            state |= {at + f"mlp.{name}_proj.weight": p for name, p in parts.items()}
-            continue
-        state[at + "block_sparse_moe.gate.weight"] = block.mlp.router.weight
-        for number, (c_fc, c_proj) in enumerate(zip(block.mlp.c_fc, block.mlp.c_proj, strict=True)):
-            gate, up = c_fc.chunk(2)
-            parts = {"w1": gate, "w2": c_proj, "w3": up}
-            state |= {at + f"block_sparse_moe.experts.{number}.{name}.weight": p for name, p in parts.items()}
-    return state
+    theirs = ends_of(shape, state, "model.embed_tokens.weight", "lm_head.weight")
+    theirs |= renamed(state, {"transformer.ln_f": "model.norm"}, "")
+    width = shape["n_embd"]
+    kv_width = width // shape["n_head"] * (shape.get("n_kv_head") or shape["n_head"])
+    names = {
+        "ln_1": "input_layernorm",
+        "ln_2": "post_attention_layernorm",
+        "attn.q_norm": "self_attn.q_norm",
+        "attn.k_norm": "self_attn.k_norm",
+    }
+    names |= {"mlp.router": "block_sparse_moe.gate"}
+    for layer, params in enumerate(blocks_of(shape, state)):
+        at = f"model.layers.{layer}."
+        theirs |= renamed(params, names, at)
+        q, k, v = params["attn.c_attn.weight"].split([width, kv_width, kv_width])
+        o = params["attn.c_proj.weight"]
+        theirs |= {f"{at}self_attn.{name}_proj.weight": p for name, p in zip("qkvo", (q, k, v, o), strict=True)}
+        if "mlp.c_fc.weight" in params:
+            gate, up = params["mlp.c_fc.weight"].chunk(2)
+            parts = {"gate": gate, "up": up, "down": params["mlp.c_proj.weight"]}
+            theirs |= {f"{at}mlp.{name}_proj.weight": p for name, p in parts.items()}
+        for number in range(shape.get("n_expert", 1) if "mlp.router.weight" in params else 0):
+            gate, up = params[f"mlp.c_fc.{number}"].chunk(2)
+            parts = {"w1": gate, "w2": params[f"mlp.c_proj.{number}"], "w3": up}
+            theirs |= {f"{at}block_sparse_moe.experts.{number}.{name}.weight": p for name, p in parts.items()}
+    return theirs
 
 
-# ---- GPT-2's files into a GPT ----
+# ---- GPT-2's files in ----
 
 
 def is_conv1d(name: str) -> bool:
@@ -235,8 +307,11 @@ def hf_folder(name_or_dir: str, revision: str | None = None) -> Path:
     return Path(path).parent
 
 
-def config_from_hf(folder: Path) -> GPTConfig:
-    """Reads config.json and refuses, by name, what this model does not compute."""
+SIZE_KEYS = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+
+
+def shape_from_hf(folder: Path) -> dict:
+    """Reads config.json. ValueError names what this project does not compute."""
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} has no config.json: give a checkpoint, a Hugging Face GPT-2 folder, or a run's folder")
@@ -246,30 +321,41 @@ def config_from_hf(folder: Path) -> GPTConfig:
         raise ValueError(f"{path} is not a JSON object ({e}): fetch the folder again") from e
     if hf.get("model_type") != "gpt2":
         raise ValueError(f"{path} describes a {hf.get('model_type')!r} model: only gpt2 can be loaded")
-    missing = [key for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd") if key not in hf]
+    missing = [key for key in SIZE_KEYS if key not in hf]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it does not describe a GPT-2")
+    for key in SIZE_KEYS:
+        if not isinstance(hf[key], int) or isinstance(hf[key], bool) or hf[key] < 1:
+            raise ValueError(f"{path}: {key} is {hf[key]!r}: it must be a whole number of at least 1")
     if hf.get("activation_function") == "gelu_pytorch_tanh":
         hf["activation_function"] = "gelu_new"  # the same by another name
-    mlp = next((ours for ours, theirs in ACTIVATIONS.items() if theirs == hf.get("activation_function")), "gelu")
-    tied = hf.get("tie_word_embeddings", True) is not False
-    config = GPTConfig(hf["vocab_size"], hf["n_positions"], hf["n_layer"], hf["n_head"], hf["n_embd"], mlp=mlp, tied_head=tied)
-    if faults := config.faults():
-        raise ValueError(f"{path}: {'; '.join(faults)}")
-    computed_here = {
+    raise_unsupported(hf, path)
+    return {
+        "vocab_size": hf["vocab_size"],
+        "seq_len": hf["n_positions"],
+        "n_layer": hf["n_layer"],
+        "n_head": hf["n_head"],
+        "n_embd": hf["n_embd"],
+        "mlp": next((ours for ours, theirs in ACTIVATIONS.items() if theirs == hf.get("activation_function")), "gelu"),
+        "tied_head": hf.get("tie_word_embeddings", True) is not False,
+    }
+
+
+def raise_unsupported(hf: dict, path: Path):
+    """ValueError for a setting of config.json that this project does not compute."""
+    computed = {
         "activation_function": tuple(ACTIVATIONS.values()),
         "layer_norm_epsilon": (1e-5,),
-        "n_inner": (None, 4 * config.n_embd),
+        "n_inner": (None, 4 * hf["n_embd"]),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "tie_word_embeddings": (True, False),
         "add_cross_attention": (False,),
     }
-    for key, values in computed_here.items():
+    for key, values in computed.items():
         if hf.get(key, values[0]) not in values:
-            computed = " or ".join(repr(value) for value in values if value is not None)
-            raise ValueError(f"{path}: {key} is {hf[key]!r}, this model computes {computed} only")
-    return config
+            known = " or ".join(repr(value) for value in values if value is not None)
+            raise ValueError(f"{path}: {key} is {hf[key]!r}, this model computes {known} only")
 
 
 def load_safetensors(folder: Path) -> dict[str, Tensor]:
@@ -296,23 +382,32 @@ def load_safetensors(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-@torch.no_grad()
-def load_hf_state(model: GPT, hf: dict[str, Tensor], source):
+def state_from_hf(hf: dict[str, Tensor], shape: dict, source) -> dict[str, Tensor]:
+    """GPT-2's state under our names, without padding. ValueError names a parameter that is missing, extra, quantized or misshapen."""
     # the hub's own gpt2 has no prefix and carries masks as buffers; transformers writes the prefix and no masks
     hf = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": p for name, p in hf.items()}
+    ours, tied = sizes_of(shape), {"lm_head.weight"} if shape["tied_head"] else set()
     masks = {name for name in hf if name.endswith((".attn.bias", ".attn.masked_bias"))}
-    tables = {"transformer.wte.weight", "lm_head.weight"}
-    tied = {"lm_head.weight"} if model.config.tied_head else set()
-    own = {name: p for name, p in model.state_dict().items() if name not in tied}
-    if odd := sorted(own.keys() ^ (hf.keys() - masks - tied)):
+    if odd := sorted((ours.keys() - tied) ^ (hf.keys() - masks - tied)):
         raise ValueError(f"{source}: {odd[0]} is in its weights or its config.json alone: is it a whole GPT-2?")
-    for name, p in own.items():
-        if not hf[name].is_floating_point():
-            raise ValueError(f"{source}: {name} is {hf[name].dtype}: quantized weights are not read")
-        w = hf[name].t() if is_conv1d(name) and hf[name].dim() == 2 else hf[name]
-        if name in tables:
-            p[model.config.vocab_size :] = 0  # the padding rows
-            p = p[: model.config.vocab_size]
-        if p.shape != w.shape:
-            raise ValueError(f"{source}: {name} is {tuple(w.shape)}, its config.json says {tuple(p.shape)}")
-        p.copy_(w)
+    state = {}
+    for name, size in ours.items():
+        p = hf["transformer.wte.weight" if name in tied else name]
+        if not p.is_floating_point():
+            raise ValueError(f"{source}: {name} is {p.dtype}: quantized weights are not read")
+        p = p.t() if is_conv1d(name) and p.dim() == 2 else p
+        if tuple(p.shape) != size:
+            raise ValueError(f"{source}: {name} is {tuple(p.shape)}, its config.json says {size}")
+        state[name] = p
+    return state
+
+
+def sizes_of(shape: dict) -> dict[str, tuple[int, ...]]:
+    """The parameters of a GPT-2 by our names, and their shapes."""
+    V, T, C = shape["vocab_size"], shape["seq_len"], shape["n_embd"]
+    linears = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    block = {f"{name}.weight": size for name, size in linears.items()} | {f"{name}.bias": size[:1] for name, size in linears.items()}
+    block |= {f"{name}.{end}": (C,) for name in ("ln_1", "ln_2") for end in ("weight", "bias")}
+    sizes = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (T, C), "lm_head.weight": (V, C)}
+    sizes |= {f"transformer.h.{layer}.{name}": size for layer in range(shape["n_layer"]) for name, size in block.items()}
+    return sizes | {f"transformer.ln_f.{end}": (C,) for end in ("weight", "bias")}

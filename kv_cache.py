@@ -1,15 +1,35 @@
-"""Keys and values of what was read before, for generating; shapes as in model.py."""
+"""Keys and values of earlier positions, so that generating a token costs one position. Shapes as in model.py; K heads have
+keys and values."""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from attention import sees
+
+
+def next_positions(idx: Tensor, cache: "KVCache | None", seq_len: int) -> Tensor:
+    """The positions of idx (B, T), after those in the cache: (T,). Advances cache.length.
+    ValueError if they go beyond seq_len or what the cache holds."""
+    start = 0 if cache is None else cache.length
+    end = start + idx.size(1)
+    limit = seq_len if cache is None else min(seq_len, cache.max_len)
+    if end > limit:
+        whose = "model sees" if limit == seq_len else "cache holds"
+        raise ValueError(f"{end} positions, but the {whose} at most {limit}: shorten the input")
+    if cache is not None:
+        cache.length = end
+    return torch.arange(start, end, device=idx.device)
+
 
 class KVCache:
-    """Keys and values of the positions seen so far, so that generating a token costs one position, not all.
+    """Keys and values of the positions so far.
 
-    Room for max_len positions, or as many as the layer's window and slack, is taken at a layer's first use, when its shape and
-    dtype are known, and attention is over all of it under a mask: shapes that never change are what torch.compile and CUDA
-    graphs ask for. length may be set back by up to slack positions, to forget the last ones.
+    A layer allocates room for max_len positions (or its window + slack) at its first use, when its shape and dtype are known.
+    Attention runs over all of it under a mask: torch.compile and CUDA graphs need shapes that never change. You may lower
+    length by up to slack positions, to forget the last ones.
     """
 
     def __init__(self, max_len: int, slack: int = 0):
@@ -18,10 +38,11 @@ class KVCache:
         self.layers: dict[int, LayerCache] = {}
         self.document_of: Tensor | None = None  # (B, max_len), of each position
 
-    def layer(self, number: int, window: int | None) -> "LayerCache":
+    def layer(self, number: int, positions: Tensor, window: int | None = None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """A function that stores a layer's new keys and values, at these positions (T,), and returns all that they may see."""
         if number not in self.layers:
             self.layers[number] = LayerCache(self.room(window), self.is_ring(window), self.slack)
-        return self.layers[number]
+        return partial(self.layers[number].append, positions)
 
     def room(self, window: int | None) -> int:
         return self.max_len if window is None else min(self.max_len, window + self.slack)
@@ -29,8 +50,12 @@ class KVCache:
     def is_ring(self, window: int | None) -> bool:
         return self.room(window) < self.max_len
 
-    def positions(self, window: int | None, new: Tensor) -> Tensor:
-        """(S,): which position each key that LayerCache.append returns is of, negative where there is none yet."""
+    def mask(self, positions: Tensor, window: int | None = None) -> Tensor:
+        """(T, S): True where a query at the new positions (T,) may look."""
+        return sees(positions[:, None], self.positions(positions, window)[None, :], window)
+
+    def positions(self, new: Tensor, window: int | None = None) -> Tensor:
+        """(S,): the position of each key that LayerCache.append returns, negative where there is none yet."""
         room = self.room(window)
         slots = torch.arange(room, device=new.device)
         if self.is_ring(window) and len(new) > self.slack + 1:
@@ -39,15 +64,15 @@ class KVCache:
         return new[-1] - (new[-1] - slots) % room
 
     def documents(self, starts: Tensor, positions: Tensor) -> Tensor:
-        """starts (B, T): where among the new positions (T,) a document begins → (B, max_len), the documents of all."""
+        """The document number of each position, (B, max_len). starts: (B, T), True where a document begins at the new positions."""
         if self.document_of is None:
             self.document_of = starts.new_zeros(len(starts), self.max_len, dtype=torch.long)
         before = self.document_of[:, (positions[:1] - 1).clamp(min=0)] * (positions[0] > 0)  # (B, 1)
         return self.document_of.index_copy_(1, positions, before + starts.cumsum(1))
 
-    def stay(self):
-        """Tells torch.compile, once all layers have room, that it stays where it is: a CUDA graph may change in place only what
-        is said to."""
+    def mark_static(self):
+        """Tells torch.compile that the cache never moves, once every layer has its room. A CUDA graph may only write in place to
+        tensors marked like this."""
         for layer in self.layers.values():
             for x in (layer.keys, layer.values):
                 torch._dynamo.mark_static_address(x)
@@ -59,15 +84,16 @@ class KVCache:
 
 
 class LayerCache:
-    """The part of one layer: position p lies in slot p modulo room."""
+    """One layer's keys and values: position p is in slot p modulo room."""
 
     def __init__(self, room: int, is_ring: bool, slack: int):
         self.room, self.is_ring, self.slack = room, is_ring, slack
         self.keys: Tensor | None = None  # (B, K, room, D)
         self.values: Tensor | None = None
 
-    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v of the new positions (T,): (B, K, T, D) → of all that they may see, (B, K, S, D), zeros where there is none yet."""
+    def append(self, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k and v (B, K, T, D) of the new positions (T,). Returns all that they may see, (B, K, S, D), zeros where there is
+        none yet."""
         if self.keys is None:
             B, K, _, D = k.shape
             self.keys, self.values = k.new_zeros(B, K, self.room, D), v.new_zeros(B, K, self.room, D)

@@ -2,11 +2,8 @@
 
 import re
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 
 import torch
-
-from model import GPTConfig
 
 
 class PickledConfig:
@@ -34,14 +31,14 @@ def converted(content: dict) -> dict:
     shape = content["model_args"] if "model_args" in content else vars(content["config"])
     rows = shape["vocab_size"]
     is_gpt2 = rows in (50257, 50304)
-    config = GPTConfig(
-        50257 if is_gpt2 else rows,
-        shape["block_size"],
-        shape["n_layer"],
-        shape["n_head"],
-        shape["n_embd"],
-        bias=shape.get("bias", True),
-        mlp="gelu_exact" if "model_args" in content else "gelu",
-        tied_head=torch.equal(weights["transformer.wte.weight"], weights["lm_head.weight"]),
-    )
-    return {"model": weights, "config": asdict(config), "tokenizer": "gpt2" if is_gpt2 else None}
+    config = {
+        "vocab_size": 50257 if is_gpt2 else rows,
+        "seq_len": shape["block_size"],
+        "n_layer": shape["n_layer"],
+        "n_head": shape["n_head"],
+        "n_embd": shape["n_embd"],
+        "bias": shape.get("bias", True),
+        "mlp": "gelu_exact" if "model_args" in content else "gelu",
+        "tied_head": torch.equal(weights["transformer.wte.weight"], weights["lm_head.weight"]),
+    }
+    return {"model": weights, "config": config, "tokenizer": "gpt2" if is_gpt2 else None}

@@ -16,6 +16,15 @@ def adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups for an optimizer: tensors of 2 or more dimensions decay; biases and norms do not."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
 class MuonInFull(torch.optim.Muon):
     """torch.optim.Muon without its rounding to bfloat16, for runs that are not in it: hardware that lacks it takes many
     times as long for such products (results/README.md), and a step's last bits would hang on how many processes share the work."""
@@ -73,7 +82,7 @@ class MuonAndAdamW:
         matrices = [p for name, p in model.transformer.h.named_parameters() if p.dim() == 2 and "router" not in name]
         matrices.sort(key=lambda p: -p.numel())  # dealt out in turns, so that all shares cost about the same
         self.matrices, taken = matrices, set(matrices)
-        rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in model.param_groups(weight_decay)]
+        rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in decay_groups(model, weight_decay)]
         self.whole = [nn.Parameter(without_storage(p)) for p in matrices] if sharded else matrices
         muon = torch.optim.Muon if dtype == torch.bfloat16 else MuonInFull
         self.muon = muon(self.whole, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)

@@ -20,9 +20,10 @@ import cli
 from checkpoint import load_with_tokenizer
 from dataloader import Shards, TokenStream, find_shards
 from device import pick_device, pick_dtype
-from kernels import for_scoring, log_likelihoods
+from loss import log_likelihoods
 from model import GPT
 from tokenizer import Tokenizer
+from variants import scoring_copy
 
 
 @dataclass
@@ -83,7 +84,7 @@ def rows_of_shards(shards: Shards, seq_len: int, max_tokens: int) -> tuple[Itera
 def score(model: GPT, tokenizer: Tokenizer, rows: Iterator[Row], batch_size: int, total: int | None = None) -> dict:
     """tokens: how many were predicted; loss: their mean cross entropy in nats; perplexity: e^loss; bits_per_byte: their sum in bits
     by the bytes of text that they stand for, where <|endoftext|> has none."""
-    scorer, device = for_scoring(model), model.transformer.wte.weight.device
+    scorer, device = scoring_copy(model), model.transformer.wte.weight.device
     tokens, nats, size = 0, 0.0, 0
     with cli.bar(total=total, desc="scoring", unit="tok", unit_scale=True, leave=False) as bar:
         while batch := list(islice(rows, batch_size)):
@@ -91,8 +92,8 @@ def score(model: GPT, tokenizer: Tokenizer, rows: Iterator[Row], batch_size: int
             padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch], device=device)  # (B, longest), on the right
             wanted = [row * (longest - 1) + i for row, (ids, n) in enumerate(batch) for i in range(len(ids) - 1 - n, len(ids) - 1)]
             targets = [target for ids, n in batch for target in ids[len(ids) - n :]]
-            x = scorer.hidden(padded[:, :-1]).flatten(0, 1)[wanted]  # (N, C)
-            nats -= log_likelihoods(scorer, x, torch.tensor(targets, device=device)).cpu().double().sum().item()
+            x = scorer.hidden_states(padded[:, :-1]).flatten(0, 1)[wanted]  # (N, C)
+            nats -= log_likelihoods(scorer.logits, x, torch.tensor(targets, device=device)).cpu().double().sum().item()
             tokens += len(targets)
             size += len(tokenizer.decode_bytes([target for target in targets if target != tokenizer.eot]))
             bar.update(len(targets))

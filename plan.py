@@ -17,13 +17,15 @@ import torch
 
 import cli
 import device
+from attention import BlockwiseAttention
 from config import PRESETS, RUN, RUN_REMEDY, TrainConfig, last_launch
 from device import ASSUMED_MFU
 from files import read_json
-from kernels import BlockwiseAttention
-from model import GPT, GPTConfig, loss_chunks
+from loss import loss_chunks
+from model import GPT
 from plot_log import read_metrics
 from sharding import refuse_fp16
+from variants import VariantConfig, build_on_meta, flops_per_token
 
 # ---- memory ----
 
@@ -94,7 +96,7 @@ def memory(config: TrainConfig, setting: Setting, model: GPT) -> Memory:
     return Memory(staying | passing, max(peak, evaluation))
 
 
-def block_bytes(shape: GPTConfig, setting: Setting) -> float:
+def block_bytes(shape: VariantConfig, setting: Setting) -> float:
     """What the backward pass of one block keeps of a token: without torch.compile what autograd saves, with it what
     torch.compile's partition of the graph keeps, which computes norms, rotations and the like again."""
     kind, e, compiled, *_ = setting
@@ -122,7 +124,7 @@ def block_bytes(shape: GPTConfig, setting: Setting) -> float:
     return residual + attention + hidden + experts * (shape.n_expert > 1)
 
 
-def cheap_bytes(shape: GPTConfig, setting: Setting) -> float:
+def cheap_bytes(shape: VariantConfig, setting: Setting) -> float:
     """What torch.compile's partition of a block stops keeping of a token as soon as --activation-memory is below 1: what is
     computed again without a matrix product."""
     kind, e, *_ = setting
@@ -134,7 +136,7 @@ def cheap_bytes(shape: GPTConfig, setting: Setting) -> float:
     return e * (norms + laid_out + shape.n_inner)
 
 
-def backward_bytes(shape: GPTConfig, tokens: int, block: int, setting: Setting) -> float:
+def backward_bytes(shape: VariantConfig, tokens: int, block: int, setting: Setting) -> float:
     """What the backward pass of a block takes for itself: the gradients of its weights, of the stream and of its widest part."""
     kind, e, compiled, *_ = setting
     inner = shape.n_inner * shape.n_expert_active
@@ -144,7 +146,7 @@ def backward_bytes(shape: GPTConfig, tokens: int, block: int, setting: Setting) 
     return 4 * block + tokens * (8 * shape.n_embd + max(mlp, scores))
 
 
-def loss_bytes(shape: GPTConfig, tokens: int, setting: Setting) -> float:
+def loss_bytes(shape: VariantConfig, tokens: int, setting: Setting) -> float:
     """What the loss takes beside its input: logits and their gradients, of a chunk where there are many, and the gradient of the head."""
     kind, e, compiled, *_ = setting
     V, C = shape.padded_vocab_size, shape.n_embd
@@ -208,7 +210,7 @@ def report(config: TrainConfig) -> str:
         refuse_fp16(dtype)
     # the processes share a machine's memory
     available = device.total_memory(torch.device("cpu")) / config.gpus if on_cpu else device.CARDS[name].memory - CUDA_ITSELF
-    model = GPT.on_meta(config.model)
+    model = build_on_meta(config.model)
     need, fits = memory(config, setting, model), largest_micro_batch(config, setting, model, available)
     if fits is None:
         least = memory(replace(config, micro_batch_size=1), setting, model).peak
@@ -217,7 +219,7 @@ def report(config: TrainConfig) -> str:
             f"smaller model or --seq-len{', or --activation-memory 0' * (config.activation_memory > 0)}"
             f", or {'--shard with ' * (not config.shard)}more --gpus"
         )
-    total, flops = config.max_steps * config.total_batch_tokens, model.flops_per_token()
+    total, flops = config.max_steps * config.total_batch_tokens, flops_per_token(model)
     rate, source = rate_of(config, name, dtype, flops)
     hours = total / rate / 3600
     lines = [f"{model.num_params():,} parameters, {config.gpus} × {name}, {str(dtype)[6:]}, {'' if compiled else 'not '}compiled", ""]
@@ -342,10 +344,10 @@ def fsdp_step(compute: float, passes: int, params: int, rest: int, blocks: int, 
 def step_on(config: TrainConfig, n: int, shard: bool, gpu: str, weak: bool = False, dtype: torch.dtype = torch.bfloat16) -> Step:
     """A step of a preset on n GPUs at the assumed MFU. The batch is the preset's, of which each GPU takes its share, or with weak a
     micro batch for each GPU. dtype: of the matrix products."""
-    model = GPT.on_meta(config.model)
+    model = build_on_meta(config.model)
     sequences = config.micro_batch_size if weak else config.total_batch_tokens // config.model.seq_len // n
     passes = max(1, sequences // config.micro_batch_size)
-    compute = sequences * config.model.seq_len * model.flops_per_token() / (ASSUMED_MFU * device.peak_of(gpu, dtype))
+    compute = sequences * config.model.seq_len * flops_per_token(model) / (ASSUMED_MFU * device.peak_of(gpu, dtype))
     params = sum(p.numel() for p in model.parameters())
     if shard:
         rest = params - sum(p.numel() for p in model.transformer.h.parameters())

@@ -21,6 +21,7 @@ from device import can_compile, mend_compile_cache, pick_device, pick_dtype
 from kv_cache import KVCache
 from model import GPT
 from tokenizer import Tokenizer
+from variants import with_switches
 
 
 @dataclass
@@ -103,7 +104,7 @@ def generate(
     if idx.dim() != 2 or idx.size(1) == 0:
         raise ValueError(f"generate needs ids (B, T), at least one in a row, to go on from: these are {tuple(idx.shape)}")
     SampleConfig("", "", 1, max_new_tokens, temperature, top_k, top_p, draft_tokens=draft_tokens).validate()
-    if compile and model.config.n_expert > 1:
+    if compile and with_switches(model.config).n_expert > 1:
         raise ValueError("a token's path through experts can't be compiled: leave --compile out")
     end = idx.size(1) + max_new_tokens
     counts = Counter() if counts is None else counts
@@ -141,7 +142,7 @@ def stream(
             cache = None
         if compile and cache is not None and cache.length:
             if position is None:
-                cache.stay()
+                cache.mark_static()
                 position = torch.tensor([cache.length], device=idx.device)
             else:  # not brought from the CPU each time, for which a step would wait for the one before
                 position = position + 1
@@ -211,7 +212,7 @@ DIVERGED = "logits are not finite numbers: its training diverged, use an earlier
 def next_logits(model: GPT, ids: Tensor, cache: KVCache | None, n: int = 1, name: str = "model") -> Tensor:
     """The logits (B, n, V) that follow the last n of the ids (B, T); a cache holds the first of these."""
     seen = cache.length if cache is not None else 0
-    logits = model.logits(model.hidden(ids[:, seen:], cache)[:, -n:])
+    logits = model.logits(model.hidden_states(ids[:, seen:], cache)[:, -n:])
     if not logits.isfinite().all():
         raise ValueError(f"the {name}'s {DIVERGED}")
     return logits
@@ -219,7 +220,7 @@ def next_logits(model: GPT, ids: Tensor, cache: KVCache | None, n: int = 1, name
 
 def decode_step(model: GPT, ids: Tensor, cache: KVCache, position: Tensor) -> Tensor:
     """The logits (B, V) that follow the ids (B, 1) at this position (1,)."""
-    return model.logits(model.hidden(ids, cache, position)[:, -1])
+    return model.logits(model.hidden_states(ids, cache, position)[:, -1])
 
 
 @functools.cache

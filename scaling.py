@@ -24,8 +24,8 @@ from config import MAY_CHANGE, RUN, TrainConfig, read_run, refuse_changes
 from dataloader import differences
 from device import ASSUMED_MFU, CARDS
 from files import read_json, write_json
-from model import GPT, GPTConfig
 from train import find_data, fit_vocabulary
+from variants import VariantConfig, build_on_meta
 
 LAW = "law.json"
 
@@ -239,7 +239,7 @@ def points_of(out_dir: Path) -> list[Point]:
     points = []
     for folder in finished:
         config = read_run(folder)
-        params, tokens = GPT.on_meta(config.model).num_params(), config.max_steps * config.total_batch_tokens
+        params, tokens = build_on_meta(config.model).num_params(), config.max_steps * config.total_batch_tokens
         points.append(Point(folder.name, params, tokens, last_checkpoint(folder)["val_loss"]))
     return points
 
@@ -452,7 +452,7 @@ def plan(config: PlanConfig) -> dict:
 def shape_for(params: float, in_blocks: bool = False) -> tuple[int, int]:
     """Layers and width of about so many parameters with GPT-2's vocabulary, or so many in the blocks: 12 · layers · width² and a table
     (Kaplan et al., 2020, table 1), with heads of 64 and about 64 channels for each layer, as GPT-2's and GPT-3's smallest have."""
-    rows = 0 if in_blocks else GPTConfig().padded_vocab_size + GPTConfig().seq_len
+    rows = 0 if in_blocks else VariantConfig().padded_vocab_size + VariantConfig().seq_len
 
     def so_many(width: int) -> float:
         return 12 * width**3 / 64 + rows * width
@@ -471,8 +471,8 @@ def flags_of(shape: tuple[int, int]) -> str:
 def params_of(shape: tuple[int, int]) -> int | None:
     """Of a GPT with this shape and GPT-2's vocabulary; None for one that GPTs do not have."""
     layers, width = shape
-    config = GPTConfig(n_layer=layers, n_embd=width, n_head=width // 64)
-    return None if config.faults() else GPT.on_meta(config).num_params()
+    config = VariantConfig(n_layer=layers, n_embd=width, n_head=width // 64)
+    return None if config.errors() else build_on_meta(config).num_params()
 
 
 def show_plan(found: dict) -> str:

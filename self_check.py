@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from compiling import recompute_activations
 from model import GPT
 
 # ‖compiled - eager‖ / ‖eager‖ at most. Rounding reaches 1e-6 in fp32 on a CPU (1e-3 in CUDA's TF32) and 0.01 in 16 bits. With experts
@@ -31,6 +32,7 @@ def mismatches(
     it; None where validation isn't compiled. Compiles what the first step would compile. Layers of one kind share their code, so
     only enough first layers run to cover each kind. Clears all gradients.
     """
+    model.zero_grad(set_to_none=True)
     with first_of_each_kind(model):
         with eager(*filter(None, (model, teacher))):
             eager_loss, eager_grads = loss_and_gradients(model, loss, dtype)
@@ -58,28 +60,31 @@ def mismatches(
 @contextmanager
 def first_of_each_kind(model: GPT):
     """Inside this block, the model runs only its first layers: enough to cover each kind. The first layer is a kind of its own."""
-    config = model.config
+    config, blocks = model.config, model.transformer.h
     n_layer, kinds = config.n_layer, [(layer == 0, window) for layer, window in enumerate(config.windows)]
     config.n_layer = 1 + max(map(kinds.index, kinds))
+    model.transformer.h = blocks[: config.n_layer]
     try:
         yield
     finally:
-        config.n_layer = n_layer
+        config.n_layer, model.transformer.h = n_layer, blocks
 
 
 @contextmanager
 def eager(*models: GPT):
     """Inside this block, models run eagerly and save memory: they recompute activations, and skip FlexAttention, which stores all scores
     when it isn't compiled."""
-    before = [(model, model.flex, model.recompute) for model in models]
+    flex = [model for model in models if getattr(model, "flex", False)]
     for model in models:
-        model.flex, model.recompute = False, True
+        model.flex = False
+        recompute_activations(model)
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        for model, flex, recompute in before:
-            model.flex, model.recompute = flex, recompute
+        for model in models:
+            model.flex = model in flex
+            recompute_activations(model, on=False)
 
 
 def loss_and_gradients(model: GPT, loss: Callable[[], Tensor], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:

@@ -25,9 +25,9 @@ import cli
 from compare import SCRIPT, Run, last_checkpoint, split
 from config import TrainConfig, parse_flags
 from files import hold, write_json
-from model import GPTConfig
 from plot_log import read_metrics
 from train import find_data
+from variants import VariantConfig
 
 
 @dataclass
@@ -115,7 +115,7 @@ def parse_space(words: tuple[str, ...]) -> dict[str, Choice | Range]:
         name = name.replace("-", "_")
         if not name or not values or name in space or name in THE_SWEEPS_OWN:
             raise ValueError(f"{word!r} is no FLAG=VALUES, or its flag stands twice or belongs to the sweep")
-        if name not in {f.name for kind in (TrainConfig, GPTConfig) for f in fields(kind)} - {"model"}:
+        if name not in {f.name for kind in (TrainConfig, VariantConfig) for f in fields(kind)} - {"model"}:
             raise ValueError(f"{word!r}: train.py has no flag {cli.flag(name)}")
         low, dots, rest = values.partition("..")
         is_range = dots and number(low) is not None

@@ -44,14 +44,18 @@ import plot_log
 import self_check
 import sharding
 import tokenizer as tokenizers
+from compiling import compile_blocks, recompute_activations, undo_compile
 from config import PRESETS, RUN, RUN_REMEDY, TrainConfig, parse_config, parse_flags, torchrun_id
 from dataloader import MANIFEST, Shards, TokenStream, differences, find_shards, share, verify_shards
 from distributed import PeerLost, Stopped, World, join_world, meet
 from files import append, hold, read_json, write_json
+from loss import positions_at_once
 from model import GPT
 from sample import sample_texts
 from tokenizer import VOCAB_SIZES, Tokenizer
 from tracker import Tracker
+from variants import adapt, build_on_meta, flops_per_token, idle_params
+from variants import build as build_model
 
 # ---- the run ----
 
@@ -174,9 +178,9 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
     if config.init_from and resumed is None:
         model, _ = checkpoint.load_gpt(config.init_from, config.init_revision)
         warnings += config.given_way(model.config)
-        model.adapt(config.model)
+        adapt(model, config.model)
     else:
-        model = GPT(config.model)
+        model = build_model(config.model)
     compiled = config.compile and device.can_compile(world.device)
     if config.compile and not compiled:
         without = "without torch.compile" + (" and with all activations kept" if 0 < config.activation_memory < 1 else "")
@@ -186,7 +190,7 @@ def build(config: TrainConfig, world: World, log: "Log") -> tuple["Trainer", int
         trainer.load(resumed)
     for line in warnings:
         log.progress(f"warning: {line}")
-    active = f" ({model.num_params(active=True):,} of them active)" if config.model.n_expert > 1 else ""
+    active = f" ({model.num_params() - idle_params(model):,} of them active)" if config.model.n_expert > 1 else ""
     log.progress(
         f"{model.num_params():,} parameters{active}, {str(trainer.dtype)[6:]} on {world.size} × {world.device.type}; a step is "
         f"{config.total_batch_tokens:,} tokens, {config.grad_accum_steps(world.size)} passes of {config.micro_batch_size} × "
@@ -255,7 +259,7 @@ def check_teacher(config: TrainConfig):
 
 def refuse_too_large(config: TrainConfig, world: World):
     """ValueError when weights, gradients and optimizer of a process can't fit."""
-    model, shard = GPT.on_meta(config.model), config.shard and world.size > 1
+    model, shard = build_on_meta(config.model), config.shard and world.size > 1
     parts = plan.memory(config, plan.Setting(world.device.type, 4, False, world.size, shard), model).parts
     need = sum(parts[name] for name in ("weights", "gradients", "optimizer", "average of the weights"))
     if shard:  # each has all weights before they are divided, and at every evaluation, when there are no gradients
@@ -298,11 +302,12 @@ class Trainer:
             device.mend_compile_cache()
             device.set_malloc(world.device, sparing=config.activation_memory < 1)
             for part in filter(None, (self.model, self.teacher)):
-                part.compile_blocks(config.activation_memory)
-        self.model.recompute = not compiled and config.activation_memory == 0
+                compile_blocks(part, config.activation_memory)
+        elif config.activation_memory == 0:
+            recompute_activations(self.model)
         self.sharded, self.evaluated = config.shard and world.size > 1, self.model
         if self.sharded:
-            self.evaluated = GPT.on_meta(config.model)
+            self.evaluated = build_on_meta(config.model)
             sharding.shard(self.model, self.dtype, world)
         replicated = world.size > 1 and not self.sharded
         self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if replicated else self.model
@@ -310,7 +315,7 @@ class Trainer:
             rates = config.max_lr, config.muon_lr, config.muon_momentum, config.weight_decay
             self.optimizer = optimizer.MuonAndAdamW(self.model, *rates, world, self.sharded, self.dtype)
         else:
-            self.optimizer = optimizer.adamw(self.model.param_groups(config.weight_decay), config.max_lr)
+            self.optimizer = optimizer.adamw(optimizer.decay_groups(self.model, config.weight_decay), config.max_lr)
         self.largest_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.average = optimizer.AverageWeights(self.model, config.ema) if config.ema else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
@@ -324,8 +329,10 @@ class Trainer:
     def stop_compiling(self):
         """Trains eagerly from now on. Eager code keeps all activations, or recomputes all: that is what it does below 1."""
         for part in filter(None, (self.model, self.teacher)):
-            part.undo_compile()
-        self.compiled, self.model.recompute = False, self.config.activation_memory < 1
+            undo_compile(part)
+        self.compiled = False
+        if self.config.activation_memory < 1:
+            recompute_activations(self.model)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -380,8 +387,12 @@ class Trainer:
             if self.teacher is None:
                 return model(x, y)[1]
             with torch.no_grad():
-                taught = self.teacher.hidden(x).flatten(0, 1)
-            return model(x, y, criterion=lambda mine, targets: self.distilled(mine, taught, targets))[1]
+                taught = self.teacher.hidden_states(x).flatten(0, 1)
+            text_loss, self.model.loss = self.model.loss, lambda mine, weight, targets, vocab_size: self.distilled(mine, taught, targets)
+            try:
+                return model(x, y)[1]
+            finally:
+                self.model.loss = text_loss
 
     def distilled(self, mine: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
         """The cross entropy of the text, with a gradient that is in part that of the divergence from the teacher. mine (N, C),
@@ -391,7 +402,7 @@ class Trainer:
             logits, expected = self.model.logits(mine).float(), self.teacher.logits(taught).float()
             return torch.stack([F.cross_entropy(logits, targets, reduction="sum"), divergence(logits, expected)])
 
-        at_once = self.model.positions_at_once(mine)
+        at_once = positions_at_once(mine, self.config.model.padded_vocab_size)
         parts = zip(*(x.split(at_once) for x in (mine, taught, targets)), strict=True)
         if at_once < len(mine):  # then the backward pass makes them once more, a part at a time
             of_part = partial(computed_again, of_part, use_reentrant=False)
@@ -474,7 +485,7 @@ class Trainer:
         """What a value of this step can be drawn over."""
         tokens = step * self.config.total_batch_tokens
         epoch = tokens / (self.train_stream.sequences_per_epoch * self.config.model.seq_len)
-        return {"tokens": tokens, "seconds": self.seconds, "epoch": epoch, "flops": tokens * self.model.flops_per_token()}
+        return {"tokens": tokens, "seconds": self.seconds, "epoch": epoch, "flops": tokens * flops_per_token(self.model)}
 
     def metrics(self, step: int, update: Update, seconds: float) -> dict:
         """A step's line of metrics.jsonl. mfu: the share of the cards' peak, None where that is not known."""
@@ -485,7 +496,7 @@ class Trainer:
             "lr": self.config.max_lr * self.schedule(step),
             "grad_norm": update.norm,
             "tokens_per_second": rate,
-            "mfu": rate * self.model.flops_per_token() / peak if peak else None,
+            "mfu": rate * flops_per_token(self.model) / peak if peak else None,
             "memory_bytes": device.peak_memory(self.device),
             **({"skipped": update.skipped} if update.skipped else {}),
             **self.axes(step),

@@ -20,8 +20,8 @@ import checkpoint
 import train
 from dataloader import write_shard
 from files import write_json
-from model import GPTConfig
 from tokenizer import get_tokenizer
+from variants import VariantConfig
 
 REPO = Path(__file__).parent.parent
 
@@ -64,7 +64,7 @@ def shards(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards"), [1000, 5003, 17, 3001])
 
 
-def ids_for(config: GPTConfig, batch: int = 3, length: int | None = None) -> torch.Tensor:
+def ids_for(config: VariantConfig, batch: int = 3, length: int | None = None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(config.vocab_size, (batch, length or config.seq_len), generator=generator)
 

@@ -70,7 +70,7 @@ def repos(folder: Path) -> dict[str, dict[str, bytes]]:
     from test_export import on_the_hub
     from test_hellaswag import make_tasks
 
-    from model import GPT, GPTConfig
+    from variants import VariantConfig, build
 
     pages = [path.read_text() for path in sorted(REPO.rglob("*.py"))] * 4
     pq.write_table(pa.table({"text": pages}), folder / "pages.parquet")
@@ -82,7 +82,7 @@ def repos(folder: Path) -> dict[str, dict[str, bytes]]:
         llmc_bin(folder / name, np.arange(20_000) % 50257)
         bins[name] = (folder / name).read_bytes()
     torch.manual_seed(0)
-    GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32)).save_pretrained(folder / "gpt2")
+    build(VariantConfig(n_layer=2, n_head=2, n_embd=32)).save_pretrained(folder / "gpt2")
     gpt2 = {path.name: path.read_bytes() for path in (folder / "gpt2").iterdir()}
     datasets = {"HuggingFaceFW/fineweb-edu": edu, "kjj0/fineweb10B-gpt2": bins, "Rowan/hellaswag": on_the_hub(make_tasks(8))}
     return {f"datasets/{name}": files for name, files in datasets.items()} | {"openai-community/gpt2": gpt2}

@@ -25,9 +25,10 @@ from conftest import REPO, run_main, save_checkpoint, script
 
 import app
 from app import Piece, as_html, clamp, offered, write
-from model import GPT, GPTConfig
+from model import GPT
 from sample import sample_texts
 from tokenizer import get_tokenizer
+from variants import VariantConfig, build
 
 BYTES = get_tokenizer("bytes")
 LONGEST = app.LENGTH[1]
@@ -35,7 +36,7 @@ LONGEST = app.LENGTH[1]
 
 def tiny(seed: int = 0) -> GPT:
     torch.manual_seed(seed)
-    return GPT(GPTConfig(257, 64, 2, 2, 32)).eval()
+    return build(VariantConfig(257, 64, 2, 2, 32)).eval()
 
 
 def test_a_text_is_what_sample_writes_with_its_probabilities():

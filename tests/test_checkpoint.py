@@ -15,13 +15,14 @@ from transformers import GPT2LMHeadModel
 
 import checkpoint
 from checkpoint import Saver, content_of, fault, files_of, load_model, newest_step, prune, sealed_steps, settle
-from model import GPT, GPTConfig
+from model import GPT
+from variants import VariantConfig, build, build_on_meta
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return GPT(GPTConfig(257, 16, 1, 2, 16))
+    return build(VariantConfig(257, 16, 1, 2, 16))
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_a_checkpoint_is_a_plain_dict(run, model):
     content = torch.load(run / "model_00010.pt", weights_only=True)
     assert set(content) == {"model", "config", "step", "val_loss", "tokenizer"}
     assert (content["step"], content["val_loss"], content["tokenizer"]) == (10, 1.5, "bytes")
-    again = GPT(GPTConfig(**content["config"]))
+    again = build(VariantConfig(**content["config"]))
     again.load_state_dict(content["model"])
     assert all((p == q).all() for p, q in zip(again.parameters(), model.parameters(), strict=True))
     assert checkpoint.load_training(run, 10)[1] == {"seconds": 10.0}
@@ -151,7 +152,7 @@ def test_a_save_that_fails_keeps_what_is_there(run, model, monkeypatch, backgrou
 
 def test_saving_a_step_again_replaces_it(run):
     torch.manual_seed(1)
-    other = GPT(GPTConfig(257, 16, 1, 2, 16))
+    other = build(VariantConfig(257, 16, 1, 2, 16))
     save_checkpoint(run, 15, other, "bytes", 0.5, {"seconds": 0.0})
     assert fault(run, 15) is None
     assert (load_model(str(run / "model_00015.pt"))[0].transformer.wpe.weight == other.transformer.wpe.weight).all()
@@ -270,13 +271,13 @@ def test_names_from_torch_compile_and_ddp_are_read(tmp_path):
 def test_tables_without_the_rows_that_pad_them_are_read(tmp_path):
     """As Hugging Face's state dicts have them."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(257, 16, 2, 2, 24)).eval()
+    model = build(VariantConfig(257, 16, 2, 2, 24)).eval()
     model.save_pretrained(tmp_path / "hf")
     hf = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
     state = {name: p.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p for name, p in hf.state_dict().items()}
     assert len(state["transformer.wte.weight"]) == 257 < model.config.padded_vocab_size
     idx = torch.randint(257, (2, 16))
-    again = GPT(model.config).eval()
+    again = build(model.config).eval()
     assert not any(again.load_state_dict(state))  # no key is missing or too much
     torch.save({"model": state, "config": asdict(model.config), "step": 0, "val_loss": None, "tokenizer": "bytes"}, tmp_path / "a.pt")
     for found in (again, load_model(str(tmp_path / "a.pt"))[0]):
@@ -285,9 +286,9 @@ def test_tables_without_the_rows_that_pad_them_are_read(tmp_path):
 
 
 def test_tables_that_need_no_padding_are_not_copied():
-    """As for_scoring's copy of a model relies on."""
-    model = GPT(GPTConfig(256, 16, 1, 1, 8))
-    copy = GPT.on_meta(model.config)
+    """As scoring_copy's copy of a model relies on."""
+    model = build(VariantConfig(256, 16, 1, 1, 8))
+    copy = build_on_meta(model.config)
     copy.load_state_dict(model.state_dict(), assign=True)
     assert copy.transformer.wte.weight.data_ptr() == copy.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
 

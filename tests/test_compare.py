@@ -13,7 +13,7 @@ from compare import CompareConfig, amount_for, cache_bytes, loss_by_position, st
 from config import parse_config
 from dataloader import TokenStream, find_shards
 from kv_cache import KVCache
-from model import GPT, GPTConfig
+from variants import VariantConfig, build
 
 
 def one(val_loss: float, speed: float = 10.0, tokens: int = 1000, seconds: float = 5.0) -> dict:
@@ -40,8 +40,8 @@ def test_tokens_to_a_loss_lie_between_the_runs_around_it():
 
 @pytest.mark.parametrize("switches", [{}, dict(n_kv_head=1), dict(window=8, window_pattern="SL", pos="rope")])
 def test_the_cache_is_as_large_as_a_real_one(switches):
-    config, cache = GPTConfig(97, 24, 4, 2, 16, **switches), KVCache(24)
-    GPT(config)(ids_for(config, batch=1), cache=cache)
+    config, cache = VariantConfig(97, 24, 4, 2, 16, **switches), KVCache(24)
+    build(config)(ids_for(config, batch=1), cache=cache)
     assert cache_bytes(config) == cache.nbytes()
 
 
@@ -95,7 +95,7 @@ def test_mistakes_are_one_line(capsys, tmp_path):
 
 
 def test_a_run_that_was_stopped_at_its_last_validation_goes_on(tmp_path):
-    model = GPT(GPTConfig(257, 16, 1, 2, 16))
+    model = build(VariantConfig(257, 16, 1, 2, 16))
     save_checkpoint(tmp_path, 10, model, "bytes", 1.5, {})
     assert compare.last_checkpoint(tmp_path)["val_loss"] == 1.5
     save_checkpoint(tmp_path, 20, model, "bytes", None, {})

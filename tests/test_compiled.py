@@ -18,11 +18,13 @@ from test_variants import VARIANTS
 from torch._functorch import config as functorch_config
 
 import device
-import model as model_module
+import linear
 import self_check
+from compiling import compile_blocks
 from kv_cache import KVCache
-from model import GPT, GPTConfig
+from model import GPT
 from sample import compiled_step
+from variants import VariantConfig, build, build_on_meta
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LARGEST = {BF16: 0.03, FP32: 2e-5}  # ‖compiled - eager‖ / ‖eager‖ of a gradient: three times the rounding we saw
@@ -44,16 +46,16 @@ def poisoned_memory():
 # ---- gradients ----
 
 
-def check_parity(shape: GPTConfig, dtype: torch.dtype, batch: int, activation_memory: float = 1.0):
+def check_parity(shape: VariantConfig, dtype: torch.dtype, batch: int, activation_memory: float = 1.0):
     """The loss and every parameter's gradient, compiled against eager."""
     torch.manual_seed(0)
     torch._dynamo.reset()  # what other tests compiled counts against the limit
-    model = GPT(shape)
+    model = build(shape)
     idx = ids_for(shape, batch)
     idx[:, ::37] = shape.vocab_size - 1  # where documents begin
     with self_check.first_of_each_kind(model), functorch_config.patch(activation_memory_budget=1.0):  # put back afterwards
         loss, expected = gradients(model, idx, dtype)
-        model.compile_blocks(activation_memory)
+        compile_blocks(model, activation_memory)
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
             compiled, found = gradients(model, idx, dtype)
     assert compiled == pytest.approx(loss, rel=1e-4 if dtype == BF16 else 1e-6)
@@ -86,7 +88,7 @@ STEPS = [
     [(BF16, "flash", 2, 128, 32), *(pytest.param(*step, marks=pytest.mark.slow) for step in STEPS)],
 )
 def test_compiled_step_has_eager_gradients(poisoned_memory, dtype, attention, batch, length, head_size):
-    check_parity(GPTConfig(97, length, 1, 4, 4 * head_size, attention), dtype, batch)
+    check_parity(VariantConfig(97, length, 1, 4, 4 * head_size, attention), dtype, batch)
 
 
 @pytest.mark.slow
@@ -95,15 +97,15 @@ def test_compiled_variant_has_eager_gradients(poisoned_memory, variant):
     switches = dict(VARIANTS[variant])
     if switches.get("window", 1) > 1:
         switches["window"] = 50
-    check_parity(GPTConfig(**dict(vocab_size=97, seq_len=128, n_layer=4, n_head=4, n_embd=64) | switches), BF16, 2)
+    check_parity(VariantConfig(**dict(vocab_size=97, seq_len=128, n_layer=4, n_head=4, n_embd=64) | switches), BF16, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("activation_memory", [0.5, 0.0])
 def test_compiled_recomputation_and_chunked_loss_have_eager_gradients(poisoned_memory, monkeypatch, dtype, activation_memory):
-    monkeypatch.setattr("model.MAX_LOGITS", 128 * 150)  # two chunks
-    check_parity(GPTConfig(97, 128, 2, 2, 64), dtype, 2, activation_memory)
+    monkeypatch.setattr("loss.MAX_LOGITS", 128 * 150)  # two chunks
+    check_parity(VariantConfig(97, 128, 2, 2, 64), dtype, 2, activation_memory)
 
 
 @pytest.mark.slow
@@ -111,7 +113,7 @@ def test_compiled_recomputation_and_chunked_loss_have_eager_gradients(poisoned_m
 def test_compiled_token_has_eager_logits_in_bf16(poisoned_memory, variant):
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model = GPT(GPTConfig(**dict(vocab_size=97, seq_len=128, n_layer=4, n_head=4, n_embd=64) | VARIANTS[variant])).to(BF16)
+    model = build(VariantConfig(**dict(vocab_size=97, seq_len=128, n_layer=4, n_head=4, n_embd=64) | VARIANTS[variant])).to(BF16)
     idx = ids_for(model.config, 2)
     with torch.no_grad():
         expected = model(idx)[0][:, 100]
@@ -169,7 +171,7 @@ def test_compiler_flags(monkeypatch, compiler, before, after):
 @ON_X86
 def test_inductor_has_the_flags_if_imported_first():
     code = (
-        "import torch._inductor.config, kernels\nfrom torch._inductor.cpp_builder import CppTorchOptions\n"
+        "import torch._inductor.config, attention\nfrom torch._inductor.cpp_builder import CppTorchOptions\n"
         "print(any('-DCPU_IS_' in flag for flag in CppTorchOptions().get_cflags()))"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("CXX", device.FP_CONTRACT)}
@@ -193,7 +195,7 @@ def test_case_in_compiler_md_is_right_with_the_flag(tmp_path):
 def test_one_cache_serves_two_vector_lengths(tmp_path):
     """A folder that outlives its machine, as one on a shared disk."""
     code = (
-        "import torch, kernels; from test_compiled import transposed_twice; x = torch.randn(2, 256, 128).bfloat16()\n"
+        "import torch, attention; from test_compiled import transposed_twice; x = torch.randn(2, 256, 128).bfloat16()\n"
         "print(all(map(torch.equal, torch.compile(transposed_twice)(x), transposed_twice(x))))"
     )
     for capability in ("avx512", "avx2"):
@@ -214,9 +216,8 @@ def quick_compile(monkeypatch):
 
 
 def damage_compiled_gelu(monkeypatch, factor: float):
-    monkeypatch.setitem(
-        model_module.ACTIVATIONS, "gelu", lambda x: F.gelu(x, approximate="tanh") * (factor if torch.compiler.is_compiling() else 1)
-    )
+    gelu = linear.gelu
+    monkeypatch.setattr(linear, "gelu", lambda x: gelu(x) * (factor if torch.compiler.is_compiling() else 1))
 
 
 @pytest.mark.parametrize("factor", [1.3, float("nan"), float("inf")])
@@ -262,8 +263,8 @@ def test_no_self_check_skips_it(quick_compile, monkeypatch, shards, tmp_path, ca
 
 def test_self_check_names_what_went_wrong_first(quick_compile):
     """A gradient that is wrong in one place is wrong in all that comes after it, going backward."""
-    model = GPT(GPTConfig(97, 32, 3, 2, 32))
-    model.compile_blocks()
+    model = build(VariantConfig(97, 32, 3, 2, 32))
+    compile_blocks(model)
     idx = ids_for(model.config)
 
     def loss():
@@ -286,7 +287,7 @@ def test_self_check_names_what_went_wrong_first(quick_compile):
     [({}, 2), (dict(window=8), 2), (dict(window=8, window_pattern="SSSL"), 4), (dict(window=8, window_pattern="LS"), 3)],
 )
 def test_self_check_runs_a_layer_of_each_kind(switches, layers):
-    model = GPT.on_meta(GPTConfig(97, 32, 12, 2, 32, **switches))
+    model = build_on_meta(VariantConfig(97, 32, 12, 2, 32, **switches))
     with self_check.first_of_each_kind(model):
         assert len(model.config.windows) == layers
     assert model.config.n_layer == 12

@@ -22,9 +22,9 @@ import checkpoint
 import export
 import hellaswag
 from distributed import World
-from model import GPT, GPTConfig
 from sample import sample_texts
 from tokenizer import get_tokenizer
+from variants import VariantConfig, build
 
 LLAMA = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, n_kv_head=1)
 
@@ -61,7 +61,7 @@ def test_real_texts_have_the_same_tokens(tokenizers):
 @pytest.fixture
 def run(tmp_path) -> Path:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(257, 320, 2, 2, 32, **LLAMA)).eval()
+    model = build(VariantConfig(257, 320, 2, 2, 32, **LLAMA)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     (tmp_path / "run").mkdir()

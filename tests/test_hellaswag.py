@@ -19,8 +19,9 @@ from checkpoint import load_model
 from distributed import World
 from export import save_tokenizer
 from hellaswag import clean, completion_rows, evaluate, harness_rows, load_tasks, log_probs
-from model import GPT, GPTConfig
+from model import GPT
 from tokenizer import get_tokenizer
+from variants import VariantConfig, build
 
 WORLD = World(torch.device("cpu"))
 
@@ -53,7 +54,7 @@ def tasks_file(tmp_path_factory) -> Path:
 def model() -> GPT:
     """Random weights large enough that the four endings differ."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(257, 320, 2, 2, 32))
+    model = build(VariantConfig(257, 320, 2, 2, 32))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.15)
     return model.eval()
@@ -117,7 +118,7 @@ def test_answers_equal_lm_evaluation_harness_on_real_tasks(tmp_path, gpt2_tokeni
     lines = Path(os.environ["HELLASWAG_FILE"]).read_text().splitlines()
     (tmp_path / "tasks.jsonl").write_text("\n".join(lines[::8][:250]) + "\n")
     torch.manual_seed(0)
-    model = GPT(GPTConfig(50257, 256, 2, 2, 64))
+    model = build(VariantConfig(50257, 256, 2, 2, 64))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     model.save_pretrained(tmp_path)
@@ -157,7 +158,7 @@ def test_batch_size_changes_no_answer(model):
 
 def test_rows_longer_than_the_model_lose_their_start():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(257, 16, 1, 2, 16)).eval()
+    model = build(VariantConfig(257, 16, 1, 2, 16)).eval()
     rows = [completion_rows(task, get_tokenizer("bytes")) for task in make_tasks(3)]
     scores = log_probs(model, rows, 4096)
     for row, log_p in ((row, p) for group, ps in zip(rows, scores, strict=True) for row, p in zip(group, ps, strict=True)):
@@ -181,7 +182,7 @@ def test_losses_are_not_in_bf16(model, monkeypatch):
 
 
 def test_a_model_that_diverged_is_not_scored():
-    model = GPT(GPTConfig(257, 320, 1, 1, 8))
+    model = build(VariantConfig(257, 320, 1, 1, 8))
     with torch.no_grad():
         model.transformer.wte.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="its training diverged"):

@@ -16,10 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from huggingface import gpt2_state
-from kernels import BlockwiseAttention, chunk_loss, chunked_cross_entropy, for_scoring
+from attention import BlockwiseAttention
+from huggingface import SIZES, gpt2_state
 from kv_cache import KVCache
-from model import GPT, SIZES, GPTConfig, flash_attention, loss_chunks, manual_attention
+from loss import chunk_loss, chunked_cross_entropy, loss_chunks
+from model import GPT, GPTConfig, flash_attention, manual_attention
+from optimizer import decay_groups
+from variants import adapt, build, flops_per_token, scoring_copy, set_attention
 
 # vocabulary, positions, layers, heads, channels: padded and not, heads of odd size, one layer, one head
 SHAPES = [(97, 24, 2, 2, 16), (128, 16, 1, 1, 8), (257, 40, 3, 4, 64), (1000, 33, 2, 3, 33)]
@@ -55,6 +58,7 @@ def test_logits_loss_and_gradients_equal_hugging_face(tmp_path, shape, attention
     hf.save_pretrained(tmp_path)
     model = GPT.from_pretrained(str(tmp_path))
     model.config.attention = attention
+    set_attention(model)
     idx = ids_for(model.config)
 
     logits, none = model(idx)
@@ -80,7 +84,9 @@ def test_logits_equal_a_forward_pass_in_numpy(attention):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     idx = ids_for(model.config, batch=1)
-    expected = gpt2_logits({name: p.detach() for name, p in gpt2_state(model).items()}, idx[0].tolist(), 2, 2)
+    expected = gpt2_logits(
+        {name: p.detach() for name, p in gpt2_state(vars(model.config), model.state_dict()).items()}, idx[0].tolist(), 2, 2
+    )
     assert abs(model(idx)[0][0].detach().numpy() - expected).max() <= 1e-4
 
 
@@ -148,9 +154,9 @@ def test_the_loss_in_chunks_does_not_overflow_where_the_plain_one_does_not():
 
 
 def test_many_logits_never_stand_in_memory_together(monkeypatch):
-    monkeypatch.setattr("model.MAX_LOGITS", 1024 * 30)
+    monkeypatch.setattr("loss.MAX_LOGITS", 1024 * 30)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(1024, 40, 1, 1, 8))
+    model = build(GPTConfig(1024, 40, 1, 1, 8))
     idx = ids_for(model.config, batch=4)
 
     class Largest(TorchDispatchMode):
@@ -247,7 +253,7 @@ def test_ignored_targets_do_not_count():
 
 def test_weight_decay_only_on_matrices():
     model = GPT(GPTConfig(97, 8, 2, 2, 8))
-    decayed, others = model.param_groups(0.1)
+    decayed, others = decay_groups(model, 0.1)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in others["params"]} == {n for n in names.values() if n.endswith("bias") or "ln_" in n}
@@ -258,39 +264,39 @@ def test_flops_are_six_a_weight_and_the_attention_products():
     config = GPTConfig(97, 32, 2, 2, 16)
     per_block = 16 * 48 + 48 + 16 * 16 + 16 + 2 * (4 * 16 * 16) + 64 + 16 + 4 * 16
     weights = 2 * per_block + 2 * 16 + 128 * 16
-    assert GPT(config).flops_per_token() == 6 * weights + 12 * 2 * 16 * 32
+    assert flops_per_token(GPT(config)) == 6 * weights + 12 * 2 * 16 * 32
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_copy_for_scoring_computes_the_same(shape):
-    """The parts that for_scoring replaces against the model that has its weights, in fp32 and in autocast's bf16."""
+def test_the_copy_scoring_copy_computes_the_same(shape):
+    """The parts that scoring_copy replaces against the model that has its weights, in fp32 and in autocast's bf16."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(*shape)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     idx = ids_for(model.config)
     with torch.no_grad():
-        assert (for_scoring(model)(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
+        assert (scoring_copy(model)(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
         with torch.autocast("cpu", torch.bfloat16):
-            expected, scored = model(idx)[0], for_scoring(model)(idx)[0]
+            expected, scored = model(idx)[0], scoring_copy(model)(idx)[0]
     assert scored.dtype == torch.bfloat16 and (scored - expected).float().norm() / expected.float().norm() < 0.02
 
 
-def test_the_copy_for_scoring_is_of_the_weights_there_are(monkeypatch):
+def test_the_copy_scoring_copy_is_of_the_weights_there_are(monkeypatch):
     """In fp32 it takes no memory; it leaves the model as it was, and is asked for anew after a step of training."""
     model = GPT(GPTConfig(*SHAPES[0])).train()
     idx = ids_for(model.config)
-    copy = for_scoring(model)
+    copy = scoring_copy(model)
     assert copy is not model and copy.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
     model(idx, idx)[1].backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected, scored = model(idx)[0], for_scoring(model)(idx)[0]
+        expected, scored = model(idx)[0], scoring_copy(model)(idx)[0]
     assert (scored - expected).float().norm() / expected.float().norm() < 0.02
     assert model.training and all(p.requires_grad for p in model.parameters())
 
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # as in PyTorch for a Mac
-    assert for_scoring(model) is model
+    assert scoring_copy(model) is model
 
 
 def test_too_long_an_input_is_refused():
@@ -429,7 +435,7 @@ def test_a_shortened_model_is_the_same_on_short_sequences():
     model = GPT(GPTConfig(97, 24, 2, 2, 16))
     idx = ids_for(model.config, length=8)
     before = model(idx)[0]
-    model.adapt(replace(model.config, seq_len=8))
+    adapt(model, replace(model.config, seq_len=8))
     assert (model(idx)[0] == before).all() and model.transformer.wpe.weight.shape == (8, 16)
     with pytest.raises(ValueError, match="longer than the 8 positions the model has: lower it"):
-        model.adapt(replace(model.config, seq_len=9))
+        adapt(model, replace(model.config, seq_len=9))

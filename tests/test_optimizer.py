@@ -12,8 +12,8 @@ import checkpoint
 from config import read_run
 from dataloader import TokenStream, find_shards
 from distributed import World
-from model import GPT, GPTConfig
 from optimizer import AverageWeights, MuonAndAdamW, schedule
+from variants import VariantConfig, build
 
 ALONE = World(torch.device("cpu"))
 
@@ -53,7 +53,7 @@ def test_muon_is_torchs_for_the_matrices_and_adamw_for_the_rest(switches, dtype,
     models = []
     for ours in (True, False):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(97, 16, 2, 2, 16, **switches))
+        model = build(VariantConfig(97, 16, 2, 2, 16, **switches))
         matrices = {p for name, p in model.named_parameters() if ".h." in name and p.dim() == 2 and "router" not in name}
         if ours:
             optimizers = [MuonAndAdamW(model, 1e-2, 2e-2, 0.9, 0.1, ALONE, dtype=dtype)]
@@ -80,7 +80,7 @@ def test_muon_is_torchs_for_the_matrices_and_adamw_for_the_rest(switches, dtype,
 def test_an_update_of_muon_is_nearly_orthogonal(dtype):
     """Jordan et al., 2024: singular values of about 1, times lr · √(rows / columns) where there are more rows."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(97, 16, 1, 2, 16, norm="rmsnorm"))  # after layernorm, whose mean is 0, the gradient has a rank too few
+    model = build(VariantConfig(97, 16, 1, 2, 16, norm="rmsnorm"))  # after layernorm, whose mean is 0, the gradient has a rank too few
     weight = model.transformer.h[0].mlp.c_fc.weight  # (64, 16)
     before, idx = weight.detach().clone(), ids_for(model.config, batch=64)
     optimizer = MuonAndAdamW(model, 1e-2, 0.5, 0.95, 0.0, ALONE, dtype=dtype)
@@ -94,7 +94,7 @@ def test_each_process_does_a_fair_share_of_the_matrices_and_no_more():
     shares = []
     for rank in range(4):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(97, 16, 4, 2, 16))
+        model = build(VariantConfig(97, 16, 4, 2, 16))
         world = World(torch.device("cpu"), rank, 4)
         object.__setattr__(world, "broadcast", lambda tensors, owner: None)
         optimizer = MuonAndAdamW(model, 1e-2, 2e-2, 0.95, 0.1, world)
@@ -108,7 +108,7 @@ def test_each_process_does_a_fair_share_of_the_matrices_and_no_more():
 
 def test_the_average_is_torchs():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(97, 16, 1, 2, 16))
+    model = build(VariantConfig(97, 16, 1, 2, 16))
     average = AverageWeights(model, 0.9)
     theirs = AveragedModel(model, avg_fn=lambda mean, p, n: mean + (1 - min(0.9, (1 + n) / (10 + n))) * (p - mean))
     theirs.update_parameters(model)  # its first is a copy
@@ -165,7 +165,7 @@ def test_a_run_with_muon_and_an_average_resumes_exactly(with_muon, shards, tmp_p
 def test_the_average_is_what_is_validated_and_saved(with_muon):
     model, state = checkpoint.load_training(with_muon, 20)
     average = checkpoint.load_model(with_muon / "model_00020.pt")[0]
-    weights = GPT(GPTConfig(**model["config"]))
+    weights = build(VariantConfig(**model["config"]))
     checkpoint.load_weights(weights, state["weights"], with_muon)
     assert max((p - q).abs().max() for p, q in zip(average.parameters(), weights.parameters(), strict=True)) > 1e-3
     stream = TokenStream(find_shards(read_run(with_muon).data_dir), "val", 32, shuffle=False)

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import perplexity
-from model import GPT, GPTConfig
 from perplexity import rows_of_text, score
 from tokenizer import get_tokenizer
+from variants import VariantConfig, build
 
 TEXT = (REPO / "README.md").read_text()[:1500]
 
@@ -28,7 +28,7 @@ def models(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("hf")
     torch.manual_seed(0)
-    model = GPT(GPTConfig(257, 64, 2, 2, 32)).eval()
+    model = build(VariantConfig(257, 64, 2, 2, 32)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     model.save_pretrained(folder)
@@ -73,7 +73,7 @@ def test_every_token_is_predicted_once_from_at_least_as_much_as_the_stride_leave
 def test_bits_a_byte_do_not_depend_on_the_tokenizer(gpt2_tokenizer):
     """A model that finds all ids equally likely needs log2(V) bits an id."""
     for tokenizer, V in ((gpt2_tokenizer, 50257), (get_tokenizer("bytes"), 257)):
-        model = GPT(GPTConfig(V, 64, 1, 2, 16))
+        model = build(VariantConfig(V, 64, 1, 2, 16))
         torch.nn.init.zeros_(model.lm_head.weight)
         ids = tokenizer.encode("Grüße, 你好! " * 9)
         result = score(model, tokenizer, rows_of_text([tokenizer.eot, *ids, tokenizer.eot], 64, 0), batch_size=4)

@@ -18,9 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import plan
 import train
+from compiling import compile_blocks, recompute_activations
 from config import PRESETS, TrainConfig
-from model import GPT, GPTConfig
+from model import GPT
 from plan import Cluster, Setting, fsdp_step, memory
+from variants import VariantConfig, build, build_on_meta, flops_per_token
 
 # ---- sizes ----
 
@@ -41,7 +43,7 @@ def test_the_gpt3_presets_are_the_published_ones(name, n_layer, n_embd, batch, m
     assert config.total_batch_tokens == pytest.approx(batch, rel=0.05)
     assert config.total_batch_tokens * config.warmup_steps == pytest.approx(375e6, rel=2e-3)
     assert config.total_batch_tokens * config.max_steps == pytest.approx(10e9, rel=1e-4)
-    params = GPT.on_meta(config.model).num_params()
+    params = build_on_meta(config.model).num_params()
     assert params == pytest.approx(millions * 1e6, rel=0.004)  # rounded to three digits there
     assert 6 * params * 300e9 == pytest.approx(flops, rel=0.006)
 
@@ -49,11 +51,11 @@ def test_the_gpt3_presets_are_the_published_ones(name, n_layer, n_embd, batch, m
 def test_flops_are_those_of_nanogpts_notebook():
     """transformer_sizing.ipynb counts, for one sequence, 874,944,921,600 in the matrix products and 879,894,724,608 by PaLM's formula
     over all 124,337,664 parameters. Ours leaves the position table out and has the rows in that pad the vocabulary."""
-    config = GPTConfig(bias=False)
-    model = GPT.on_meta(config)
+    config = VariantConfig(bias=False)
+    model = build_on_meta(config)
     assert model.num_params() == 124_337_664
     padding, positions = (config.padded_vocab_size - config.vocab_size) * config.n_embd, config.seq_len * config.n_embd
-    ours = 1024 * model.flops_per_token()
+    ours = 1024 * flops_per_token(model)
     assert ours == 879_894_724_608 + 1024 * 6 * (padding - positions)
     assert ours == pytest.approx(874_944_921_600, rel=5e-4)
 
@@ -70,7 +72,7 @@ SWITCHES = {
     "rmsnorm": {"norm": "rmsnorm"},
     "swiglu": {"mlp": "swiglu"},
     "experts": {"n_expert": 4, "n_expert_active": 2},
-    "modern": {name: getattr(PRESETS["modern"].model, name) for name in PRESETS["modern"].model.variants()},
+    "modern": {name: getattr(PRESETS["modern"].model, name) for name in PRESETS["modern"].model.switches_on()},
 }
 
 
@@ -85,18 +87,18 @@ def saved_bytes(gpt: GPT, idx: torch.Tensor) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        hidden = gpt.hidden(idx)
+        hidden = gpt.hidden_states(idx)
     assert hidden.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def small(**switches) -> GPTConfig:
-    return GPTConfig(**{"vocab_size": 1000, "seq_len": 128, "n_layer": 3, "n_head": 4, "n_embd": 64} | switches)
+def small(**switches) -> VariantConfig:
+    return VariantConfig(**{"vocab_size": 1000, "seq_len": 128, "n_layer": 3, "n_head": 4, "n_embd": 64} | switches)
 
 
-def kept_by_estimate(shape: GPTConfig, setting: Setting, batch: int, **flags) -> float:
+def kept_by_estimate(shape: VariantConfig, setting: Setting, batch: int, **flags) -> float:
     config = TrainConfig(model=shape, micro_batch_size=batch, total_batch_tokens=batch * shape.seq_len, **flags)
-    gpt = GPT.on_meta(shape)
+    gpt = build_on_meta(shape)
     parts = memory(config, setting, gpt).parts
     head = setting.e * (gpt.lm_head.weight.numel() + batch * shape.seq_len * shape.n_embd)  # of the loss, not of the trunk
     return parts["activations"] + parts["copies for the products"] - (head if setting.e < 4 else 4 * batch * shape.seq_len * shape.n_embd)
@@ -105,13 +107,13 @@ def kept_by_estimate(shape: GPTConfig, setting: Setting, batch: int, **flags) ->
 @pytest.mark.parametrize("name", SWITCHES)
 def test_what_an_eager_fp32_forward_pass_keeps(name):
     shape = small(**SWITCHES[name])
-    kept = saved_bytes(GPT(shape), torch.randint(1000, (8, 128)))
+    kept = saved_bytes(build(shape), torch.randint(1000, (8, 128)))
     assert kept_by_estimate(shape, Setting("cpu", 4, compiled=False), 8) == pytest.approx(kept, rel=0.05)
 
 
 def test_what_recomputation_keeps():
-    shape, gpt = small(), GPT(small())
-    gpt.recompute = True
+    shape, gpt = small(), build(small())
+    recompute_activations(gpt)
     kept = saved_bytes(gpt, torch.randint(1000, (8, 128)))
     assert kept_by_estimate(shape, Setting("cpu", 4, compiled=False), 8, activation_memory=0.0) == pytest.approx(kept, rel=0.05)
 
@@ -122,9 +124,9 @@ def test_what_recomputation_keeps():
 )
 def test_what_a_compiled_bf16_forward_pass_keeps(name, activation_memory):
     torch._dynamo.reset()
-    shape, gpt = small(**SWITCHES[name]), GPT(small(**SWITCHES[name]))
+    shape, gpt = small(**SWITCHES[name]), build(small(**SWITCHES[name]))
     with functorch_config.patch(activation_memory_budget=1.0):  # put back afterwards
-        gpt.compile_blocks(activation_memory)
+        compile_blocks(gpt, activation_memory)
         with torch.autocast("cpu", torch.bfloat16):
             kept = saved_bytes(gpt, torch.randint(1000, (8, 128)))
     estimate = kept_by_estimate(shape, Setting("cpu", 2, compiled=True), 8, activation_memory=activation_memory)
@@ -142,10 +144,10 @@ def products_of_backward(activation_memory: float) -> int:
 
     partition = partial(min_cut_rematerialization_partition, compiler="inductor")
     backend = aot_autograd(fw_compiler=count, bw_compiler=count, decompositions=select_decomp_table(), partition_fn=partition)
-    gpt = GPT(small(n_layer=1))
+    gpt = build(small(n_layer=1))
     gpt.transformer.h[0].compile(backend=backend)
     with functorch_config.patch(activation_memory_budget=activation_memory), torch.autocast("cpu", torch.bfloat16):
-        gpt.hidden(torch.randint(1000, (2, 128))).sum().backward()
+        gpt.hidden_states(torch.randint(1000, (2, 128))).sum().backward()
     return counts[1]
 
 
@@ -170,10 +172,10 @@ def allocated_peak(step) -> int:
 )
 def test_the_peak_of_an_eager_step(monkeypatch, passes, max_logits, activation_memory):
     """With and without accumulation, with the loss whole and in chunks, with everything kept and computed again."""
-    monkeypatch.setattr("model.MAX_LOGITS", max_logits)
+    monkeypatch.setattr("loss.MAX_LOGITS", max_logits)
     shape = small(n_embd=128)
-    gpt, idx = GPT(shape), torch.randint(1000, (8, 128))
-    gpt.recompute = activation_memory == 0
+    gpt, idx = build(shape), torch.randint(1000, (8, 128))
+    recompute_activations(gpt, activation_memory == 0)
     optimizer = torch.optim.AdamW(gpt.parameters(), fused=True)
 
     def step():
@@ -185,12 +187,12 @@ def test_the_peak_of_an_eager_step(monkeypatch, passes, max_logits, activation_m
     step()  # makes AdamW's moments
     measured = allocated_peak(step) + 12 * sum(p.numel() for p in gpt.parameters())
     config = TrainConfig(model=shape, micro_batch_size=8, total_batch_tokens=passes * 8 * 128, activation_memory=activation_memory)
-    assert memory(config, Setting("cpu", 4, compiled=False), GPT.on_meta(shape)).peak == pytest.approx(measured, rel=0.1)
+    assert memory(config, Setting("cpu", 4, compiled=False), build_on_meta(shape)).peak == pytest.approx(measured, rel=0.1)
 
 
 def test_sharding_divides_the_state():
     config = replace(PRESETS["gpt2-xl"], micro_batch_size=1)
-    gpt = GPT.on_meta(config.model)
+    gpt = build_on_meta(config.model)
     whole, shared = (memory(config, Setting(world_size=8, shard=shard), gpt).parts for shard in (False, True))
     assert all(shared[part] * 8 == whole[part] for part in ("weights", "gradients", "optimizer"))
     assert whole["whole blocks"] == 0 and shared["activations"] == whole["activations"]
@@ -266,7 +268,7 @@ def test_the_rate_is_the_measured_one_where_there_is_one(tmp_path, shards, capsy
 
 def test_the_largest_micro_batch_divides_and_fits():
     config = replace(PRESETS["gpt2"], total_batch_tokens=360 * 1024)
-    gpt, setting = GPT.on_meta(config.model), Setting()
+    gpt, setting = build_on_meta(config.model), Setting()
     needs = {b: memory(replace(config, micro_batch_size=b), setting, gpt).peak for b in range(1, 361) if 360 % b == 0}
     for available in (1e9, 3e9, 7e9, 40e9, 1e12):
         fits = [b for b, need in needs.items() if need <= available]

@@ -13,15 +13,15 @@ from torch._functorch.aot_autograd import make_boxed_func
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sample
-from model import GPT, GPTConfig
 from sample import generate, next_ids
 from tokenizer import get_tokenizer
+from variants import VariantConfig, build
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(3)
-    model = GPT(GPTConfig(257, 24, 2, 2, 32))
+    model = build(VariantConfig(257, 24, 2, 2, 32))
     for name, p in model.named_parameters():
         if "ln_" not in name:  # with random norms the likeliest id is always the same one
             torch.nn.init.normal_(p, std=0.3)
@@ -40,7 +40,7 @@ def test_greedy_tokens_are_the_same_with_and_without_cache(model, prompt, new):
 @pytest.mark.slow
 def test_compiled_steps_give_the_same_tokens(model):
     """One sequence, where the products have one row, and two; greedily and sampled; a second model, and past the positions."""
-    other = GPT(GPTConfig(257, 24, 2, 4, 32)).eval()
+    other = build(VariantConfig(257, 24, 2, 4, 32)).eval()
     for net, batch, new in ((model, 1, 21), (model, 2, 30), (other, 1, 21)):
         idx = torch.randint(257, (batch, 3), generator=torch.Generator().manual_seed(0))
         assert (generate(net, idx, new, temperature=0, compile=True) == generate(net, idx, new, temperature=0)).all()
@@ -60,7 +60,7 @@ def test_a_compiled_step_changes_only_what_a_cuda_graph_may_hold(monkeypatch, sw
 
     step = torch.compile(sample.decode_step, backend=aot_autograd(fw_compiler=compiler, inference_compiler=compiler), dynamic=False)
     monkeypatch.setattr(sample, "compiled_step", lambda kind: step)
-    model = GPT(GPTConfig(97, 16, 2, 2, 32, **switches))
+    model = build(VariantConfig(97, 16, 2, 2, 32, **switches))
     idx = torch.randint(97, (1, 5), generator=torch.Generator().manual_seed(0))
     for _ in range(2):  # the second text has a cache of its own, and needs no compiling
         assert (generate(model, idx, 6, temperature=0, compile=True) == generate(model, idx, 6, temperature=0)).all()
@@ -167,7 +167,7 @@ def test_a_sample_ends_at_end_of_text(model, monkeypatch):
 def near(model, seq_len=24, noise=0.02):
     """A model whose likeliest id is often that of the given one."""
     torch.manual_seed(1)
-    draft = GPT(GPTConfig(257, seq_len, 2, 2, 32)).eval()
+    draft = build(VariantConfig(257, seq_len, 2, 2, 32)).eval()
     weights = {name: p + noise * torch.randn_like(p) for name, p in model.state_dict().items()}
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:seq_len]
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
@@ -181,7 +181,7 @@ def test_a_draft_changes_no_greedy_token(model, batch, prompt, new):
     """A good, a bad and a short-sighted draft, with few and many ids at a time, also where the text outgrows the positions."""
     idx = torch.randint(257, (batch, prompt), generator=torch.Generator().manual_seed(0))
     plain = generate(model, idx, new, temperature=0)
-    for draft in (near(model), near(model, noise=1), near(model, seq_len=9), GPT(GPTConfig(257, 50, 1, 1, 8))):
+    for draft in (near(model), near(model, noise=1), near(model, seq_len=9), build(VariantConfig(257, 50, 1, 1, 8))):
         for k in (1, 2, 5, 100):
             assert (generate(model, idx, new, temperature=0, draft=draft, draft_tokens=k) == plain).all()
 
@@ -189,7 +189,7 @@ def test_a_draft_changes_no_greedy_token(model, batch, prompt, new):
 def test_a_draft_changes_no_token_of_models_with_windows():
     """Whose caches are rings, in which a rejected token has overwritten another."""
     torch.manual_seed(1)
-    model = GPT(GPTConfig(257, 64, 2, 2, 32, pos="rope", window=5, window_pattern="SL", tied_head=False)).eval()
+    model = build(VariantConfig(257, 64, 2, 2, 32, pos="rope", window=5, window_pattern="SL", tied_head=False)).eval()
     for name, p in model.named_parameters():
         if "ln_" not in name:
             torch.nn.init.normal_(p, std=0.3)
@@ -226,7 +226,7 @@ class Chain:
     def __init__(self, logits):
         self.table, self.config = logits, SimpleNamespace(vocab_size=len(logits), seq_len=100)
 
-    def hidden(self, ids, cache):
+    def hidden_states(self, ids, cache):
         cache.length += ids.size(1)
         return ids
 
@@ -264,7 +264,7 @@ def test_a_draft_changes_nothing_in_the_distribution(temperature, top_k, top_p, 
 
 
 def test_a_draft_with_another_vocabulary_is_refused(model, tmp_path, capsys, gpt2_tokenizer):
-    other = GPT(GPTConfig(50257, 24, 1, 1, 8))
+    other = build(VariantConfig(50257, 24, 1, 1, 8))
     with pytest.raises(ValueError, match="the draft has 50257 ids, the model 257"):
         generate(model, torch.zeros(1, 1, dtype=torch.long), 1, draft=other)
     path, draft = save_checkpoint(tmp_path, 1, model, "bytes", None, {}), save_checkpoint(tmp_path, 2, other, "gpt2", None, {})
@@ -319,16 +319,16 @@ def test_a_model_that_diverged_is_named(model, temperature):
     with pytest.raises(ValueError, match="its training diverged"):
         generate(model, torch.zeros(1, 1, dtype=torch.long), 1, temperature)
     with pytest.raises(ValueError, match="the draft's logits are not finite"):
-        generate(GPT(model.config), torch.zeros(1, 1, dtype=torch.long), 2, temperature, draft=model)
+        generate(build(model.config), torch.zeros(1, 1, dtype=torch.long), 2, temperature, draft=model)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_model_that_diverged_at_a_later_position_is_named(monkeypatch, temperature):
-    model = GPT(GPTConfig(257, 16, 1, 1, 8))
+    model = build(VariantConfig(257, 16, 1, 1, 8))
     monkeypatch.setattr(sample, "compiled_step", lambda kind: sample.decode_step)
     with torch.no_grad():
         model.transformer.wpe.weight[5:] = torch.nan
-    for how in ({}, dict(use_cache=False), dict(compile=True), dict(draft=GPT(GPTConfig(257, 16, 1, 1, 8)))):
+    for how in ({}, dict(use_cache=False), dict(compile=True), dict(draft=build(VariantConfig(257, 16, 1, 1, 8)))):
         with pytest.raises(ValueError, match="the model's logits are not finite numbers: its training diverged"):
             generate(model, torch.zeros(1, 1, dtype=torch.long), 10, temperature, **how)
 
@@ -340,4 +340,4 @@ def test_nothing_to_go_on_from_is_refused(model):
 
 def test_compiled_steps_are_refused_for_experts():
     with pytest.raises(ValueError, match="leave --compile out"):
-        generate(GPT(GPTConfig(97, 16, 1, 2, 16, n_expert=2)), torch.zeros(1, 1, dtype=torch.long), 4, compile=True)
+        generate(build(VariantConfig(97, 16, 1, 2, 16, n_expert=2)), torch.zeros(1, 1, dtype=torch.long), 4, compile=True)

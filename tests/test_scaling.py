@@ -13,8 +13,8 @@ from scipy.optimize import approx_fprime, minimize_scalar
 import cli
 import scaling
 from config import TrainConfig
-from model import GPT
 from scaling import PUBLISHED, Law, Point, bootstrap, fit, objective
+from variants import build_on_meta
 
 LAWS = [PUBLISHED["besiroglu"], PUBLISHED["hoffmann"], Law(0.6, 30.0, 200.0, 0.3, 0.4)]
 
@@ -109,7 +109,7 @@ def test_the_flags_of_a_plan_have_about_its_size(capsys):
     for law, flops in itertools.product(("besiroglu", "kaplan"), (1e17, 1e18, 1e20, 1e21)):
         assert run_main(scaling.main, "plan", "--law", law, "--flops", flops, "--json") == 0
         for row in json.loads(capsys.readouterr().out)["rows"]:
-            model = GPT.on_meta(cli.parse(TrainConfig, row["shape"].split()).model)
+            model = build_on_meta(cli.parse(TrainConfig, row["shape"].split()).model)
             assert model.num_params() == row["its_params"]
             counted = sum(p.numel() for p in model.transformer.h.parameters()) if law == "kaplan" else model.num_params()
             assert counted == pytest.approx(row["params"], rel=0.15)

@@ -12,7 +12,7 @@ from conftest import REPO, run_main, seconds_of
 import cli
 from config import TrainConfig, parse_config
 from device import CARDS
-from model import GPT
+from variants import build, flops_per_token
 
 SCRIPTS = [
     "train",
@@ -106,7 +106,7 @@ def test_the_tests_that_the_readme_names_are_there():
 
 def test_the_hours_in_the_readme_follow_from_the_flops():
     config = TrainConfig()
-    flops = GPT(config.model).flops_per_token() * config.total_batch_tokens * config.max_steps
+    flops = flops_per_token(build(config.model)) * config.total_batch_tokens * config.max_steps
     power = int(math.log10(flops))
     exponent = "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(digit)] for digit in str(power))
     text = (REPO / "README.md").read_text()

@@ -10,8 +10,8 @@ from test_hellaswag import make_tasks
 
 import checkpoint
 from config import TrainConfig
-from model import GPT, GPTConfig
 from plan import Setting, memory
+from variants import VariantConfig, build_on_meta
 
 SHARED = ["--checkpoint-every", 10, "--keep", 0]
 
@@ -181,9 +181,9 @@ def test_a_process_has_less_memory_the_more_there_are_as_a_plan_says(shards, tmp
         assert run.returncode == 0, run.stderr
         rows = [json.loads(line) for line in (tmp_path / f"{processes}_{width}" / "metrics.jsonl").read_text().splitlines()]
         peaks[processes, width] = max(row.get("memory_bytes", 0) for row in rows)
-    shape = GPTConfig(vocab_size=257, seq_len=32, n_layer=12, n_head=8, n_embd=512)
+    shape = VariantConfig(vocab_size=257, seq_len=32, n_layer=12, n_head=8, n_embd=512)
     config = TrainConfig(model=shape, micro_batch_size=1, total_batch_tokens=128)
-    two, four = (memory(config, Setting("cpu", 4, False, n, shard=True), GPT.on_meta(shape)).peak for n in (2, 4))
+    two, four = (memory(config, Setting("cpu", 4, False, n, shard=True), build_on_meta(shape)).peak for n in (2, 4))
     assert two == pytest.approx(peaks[2, 512] - peaks[4, 16], rel=0.1)
     assert four == pytest.approx(peaks[4, 512] - peaks[4, 16], rel=0.1)
     assert peaks[4, 512] < peaks[2, 512] - 0.2 * 12 * 37.8e6 / 4

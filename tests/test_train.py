@@ -28,8 +28,8 @@ import train
 from config import PRESETS, TrainConfig, parse_config, parse_flags, read_run
 from dataloader import TokenStream, find_shards
 from distributed import World
-from model import GPT, GPTConfig
 from optimizer import schedule
+from variants import VariantConfig, build, build_on_meta
 
 
 def final_weights(out_dir, step=20) -> dict:
@@ -114,7 +114,7 @@ def test_the_screen_shows_results_on_stdout_and_progress_on_stderr(shards, tmp_p
 def test_the_update_is_the_plain_formula(finished, shards):
     """Three steps by hand: the whole batch at once, torch's AdamW unfused, the clip written out."""
     torch.manual_seed(1337)
-    model = GPT(GPTConfig(257, 32, 2, 2, 32))
+    model = build(VariantConfig(257, 32, 2, 2, 32))
     stream = TokenStream(find_shards(shards), "train", 32)
     decay = {p for p in model.parameters() if p.dim() >= 2}
     groups = [{"params": [p for p in model.parameters() if (p in decay) == d], "weight_decay": 0.1 * d} for d in (True, False)]
@@ -136,7 +136,7 @@ def test_the_update_is_the_plain_formula(finished, shards):
 def test_validation_is_the_mean_over_spread_sequences(finished, shards):
     """20 of the val shard's 31 sequences: 0, 1, 3, 4, 6, …"""
     torch.manual_seed(1337)
-    model = GPT(GPTConfig(257, 32, 2, 2, 32))
+    model = build(VariantConfig(257, 32, 2, 2, 32))
     stream = TokenStream(find_shards(shards), "val", 32, shuffle=False)
     starts = [0, 1, 3, 4, 6, 7, 9, 10, 12, 13, 15, 17, 18, 20, 21, 23, 24, 26, 27, 29]
     rows = torch.stack([torch.from_numpy(stream.read(32 * start, 33)) for start in starts])
@@ -184,13 +184,13 @@ def teacher(shards, tmp_path_factory):
 def test_a_student_follows_the_plain_formula_of_distillation(teacher, shards, tmp_path, monkeypatch, max_logits):
     """(1 - w) · cross entropy + w · KL(teacher ‖ student), Hinton et al., 2015; the loss in the log is the cross entropy. Also where
     the logits never stand in memory together."""
-    monkeypatch.setattr("model.MAX_LOGITS", max_logits)
+    monkeypatch.setattr("loss.MAX_LOGITS", max_logits)
     rows, divergence_of = [], train.divergence
     monkeypatch.setattr(train, "divergence", lambda logits, expected: rows.append(logits.numel()) or divergence_of(logits, expected))
     argv = ["--teacher", teacher, "--teacher-weight", 0.7, "--max-steps", 1, "--warmup-steps", 0, "--grad-clip", 0]
     assert run_train(shards, tmp_path / "run", *argv) == 0
     torch.manual_seed(1337)
-    student, master = GPT(GPTConfig(257, 32, 2, 2, 32)), checkpoint.load_model(teacher)[0]
+    student, master = build(VariantConfig(257, 32, 2, 2, 32)), checkpoint.load_model(teacher)[0]
     x, y = map(torch.from_numpy, TokenStream(find_shards(shards), "train", 32).batch(range(8)))
     log_p, q = student(x)[0].log_softmax(-1), master(x)[0].softmax(-1)
     text = -log_p.gather(2, y[..., None]).mean()
@@ -222,7 +222,7 @@ def test_a_teacher_of_experts_leaves_their_balance_as_it_is(teacher, shards):
         trainer.loss(trainer.model, range(4)).backward()
         grads.append(trainer.model.transformer.h[0].mlp.router.weight.grad)
         x = torch.from_numpy(trainer.train_stream.batch(range(4))[0])
-        (of_balance,) = torch.autograd.grad(trainer.model.trunk(x)[1], trainer.model.transformer.h[0].mlp.router.weight)
+        (of_balance,) = torch.autograd.grad(trainer.model.hidden_states_and_balance(x)[1], trainer.model.transformer.h[0].mlp.router.weight)
     assert of_balance.abs().max() > 1e-4
     assert (grads[0] - grads[1] - 0.01 * of_balance).abs().max() <= 1e-7
 
@@ -623,8 +623,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(shards, tmp_path, capsys, monk
 def test_what_can_not_fit_is_refused_by_the_bytes_of_its_weights(monkeypatch, switches):
     """4 bytes each for a weight, its gradient and AdamW's two moments, of which --shard divides all but the first, while there are no
     gradients; Muon has one moment for a matrix, which processes share always."""
-    config = TrainConfig(model=GPTConfig(**switches))
-    model = GPT.on_meta(config.model)
+    config = TrainConfig(model=VariantConfig(**switches))
+    model = build_on_meta(config.model)
     params = sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for name, p in model.transformer.h.named_parameters() if p.dim() == 2 and "router" not in name)
     for settings, processes, need in (
@@ -838,8 +838,8 @@ def test_a_preset_whose_shape_gives_way_to_the_given_weights_says_so(shards, tmp
     warned = re.findall("^warning: (.*)", capsys.readouterr().err, re.M)
     given_way = "--n-layer, --n-embd, --attention"  # a flag says the length
     assert warned == [f"of --init-from {tmp_path / 'hf'}, and not of --preset quickstart, the run has {given_way}"]
-    gpt2 = parse_flags(["--preset", "gpt3-125m", "--init-from", "gpt2"], GPTConfig())
-    assert "--seq-len" in gpt2.given_way(GPTConfig())[0] and parse_flags([]).given_way(GPTConfig(n_layer=3)) == []
+    gpt2 = parse_flags(["--preset", "gpt3-125m", "--init-from", "gpt2"], VariantConfig())
+    assert "--seq-len" in gpt2.given_way(VariantConfig())[0] and parse_flags([]).given_way(VariantConfig(n_layer=3)) == []
 
 
 # ---- presets ----

@@ -1,4 +1,4 @@
-"""The switches of GPTConfig against transformers' Llama, Mistral, Qwen3, Mixtral and GPT-NeoX with copied weights, and plain formulas."""
+"""variants.py's switches against transformers' Llama, Mistral, Qwen3, Mixtral and GPT-NeoX with copied weights, and plain formulas."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -12,10 +12,25 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from attention import BlockwiseAttention, block_mask, causal_mask
+from compiling import compile_blocks, recompute_activations
 from config import PRESETS
-from kernels import BlockwiseAttention, for_scoring
+from huggingface import OFF
 from kv_cache import KVCache
-from model import GPT, GPTConfig, MixtureOfExperts, block_mask, causal_mask, rotate, rotation_of
+from model import GPT, GPTConfig
+from variants import (
+    SWITCHES,
+    MixtureOfExperts,
+    VariantConfig,
+    VariantGPT,
+    build,
+    flops_per_token,
+    idle_params,
+    rotate,
+    rotation_of,
+    scoring_copy,
+    set_attention,
+)  # fmt: skip
 
 SHAPE = dict(vocab_size=97, seq_len=24, n_layer=4, n_head=4, n_embd=32)
 LLAMA = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, tied_head=False)
@@ -23,7 +38,7 @@ LLAMA = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, tied_head=Fal
 VARIANTS = {
     "gpt2": {},
     "rope": dict(pos="rope"),
-    "yarn": dict(pos="rope", rope_scaling="yarn", rope_factor=4.0),
+    "yarn": dict(pos="rope", rope_scaling="yarn", rope_factor=4.0, rope_base=500.0),
     "grouped": dict(n_kv_head=2),
     "multi-query": dict(n_kv_head=1, pos="rope"),
     "window": dict(window=5),
@@ -41,24 +56,61 @@ VARIANTS = {
     "value_residual": dict(value_residual=True, n_kv_head=2),
     "shared": dict(share_layers=2, value_residual=True),
     "experts": dict(n_expert=4, n_expert_active=2, mlp="swiglu"),
-    "one expert of three": dict(n_expert=3, n_expert_active=1),
+    "one expert of three": dict(n_expert=3, n_expert_active=1, load_balance=0.1),
     "many at once": dict(
         pos="rope", n_kv_head=2, window=5, window_pattern="SSLL", doc_mask=True, share_layers=2, n_expert=3, n_expert_active=2, mlp="swiglu"
     ),
-    "modern": {name: getattr(PRESETS["modern"].model, name) for name in PRESETS["modern"].model.variants()},
+    "modern": {name: getattr(PRESETS["modern"].model, name) for name in PRESETS["modern"].model.switches_on()},
 }
 
 
 def randomized(seed=0, attention="flash", **switches) -> GPT:
     """Large random weights everywhere, so that no term can hide."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**SHAPE | dict(attention=attention) | switches))
+    model = build(VariantConfig(**SHAPE | dict(attention=attention) | switches))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model
 
 
-def ids_with_documents(config: GPTConfig) -> torch.Tensor:
+def test_every_switch_is_in_the_table():
+    """A new field of VariantConfig needs a row above, so that every test here covers it."""
+    assert {f.name for f in SWITCHES} == {name for switches in VARIANTS.values() for name in switches}
+
+
+def test_hugging_face_knows_every_switch():
+    assert {f.name: f.default for f in SWITCHES} == OFF
+
+
+@pytest.mark.parametrize("attention", ["flash", "manual"])
+def test_no_switch_is_gpt2_bit_for_bit(attention):
+    """build's fast parts against model.py's plain ones: keys, initial weights, logits, loss and gradients."""
+    built = randomized(attention=attention)
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(**SHAPE, attention=attention))
+    torch.manual_seed(0)
+    fresh = build(VariantConfig(**SHAPE, attention=attention))
+    assert type(built) is GPT and list(plain.state_dict()) == list(fresh.state_dict())
+    assert all((p == q).all() for p, q in zip(plain.parameters(), fresh.parameters(), strict=True))
+    plain.load_state_dict(built.state_dict())
+    idx = ids_for(plain.config)
+    assert (built(idx)[0] == plain(idx)[0]).all()
+    (loss, grads), (plain_loss, plain_grads) = loss_and_gradients(built, idx), loss_and_gradients(plain, idx)
+    assert loss == plain_loss and all((p == q).all() for p, q in zip(grads, plain_grads, strict=True))
+
+
+@pytest.mark.parametrize("attention", ["flash", "manual"])
+def test_variant_classes_equal_gpt2_bit_for_bit(attention):
+    """VariantGPT with no switch on, against model.py."""
+    built = randomized(attention=attention)
+    variant = VariantGPT(VariantConfig(**SHAPE, attention=attention))
+    variant.load_state_dict(built.state_dict())
+    idx = ids_for(built.config)
+    (loss, grads), (variant_loss, variant_grads) = loss_and_gradients(built, idx), loss_and_gradients(variant, idx)
+    assert loss == variant_loss and all((p == q).all() for p, q in zip(grads, variant_grads, strict=True))
+
+
+def ids_with_documents(config: VariantConfig) -> torch.Tensor:
     idx = ids_for(config)
     idx[0, [0, 7, 8, 20]] = idx[1, 11] = config.vocab_size - 1
     return idx
@@ -136,7 +188,7 @@ def copy_llama(model: GPT, hf: torch.nn.Module):
 )
 def test_logits_loss_and_gradients_equal_those_of_the_field(kind, settings, switches, attention):
     hf = hugging_face(kind, **settings)
-    model = GPT(GPTConfig(**SHAPE | LLAMA | switches, attention=attention))
+    model = build(VariantConfig(**SHAPE | LLAMA | switches, attention=attention))
     copy_llama(model, hf)
     idx = ids_for(model.config)
     assert (model(idx)[0] - hf(idx).logits).abs().max() <= 1e-5 * max(1, hf(idx).logits.abs().max())
@@ -158,7 +210,7 @@ def test_rope_alone_equals_gpt_neox():
         "GPTNeoX", intermediate_size=128, use_parallel_residual=False, hidden_act="gelu_new", layer_norm_eps=1e-5, tie_word_embeddings=True,
         rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0),
     )  # fmt: skip
-    model, theirs, ours = GPT(GPTConfig(**SHAPE, pos="rope")), hf.state_dict(), {}
+    model, theirs, ours = build(VariantConfig(**SHAPE, pos="rope")), hf.state_dict(), {}
     for layer in range(4):
         a, b = f"gpt_neox.layers.{layer}.", f"transformer.h.{layer}."
         for end in ("weight", "bias"):
@@ -237,7 +289,7 @@ def test_logits_equal_the_plain_formula(switches):
 
 
 def test_no_biases_is_biases_of_zero():
-    plain, without = randomized(), GPT(GPTConfig(**SHAPE, bias=False))
+    plain, without = randomized(), build(VariantConfig(**SHAPE, bias=False))
     for name, p in plain.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.zeros_(p)
@@ -249,7 +301,7 @@ def test_no_biases_is_biases_of_zero():
 @pytest.mark.parametrize("switches", [{}, dict(rope_scaling="ntk", rope_factor=4.0), dict(rope_scaling="yarn", rope_factor=4.0)])
 def test_rope_depends_on_distance_alone(switches):
     torch.manual_seed(0)
-    config = GPTConfig(**SHAPE, pos="rope", **switches)
+    config = VariantConfig(**SHAPE, pos="rope", **switches)
     q, k = torch.randn(2, 8, dtype=torch.float64)
     positions = torch.arange(24)
     cos, sin = rotation_of(positions, config)
@@ -262,7 +314,7 @@ def test_rope_depends_on_distance_alone(switches):
     idx = ids_for(model.config, length=12)
     shifted = torch.arange(7, 19).expand(3, 12)
     mask = causal_mask(12, 12, "cpu").expand(3, 1, 12, 12)
-    assert (model.hidden(idx, positions=shifted, mask=mask) - model.hidden(idx)).abs().max() <= 1e-5
+    assert (model.hidden_states(idx, positions=shifted, mask=mask) - model.hidden_states(idx)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -271,7 +323,7 @@ def test_rope_depends_on_distance_alone(switches):
 def test_the_angles_of_a_real_size_equal_llamas(scaling, base, trained):
     """With a base of 10, yarn's slow end lies beyond the last pair."""
     factor = 1.0 if scaling == "none" else 4.0
-    config = GPTConfig(97, 4 * trained, 1, 1, 64, pos="rope", rope_base=base, rope_scaling=scaling, rope_factor=factor)
+    config = VariantConfig(97, 4 * trained, 1, 1, 64, pos="rope", rope_base=base, rope_scaling=scaling, rope_factor=factor)
     how = dict(rope_type=scaling, factor=4.0, original_max_position_embeddings=trained) if scaling != "none" else dict(rope_type="default")
     theirs = LlamaRotaryEmbedding(
         transformers.LlamaConfig(
@@ -286,7 +338,7 @@ def test_the_angles_of_a_real_size_equal_llamas(scaling, base, trained):
 def test_ntk_keeps_the_fastest_wave_and_stretches_the_slowest_by_the_factor():
     """bloc97, 2023: the base is chosen so that the slowest pair of channels is slowed by the whole factor."""
     one = torch.tensor([1])
-    plain, ntk = (rotation_of(one, GPTConfig(**SHAPE, pos="rope", **s)) for s in ({}, dict(rope_scaling="ntk", rope_factor=4.0)))
+    plain, ntk = (rotation_of(one, VariantConfig(**SHAPE, pos="rope", **s)) for s in ({}, dict(rope_scaling="ntk", rope_factor=4.0)))
     angles = [torch.atan2(sin, cos)[0] for cos, sin in (plain, ntk)]
     assert angles[0][0] == angles[1][0]
     assert (angles[0][-1] / angles[1][-1]).item() == pytest.approx(4, rel=1e-4)
@@ -298,7 +350,7 @@ def test_a_window_sees_exactly_its_window(pattern, reach, attention):
     """By gradient: what one layer of the model sees, and what all of them do together."""
     for n_layer, expected in ((1, 4 if pattern[0] == "S" else 11), (2, 11 if "L" in pattern else 7)):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(50, 11, n_layer, 2, 16, attention, window=4, window_pattern=pattern))
+        model = build(VariantConfig(50, 11, n_layer, 2, 16, attention, window=4, window_pattern=pattern))
         embedded = []
         model.transformer.wte.register_forward_hook(lambda module, args, out, e=embedded: e.append(out.requires_grad_()) or out)
         logits = model(ids_for(model.config, batch=1))[0]
@@ -342,14 +394,14 @@ def test_load_balancing_loss_is_transformers_and_in_the_gradient_alone():
     logits = []
     model.transformer.h[0].mlp.router.register_forward_hook(lambda module, args, out: logits.append(out))
     loss = model(idx, idx)[1]
-    balance = model.trunk(idx)[1]
+    balance = model.hidden_states_and_balance(idx)[1]
     assert balance.item() == pytest.approx(load_balancing_loss_func((logits[0],), 4, 2).item() / 2, rel=1e-5)  # per choice, not per token
     assert loss.item() == pytest.approx(F.cross_entropy(model(idx)[0].flatten(0, 1), idx.flatten()).item(), rel=1e-6)
     plain = replace(model.config, load_balance=0.0)
     (grad,) = torch.autograd.grad(loss, model.transformer.h[0].mlp.router.weight)
     model.config = plain
     (without,) = torch.autograd.grad(model(idx, idx)[1], model.transformer.h[0].mlp.router.weight)
-    (of_balance,) = torch.autograd.grad(model.trunk(idx)[1], model.transformer.h[0].mlp.router.weight)
+    (of_balance,) = torch.autograd.grad(model.hidden_states_and_balance(idx)[1], model.transformer.h[0].mlp.router.weight)
     assert of_balance.abs().max() > 1e-4
     assert (grad - without - 0.01 * of_balance).abs().max() <= 1e-6
 
@@ -357,7 +409,7 @@ def test_load_balancing_loss_is_transformers_and_in_the_gradient_alone():
 @pytest.mark.parametrize("active", [1, 2])
 def test_no_token_is_dropped_when_all_choose_the_same_experts(active):
     torch.manual_seed(0)
-    moe = MixtureOfExperts(GPTConfig(**SHAPE, n_expert=4, n_expert_active=active))
+    moe = MixtureOfExperts(VariantConfig(**SHAPE, n_expert=4, n_expert_active=active))
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=0.2)
     torch.nn.init.zeros_(moe.router.weight)
@@ -382,24 +434,24 @@ def test_every_parameter_has_a_gradient_also_in_a_single_layer():
 
 
 def test_parameters_of_experts_active_and_in_all():
-    dense, experts = GPT(GPTConfig(**SHAPE)), GPT(GPTConfig(**SHAPE, n_expert=8, n_expert_active=2))
+    dense, experts = build(VariantConfig(**SHAPE)), build(VariantConfig(**SHAPE, n_expert=8, n_expert_active=2))
     routers = 4 * 8 * 32
     mlps = 4 * 2 * 4 * 32 * 32
     biases = 4 * 5 * 32
     assert experts.num_params() == dense.num_params() + routers + 3 * mlps - biases
-    assert experts.num_params(active=True) == dense.num_params() + routers - biases
+    assert experts.num_params() - idle_params(experts) == dense.num_params() + routers - biases
 
 
 def test_parameters_and_flops_by_hand():
     """Six for each weight at work, as often as it is, and twelve for a channel of each position seen (Chowdhery et al., 2022)."""
-    model = GPT(GPTConfig(**SHAPE, pos="rope", bias=False, norm="rmsnorm", tied_head=False, share_layers=2, n_kv_head=2, window=5,
+    model = build(VariantConfig(**SHAPE, pos="rope", bias=False, norm="rmsnorm", tied_head=False, share_layers=2, n_kv_head=2, window=5,
                           window_pattern="SSSL", n_expert=4, n_expert_active=2, mlp="swiglu"))  # fmt: skip
     attention, router, expert = 32 * (32 + 2 * 16) + 32 * 32, 4 * 32, 3 * 32 * 44
     block = attention + router + 4 * expert + 2 * 32
     assert model.num_params() == 2 * block + 32 + 2 * 97 * 32
-    assert model.num_params(active=True) == 2 * (block - 2 * expert) + 32 + 2 * 97 * 32
+    assert model.num_params() - idle_params(model) == 2 * (block - 2 * expert) + 32 + 2 * 97 * 32
     at_work = 4 * (block - 2 * expert) + 32 + 128 * 32
-    assert model.flops_per_token() == 6 * at_work + 12 * 32 * (5 + 5 + 5 + 24)
+    assert flops_per_token(model) == 6 * at_work + 12 * 32 * (5 + 5 + 5 + 24)
 
 
 # ---- every variant ----
@@ -437,7 +489,7 @@ def test_a_cache_that_was_set_back_forgets(variant):
 
 def test_a_cache_is_as_large_as_its_heads_and_windows():
     def size(**switches):
-        model, cache = GPT(GPTConfig(**SHAPE, **switches)), KVCache(24)
+        model, cache = build(VariantConfig(**SHAPE, **switches)), KVCache(24)
         model(ids_for(model.config), cache=cache)
         return cache.nbytes()
 
@@ -462,10 +514,13 @@ def test_manual_attention_scoring_copy_and_recomputation_equal_the_plain_way(var
     idx = ids_with_documents(model.config)
     loss, grads = loss_and_gradients(model, idx)
     model.config.attention = "manual"
+    set_attention(model)
     with torch.no_grad():
         assert (model(idx, idx)[1] - loss).abs() <= 1e-5
-        assert (for_scoring(model)(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
-    model.config.attention, model.recompute = "flash", True
+        assert (scoring_copy(model)(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
+    model.config.attention = "flash"
+    set_attention(model)
+    recompute_activations(model)
     for again, grad in zip(loss_and_gradients(model, idx)[1], grads, strict=True):
         assert (again - grad).abs().max() <= 1e-5
 
@@ -477,7 +532,7 @@ def test_compiled_variants_have_the_loss_and_gradients_of_plain_ones(variant):
     idx = ids_with_documents(model.config)
     loss, grads = loss_and_gradients(model, idx)
     torch._dynamo.reset()  # what other tests compiled counts against the limit
-    model.compile_blocks()
+    compile_blocks(model)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         compiled, compiled_grads = loss_and_gradients(model, idx)
         with torch.no_grad():
@@ -546,7 +601,7 @@ def test_flex_attention_leaves_out_the_blocks_in_which_nothing_is_seen():
 )
 def test_a_combination_that_makes_no_sense_is_refused(switches, message):
     with pytest.raises(ValueError, match=message):
-        GPT(GPTConfig(**SHAPE | switches))
+        build(VariantConfig(**SHAPE | switches))
 
 
 YARN, LINEAR = (dict(rope_scaling=scaling, rope_factor=3.0) for scaling in ("yarn", "linear"))
@@ -599,13 +654,13 @@ def test_a_saved_variant_is_an_architecture_of_transformers(tmp_path, kind, swit
 )
 def test_a_variant_is_not_saved_as_what_it_is_not(tmp_path, switches, why):
     with pytest.raises(ValueError, match=why):
-        GPT(GPTConfig(**SHAPE | switches)).save_pretrained(tmp_path / "hf")
+        build(VariantConfig(**SHAPE | switches)).save_pretrained(tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
 def test_all_faults_are_named_at_once():
-    faults = GPTConfig(
+    faults = VariantConfig(
         **SHAPE | dict(n_kv_head=3, n_expert_active=3, window_pattern="", window=0, rope_factor=2.0, load_balance=torch.inf)
-    ).faults()
+    ).errors()
     assert len(faults) == 6
-    assert len(GPTConfig(n_layer="2", mlp="relu", bias=None).faults()) == 3
+    assert len(VariantConfig(n_layer="2", mlp="relu", bias=None).errors()) == 3

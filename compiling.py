@@ -1,0 +1,52 @@
+"""torch.compile for a model's blocks and loss, and activation checkpointing without it."""
+
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from loss import chunk_loss, in_chunks
+from model import GPT, cross_entropy
+from variants import MixtureOfExperts, VariantGPT, by_expert
+
+
+def compile_blocks(model: GPT, activation_memory: float = 1.0):
+    """Compiles a model for training and validation: one graph for all blocks, which are alike, and one for the loss. This takes less than
+    half the time of compiling the whole model.
+
+    activation_memory: the share of the activations that this process keeps for the backward pass. torch.compile picks what to
+    recompute by cost.
+    """
+    from torch._functorch import config
+
+    config.activation_memory_budget = activation_memory
+    torch._dynamo.config.recompile_limit = 64  # kinds of blocks: first or not, with a window or not, of model or teacher
+    for block in model.transformer.h:
+        if isinstance(block.mlp, MixtureOfExperts):  # shapes vary from step to step
+            block.mlp.by_expert = torch.compiler.disable(by_expert)
+        block.compile()
+    model.loss = in_chunks(torch.compile(cross_entropy), torch.compile(chunk_loss))
+    if isinstance(model, VariantGPT):  # FlexAttention's code is for heads of at least 16 channels
+        model.flex = model.lm_head.weight.device.type == "cuda" and model.config.n_embd // model.config.n_head >= 16
+
+
+def undo_compile(model: GPT):
+    """Makes blocks and loss eager again."""
+    for block in model.transformer.h:
+        block._compiled_call_impl = None  # PyTorch has no public way to undo Module.compile
+    model.loss = in_chunks(cross_entropy)
+    if isinstance(model, VariantGPT):
+        model.flex = False
+
+
+def recompute_activations(model: GPT, on: bool = True):
+    """Keeps only each block's input for the backward pass, which runs the block again (Chen et al., 2016). For eager training."""
+    for block in model.transformer.h:
+        if on:
+            block.forward = partial(recomputed, type(block).forward.__get__(block))
+        else:
+            block.__dict__.pop("forward", None)
+
+
+def recomputed(forward, *inputs):
+    return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
