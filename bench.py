@@ -40,6 +40,10 @@ from distributed import World
 from files import write_json
 from model import GPT
 from sample import generate
+from training.log import Log
+from training.run_json import git_commit
+from training.saving import Checkpoints
+from training.trainer import Trainer
 from variants import VariantConfig, build
 
 
@@ -107,7 +111,7 @@ class Bench:
         return find_shards(self.folder / "shards")
 
 
-def trainer_of(bench: Bench, activation_memory: float = 1.0) -> train.Trainer:
+def trainer_of(bench: Bench, activation_memory: float = 1.0) -> Trainer:
     config = bench.config
     settings = TrainConfig(
         model=config.model, data_dir=str(bench.folder / "shards"), out_dir=str(bench.folder / "run"), total_batch_tokens=config.step_tokens,
@@ -115,7 +119,7 @@ def trainer_of(bench: Bench, activation_memory: float = 1.0) -> train.Trainer:
         activation_memory=activation_memory, warmup_steps=0, max_lr=1e-4, keep=1,
     )  # fmt: skip
     world = World(bench.device)
-    return train.build(settings, world, train.Log(settings, world))[0]
+    return train.set_up(settings, world, Log(settings, world))[0]
 
 
 def train_ours(bench: Bench, activation_memory: float = 1.0):
@@ -289,11 +293,12 @@ def save_ours(bench: Bench):
     """How long training stands still for a checkpoint: on an accelerator for the copy, on a CPU until it is on the disk."""
     trainer = trainer_of(bench)
     trainer.update(0)
+    checkpoints = Checkpoints(trainer)
     (bench.folder / "run").mkdir()
 
     def run(number):
-        trainer.save(number, None)
-        return saved_megabytes(trainer), trainer.saver.finish
+        checkpoints.save(number, None)
+        return saved_megabytes(trainer), checkpoints.saver.finish
 
     return run
 
@@ -310,7 +315,7 @@ def save_peer(bench: Bench):
     return run
 
 
-def saved_megabytes(trainer: train.Trainer) -> float:
+def saved_megabytes(trainer: Trainer) -> float:
     return 12 * trainer.model.num_params() / 1e6  # weights and AdamW's two moments, in fp32
 
 
@@ -441,7 +446,7 @@ def environment(config: BenchConfig) -> dict:
     where = hardware.pick_device(config.device)
     return {
         "command": sys.argv,
-        "commit": train.git_commit(),
+        "commit": git_commit(),
         "machine": hardware.describe(where),
         "threads": torch.get_num_threads(),
         "dtype": str(hardware.pick_dtype(config.dtype, where))[6:],

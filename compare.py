@@ -25,14 +25,17 @@ import tyro
 
 import checkpoint
 import cli
-from config import RUN, TrainConfig, parse_flags, read_run, refuse_changes, settled_teacher
+from config import TrainConfig
 from dataloader import TokenStream, find_shards
 from device import can_compile, pick_device
 from distributed import World
 from kv_cache import KVCache
 from model import GPT
 from plot_log import read_metrics
-from train import Trainer, find_data, load_teacher
+from train import find_data, load_teacher
+from training.flags import parse_flags, refuse_changes, settled_teacher
+from training.run_json import RUN, read_run
+from training.trainer import Trainer
 from variants import VariantConfig, adapt, build, build_on_meta, idle_params
 
 

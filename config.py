@@ -1,21 +1,14 @@
-"""The settings of a training run: what train.py's flags mean, the presets, and what a run that goes on may change."""
+"""The settings of a training run: every flag of train.py, its checks, and what a resumed run may change."""
 
 import math
-import os
-import platform
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
 import tyro
 
-import checkpoint
 import cli
-import hellaswag
 from device import CARDS
-from files import read_json
-from huggingface import SIZES
-from variants import NOT_IN_WEIGHTS, VariantConfig
+from variants import VariantConfig
 
 
 @dataclass
@@ -102,7 +95,7 @@ class TrainConfig:
     """Tokens of a validation, spread evenly over the val split and the same ones each time."""
     hellaswag_every: int = 250
     """Steps between HellaSwag evaluations."""
-    hellaswag_file: str = hellaswag.HellaSwagConfig.file
+    hellaswag_file: str = "hellaswag_val.jsonl"
     """HellaSwag's tasks; the default is downloaded when it is not there."""
     sample_every: int = 250
     """Steps between samples."""
@@ -171,37 +164,6 @@ class TrainConfig:
             faults.append(self.batch_fault(world_size))
         cli.refuse(faults)
 
-    def warnings(self) -> list[str]:
-        """What can be run but is hardly meant: flags that do nothing beside the others, a line each."""
-        lines = []
-        if self.warmup_steps >= self.max_steps:
-            lines.append(f"--warmup-steps {self.warmup_steps} is not below --max-steps: the learning rate never comes to --max-lr")
-        if self.min_lr_ratio > 1:
-            lines.append(f"--min-lr-ratio {self.min_lr_ratio} is above 1: the learning rate rises to the end")
-        if self.init_revision and not self.init_from:
-            lines.append("--init-revision does nothing without --init-from")
-        usual = PRESETS[self.preset]
-        ours, theirs = ({**vars(config), **vars(config.model)} for config in (self, usual))
-        differ = [name for name in ours if ours[name] != theirs[name]]
-        idle = {
-            "--optimizer muon": [] if self.optimizer == "muon" else ["muon_lr", "muon_momentum"],
-            "--schedule wsd": [] if self.schedule == "wsd" else ["decay_ratio"],
-            "--teacher": [] if self.teacher else ["teacher_weight"],
-            "--n-expert": [] if self.model.n_expert > 1 or self.init_from else ["load_balance"],  # it may have come with the weights
-            "--plan": ["gpu", "gpus", "price", "rate"],  # in which nothing is trained
-        }
-        for other, names in idle.items():
-            lines += [f"{cli.flag(name)} does nothing without {other}" for name in names if name in differ]
-        return lines
-
-    def given_way(self, shape: VariantConfig) -> list[str]:
-        """A line that says what of the preset's model gives way to that of --init-from, if anything does; what a flag says is neither's."""
-        usual = vars(PRESETS[self.preset].model)
-        names = [name for name, kept in vars(shape).items() if usual[name] != kept == getattr(self.model, name) and name != "vocab_size"]
-        if not names or self.preset == TrainConfig.preset:
-            return []
-        return [f"of --init-from {self.init_from}, and not of --preset {self.preset}, the run has {', '.join(map(cli.flag, names))}"]
-
     def batch_fault(self, world_size: int) -> str:
         """Says that the batch does not divide, and the nearest that does."""
         sequences, rest = divmod(self.total_batch_tokens, self.model.seq_len * world_size)
@@ -224,170 +186,3 @@ MAY_CHANGE = {
     "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep", "on_save_error", "tracker",
     "timeout_minutes", "plan", "gpu", "gpus", "price", "rate",
 }  # fmt: skip
-
-
-def gpt3(name: str, n_layer: int, n_head: int, n_embd: int, total_batch_tokens: int = 2**19, **settings) -> TrainConfig:
-    """A size of Brown et al., 2020, table 2.1, with dense attention in all layers and, as the other presets, 10 B tokens of their
-    300 B; the warmup is their 375 M (appendix B)."""
-    return TrainConfig(
-        preset=name,
-        model=VariantConfig(seq_len=2048, n_layer=n_layer, n_head=n_head, n_embd=n_embd),
-        total_batch_tokens=total_batch_tokens,
-        max_steps=round(10e9 / total_batch_tokens),
-        warmup_steps=round(375e6 / total_batch_tokens),
-        **settings,
-    )
-
-
-PRESETS = {
-    "gpt2": TrainConfig(),
-    "quickstart": TrainConfig(
-        preset="quickstart",
-        data_dir="stdlib_bytes",
-        out_dir="log/quickstart",
-        # on two CPU cores PyTorch's fused attention is slower backward than the plain products
-        model=VariantConfig(vocab_size=257, seq_len=128, n_layer=2, n_head=2, n_embd=128, attention="manual"),
-        max_steps=1500,
-        total_batch_tokens=2048,
-        micro_batch_size=16,
-        max_lr=6e-3,
-        min_lr_ratio=0.02,
-        warmup_steps=100,
-        compile=False,
-        val_every=500,
-        val_tokens=131072,
-        hellaswag_every=0,
-        sample_every=750,
-        sample_prompt="def ",
-        sample_tokens=200,
-        checkpoint_every=750,
-        keep=1,
-    ),
-    # learning rates of the sizes: Brown et al., 2020, table 2.1
-    "gpt2-medium": TrainConfig(preset="gpt2-medium", model=VariantConfig(**SIZES["gpt2-medium"]), max_lr=3e-4, micro_batch_size=32),
-    "gpt2-large": TrainConfig(preset="gpt2-large", model=VariantConfig(**SIZES["gpt2-large"]), max_lr=2.5e-4, micro_batch_size=16),
-    "gpt2-xl": TrainConfig(preset="gpt2-xl", model=VariantConfig(**SIZES["gpt2-xl"]), max_lr=2e-4, micro_batch_size=8),
-    "gpt3-125m": gpt3("gpt3-125m", n_layer=12, n_head=12, n_embd=768, max_lr=6e-4, micro_batch_size=32),
-    "gpt3-350m": gpt3("gpt3-350m", n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4, micro_batch_size=16),
-    "gpt3-760m": gpt3("gpt3-760m", n_layer=24, n_head=16, n_embd=1536, max_lr=2.5e-4, micro_batch_size=8),
-    # the table has 24 heads of 128 for a width of 2048, which do not multiply: 16 do
-    "gpt3-1b": gpt3("gpt3-1b", n_layer=24, n_head=16, n_embd=2048, max_lr=2e-4, micro_batch_size=4, total_batch_tokens=2**20),
-    # GPT-2's layers and width with what makes it learn from fewer tokens; compare.py --suite without measures each part's share
-    "modern": TrainConfig(
-        preset="modern",
-        model=VariantConfig(
-            pos="rope",
-            qk_norm=True,
-            norm="rmsnorm",
-            mlp="swiglu",
-            bias=False,
-            tied_head=False,
-            value_residual=True,
-        ),
-        optimizer="muon",
-        schedule="wsd",
-        decay_ratio=0.5,
-        max_lr=1e-2,
-        min_lr_ratio=0.0,
-        warmup_steps=250,
-        weight_decay=0.0,
-    ),
-}
-
-
-# ---- flags over what they are laid over ----
-
-
-@dataclass
-class PresetFlag:
-    """The one flag that decides the defaults of the others."""
-
-    preset: str = TrainConfig.preset
-
-
-def parse_config(argv: list[str] | None = None) -> TrainConfig:
-    """Flags over the defaults of a preset, of the weights to start from, or of the run to go on with. ValueError when
-    they do not fit it, or would overwrite a run."""
-    config = parse_flags(argv)
-    out_dir = Path(config.out_dir)
-    if config.plan and not (config.resume or config.init_from):
-        return config
-    if config.resume or config.replay_step is not None or is_restart(out_dir):
-        previous = replace(read_run(out_dir, config.replay_step), out_dir=config.out_dir, resume=True)
-        config = replace(cli.parse(TrainConfig, argv, previous), init_revision=previous.init_revision)
-        config.teacher = settled_teacher(config.teacher, previous.teacher)
-        refuse_changes(previous, config, MAY_CHANGE, f"the run in {out_dir}")
-    elif not config.plan and holds_a_run(out_dir):
-        raise ValueError(f"{out_dir} holds a run or a model already: add --resume to go on with it, or choose another --out-dir")
-    elif config.init_from:
-        shape = checkpoint.load_config(config.init_from, config.init_revision)
-        config = parse_flags(argv, shape)
-        config.init_revision = checkpoint.hub_commit(config.init_from, config.init_revision)
-        refuse_changes(shape, config.model, NOT_IN_WEIGHTS, config.init_from)
-    if config.teacher and not config.resume:  # a folder's newest checkpoint may be another one when the run goes on
-        config.teacher = str(checkpoint.checkpoint_file(config.teacher) or config.teacher)
-    return config
-
-
-def holds_a_run(out_dir: Path) -> bool:
-    """Whether a run, or a model, would be overwritten there."""
-    return any((out_dir / name).exists() for name in ("run.json", "log.txt", "config.json")) or any(out_dir.glob("model*"))
-
-
-def parse_flags(argv: list[str] | None = None, model: VariantConfig | None = None) -> TrainConfig:
-    """Flags over the defaults of a preset, and over a model's shape where one is given."""
-    first, _ = tyro.cli(PresetFlag, args=argv, return_unknown_args=True, add_help=False)
-    preset = PRESETS.get(first.preset, PRESETS["gpt2"])  # a wrong name is for the full parser to refuse
-    return cli.parse(TrainConfig, argv, replace(preset, model=model or preset.model), "train.py")
-
-
-def is_restart(out_dir: Path) -> bool:
-    """Whether torchrun starts this process again, to go on with what it began here itself. Its own count of restarts leaves out
-    those for a host that came back."""
-    if torchrun_id() == "" or not (out_dir / RUN).exists():
-        return False
-    return torchrun_id() in last_launch(read_json(out_dir / RUN, RUN_REMEDY), None).get("torchrun", [])
-
-
-def torchrun_id() -> str:
-    """What tells one torchrun from another and is the same for all that it restarts, its own temporary folder; '' without torchrun."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # folder/attempt_0/0/error.json
-    return f"{platform.node()} {Path(error_file).parents[2]}" if error_file else ""
-
-
-RUN = "run.json"
-RUN_REMEDY = "bring it back from a copy, or choose another --out-dir"
-
-
-def read_run(out_dir: Path, step: int | None = None) -> TrainConfig:
-    """The settings of the run in a folder: of its last launch, or of the one that a step was last done by."""
-    path = out_dir / RUN
-    if not path.exists():
-        raise ValueError(f"there is no run in {out_dir}; check --out-dir, or start one without --resume")
-    run = read_json(path, RUN_REMEDY)
-    try:
-        settings = run["config"] if step is None else last_launch(run, step)["config"]
-        if not isinstance(run["data"], dict) or not isinstance(run["launches"], list):
-            raise TypeError("data or launches")
-        return TrainConfig(**settings | {"model": VariantConfig(**settings["model"])})
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"{path} was written by another version of train.py ({e}): resume with that one") from e
-
-
-def last_launch(run: dict, step: int | None) -> dict:
-    """run.json's last launch, or the last that did a step; {} where there is none."""
-    launches = run.get("launches")
-    launches = [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
-    return ([launch for launch in launches if step is None or launch.get("step", 0) <= step] or [{}])[-1]
-
-
-def settled_teacher(given: str, recorded: str) -> str:
-    """The teacher that a run began with, where the same one is given: a folder stands for the checkpoint in it that it had then."""
-    return recorded if given and recorded and Path(given) in (Path(recorded), Path(recorded).parent) else given
-
-
-def refuse_changes(before, now, allowed: set[str], source: str, remedy: str = "leave its flag out"):
-    """ValueError for all fields that differ and may not."""
-    old, new = ({**vars(config), **vars(getattr(config, "model", config))} for config in (before, now))
-    changed = [name for name in old if name not in allowed | {"model"} and old[name] != new[name]]
-    cli.refuse([f"{name} {new[name]!r} does not fit {source}, which has {old[name]!r}: {remedy}" for name in changed])

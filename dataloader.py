@@ -229,7 +229,7 @@ class TokenStream:
         return np.concatenate(parts)
 
 
-def share(step: int, batch: int, micro_batch: int, rank: int, world_size: int) -> list[range]:
+def rank_positions(step: int, batch: int, micro_batch: int, rank: int, world_size: int) -> list[range]:
     """The positions that a rank takes in a step, a range for each micro step; batch and micro_batch in sequences.
 
     A step is positions [step·batch, (step + 1)·batch) whatever the world: they are dealt out micro step by micro step,

@@ -18,13 +18,15 @@ import torch
 import cli
 import device
 from attention import BlockwiseAttention
-from config import PRESETS, RUN, RUN_REMEDY, TrainConfig, last_launch
+from config import TrainConfig
 from device import ASSUMED_MFU
 from files import read_json
 from loss import loss_chunks
 from model import GPT
 from plot_log import read_metrics
 from sharding import refuse_fp16
+from training.presets import PRESETS
+from training.run_json import RUN, RUN_REMEDY, last_launch
 from variants import VariantConfig, build_on_meta, flops_per_token
 
 # ---- memory ----

@@ -20,11 +20,14 @@ import numpy as np
 
 import cli
 from compare import Run, last_checkpoint, run_all, split
-from config import MAY_CHANGE, RUN, TrainConfig, read_run, refuse_changes
+from config import MAY_CHANGE, TrainConfig
 from dataloader import differences
 from device import ASSUMED_MFU, CARDS
 from files import read_json, write_json
-from train import find_data, fit_vocabulary
+from train import find_data
+from training.checks import fit_vocabulary
+from training.flags import refuse_changes
+from training.run_json import RUN, read_run
 from variants import VariantConfig, build_on_meta
 
 LAW = "law.json"

@@ -23,10 +23,11 @@ import tyro
 
 import cli
 from compare import SCRIPT, Run, last_checkpoint, split
-from config import TrainConfig, parse_flags
+from config import TrainConfig
 from files import hold, write_json
 from plot_log import read_metrics
 from train import find_data
+from training.flags import parse_flags
 from variants import VariantConfig
 
 

@@ -10,9 +10,9 @@ from conftest import TINY, forked, ids_for, run_main, run_train, save_checkpoint
 
 import compare
 from compare import CompareConfig, amount_for, cache_bytes, loss_by_position, stretched, summary, tokens_to_the_same_loss
-from config import parse_config
 from dataloader import TokenStream, find_shards
 from kv_cache import KVCache
+from training.flags import parse_config
 from variants import VariantConfig, build
 
 

@@ -8,7 +8,7 @@ from conftest import Trap, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataloader import Shards, TokenStream, differences, find_shards, open_shard, permute, share, verify_shards, write_shard
+from dataloader import Shards, TokenStream, differences, find_shards, open_shard, permute, rank_positions, verify_shards, write_shard
 from files import read_json, write_json
 
 
@@ -49,7 +49,7 @@ def test_every_token_is_a_target_once_an_epoch(tmp_path_factory, sizes, seq_len,
     per_step = processes * micro_batch * micro_steps
     inputs, targets = [], []
     for step in range(-(-2 * per_epoch // per_step)):
-        taken = [share(step, per_step, micro_batch, rank, processes) for rank in range(processes)]
+        taken = [rank_positions(step, per_step, micro_batch, rank, processes) for rank in range(processes)]
         for micro_step in range(micro_steps):
             for rank in range(processes):
                 x, y = streams[rank].batch(taken[rank][micro_step])
@@ -111,7 +111,7 @@ def test_too_few_tokens_for_a_sequence_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 1), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)])
 def test_a_step_takes_the_same_positions_in_any_world(world_size, micro_batch):
-    parts = [share(5, 8, micro_batch, rank, world_size) for rank in range(world_size)]
+    parts = [rank_positions(5, 8, micro_batch, rank, world_size) for rank in range(world_size)]
     assert len({len(part) for part in parts}) == 1  # as many passes on every rank
     assert sorted(p for part in parts for positions in part for p in positions) == list(range(40, 48))
 

@@ -38,8 +38,8 @@ def kept(code: str, *argv, **env) -> str:
 
 def test_freed_memory_stays_with_compiled_training_unless_memory_is_short(shards, tmp_path):
     code = (
-        "import device, model, train\n"
-        "device.can_compile, model.GPT.compile_blocks = lambda _: True, lambda *_: None\n"  # as if it had compiled
+        "import device, train, training.trainer\n"
+        "device.can_compile, training.trainer.compile_blocks = lambda _: True, lambda *_: None\n"  # as if it had compiled
         "train.main()"
     )
     argv = [*TINY, "--data-dir", shards, "--max-steps", 1, "--val-every", 0, "--out-dir"]

@@ -19,9 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 import plan
 import train
 from compiling import compile_blocks, recompute_activations
-from config import PRESETS, TrainConfig
+from config import TrainConfig
 from model import GPT
 from plan import Cluster, Setting, fsdp_step, memory
+from training.presets import PRESETS
 from variants import VariantConfig, build, build_on_meta, flops_per_token
 
 # ---- sizes ----

@@ -10,8 +10,9 @@ import pytest
 from conftest import REPO, run_main, seconds_of
 
 import cli
-from config import TrainConfig, parse_config
+from config import TrainConfig
 from device import CARDS
+from training.flags import parse_config
 from variants import build, flops_per_token
 
 SCRIPTS = [

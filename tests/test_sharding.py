@@ -127,7 +127,7 @@ def lose_a_number():
 
     def odd(self, model, positions):
         value = loss(self, model, positions)
-        return value * float("nan") if os.environ["RANK"] == "1" and self.recent_losses and len(self.recent_losses) == 4 else value
+        return value * float("nan") if os.environ["RANK"] == "1" and len(self.guard.recent_losses) == 4 else value
 
     train.Trainer.loss = odd
 

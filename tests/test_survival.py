@@ -19,7 +19,9 @@ from test_hellaswag import make_tasks
 from test_train import final_weights
 
 import checkpoint
+import tokenizer
 import train
+import training.log
 from checkpoint import newest_step
 from dataloader import TokenStream, find_shards
 from files import read_json, write_json
@@ -128,14 +130,14 @@ def test_only_the_same_torchrun_resumes_unasked(shards, tmp_path, monkeypatch, c
 
 def note_positions(folder):
     """Each process writes down which sequences it takes."""
-    plain = train.TokenStream.batch
+    plain = TokenStream.batch
 
     def batch(self, positions):
         with open(folder / "positions", "a") as file:
             file.write("".join(f"{self.sequence_at(p)}\n" for p in positions) if "train" in self.paths[0].name else "")
         return plain(self, positions)
 
-    train.TokenStream.batch = batch
+    TokenStream.batch = batch
 
 
 @pytest.mark.slow
@@ -240,8 +242,8 @@ def test_a_disk_that_is_full_while_saving(undisturbed, shards, tmp_path, choice)
     result = forked(tmp_path, "train", "--resume", "--out-dir", run, *argv, first=partial(limit_files, 200_000))
     assert result.returncode == 1 and "Traceback" not in result.stderr
     warning = re.search(r"warning: the checkpoint of step 10 could not be saved \(.*\): it needs 0.4 MB, .* MB free; .*", result.stderr)
-    assert ("the run ends" if choice == "stop" else "training goes on") in warning[0]
-    assert re.search(r"\nerror: the checkpoint of step \d+ could not be saved .*: free some space and go on with --resume", result.stderr)
+    assert ("the run ends" if choice == "stop" else "training continues") in warning[0]
+    assert re.search(r"\nerror: the checkpoint of step \d+ could not be saved .*: free some space, then --resume", result.stderr)
     assert max(read_stream(run, "train")) == (19 if choice == "continue" else 10)
     assert newest_step(run) == 5 and not list(run.glob("*.tmp"))
     assert forked(tmp_path, "train", "--resume", "--out-dir", run).returncode == 0
@@ -249,7 +251,7 @@ def test_a_disk_that_is_full_while_saving(undisturbed, shards, tmp_path, choice)
 
 
 def test_the_log_waits_for_space(undisturbed, shards, tmp_path, monkeypatch, capsys):
-    plain, calls = train.append, []
+    plain, calls = training.log.append, []
 
     def append(path, text):
         calls.append(path)
@@ -257,7 +259,7 @@ def test_the_log_waits_for_space(undisturbed, shards, tmp_path, monkeypatch, cap
             raise OSError(28, "No space left on device", str(path))
         plain(path, text)
 
-    monkeypatch.setattr(train, "append", append)
+    monkeypatch.setattr(training.log, "append", append)
     assert run_train(shards, tmp_path / "run") == 0
     assert capsys.readouterr().err.count("its lines are kept in memory until they can be written") == 2
     for stream in ("train", "val"):
@@ -451,14 +453,14 @@ def test_a_step_is_done_again_with_the_settings_that_it_was_done_with(shards, tm
 
 
 def no_tokenizer_on_rank_1():
-    plain = train.tokenizers.get_tokenizer
+    plain = tokenizer.get_tokenizer
 
     def get_tokenizer(name):
         if os.environ["RANK"] == "1":
             raise ValueError("could not fetch it")
         return plain(name)
 
-    train.tokenizers.get_tokenizer = get_tokenizer
+    tokenizer.get_tokenizer = get_tokenizer
 
 
 def test_what_one_rank_lacks_all_do_without(shards, tmp_path):

@@ -13,8 +13,8 @@ from conftest import REPO, TINY, run_main
 
 import sweep
 from compare import Run
-from config import parse_flags
 from sweep import Choice, Range, Running, flags_of, follow, parse_space
+from training.flags import parse_flags
 
 SPACE = ("max_lr=1e-3..1e-1:log", "n-layer=1..3", "mlp=gelu,relu2", "qk_norm=true,false", "ema=0..0.5")
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -23,12 +24,18 @@ from torch.optim import AdamW
 import checkpoint
 import cli
 import device
+import hellaswag
 import sample
 import train
-from config import PRESETS, TrainConfig, parse_config, parse_flags, read_run
+from config import TrainConfig
 from dataloader import TokenStream, find_shards
 from distributed import World
 from optimizer import schedule
+from training import checks, distillation, evaluation
+from training.flags import overridden_preset, parse_config, parse_flags, warnings
+from training.log import Log
+from training.presets import PRESETS
+from training.run_json import read_run
 from variants import VariantConfig, build, build_on_meta
 
 
@@ -185,8 +192,8 @@ def test_a_student_follows_the_plain_formula_of_distillation(teacher, shards, tm
     """(1 - w) · cross entropy + w · KL(teacher ‖ student), Hinton et al., 2015; the loss in the log is the cross entropy. Also where
     the logits never stand in memory together."""
     monkeypatch.setattr("loss.MAX_LOGITS", max_logits)
-    rows, divergence_of = [], train.divergence
-    monkeypatch.setattr(train, "divergence", lambda logits, expected: rows.append(logits.numel()) or divergence_of(logits, expected))
+    rows, divergence_of = [], distillation.divergence
+    monkeypatch.setattr(distillation, "divergence", lambda logits, expected: rows.append(logits.numel()) or divergence_of(logits, expected))
     argv = ["--teacher", teacher, "--teacher-weight", 0.7, "--max-steps", 1, "--warmup-steps", 0, "--grad-clip", 0]
     assert run_train(shards, tmp_path / "run", *argv) == 0
     torch.manual_seed(1337)
@@ -218,7 +225,7 @@ def test_a_teacher_of_experts_leaves_their_balance_as_it_is(teacher, shards):
     grads = []
     for balance in (0.01, 0.0):
         config.model.load_balance = balance
-        trainer, _ = train.build(config, world, train.Log(config, world))
+        trainer, *_ = train.set_up(config, world, Log(config, world))
         trainer.loss(trainer.model, range(4)).backward()
         grads.append(trainer.model.transformer.h[0].mlp.router.weight.grad)
         x = torch.from_numpy(trainer.train_stream.batch(range(4))[0])
@@ -251,7 +258,7 @@ def test_documents_are_kept_apart_only_where_their_beginnings_are_known(tmp_path
     manifest = json.loads((shards / "manifest.json").read_text())
     (shards / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "characters"}))
     assert run_train(shards, tmp_path / "run", "--doc-mask") == 2
-    assert "--doc-mask: where a document ends in shards of the tokenizer 'characters'" in capsys.readouterr().err
+    assert "--doc-mask needs to know where documents end; with the tokenizer 'characters' it can't" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -638,10 +645,10 @@ def test_what_can_not_fit_is_refused_by_the_bytes_of_its_weights(monkeypatch, sw
     ):
         world = World(torch.device("cpu"), size=processes)
         monkeypatch.setattr(device, "total_memory", lambda _, have=1.001 * need: have)
-        train.refuse_too_large(replace(config, **settings), world)
+        checks.check_memory(replace(config, **settings), world)
         monkeypatch.setattr(device, "total_memory", lambda _, have=0.999 * need: have)
         with pytest.raises(ValueError, match="choose a smaller --n-layer"):
-            train.refuse_too_large(replace(config, **settings), world)
+            checks.check_memory(replace(config, **settings), world)
 
 
 def test_a_file_in_place_of_the_runs_folder_is_said(shards, tmp_path, capsys):
@@ -667,10 +674,10 @@ def test_a_signal_wherever_it_comes_loses_nothing(finished, shards, tmp_path, mo
     owner, name, step = {
         "first update": (train.Trainer, "update", 0),
         "update": (train.Trainer, "update", 19),
-        "validation": (train.Trainer, "validate", 1),
-        "HellaSwag": (train.hellaswag, "log_probs", 1),
-        "validation at the end": (train.Trainer, "validate", 2),
-        "samples at the end": (train, "sample_texts", 2),
+        "validation": (evaluation, "validate", 1),
+        "HellaSwag": (hellaswag, "log_probs", 1),
+        "validation at the end": (evaluation, "validate", 2),
+        "samples at the end": (evaluation, "sample_texts", 2),
     }[where]
     plain, calls = getattr(owner, name), []
 
@@ -694,8 +701,9 @@ def test_a_signal_wherever_it_comes_loses_nothing(finished, shards, tmp_path, mo
     assert torch.load(tmp_path / "run" / "model_00020.pt", weights_only=True)["val_loss"] is not None
 
 
-def signal_rank_1(owner, function: str):
+def signal_rank_1(path: str):
     """SIGTERM to the second process alone, as its second call of the function begins."""
+    owner, function = pkgutil.resolve_name(path.rpartition(".")[0]), path.rpartition(".")[2]
     plain, calls = getattr(owner, function), []
 
     def signalled(self, *args):
@@ -708,13 +716,13 @@ def signal_rank_1(owner, function: str):
 
 
 @pytest.mark.parametrize(
-    ("owner", "function"), [(train.Trainer, "validate"), pytest.param(train.Evaluation, "hellaswag", marks=pytest.mark.slow)]
+    "path", ["training.evaluation.validate", pytest.param("training.evaluation.Evaluation.hellaswag", marks=pytest.mark.slow)]
 )
-def test_a_signal_to_one_process_ends_the_evaluation_of_all(shards, tmp_path, owner, function):
+def test_a_signal_to_one_process_ends_the_evaluation_of_all(shards, tmp_path, path):
     """The second of two gets it, the first is told; the run goes on from there."""
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(3)))
     argv = ["--val-every", 10, "--hellaswag-every", 10, "--hellaswag-file", tmp_path / "tasks.jsonl", "--checkpoint-every", 0]
-    run, first = tmp_path / "run", partial(signal_rank_1, owner, function)
+    run, first = tmp_path / "run", partial(signal_rank_1, path)
     result = forked(tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", run, *argv, processes=2, first=first)
     assert result.returncode == 128 + signal.SIGTERM and "stopped after 10 steps, all saved" in result.stderr
     assert checkpoint.newest_step(run) == 10 and 10 not in read_stream(run, "hella")
@@ -826,9 +834,9 @@ def test_flags_that_do_nothing_are_warned_of(shards, tmp_path, capsys):
         "--gpus does nothing without --plan",
     ]  # fmt: skip
     used = ["--optimizer", "muon", "--muon-lr", 0.1, "--schedule", "wsd", "--decay-ratio", 0.5, "--n-expert", 2, "--load-balance", 0.1]
-    assert parse_flags(list(map(str, used))).warnings() == []
-    assert all(preset.warnings() == [] for preset in PRESETS.values())
-    assert parse_flags(["--preset", "modern", "--optimizer", "adamw", "--schedule", "cosine"]).warnings() == []
+    assert warnings(parse_flags(list(map(str, used)))) == []
+    assert all(warnings(preset) == [] for preset in PRESETS.values())
+    assert warnings(parse_flags(["--preset", "modern", "--optimizer", "adamw", "--schedule", "cosine"])) == []
 
 
 def test_a_preset_whose_shape_gives_way_to_the_given_weights_says_so(shards, tmp_path, capsys):
@@ -839,7 +847,7 @@ def test_a_preset_whose_shape_gives_way_to_the_given_weights_says_so(shards, tmp
     given_way = "--n-layer, --n-embd, --attention"  # a flag says the length
     assert warned == [f"of --init-from {tmp_path / 'hf'}, and not of --preset quickstart, the run has {given_way}"]
     gpt2 = parse_flags(["--preset", "gpt3-125m", "--init-from", "gpt2"], VariantConfig())
-    assert "--seq-len" in gpt2.given_way(VariantConfig())[0] and parse_flags([]).given_way(VariantConfig(n_layer=3)) == []
+    assert "--seq-len" in overridden_preset(gpt2, VariantConfig())[0] and overridden_preset(parse_flags([]), VariantConfig(n_layer=3)) == []
 
 
 # ---- presets ----

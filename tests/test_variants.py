@@ -14,10 +14,10 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from attention import BlockwiseAttention, block_mask, causal_mask
 from compiling import compile_blocks, recompute_activations
-from config import PRESETS
 from huggingface import OFF
 from kv_cache import KVCache
 from model import GPT, GPTConfig
+from training.presets import PRESETS
 from variants import (
     SWITCHES,
     MixtureOfExperts,

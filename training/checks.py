@@ -1,0 +1,125 @@
+"""Everything about a run that can be checked before its first step. Each check raises a ValueError that names the remedy."""
+
+import math
+import os
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import checkpoint
+import device
+import self_check
+import sharding
+from config import TrainConfig
+from dataloader import Shards, differences, verify_shards
+from distributed import World
+from files import read_json
+from plan import Setting, memory
+from tokenizer import VOCAB_SIZES
+from training.log import Log
+from training.presets import PRESETS
+from training.run_json import RUN, RUN_REMEDY
+from training.trainer import Trainer
+from variants import build_on_meta
+
+
+def check_data(config: TrainConfig, shards: Shards) -> Shards:
+    """Returns the shards if none is damaged and, on resume, they are those that the run began with."""
+    if config.verify_shards:
+        verify_shards(shards)
+    if config.resume:
+        before = read_json(Path(config.out_dir, RUN), RUN_REMEDY)["data"]
+        if changed := differences(before, shards.contents()):
+            more = f" and {len(changed) - 3} more" if changed[3:] else ""
+            raise ValueError(
+                f"--data-dir {config.data_dir} is not what the run in {config.out_dir} began with: {', '.join(changed[:3])}{more}; "
+                "bring the shards back as they were, or begin a new run in another --out-dir"
+            )
+    return shards
+
+
+def check_host(config: TrainConfig, world: World, shards: Shards):
+    """Checks on one process of each host, except rank 0's, that the host has the same shards as rank 0."""
+    if world.is_main or os.environ.get("LOCAL_RANK") != "0":
+        return
+    try:
+        shards.contents()
+        if config.verify_shards:
+            verify_shards(shards)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{platform.node()} needs the same shards in its --data-dir as the others: {e}") from e
+
+
+def check_dtype(config: TrainConfig, world: World):
+    if config.shard and world.size > 1:
+        sharding.refuse_fp16(device.pick_dtype(config.dtype, world.device))
+
+
+def check_hellaswag(config: TrainConfig):
+    """The default file is downloaded, and may be missing. A file given by name must exist."""
+    named = config.hellaswag_every and config.hellaswag_file != TrainConfig.hellaswag_file
+    if named and not Path(config.hellaswag_file).is_file():
+        raise ValueError(
+            f"--hellaswag-file {config.hellaswag_file} is no file: give HellaSwag's {TrainConfig.hellaswag_file}, or leave it out"
+        )
+
+
+def fit_vocabulary(config: TrainConfig, shards: Shards):
+    """Gives a new model the shards' vocabulary. A model with weights, or with a vocabulary by flag, must have it already."""
+    ours, theirs = config.model.vocab_size, shards.vocab_size
+    given = config.resume or config.init_from or ours != PRESETS[config.preset].model.vocab_size
+    if given and ours != theirs:
+        remedy = "leave --vocab-size out, or make shards with the tokenizer that the model has"
+        raise ValueError(f"the model's vocabulary is {ours}, that of the shards in {config.data_dir} {theirs}: {remedy}")
+    if config.model.doc_mask and shards.tokenizer not in VOCAB_SIZES:
+        raise ValueError(f"--doc-mask needs to know where documents end; with the tokenizer {shards.tokenizer!r} it can't: leave it out")
+    config.model = replace(config.model, vocab_size=theirs)
+
+
+def check_teacher(config: TrainConfig):
+    """The teacher must read what the student reads."""
+    ours, theirs = config.model, checkpoint.load_config(config.teacher)
+    if theirs.vocab_size != ours.vocab_size or theirs.seq_len < ours.seq_len:
+        raise ValueError(
+            f"--teacher {config.teacher} has a vocabulary of {theirs.vocab_size} and {theirs.seq_len} positions, the run {ours.vocab_size} "
+            f"and {ours.seq_len}: choose one with the same vocabulary and as many positions"
+        )
+
+
+def check_memory(config: TrainConfig, world: World):
+    """Weights, gradients and optimizer of a process must fit."""
+    model, shard = build_on_meta(config.model), config.shard and world.size > 1
+    parts = memory(config, Setting(world.device.type, 4, False, world.size, shard), model).parts
+    need = sum(parts[name] for name in ("weights", "gradients", "optimizer", "average of the weights"))
+    if shard:  # a process has all weights before sharding, and in every evaluation, when there are no gradients
+        need += 4 * sum(p.numel() for p in model.parameters()) - parts["gradients"]
+    if need > (have := device.total_memory(world.device)):
+        raise ValueError(
+            f"weights, gradients and optimizer of this model need {need / 1e9:.1f} GB, {world.device.type} has {have / 1e9:.1f} GB: choose "
+            f"a smaller --n-layer{', --n-expert' if config.model.n_expert > 1 else ''} or --n-embd, or --shard it over more processes"
+        )
+
+
+def check_compiled(trainer: Trainer, step: int, log: Log):
+    """Compares compiled and eager code on each rank's first micro batch. If any rank finds a mismatch, all ranks train eagerly."""
+    config = trainer.config
+    if not (trainer.compiled and config.self_check and step < config.max_steps):
+        return
+    began = time.perf_counter()
+    positions = trainer.positions(step, trainer.world.rank)[0]
+    found = self_check.mismatches(
+        trainer.model,
+        lambda: trainer.loss(trainer.model, positions),
+        None if trainer.sharded else lambda: trainer.validation_loss(trainer.train_stream.batch(positions)),
+        trainer.dtype,
+        trainer.teacher,
+    )
+    wrong = max(trainer.world.gather(found), key=len)  # of the rank with the most
+    if wrong:
+        first, error = next(iter(wrong.items()))
+        how = f"differs from eager by {error:.0%}" if math.isfinite(error) else "is not finite"
+        more = f" ({len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
+        log.progress(f"warning: self-check failed: compiled {first} {how}{more}; training without torch.compile, which is slower")
+        trainer.stop_compiling()
+    trainer.seconds += time.perf_counter() - began  # compiling counts, as it does in the first step

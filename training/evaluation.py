@@ -1,0 +1,109 @@
+"""What a run measures besides training: validation, HellaSwag and samples."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import cli
+import hellaswag
+import plot_log
+import tokenizer as tokenizers
+from sample import sample_texts
+from training.log import Log, axes
+from training.trainer import Trainer
+
+
+class Evaluation:
+    """Runs evaluations when they are due. Validation always works; the files that HellaSwag and samples need may be missing."""
+
+    def __init__(self, trainer: Trainer, log: Log, stopped: Callable[[], bool]):
+        self.trainer, self.log, self.stopped = trainer, log, stopped
+        self.config, self.world = trainer.config, trainer.world
+        self.tokenizer = self.or_warn("samples and HellaSwag in this run", self.get_tokenizer)
+        wanted = self.tokenizer and self.config.hellaswag_every
+        self.tasks = self.or_warn("HellaSwag in this run", self.get_tasks) if wanted else None
+
+    def get_tokenizer(self) -> tokenizers.Tokenizer:
+        name = self.trainer.shards.tokenizer
+        self.world.on_main(lambda: tokenizers.get_tokenizer(name) and None)  # downloads it once
+        self.world.on_all(lambda: tokenizers.get_tokenizer(name) and None)
+        return tokenizers.get_tokenizer(name)
+
+    def get_tasks(self) -> list[dict]:
+        return self.world.on_main(lambda: hellaswag.load_tasks(self.config.hellaswag_file))
+
+    def or_warn(self, what: str, get):
+        """Returns get(), or None with a warning if it fails: the run continues without."""
+        try:
+            return get()
+        except (ValueError, OSError) as e:
+            self.log.progress(f"warning: no {what}: {e}")
+            return None
+
+    def due(self, step: int) -> bool:
+        """Whether run would do anything at this step."""
+        every = self.config.val_every, self.config.hellaswag_every, self.config.sample_every
+        return step == self.config.max_steps or any(is_due(each, step) for each in every)
+
+    def run(self, step: int) -> float | None:
+        """Evaluates whatever is due at this step; at the end of the run, everything that is not switched off. Returns the validation
+        loss, or None if it was not due. Raises Stopped on all processes if a signal comes."""
+        config, end, val_loss = self.config, step == self.config.max_steps, None
+        if end or is_due(config.val_every, step):
+            val_loss = validate(self.trainer, self.stopped)
+            self.log.stop_if_diverged(f"the validation loss of step {step}", val_loss)
+            self.log.value(step, "val", val_loss, {"val_loss": val_loss, **axes(self.trainer, step)})
+            self.log.result(f"step {step}: val loss {val_loss:.4f}")
+        with torch.compiler.set_stance("force_eager"):  # shapes vary all the time
+            if self.tasks and (end or is_due(config.hellaswag_every, step)):
+                self.or_warn(f"HellaSwag at step {step}", lambda: self.hellaswag(step))
+            if self.tokenizer and config.sample_every and (end or is_due(config.sample_every, step)):
+                self.or_warn(f"samples at step {step}", lambda: self.sample(step))
+        return val_loss
+
+    def hellaswag(self, step: int):
+        trainer = self.trainer
+        scores, _ = hellaswag.evaluate(
+            trainer.evaluated, self.tokenizer, self.tasks, self.world, autocast=trainer.autocast(), stopped=self.stopped
+        )
+        named = {f"hellaswag_{name}": score for name, score in scores.items()}
+        self.log.value(step, "hella", scores["acc_norm"], {**named, **axes(trainer, step)})
+        self.log.result(f"step {step}: HellaSwag acc_norm {scores['acc_norm']:.4f}, harness style {scores['harness_acc_norm']:.4f}")
+
+    def sample(self, step: int):
+        if not self.world.is_main or self.stopped():
+            return
+        prompt, length, seed = self.config.sample_prompt, self.config.sample_tokens, self.config.seed + step
+        with self.trainer.autocast():
+            texts = sample_texts(self.trainer.evaluated, self.tokenizer, prompt, 4, length, seed)
+        for text in texts:
+            self.log.result(f"step {step}: sample: {cli.printable(text)}")
+
+    def plot(self):
+        if self.world.is_main:
+            log = Path(self.config.out_dir, "log.txt")
+            plot_log.plot(plot_log.PlotConfig((str(log),), str(log.with_name("log_plot.png"))))
+
+
+def is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@torch.no_grad()
+def validate(trainer: Trainer, stopped: Callable[[], bool] = lambda: False) -> float:
+    """Mean loss over val_tokens spread evenly over the val split. The same tokens for any world size and micro batch.
+    stopped: called before each batch; if it returns True on any process, all raise Stopped."""
+    config, world, stream = trainer.config, trainer.world, trainer.val_stream
+    B, T, there = config.micro_batch_size, config.model.seq_len, stream.sequences_per_epoch
+    count = max(1, min(there, config.val_tokens // T))
+    mine = [i * there // count for i in range(world.rank, count, world.size)]
+    total = 0.0
+    for start in range(0, len(mine), B):
+        if stopped():
+            break
+        positions = mine[start : start + B]
+        x, y = stream.batch(positions + [0] * (B - len(positions)))  # always (B, T): nothing is recompiled
+        y[len(positions) :] = -100
+        total += trainer.validation_loss((x, y)).item() * len(positions)
+    return sum(world.gather_unless(stopped(), total)) / count

@@ -1,0 +1,95 @@
+"""run.json: a run's settings, its data, and what each launch of it ran on."""
+
+import os
+import platform
+import secrets
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import device
+import plot_log
+from config import TrainConfig
+from distributed import World
+from files import read_json, write_json
+from training.trainer import Trainer
+from variants import VariantConfig
+
+RUN = "run.json"
+RUN_REMEDY = "bring it back from a copy, or choose another --out-dir"
+
+
+def read_run(out_dir: Path, step: int | None = None) -> TrainConfig:
+    """The settings of the run in a folder: of its last launch, or of the one that a step was last done by."""
+    path = out_dir / RUN
+    if not path.exists():
+        raise ValueError(f"there is no run in {out_dir}; check --out-dir, or start one without --resume")
+    run = read_json(path, RUN_REMEDY)
+    try:
+        settings = run["config"] if step is None else last_launch(run, step)["config"]
+        if not isinstance(run["data"], dict) or not isinstance(run["launches"], list):
+            raise TypeError("data or launches")
+        return TrainConfig(**settings | {"model": VariantConfig(**settings["model"])})
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{path} was written by another version of train.py ({e}): resume with that one") from e
+
+
+def last_launch(run: dict, step: int | None) -> dict:
+    """run.json's last launch, or the last that did a step; {} where there is none."""
+    launches = run.get("launches")
+    launches = [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
+    return ([launch for launch in launches if step is None or launch.get("step", 0) <= step] or [{}])[-1]
+
+
+def record_launch(config: TrainConfig, world: World, trainer: Trainer, step: int, torchruns: list[str]) -> str:
+    """run.json: settings, data, and what each launch of the run ran on. Returns the run's id."""
+    path = Path(config.out_dir, RUN)
+    size = plot_log.size_of(trainer.model.num_params()) if trainer.shards.tokenizer == "gpt2" else "none"
+    before = {"id": secrets.token_hex(4), "size": size, "data": trainer.shards.contents(), "launches": []}
+    if path.exists():
+        before |= read_json(path, RUN_REMEDY)
+    settings = asdict(config) | {"resume": False, "replay_step": None}
+    launch = {
+        "step": step,
+        "config": settings,
+        "command": sys.argv,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device.describe(world.device),
+        "compiled": trainer.compiled,
+        "world_size": world.size,
+        "torchrun": torchruns,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, before | {"config": settings, "launches": [*before["launches"], launch]})
+    return before["id"]
+
+
+def git_commit() -> str:
+    """The commit of this code, with a '+' if files differ from it; '' without git."""
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent.parent), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def is_restart(out_dir: Path) -> bool:
+    """Whether torchrun starts this process again, to go on with what it began here itself. Its own count of restarts leaves out
+    those for a host that came back."""
+    if torchrun_id() == "" or not (out_dir / RUN).exists():
+        return False
+    return torchrun_id() in last_launch(read_json(out_dir / RUN, RUN_REMEDY), None).get("torchrun", [])
+
+
+def torchrun_id() -> str:
+    """What tells one torchrun from another and is the same for all that it restarts, its own temporary folder; '' without torchrun."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # folder/attempt_0/0/error.json
+    return f"{platform.node()} {Path(error_file).parents[2]}" if error_file else ""

@@ -1,0 +1,77 @@
+"""A run's checkpoints: saves and loads all that an exact resume needs."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+import checkpoint
+import sharding
+from training.trainer import Trainer
+
+
+class Checkpoints:
+    """Saves a trainer and loads it again. The order of the data needs no state: it is a function of the step."""
+
+    def __init__(self, trainer: Trainer):
+        config = trainer.config
+        self.trainer, self.folder, self.stop_on_error = trainer, Path(config.out_dir), config.on_save_error == "stop"
+        # in the background from a copy in main memory; on a CPU a copy would cost training its memory
+        self.saver = checkpoint.Saver(self.folder, config.keep, background=trainer.device.type != "cpu")
+        self.val_loss = None  # of the checkpoint that this launch resumed, if it was validated
+
+    def save(self, step: int, val_loss: float | None):
+        """To be called on all ranks. Rank 0 writes."""
+        trainer = self.trainer
+        optimizer_state = trainer.optimizer.state_dict()  # may need every process's part
+        state = {
+            "optimizer": sharding.gathered(optimizer_state, trainer.world.is_main) if trainer.sharded else optimizer_state,
+            "scaler": trainer.scaler.state_dict(),
+            "seconds": trainer.seconds,
+            "bad_steps": trainer.guard.bad_steps,
+            "recent_losses": list(trainer.guard.recent_losses),
+        }
+        weights = self.weights()
+        if trainer.average:
+            state |= {"weights": weights, "averaged": trainer.average.updates}
+            with trainer.average.in_place():
+                weights = {name: p.clone() for name, p in self.weights().items() if p is not None}
+        if trainer.world.is_main:
+            self.saver.save(step, checkpoint.content_of(step, trainer.model, trainer.shards.tokenizer, val_loss, weights), state)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict, with whole tensors on rank 0. To be called on all ranks."""
+        model = self.trainer.model
+        return sharding.weights(model, self.trainer.world.is_main) if self.trainer.sharded else model.state_dict()
+
+    def failed(self, log) -> bool:
+        """Warns if the last save failed. Returns whether the run has to stop for that."""
+        error = self.saver.failure()
+        if error:
+            log.progress(f"warning: {error}; {'the run ends' if self.stop_on_error else 'training continues, the next save tries again'}")
+        return error is not None and self.stop_on_error
+
+    def load(self, step: int):
+        """Loads a checkpoint. If a host lacks it, rank 0 sends it to all."""
+        trainer, folder = self.trainer, self.folder
+        several_hosts = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+        damaged = several_hosts and checkpoint.fault(folder, step)  # a copy on another host may be
+        everywhere = len(set(trainer.world.gather("" if damaged else checkpoint.seal_of(folder, step)))) == 1
+        read = partial(checkpoint.load_training, folder, step)
+        content, state = read() if everywhere else trainer.world.copy(read)
+        self.load_weights(content["model"])
+        if trainer.average:
+            trainer.average.restart(state["averaged"])
+            self.load_weights(state["weights"])
+        optimizer_state = state["optimizer"]
+        trainer.optimizer.load_state_dict(sharding.sliced_state(trainer.optimizer, optimizer_state) if trainer.sharded else optimizer_state)
+        if state["scaler"]:  # empty if the run was not in fp16 so far
+            trainer.scaler.load_state_dict(state["scaler"])
+        trainer.seconds, self.val_loss = state["seconds"], content["val_loss"]
+        trainer.guard.bad_steps = state["bad_steps"]
+        trainer.guard.recent_losses.extend(state["recent_losses"])
+
+    def load_weights(self, whole: dict[str, Tensor]):
+        model = self.trainer.model
+        checkpoint.load_weights(model, sharding.sliced(model, whole) if self.trainer.sharded else whole, self.folder)

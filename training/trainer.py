@@ -1,0 +1,159 @@
+"""The model, its data and its updates: one training step."""
+
+import math
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import device
+import optimizer
+import sharding
+from compiling import compile_blocks, recompute_activations, undo_compile
+from config import TrainConfig
+from dataloader import Shards, TokenStream, rank_positions
+from distributed import World
+from model import GPT
+from training.distillation import distillation_loss
+from training.guard import Guard, locate_nonfinite
+from variants import build_on_meta
+
+
+class Update(NamedTuple):
+    """What an update did; the same on every process."""
+
+    loss: float  # of the whole batch
+    losses: list[float]  # of each rank's part
+    norm: float  # of the gradient, before clipping
+    skipped: str  # why no weight changed, or ''
+    stop: bool  # whether any rank asks to stop
+
+
+class Trainer:
+    """Owns the model, the streams of data and the optimizer, and updates the weights."""
+
+    def __init__(self, config: TrainConfig, world: World, model: GPT, shards: Shards, compiled: bool, teacher: GPT | None = None):
+        torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        self.config, self.world, self.device = config, world, world.device
+        self.shards = shards
+        self.train_stream = TokenStream(shards, "train", config.model.seq_len, config.shuffle, config.seed)
+        self.val_stream = TokenStream(shards, "val", config.model.seq_len, shuffle=False)
+        self.dtype = device.pick_dtype(config.dtype, world.device)
+        self.model = model.to(world.device)
+        self.teacher = teacher and teacher.to(world.device)
+        self.compiled = compiled
+        self.place_model()
+        self.optimizer = self.make_optimizer()
+        self.largest_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.average = optimizer.AverageWeights(self.model, config.ema) if config.ema else None
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
+        self.guard = Guard(config.skip_spikes, self.scaler)
+        self.seconds = 0.0  # spent in updates and compiling, over all launches of the run
+
+    def place_model(self):
+        """Compiles or recomputes, and shards or replicates, as the flags say."""
+        config, world = self.config, self.world
+        if self.compiled:
+            device.mend_compile_cache()
+            device.set_malloc(world.device, sparing=config.activation_memory < 1)
+            for part in filter(None, (self.model, self.teacher)):
+                compile_blocks(part, config.activation_memory)
+        elif config.activation_memory == 0:
+            recompute_activations(self.model)
+        self.sharded, self.evaluated = config.shard and world.size > 1, self.model
+        if self.sharded:
+            self.evaluated = build_on_meta(config.model)  # gets all weights while it is evaluated
+            sharding.shard(self.model, self.dtype, world)
+        replicated = world.size > 1 and not self.sharded
+        self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if replicated else self.model
+
+    def make_optimizer(self):
+        config = self.config
+        if config.optimizer == "muon":
+            rates = config.max_lr, config.muon_lr, config.muon_momentum, config.weight_decay
+            return optimizer.MuonAndAdamW(self.model, *rates, self.world, self.sharded, self.dtype)
+        return optimizer.adamw(optimizer.decay_groups(self.model, config.weight_decay), config.max_lr)
+
+    def stop_compiling(self):
+        """Trains eagerly from now on. Eager code keeps all activations, or recomputes all: the latter below 1."""
+        for part in filter(None, (self.model, self.teacher)):
+            undo_compile(part)
+        self.compiled = False
+        if self.config.activation_memory < 1:
+            recompute_activations(self.model)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def positions(self, step: int, rank: int) -> list[range]:
+        """The positions of the stream that a rank takes in a step, one range per micro step."""
+        config = self.config
+        return rank_positions(step, config.total_batch_tokens // config.model.seq_len, config.micro_batch_size, rank, self.world.size)
+
+    def update(self, step: int, stop: bool = False) -> Update:
+        """Does one optimizer step, or none if any rank's loss or gradient forbids it. stop: whether this rank asks to stop."""
+        mine = self.positions(step, self.world.rank)
+        loss = torch.zeros((), device=self.device)
+        for positions in mine:
+            last = positions == mine[-1]
+            # DDP sums gradients in the last micro step. FSDP sums them in each: whole gradients may not fit
+            with nullcontext() if last or self.parallel is self.model else self.parallel.no_sync():
+                part = self.loss(self.parallel, positions) / len(mine)
+                self.scaler.scale(part).backward()
+            loss += part.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        norm = norm.full_tensor() if self.sharded else norm
+        # the only sync of a step: every rank's numbers, so that all ranks decide alike
+        losses, norms, stops = zip(*self.world.rows(torch.stack([loss, norm, loss.new_tensor(float(stop))])), strict=True)
+        norm = next((n for n in norms if not math.isfinite(n)), norms[0])  # usually they are equal
+        mean = sum(losses) / len(losses)
+        skipped = self.guard.judge(losses, mean, norm)
+        if not skipped:
+            self.step_optimizer(step)
+        elif not math.isfinite(mean + norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            skipped += locate_nonfinite(self, step, losses)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return Update(mean, list(losses), norm, skipped, any(stops))
+
+    def step_optimizer(self, step: int):
+        for group, lr in zip(self.optimizer.param_groups, self.largest_lrs, strict=True):
+            group["lr"] = lr * self.schedule(step)
+        self.scaler.step(self.optimizer)
+        if self.average:
+            self.average.update()
+
+    def schedule(self, step: int) -> float:
+        """The learning rate of a step, as a share of the largest."""
+        c = self.config
+        return optimizer.schedule(c.schedule, step, c.max_steps, c.warmup_steps, c.min_lr_ratio, c.decay_ratio)
+
+    def loss(self, model, positions) -> Tensor:
+        """The loss of one micro batch. model: self.model, or self.parallel around it."""
+        x, y = to_device(self.train_stream.batch(positions), self.device)
+        with self.autocast(), distillation_loss(self.model, self.teacher, x, self.config.teacher_weight) if self.teacher else nullcontext():
+            return model(x, y)[1]
+
+    def validation_loss(self, batch) -> Tensor:
+        """Cross entropy of the text, without the teacher, of self.evaluated."""
+        x, y = to_device(batch, self.device)
+        with self.autocast():
+            return self.evaluated(x, y)[1]
+
+    @contextmanager
+    def evaluated_weights(self):
+        """Inside this block, self.evaluated has the weights that are validated and saved, all of them on every process."""
+        averaged = self.average.in_place() if self.average else nullcontext()
+        with averaged, sharding.whole(self.model, self.evaluated) if self.sharded else nullcontext():
+            yield
+
+
+def to_device(arrays, device: torch.device) -> list[Tensor]:
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cuda":
+        tensors = [t.pin_memory() for t in tensors]
+    return [t.to(device, non_blocking=True) for t in tensors]
