@@ -28,11 +28,11 @@ from config import TrainConfig
 from dataloader import MANIFEST, Shards, find_shards
 from distributed import PeerLost, Stopped, World, join_world, meet
 from files import hold
-from plan import report
 from training import checks, flags, run_json
 from training.evaluation import Evaluation, is_due
 from training.guard import largest_weight
 from training.log import Log, step_metrics
+from training.plan import report
 from training.presets import PRESETS
 from training.saving import Checkpoints
 from training.trainer import Trainer

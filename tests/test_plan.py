@@ -16,13 +16,13 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.profiler import ProfilerActivity, profile
 
-import plan
 import train
 from compiling import compile_blocks, recompute_activations
 from config import TrainConfig
 from model import GPT
-from plan import Cluster, Setting, fsdp_step, memory
+from training.memory import Setting, largest_micro_batch, memory
 from training.presets import PRESETS
+from training.step_time import Cluster, ddp_step, fsdp_step
 from variants import VariantConfig, build, build_on_meta, flops_per_token
 
 # ---- sizes ----
@@ -229,7 +229,7 @@ def test_a_plan_knows_what_a_card_multiplies_in(capsys):
     [
         (["--gpus", "3"], "does not divide --total-batch-tokens"),
         (["--preset", "gpt2-xl", "--gpu", "L4"], "one sequence at a time takes"),
-        (["--device", "cpu", "--dtype", "fp32", "--no-compile"], "give --rate"),
+        (["--device", "cpu", "--dtype", "fp32", "--no-compile"], "pass --rate"),
         (["--shard", "--gpus", "8", "--dtype", "fp16"], "--shard does not scale the loss, which fp16 needs: choose --dtype bf16"),
         (["--shard", "--gpus", "8", "--gpu", "V100"], "--shard does not scale the loss, which fp16 needs: choose --dtype bf16"),
         (["--preset", "gpt2-xl", "--gpu", "L4", "--shard"], "or --activation-memory 0, or more --gpus"),
@@ -258,13 +258,13 @@ def test_the_rate_is_the_measured_one_where_there_is_one(tmp_path, shards, capsy
     assert "7 tokens/s, as given by --rate" in capsys.readouterr().out
     for other in (["--optimizer", "muon"], ["--ema", 0.9], ["--micro-batch-size", 1]):  # another pace
         assert run_main(train.main, *command, "--plan", *other) == 2
-        assert "how fast this CPU is nobody knows" in capsys.readouterr().err
+        assert "unknown CPU throughput" in capsys.readouterr().err
     run = json.loads((out / "run.json").read_text())
     for card in ("NVIDIA GeForce RTX 3060", "mps", None):
         (out / "run.json").write_text(json.dumps(run | {"launches": [run["launches"][0] | {"device": card}]}))
         assert run_main(train.main, "--resume", "--plan", "--out-dir", out) == 2
         error = capsys.readouterr().err
-        assert ("how fast this CPU is nobody knows" if card else "run.json has no launch as train.py writes it") in error
+        assert ("unknown CPU throughput" if card else "run.json has no launch as train.py writes it") in error
 
 
 def test_the_largest_micro_batch_divides_and_fits():
@@ -273,7 +273,7 @@ def test_the_largest_micro_batch_divides_and_fits():
     needs = {b: memory(replace(config, micro_batch_size=b), setting, gpt).peak for b in range(1, 361) if 360 % b == 0}
     for available in (1e9, 3e9, 7e9, 40e9, 1e12):
         fits = [b for b, need in needs.items() if need <= available]
-        assert plan.largest_micro_batch(config, setting, gpt, available) == (max(fits) if fits else None)
+        assert largest_micro_batch(config, setting, gpt, available) == (max(fits) if fits else None)
 
 
 # ---- scaling ----
@@ -297,7 +297,7 @@ def test_a_ring_sends_what_a_brute_force_count_says():
 def test_a_step_of_ddp_by_hand():
     """100 M parameters, 40 M of them last, on 2 GPUs of a node: 10 buckets of 24 MB at 24e6 / 450e9 s and 15.2 us of latency each, of
     which the backward pass, 2/3 ms, hides all but a part; and then 160 MB."""
-    step = plan.ddp_step(1e-3, 1, 100_000_000, 40_000_000, Cluster(2))
+    step = ddp_step(1e-3, 1, 100_000_000, 40_000_000, Cluster(2))
     bucket, last = 15.2e-6 + 24e6 / 450e9, 15.2e-6 + 160e6 / 450e9
     assert step.communication == pytest.approx(10 * bucket + last)
     assert step.seconds == pytest.approx(1e-3 + (10 * bucket - 2e-3 / 3) + last)

@@ -27,7 +27,7 @@ SCRIPTS = [
     "sweep",
     "app",
     "export",
-    "plan",
+    "cluster",
     "scaling",
 ]
 COMMANDS = [*SCRIPTS[:-1], "scaling ladder", "scaling fit", "scaling plan"]

@@ -10,7 +10,7 @@ from test_hellaswag import make_tasks
 
 import checkpoint
 from config import TrainConfig
-from plan import Setting, memory
+from training.memory import Setting, memory
 from variants import VariantConfig, build_on_meta
 
 SHARED = ["--checkpoint-every", 10, "--keep", 0]

@@ -15,9 +15,9 @@ from config import TrainConfig
 from dataloader import Shards, differences, verify_shards
 from distributed import World
 from files import read_json
-from plan import Setting, memory
 from tokenizer import VOCAB_SIZES
 from training.log import Log
+from training.memory import Setting, memory
 from training.presets import PRESETS
 from training.run_json import RUN, RUN_REMEDY
 from training.trainer import Trainer

@@ -1,0 +1,93 @@
+"""How presets scale over many GPUs, by calculation: a table and a picture.
+
+python cluster.py --presets gpt2 gpt2-xl
+"""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import cli
+import device
+from training.presets import PRESETS
+from training.step_time import Step, step_on
+
+
+@dataclass
+class ScaleConfig:
+    """How presets scale over many GPUs by calculation: a table on stdout, and a picture."""
+
+    presets: tuple[str, ...] = ("gpt2", "gpt2-xl", "gpt3-1b")
+    """Presets of train.py; each keeps its batch, and has no more GPUs than sequences in it."""
+    gpu: Literal[tuple(device.CARDS)] = "H100"
+    """The kind of GPU; the links are those of Cluster."""
+    out: str = "results/scale.png"
+    """Where the picture goes."""
+
+
+COUNTS = [2**i for i in range(13)]  # 1 to 4096 GPUs
+
+
+def limit(steps: dict[int, Step]) -> str:
+    """From how many GPUs on the efficiency is below 90 %."""
+    return next((f"{n}" for n, step in steps.items() if step.efficiency < 0.9), f"not up to {max(steps)}")
+
+
+def scale(config: ScaleConfig) -> tuple[str, dict[str, dict[int, Step]]]:
+    """The table, and a step for each kind of scaling and number of GPUs."""
+    wrong = [name for name in config.presets if name not in PRESETS]
+    faults = [f"--presets {' '.join(wrong)}: choose of {', '.join(PRESETS)}"] if wrong or not config.presets else []
+    if Path(config.out).suffix not in (".png", ".svg", ".pdf"):
+        faults.append(f"--out {config.out}: give a .png, .svg or .pdf")
+    cli.refuse(faults)
+    lines = [
+        "| preset | batch | | GPUs | compute, ms | communication, ms | sent by each, MB | step, ms | efficiency | below 90 % from |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    curves = {}
+    for name, weak, shard in itertools.product(config.presets, (False, True), (False, True)):
+        run = PRESETS[name]
+        most = COUNTS[-1] if weak else run.total_batch_tokens // run.model.seq_len
+        steps = {n: step_on(run, n, shard, config.gpu, weak) for n in COUNTS if n <= most}
+        batch = f"{run.micro_batch_size * run.model.seq_len:,} a GPU" if weak else f"{run.total_batch_tokens:,}"
+        kind = "FSDP" if shard else "DDP"
+        curves[f"{name}, {kind}, {batch}"] = steps
+        lines += [
+            f"| {name} | {batch} | {kind} | {n} | {s.compute * 1e3:.1f} | {s.communication * 1e3:.1f} | {s.sent / 1e6:,.0f} | "
+            f"{s.seconds * 1e3:.1f} | {s.efficiency:.0%} | {limit(steps)} |"
+            for n, s in steps.items()
+            if n in (8, 64, 512)
+        ]
+    return "\n".join(lines), curves
+
+
+def draw(curves: dict[str, dict[int, Step]], out: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(curve.split(",")[0] for curve in curves))}
+    for name, steps in curves.items():
+        look = dict(ls="--" if "a GPU" in name else "-", marker="o" if "DDP" in name else "x", color=colors[name.split(",")[0]])
+        axes.plot(steps.keys(), [step.efficiency for step in steps.values()], markersize=4, label=name, **look)
+    axes.axhline(0.9, color="gray", lw=0.8)
+    axes.set(xscale="log", xlabel="GPUs", ylabel="efficiency, calculated", xticks=COUNTS, xticklabels=COUNTS, ylim=(0, 1.02))
+    axes.minorticks_off()
+    axes.legend(fontsize=7)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120, bbox_inches="tight")
+
+
+def main():
+    with cli.one_line_errors():
+        config = cli.parse(ScaleConfig)
+        table, curves = scale(config)
+        print(table)
+        draw(curves, Path(config.out))
+
+
+if __name__ == "__main__":
+    main()

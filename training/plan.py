@@ -1,0 +1,117 @@
+"""What a run takes, on paper: memory by part, hours and cost, before anything is allocated. train.py --plan prints it."""
+
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import device
+from config import TrainConfig
+from device import ASSUMED_MFU
+from files import read_json
+from plot_log import read_metrics
+from sharding import refuse_fp16
+from training.memory import CUDA_ITSELF, Setting, largest_micro_batch, memory
+from training.run_json import RUN, RUN_REMEDY, last_launch
+from training.step_time import step_on
+from variants import build_on_meta, flops_per_token
+
+# what decides how fast a model trains on a card
+PACE = "model dtype compile micro_batch_size activation_memory optimizer teacher ema shard".split()
+
+
+def measured_rate(config: TrainConfig, name: str) -> float | None:
+    """Tokens a second and process of the run in --out-dir, when that was this model on such a card (or CPU) with the same settings;
+    the median of its steps but the first, in which it is compiled."""
+    path = Path(config.out_dir, RUN)
+    if not path.exists():
+        return None
+    launch, settings = last_launch(read_json(path, RUN_REMEDY), None), asdict(config)
+    cpu = device.describe(torch.device("cpu"))
+    try:
+        there = "cpu" if launch["device"] == cpu else device.card_of(launch["device"])
+        if there != name or any(launch["config"].get(name) != settings[name] for name in PACE):
+            return None
+        speeds = read_metrics(path.with_name("metrics.jsonl"), ["tokens_per_second"])["tokens_per_second"]
+        rates = [speed for step, speed in speeds.items() if step > launch["step"]]
+        return statistics.median(rates) / launch["world_size"] if rates else None
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} has no launch as train.py writes it: {RUN_REMEDY}") from e
+
+
+def report(config: TrainConfig) -> str:
+    """What train.py --plan prints. ValueError if the model can't fit, or nothing says how fast it is."""
+    name, dtype, setting, available = hardware(config)
+    model = build_on_meta(config.model)
+    need, fits = memory(config, setting, model), largest_micro_batch(config, setting, model, available)
+    if fits is None:
+        least = memory(replace(config, micro_batch_size=1), setting, model).peak
+        raise ValueError(
+            f"one sequence at a time takes {least / 1e9:.1f} GB, {name} has {available / 1e9:.1f} GB for it: choose a larger --gpu, a "
+            f"smaller model or --seq-len{', or --activation-memory 0' * (config.activation_memory > 0)}"
+            f", or {'--shard with ' * (not config.shard)}more --gpus"
+        )
+    compiled = "" if setting.compiled else "not "
+    lines = [f"{model.num_params():,} parameters, {config.gpus} × {name}, {str(dtype)[6:]}, {compiled}compiled", ""]
+    lines += [f"{part:<34}{size / 1e9:8.2f} GB" for part, size in need.parts.items() if size]
+    lines += [
+        f"{f'at most, --micro-batch-size {config.micro_batch_size}':<34}{need.peak / 1e9:8.2f} GB of {available / 1e9:.1f}: "
+        f"{'fits' if need.peak <= available else 'does not fit'}; the largest that does: --micro-batch-size {fits}",
+        "",
+    ]
+    lines += cost(config, name, dtype, flops_per_token(model))
+    if config.gpus > 1 and setting.kind == "cuda":
+        step = step_on(config, config.gpus, config.shard, name, dtype=dtype)
+        what = "weights and gradients" if config.shard else "gradients"
+        lines.append(
+            f"of a step of {step.seconds * 1e3:.1f} ms at {ASSUMED_MFU:.0%} MFU it waits {(step.seconds - step.compute) * 1e3:.1f} ms for "
+            f"the {what} of the others"
+        )
+    return "\n".join(lines)
+
+
+def hardware(config: TrainConfig) -> tuple[str, torch.dtype, Setting, float]:
+    """The card's name or 'cpu', the dtype, what memory depends on, and the bytes that a process may use."""
+    config.validate(config.gpus)
+    if config.device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"--device {config.device} can't be planned for: give cuda with a --gpu, or cpu")
+    if config.teacher:
+        raise ValueError("--teacher can't be planned for: leave it out; its weights and its forward pass come on top")
+    cpu, on_cpu = torch.device("cpu"), config.device == "cpu"
+    name = "cpu" if on_cpu else config.gpu
+    auto = config.dtype == "auto" and not on_cpu  # this machine need not have such a card
+    dtype = device.pick_dtype(("fp16" if name == "V100" else "bf16") if auto else config.dtype, cpu)
+    compiled = config.compile and (not on_cpu or device.can_compile(cpu))
+    setting = Setting("cpu" if on_cpu else "cuda", dtype.itemsize, compiled, config.gpus, config.shard and config.gpus > 1)
+    if setting.shard:
+        refuse_fp16(dtype)
+    # processes on a CPU share the machine's memory
+    available = device.total_memory(cpu) / config.gpus if on_cpu else device.CARDS[name].memory - CUDA_ITSELF
+    return name, dtype, setting, available
+
+
+def cost(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) -> list[str]:
+    """The lines about time and money."""
+    rate, source = rate_of(config, name, dtype, flops)
+    total = config.max_steps * config.total_batch_tokens
+    hours = total / rate / 3600
+    lines = [
+        f"{rate:,.0f} tokens/s, {source}",
+        f"the whole run, {config.max_steps:,} steps of {config.total_batch_tokens:,} tokens, {total * flops:.3g} floating point "
+        f"operations: {hours:,.2f} hours",
+    ]
+    if config.price:
+        lines.append(f"{hours * config.gpus * config.price:,.2f} $ at {config.price:g} $ a GPU and hour")
+    return lines
+
+
+def rate_of(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) -> tuple[float, str]:
+    """Tokens a second of all processes, and where that comes from."""
+    if config.rate:
+        return config.rate, "as given by --rate"
+    if measured := measured_rate(config, name):
+        return measured * config.gpus, f"as the run in {config.out_dir} has it, a process"
+    if name == "cpu":
+        raise ValueError("unknown CPU throughput: pass --rate, or the --out-dir of a run of this model")
+    return config.gpus * ASSUMED_MFU * device.peak_of(name, dtype) / flops, f"by an assumed MFU of {ASSUMED_MFU:.0%}: not measured"
