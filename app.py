@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-import cli
 from checkpoint import checkpoint_file, files_of, load_with_tokenizer, sealed_steps
-from device import pick_device, pick_dtype
+from common import cli
+from common.device import pick_device, pick_dtype
+from common.tokenizer import Tokenizer
 from model import GPT
 from sample import stream
-from tokenizer import Tokenizer
 
 
 @dataclass

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import nanogpt
-from files import read_json, replace, sha256, write_json, write_temporary
-from huggingface import hf_folder, pad_tables, shape_from_hf
+from common.files import read_json, replace, sha256, write_json, write_temporary
+from common.tokenizer import VOCAB_SIZES, Tokenizer, get_tokenizer
+from formats import nanogpt
+from formats.huggingface import hf_folder, pad_tables, shape_from_hf
 from model import GPT
-from tokenizer import VOCAB_SIZES, Tokenizer, get_tokenizer
 from variants import VariantConfig, build
 
 

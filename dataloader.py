@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-from files import read_json, sha256, write_atomically
+from common import cli
+from common.files import read_json, sha256, write_atomically
 
 MANIFEST = "manifest.json"
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4  # llm.c's header: 256 little-endian int32

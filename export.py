@@ -11,11 +11,11 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-import cli
 from checkpoint import load_with_tokenizer
-from device import pick_dtype
-from files import read_json
-from tokenizer import Tokenizer
+from common import cli
+from common.device import pick_dtype
+from common.files import read_json
+from common.tokenizer import Tokenizer
 
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 

@@ -33,10 +33,10 @@ from typing import Literal
 
 import numpy as np
 
-import cli
+from common import cli
+from common.files import hold, read_json, sha256, write_json
+from common.tokenizer import VOCAB_SIZES, fast_encode, get_tokenizer, tokenize
 from dataloader import MANIFEST, REMEDY, open_shard, part_folder, part_folders, split_of, write_shard
-from files import hold, read_json, sha256, write_json
-from tokenizer import VOCAB_SIZES, fast_encode, get_tokenizer, tokenize
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"

@@ -24,15 +24,15 @@ import torch
 import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import cli
-from attention import causal_mask
 from checkpoint import load_with_tokenizer
-from device import pick_dtype
-from distributed import World, join_world
-from files import write_atomically
-from loss import log_likelihoods
+from common import cli
+from common.device import pick_dtype
+from common.distributed import World, join_world
+from common.files import write_atomically
+from common.tokenizer import Tokenizer
 from model import GPT
-from tokenizer import Tokenizer
+from ops.attention import causal_mask
+from ops.loss import log_likelihoods
 from variants import scoring_copy
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import huggingface
-from kv_cache import KVCache, next_positions
-from validation import field_errors, raise_errors, rule
+from common.validation import field_errors, raise_errors, rule
+from formats import huggingface
+from ops.kv_cache import KVCache, next_positions
 
 
 @dataclass

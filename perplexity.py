@@ -16,13 +16,13 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-import cli
 from checkpoint import load_with_tokenizer
+from common import cli
+from common.device import pick_device, pick_dtype
+from common.tokenizer import Tokenizer
 from dataloader import Shards, TokenStream, find_shards
-from device import pick_device, pick_dtype
-from loss import log_likelihoods
 from model import GPT
-from tokenizer import Tokenizer
+from ops.loss import log_likelihoods
 from variants import scoring_copy
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-import cli
+from common import cli
 
 # OpenAI's models, by the parameters of GPT-2's four sizes. GPT-2's HellaSwag is completion style acc_norm and its loss that
 # of FineWeb-Edu's val shard, as build-nanogpt measured both on the released weights; GPT-3's HellaSwag is zero-shot, from

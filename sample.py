@@ -15,12 +15,12 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-import cli
 from checkpoint import load_with_tokenizer
-from device import can_compile, mend_compile_cache, pick_device, pick_dtype
-from kv_cache import KVCache
+from common import cli
+from common.device import can_compile, mend_compile_cache, pick_device, pick_dtype
+from common.tokenizer import Tokenizer
 from model import GPT
-from tokenizer import Tokenizer
+from ops.kv_cache import KVCache
 from variants import with_switches
 
 

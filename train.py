@@ -20,15 +20,14 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import cli
-import device
 import fineweb
 import variants
-from config import TrainConfig
+from common import cli, device
+from common.distributed import PeerLost, Stopped, World, join_world, meet
+from common.files import hold
 from dataloader import MANIFEST, Shards, find_shards
-from distributed import PeerLost, Stopped, World, join_world, meet
-from files import hold
 from training import checks, flags, run_json
+from training.config import TrainConfig
 from training.evaluation import Evaluation, is_due
 from training.guard import largest_weight
 from training.log import Log, step_metrics

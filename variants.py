@@ -12,13 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-import attention
-import huggingface
-import linear
-import loss
-from kv_cache import KVCache, next_positions
+from common.validation import raise_errors, rule
+from formats import huggingface
 from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig, cross_entropy, gelu, manual_attention
-from validation import raise_errors, rule
+from ops import attention, linear, loss
+from ops.kv_cache import KVCache, next_positions
 
 
 @dataclass

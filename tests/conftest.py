@@ -18,9 +18,9 @@ import torch
 
 import checkpoint
 import train
+from common.files import write_json
+from common.tokenizer import get_tokenizer
 from dataloader import write_shard
-from files import write_json
-from tokenizer import get_tokenizer
 from variants import VariantConfig
 
 REPO = Path(__file__).parent.parent
@@ -107,15 +107,16 @@ def run_train(shards: Path, out_dir: Path, *argv) -> int:
 def script(*argv, processes: int = 0, timeout: float = 120, **env) -> subprocess.CompletedProcess:
     """Runs a script as a user does, under torchrun when processes is given."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    command = [sys.executable, *launcher, str(REPO / str(argv[0])), *map(str, argv[1:])]
+    is_module = str(argv[0]).startswith("lab.")
+    command = [sys.executable, *launcher, *(["-m", argv[0]] if is_module else [str(REPO / str(argv[0]))]), *map(str, argv[1:])]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **{key: str(value) for key, value in env.items()}}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=REPO if is_module else None)
 
 
 def seconds_of(*argv) -> float:
     """Wall clock of Python with these arguments, which must succeed."""
     began = time.monotonic()
-    subprocess.run([sys.executable, *map(str, argv)], capture_output=True, check=True)
+    subprocess.run([sys.executable, *map(str, argv)], capture_output=True, check=True, cwd=REPO)
     return time.monotonic() - began
 
 

@@ -29,10 +29,10 @@ LADDER = "--seq-len 64 --total-batch-tokens 512 --micro-batch-size 4 --max-lr 3e
 VISIT = "curl --silent --fail --retry 60 --retry-delay 1 --retry-connrefused --output page.html"
 SMALL = (  # the first pattern that a command matches says what is added to it
     (r"^until", ""),  # the run in log is finished by then: it says so
-    (r"sweep.py", "--trials 2 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
-    (r"compare.py", "--seeds 1 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
-    (r"--plan|scaling.py (plan|fit)", ""),
-    (r"scaling.py ladder", f"--sizes 1x32 2x32 2x64 --tokens 2560 5120 10240 --workers 2 --flags='{LADDER}'"),
+    (r"lab.sweep", "--trials 2 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
+    (r"lab.compare", "--seeds 1 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
+    (r"--plan|lab.scaling (plan|fit)", ""),
+    (r"lab.scaling ladder", f"--sizes 1x32 2x32 2x64 --tokens 2560 5120 10240 --workers 2 --flags='{LADDER}'"),
     (r"export.py", ""),
     (r"lm_eval", "--device cpu"),
     (r"app.py", f"& {VISIT} http://127.0.0.1:7860; seen=$?; kill $!; exit $seen"),
@@ -45,7 +45,7 @@ SMALL = (  # the first pattern that a command matches says what is added to it
     (r"sample.py", "-d cpu"),
     (r"perplexity.py", "-d cpu --max-tokens 2000"),
     (r"fineweb.py", "--workers 2"),
-    (r"bench.py", f"{SHAPE} --seq-len 64 --what train load tokenize --rounds 1 --megabytes 1 --shard-tokens 100000 --no-compile"),
+    (r"lab.bench", f"{SHAPE} --seq-len 64 --what train load tokenize --rounds 1 --megabytes 1 --shard-tokens 100000 --no-compile"),
 )
 
 

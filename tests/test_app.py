@@ -25,9 +25,9 @@ from conftest import REPO, run_main, save_checkpoint, script
 
 import app
 from app import Piece, as_html, clamp, offered, write
+from common.tokenizer import get_tokenizer
 from model import GPT
 from sample import sample_texts
-from tokenizer import get_tokenizer
 from variants import VariantConfig, build
 
 BYTES = get_tokenizer("bytes")

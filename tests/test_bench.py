@@ -8,7 +8,7 @@ import pytest
 from conftest import run_main, script
 from test_hellaswag import make_tasks
 
-import bench
+from lab import bench
 
 
 @pytest.mark.slow
@@ -17,7 +17,7 @@ def test_every_work_is_timed_on_both_sides(tmp_path, gpt2_tokenizer):
     tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(6)))
     shape = "--n-layer 2 --n-head 2 --n-embd 32 --seq-len 256 --dtype fp32 --no-compile --device cpu".split()
     small = "--rounds 3 --passes 2 --tasks 6 --new-tokens 20 --megabytes 1 --shard-tokens 100000 --json".split()
-    result = script("bench.py", *shape, *small, "--hellaswag-file", tasks, timeout=300)
+    result = script("lab.bench", *shape, *small, "--hellaswag-file", tasks, timeout=300)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert [row["work"] for row in report["rows"]] == list(bench.WORK) and report["threads"] == 1
@@ -31,7 +31,7 @@ def test_every_work_is_timed_on_both_sides(tmp_path, gpt2_tokenizer):
 @pytest.mark.slow
 def test_a_side_that_fails_is_one_line(tmp_path):
     shape = "--n-layer 1 --n-head 1 --n-embd 8 --seq-len 16 --device cpu".split()
-    result = script("bench.py", "--what", "score", *shape, "--hellaswag-file", tmp_path / "none.jsonl")
+    result = script("lab.bench", "--what", "score", *shape, "--hellaswag-file", tmp_path / "none.jsonl")
     error = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and len(error) == 1 and error[0].startswith(f"error: no file {tmp_path}/none.jsonl")
     assert "Traceback" not in result.stderr

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import TINY, forked, ids_for, run_main, run_train, save_checkpoint, script
 
-import compare
-from compare import CompareConfig, amount_for, cache_bytes, loss_by_position, stretched, summary, tokens_to_the_same_loss
 from dataloader import TokenStream, find_shards
-from kv_cache import KVCache
+from lab import compare
+from lab.compare import CompareConfig, amount_for, cache_bytes, loss_by_position, stretched, summary, tokens_to_the_same_loss
+from ops.kv_cache import KVCache
 from training.flags import parse_config
 from variants import VariantConfig, build
 
@@ -171,5 +171,5 @@ def test_a_student_of_another_teacher_is_another_run(shards, tmp_path, capsys, m
 
 @pytest.mark.slow
 def test_the_script_says_what_a_run_said(shards, tmp_path):
-    result = script("compare.py", "a=--preset quickstart --data-dir nowhere", "--out-dir", tmp_path, "--seeds", 1)
+    result = script("lab.compare", "a=--preset quickstart --data-dir nowhere", "--out-dir", tmp_path, "--seeds", 1)
     assert result.returncode == 2 and "the folder nowhere does not exist" in result.stderr.splitlines()[-1]

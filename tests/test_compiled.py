@@ -17,13 +17,13 @@ from conftest import REPO, TINY, forked, ids_for, read_stream, run_train, trace_
 from test_variants import VARIANTS
 from torch._functorch import config as functorch_config
 
-import device
-import linear
-import self_check
-from compiling import compile_blocks
-from kv_cache import KVCache
+from common import device
 from model import GPT
+from ops import linear
+from ops.kv_cache import KVCache
 from sample import compiled_step
+from training import self_check
+from training.compiling import compile_blocks
 from variants import VariantConfig, build, build_on_meta
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -104,7 +104,7 @@ def test_compiled_variant_has_eager_gradients(poisoned_memory, variant):
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("activation_memory", [0.5, 0.0])
 def test_compiled_recomputation_and_chunked_loss_have_eager_gradients(poisoned_memory, monkeypatch, dtype, activation_memory):
-    monkeypatch.setattr("loss.MAX_LOGITS", 128 * 150)  # two chunks
+    monkeypatch.setattr("ops.loss.MAX_LOGITS", 128 * 150)  # two chunks
     check_parity(VariantConfig(97, 128, 2, 2, 64), dtype, 2, activation_memory)
 
 
@@ -171,7 +171,7 @@ def test_compiler_flags(monkeypatch, compiler, before, after):
 @ON_X86
 def test_inductor_has_the_flags_if_imported_first():
     code = (
-        "import torch._inductor.config, attention\nfrom torch._inductor.cpp_builder import CppTorchOptions\n"
+        "import torch._inductor.config, ops.attention\nfrom torch._inductor.cpp_builder import CppTorchOptions\n"
         "print(any('-DCPU_IS_' in flag for flag in CppTorchOptions().get_cflags()))"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("CXX", device.FP_CONTRACT)}
@@ -195,7 +195,7 @@ def test_case_in_compiler_md_is_right_with_the_flag(tmp_path):
 def test_one_cache_serves_two_vector_lengths(tmp_path):
     """A folder that outlives its machine, as one on a shared disk."""
     code = (
-        "import torch, attention; from test_compiled import transposed_twice; x = torch.randn(2, 256, 128).bfloat16()\n"
+        "import torch, ops; from test_compiled import transposed_twice; x = torch.randn(2, 256, 128).bfloat16()\n"
         "print(all(map(torch.equal, torch.compile(transposed_twice)(x), transposed_twice(x))))"
     )
     for capability in ("avx512", "avx2"):

@@ -8,8 +8,8 @@ from conftest import Trap, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.files import read_json, write_json
 from dataloader import Shards, TokenStream, differences, find_shards, open_shard, permute, rank_positions, verify_shards, write_shard
-from files import read_json, write_json
 
 
 def folder_of(tmp_path, sizes):

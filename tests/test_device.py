@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import REPO, TINY
 
-import device
+from common import device
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is told what to do where it is glibc's")
 
@@ -38,7 +38,7 @@ def kept(code: str, *argv, **env) -> str:
 
 def test_freed_memory_stays_with_compiled_training_unless_memory_is_short(shards, tmp_path):
     code = (
-        "import device, train, training.trainer\n"
+        "import train, training.trainer\nfrom common import device\n"
         "device.can_compile, training.trainer.compile_blocks = lambda _: True, lambda *_: None\n"  # as if it had compiled
         "train.main()"
     )
@@ -49,12 +49,12 @@ def test_freed_memory_stays_with_compiled_training_unless_memory_is_short(shards
 
 
 def test_what_the_environment_says_to_malloc_stands():
-    code = "import torch, device; device.set_malloc(torch.device('{}'))"
+    code = "import torch; from common import device; device.set_malloc(torch.device('{}'))"
     assert kept(code.format("cpu")) == ALL and kept(code.format("cuda")) == GLIBC
     for name, value in (("MALLOC_MMAP_THRESHOLD_", "4194304"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=4194304")):
         assert kept(code.format("cpu"), **{name: value}) in ("", "4")
 
 
 def test_a_process_can_go_from_keeping_to_sparing():
-    code = "import torch, device\nfor sparing in (False, True): device.set_malloc(torch.device('cpu'), sparing)"
+    code = "import torch; from common import device\nfor sparing in (False, True): device.set_malloc(torch.device('cpu'), sparing)"
     assert kept(code) == SPARING

@@ -21,9 +21,9 @@ from test_hellaswag import make_tasks
 import checkpoint
 import export
 import hellaswag
-from distributed import World
+from common.distributed import World
+from common.tokenizer import get_tokenizer
 from sample import sample_texts
-from tokenizer import get_tokenizer
 from variants import VariantConfig, build
 
 LLAMA = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, n_kv_head=1)

@@ -26,11 +26,11 @@ from hub import SHA, serve
 from test_dataloader import llmc_bin
 
 import fineweb
-import tokenizer as tokenizers
+from common import tokenizer as tokenizers
+from common.files import hold, read_json
+from common.tokenizer import get_tokenizer
 from dataloader import find_shards, open_shard, verify_shards
-from files import hold, read_json
 from fineweb import read_file
-from tokenizer import get_tokenizer
 
 TEXTS = [f"Document {i}: " + "naïve café, 日本語, \n\ttabs… " * (i % 7) + "<|endoftext|>" * (i % 2) for i in range(40)] + [""]
 
@@ -173,7 +173,7 @@ def test_workers_change_nothing(tmp_path, corpus, monkeypatch):
     assert result.returncode == 0, result.stderr
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "chunks") == bytes_of(tmp_path / "three")
     # processes, as where gigatoken is not installed
-    code = "import fineweb, tokenizer; fineweb.fast_encode = tokenizer.fast_encode = lambda name: None; fineweb.main()"
+    code = "import fineweb; from common import tokenizer; fineweb.fast_encode = tokenizer.fast_encode = lambda name: None; fineweb.main()"
     argv = ["--dataset", corpus, "--out-dir", tmp_path / "spawned", "--shard-size", "500", "--tokenizer", "bytes", "--workers", "2"]
     result = subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

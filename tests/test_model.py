@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from attention import BlockwiseAttention
-from huggingface import SIZES, gpt2_state
-from kv_cache import KVCache
-from loss import chunk_loss, chunked_cross_entropy, loss_chunks
+from formats.huggingface import SIZES, gpt2_state
 from model import GPT, GPTConfig, flash_attention, manual_attention
-from optimizer import decay_groups
+from ops.attention import BlockwiseAttention
+from ops.kv_cache import KVCache
+from ops.loss import chunk_loss, chunked_cross_entropy, loss_chunks
+from training.optimizer import decay_groups
 from variants import adapt, build, flops_per_token, scoring_copy, set_attention
 
 # vocabulary, positions, layers, heads, channels: padded and not, heads of odd size, one layer, one head
@@ -154,7 +154,7 @@ def test_the_loss_in_chunks_does_not_overflow_where_the_plain_one_does_not():
 
 
 def test_many_logits_never_stand_in_memory_together(monkeypatch):
-    monkeypatch.setattr("loss.MAX_LOGITS", 1024 * 30)
+    monkeypatch.setattr("ops.loss.MAX_LOGITS", 1024 * 30)
     torch.manual_seed(0)
     model = build(GPTConfig(1024, 40, 1, 1, 8))
     idx = ids_for(model.config, batch=4)

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from conftest import REPO, TINY, forked, read_stream, run_train
 
 import checkpoint
-import distributed
-from files import read_json
+from common import distributed
+from common.files import read_json
 
 PORT = 29400
 

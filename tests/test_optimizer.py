@@ -9,9 +9,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel
 
 import checkpoint
+from common.distributed import World
 from dataloader import TokenStream, find_shards
-from distributed import World
-from optimizer import AverageWeights, MuonAndAdamW, schedule
+from training.optimizer import AverageWeights, MuonAndAdamW, schedule
 from training.run_json import read_run
 from variants import VariantConfig, build
 

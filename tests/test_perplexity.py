@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import perplexity
+from common.tokenizer import get_tokenizer
 from perplexity import rows_of_text, score
-from tokenizer import get_tokenizer
 from variants import VariantConfig, build
 
 TEXT = (REPO / "README.md").read_text()[:1500]

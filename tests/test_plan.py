@@ -17,9 +17,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.profiler import ProfilerActivity, profile
 
 import train
-from compiling import compile_blocks, recompute_activations
-from config import TrainConfig
 from model import GPT
+from training.compiling import compile_blocks, recompute_activations
+from training.config import TrainConfig
 from training.memory import Setting, largest_micro_batch, memory
 from training.presets import PRESETS
 from training.step_time import Cluster, ddp_step, fsdp_step
@@ -173,7 +173,7 @@ def allocated_peak(step) -> int:
 )
 def test_the_peak_of_an_eager_step(monkeypatch, passes, max_logits, activation_memory):
     """With and without accumulation, with the loss whole and in chunks, with everything kept and computed again."""
-    monkeypatch.setattr("loss.MAX_LOGITS", max_logits)
+    monkeypatch.setattr("ops.loss.MAX_LOGITS", max_logits)
     shape = small(n_embd=128)
     gpt, idx = build(shape), torch.randint(1000, (8, 128))
     recompute_activations(gpt, activation_memory == 0)

@@ -13,8 +13,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sample
+from common.tokenizer import get_tokenizer
 from sample import generate, next_ids
-from tokenizer import get_tokenizer
 from variants import VariantConfig, build
 
 

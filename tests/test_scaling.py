@@ -10,10 +10,10 @@ import pytest
 from conftest import TINY, run_main, run_train
 from scipy.optimize import approx_fprime, minimize_scalar
 
-import cli
-import scaling
-from config import TrainConfig
-from scaling import PUBLISHED, Law, Point, bootstrap, fit, objective
+from common import cli
+from lab import scaling
+from lab.scaling import PUBLISHED, Law, Point, bootstrap, fit, objective
+from training.config import TrainConfig
 from variants import build_on_meta
 
 LAWS = [PUBLISHED["besiroglu"], PUBLISHED["hoffmann"], Law(0.6, 30.0, 200.0, 0.3, 0.4)]
@@ -127,7 +127,7 @@ def test_the_flags_of_a_plan_have_about_its_size(capsys):
         ("plan --flops 1e19 --law {tmp}/empty.json", "is no law: give besiroglu, hoffmann, kaplan or the law.json"),
         (
             "fit --out-dir {tmp}/nowhere",
-            "no finished run in {tmp}/nowhere: train some with python scaling.py ladder --out-dir {tmp}/nowhere",
+            "no finished run in {tmp}/nowhere: train some with python -m lab.scaling ladder --out-dir {tmp}/nowhere",
         ),
         ("fit --points {tmp}/few.csv", "1 points are too few to fit five numbers: at least 6, of 3 sizes and 3 amounts of tokens"),
         ("fit --points {tmp}/few.csv --hold-out 2", "--hold-out 2 leaves none of 1 runs to fit: lower it"),

@@ -9,9 +9,9 @@ import sys
 import pytest
 from conftest import REPO, run_main, seconds_of
 
-import cli
-from config import TrainConfig
-from device import CARDS
+from common import cli
+from common.device import CARDS
+from training.config import TrainConfig
 from training.flags import parse_config
 from variants import build, flops_per_token
 
@@ -21,30 +21,32 @@ SCRIPTS = [
     "hellaswag",
     "sample",
     "plot_log",
-    "bench",
-    "compare",
     "perplexity",
-    "sweep",
     "app",
     "export",
-    "cluster",
-    "scaling",
+    "lab.bench",
+    "lab.compare",
+    "lab.sweep",
+    "lab.cluster",
+    "lab.scaling",
 ]
-COMMANDS = [*SCRIPTS[:-1], "scaling ladder", "scaling fit", "scaling plan"]
+COMMANDS = [*SCRIPTS[:-1], "lab.scaling ladder", "lab.scaling fit", "lab.scaling plan"]
 
 # what others made is imported first; after that every file opened, address looked up and process begun counts
 IMPORT_QUIETLY = """
 import ast, os, sys
+from pathlib import Path
 repo = sys.argv[1]
 sys.argv[1:] = ["--no-such-flag"]
 sys.path.insert(0, repo)
-for path in os.listdir(repo):
-    if path.endswith(".py"):
-        for node in ast.parse(open(os.path.join(repo, path)).read()).body:
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                for module in [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]:
-                    if module + ".py" not in os.listdir(repo):
-                        __import__(module)
+paths = sorted([*Path(repo).glob("*.py"), *(path for path in Path(repo).glob("*/*.py") if path.parts[-2] != "tests")])
+own = {path.stem for path in paths} | {path.parts[-2] for path in paths}
+for path in paths:
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for module in [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]:
+                if module.split(".")[0] not in own:
+                    __import__(module)
 import torch.distributed, torch.utils.data
 already = set(sys.modules)
 events = []
@@ -54,10 +56,9 @@ def hook(event, args):
         events.append((event, args))
 sys.addaudithook(hook)
 before = dict(os.environ)
-for path in sorted(os.listdir(repo)):
-    if path.endswith(".py"):
-        __import__(path[:-3])
-        assert not events and dict(os.environ) == before, (path, events)
+for path in paths:
+    __import__(".".join(path.relative_to(repo).with_suffix("").parts))
+    assert not events and dict(os.environ) == before, (path, events)
 assert not {"wandb", "trackio", "tensorboard", "optuna", "scipy", "matplotlib", "transformers", "datasets"} & (set(sys.modules) - already)
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 """
@@ -70,7 +71,7 @@ def test_importing_does_nothing(tmp_path):
 
 
 def answers_quickly(name: str) -> bool:
-    seconds = seconds_of(REPO / f"{name}.py", "--help")
+    seconds = seconds_of(*(["-m", name] if "." in name else [REPO / f"{name}.py"]), "--help")
     return seconds < 2.0 or seconds < 1.5 * seconds_of("-c", "import torch")
 
 
@@ -125,7 +126,7 @@ def test_what_would_control_a_terminal_is_a_box():
     assert cli.printable("a\x1b[2J\x07\r\x00\nb\tü\x9b") == "a�[2J���\nb\tü�"
 
 
-@pytest.mark.parametrize("name", ["compare", "sweep", "scaling", "fineweb"])
+@pytest.mark.parametrize("name", ["lab.compare", "lab.sweep", "lab.scaling", "fineweb"])
 def test_what_can_go_on_says_so_at_ctrl_c(name, monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

@@ -9,7 +9,7 @@ from conftest import TINY, forked, read_stream, run_train, script, trace_only
 from test_hellaswag import make_tasks
 
 import checkpoint
-from config import TrainConfig
+from training.config import TrainConfig
 from training.memory import Setting, memory
 from variants import VariantConfig, build_on_meta
 

@@ -19,12 +19,12 @@ from test_hellaswag import make_tasks
 from test_train import final_weights
 
 import checkpoint
-import tokenizer
 import train
 import training.log
 from checkpoint import newest_step
+from common import tokenizer
+from common.files import read_json, write_json
 from dataloader import TokenStream, find_shards
-from files import read_json, write_json
 
 
 def same_weights(a: dict, b: dict) -> bool:
@@ -285,7 +285,7 @@ def test_lines_that_can_never_be_written_fail_the_run(shards, tmp_path, capsys):
 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
     code = (
-        "import resource, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from files import append\n"
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from common.files import append\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
         "append(Path(sys.argv[2]), 'fifteen letters')\n"
         "try: append(Path(sys.argv[2]), 'ten letters')\n"

@@ -9,11 +9,11 @@ import time
 
 import optuna
 import pytest
-from conftest import REPO, TINY, run_main
+from conftest import TINY, run_main
 
-import sweep
-from compare import Run
-from sweep import Choice, Range, Running, flags_of, follow, parse_space
+from lab import sweep
+from lab.compare import Run
+from lab.sweep import Choice, Range, Running, flags_of, follow, parse_space
 from training.flags import parse_flags
 
 SPACE = ("max_lr=1e-3..1e-1:log", "n-layer=1..3", "mlp=gelu,relu2", "qk_norm=true,false", "ema=0..0.5")
@@ -171,7 +171,7 @@ def test_without_optuna_it_says_how_to_get_it(monkeypatch, capsys, tmp_path):
 def test_a_sweep_that_is_stopped_goes_on(shards, tmp_path):
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--max-steps", "300"])
     argv = ["max_lr=1e-3..1e-1:log", "n_head=1,2,3", f"--flags={flags}", "--trials", "5", "--workers", "2", "--out-dir", tmp_path / "sweep"]
-    command = list(map(str, [sys.executable, REPO / "sweep.py", *argv]))
+    command = list(map(str, [sys.executable, "-m", "lab.sweep", *argv]))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not any("5 train" in log.read_text() for log in (tmp_path / "sweep").glob("*/log.txt")):
         assert process.poll() is None, process.communicate()

@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 from conftest import REPO, TINY, forked, run_train
 
-import tracker
+from training import tracker
 
 
 def losses(folder, name="loss") -> dict[int, float]:

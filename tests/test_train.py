@@ -22,18 +22,17 @@ from test_model import random_hf
 from torch.optim import AdamW
 
 import checkpoint
-import cli
-import device
 import hellaswag
 import sample
 import train
-from config import TrainConfig
+from common import cli, device
+from common.distributed import World
 from dataloader import TokenStream, find_shards
-from distributed import World
-from optimizer import schedule
 from training import checks, distillation, evaluation
+from training.config import TrainConfig
 from training.flags import overridden_preset, parse_config, parse_flags, warnings
 from training.log import Log
+from training.optimizer import schedule
 from training.presets import PRESETS
 from training.run_json import read_run
 from variants import VariantConfig, build, build_on_meta
@@ -191,7 +190,7 @@ def teacher(shards, tmp_path_factory):
 def test_a_student_follows_the_plain_formula_of_distillation(teacher, shards, tmp_path, monkeypatch, max_logits):
     """(1 - w) · cross entropy + w · KL(teacher ‖ student), Hinton et al., 2015; the loss in the log is the cross entropy. Also where
     the logits never stand in memory together."""
-    monkeypatch.setattr("loss.MAX_LOGITS", max_logits)
+    monkeypatch.setattr("ops.loss.MAX_LOGITS", max_logits)
     rows, divergence_of = [], distillation.divergence
     monkeypatch.setattr(distillation, "divergence", lambda logits, expected: rows.append(logits.numel()) or divergence_of(logits, expected))
     argv = ["--teacher", teacher, "--teacher-weight", 0.7, "--max-steps", 1, "--warmup-steps", 0, "--grad-clip", 0]
@@ -434,7 +433,7 @@ def test_hellaswag_and_samples_in_the_run(shards, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     row = next(row for row in rows if row["step"] == 20 and "hellaswag_acc_norm" in row)
     assert f"{row['hellaswag_acc_norm']:.6f}" == values[20] and "hellaswag_harness_acc_norm" in row
-    from distributed import World
+    from common.distributed import World
     from hellaswag import evaluate
 
     model, tokenizer = checkpoint.load_model(str(tmp_path / "run"))

@@ -12,11 +12,11 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from attention import BlockwiseAttention, block_mask, causal_mask
-from compiling import compile_blocks, recompute_activations
-from huggingface import OFF
-from kv_cache import KVCache
+from formats.huggingface import OFF
 from model import GPT, GPTConfig
+from ops.attention import BlockwiseAttention, block_mask, causal_mask
+from ops.kv_cache import KVCache
+from training.compiling import compile_blocks, recompute_activations
 from training.presets import PRESETS
 from variants import (
     SWITCHES,

@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import checkpoint
-import device
-import self_check
-import sharding
-from config import TrainConfig
+from common import device
+from common.distributed import World
+from common.files import read_json
+from common.tokenizer import VOCAB_SIZES
 from dataloader import Shards, differences, verify_shards
-from distributed import World
-from files import read_json
-from tokenizer import VOCAB_SIZES
+from training import self_check, sharding
+from training.config import TrainConfig
 from training.log import Log
 from training.memory import Setting, memory
 from training.presets import PRESETS

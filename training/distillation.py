@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from loss import positions_at_once
 from model import GPT
+from ops.loss import positions_at_once
 
 
 @contextmanager

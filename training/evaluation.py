@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-import cli
 import hellaswag
 import plot_log
-import tokenizer as tokenizers
+from common import cli
+from common import tokenizer as tokenizers
 from sample import sample_texts
 from training.log import Log, axes
 from training.trainer import Trainer

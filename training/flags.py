@@ -6,8 +6,8 @@ from pathlib import Path
 import tyro
 
 import checkpoint
-import cli
-from config import MAY_CHANGE, TrainConfig
+from common import cli
+from training.config import MAY_CHANGE, TrainConfig
 from training.presets import PRESETS
 from training.run_json import is_restart, read_run
 from variants import NOT_IN_WEIGHTS, VariantConfig

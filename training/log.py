@@ -10,12 +10,11 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-import cli
-import device
-from config import TrainConfig
-from distributed import World
-from files import append
-from tracker import Tracker
+from common import cli, device
+from common.distributed import World
+from common.files import append
+from training.config import TrainConfig
+from training.tracker import Tracker
 from training.trainer import Trainer, Update
 from variants import flops_per_token
 

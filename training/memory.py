@@ -7,10 +7,10 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from attention import BlockwiseAttention
-from config import TrainConfig
-from loss import loss_chunks
 from model import GPT
+from ops.attention import BlockwiseAttention
+from ops.loss import loss_chunks
+from training.config import TrainConfig
 from variants import VariantConfig
 
 CUDA_ITSELF = 1e9  # bytes for the context, the libraries and what the allocator can't use: they differ by card and version

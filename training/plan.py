@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-import device
-from config import TrainConfig
-from device import ASSUMED_MFU
-from files import read_json
+from common import device
+from common.device import ASSUMED_MFU
+from common.files import read_json
 from plot_log import read_metrics
-from sharding import refuse_fp16
+from training.config import TrainConfig
 from training.memory import CUDA_ITSELF, Setting, largest_micro_batch, memory
 from training.run_json import RUN, RUN_REMEDY, last_launch
+from training.sharding import refuse_fp16
 from training.step_time import step_on
 from variants import build_on_meta, flops_per_token
 

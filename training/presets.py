@@ -1,7 +1,7 @@
 """The presets of train.py: defaults for all other flags."""
 
-from config import TrainConfig
-from huggingface import SIZES
+from formats.huggingface import SIZES
+from training.config import TrainConfig
 from variants import VariantConfig
 
 
@@ -51,7 +51,7 @@ PRESETS = {
     "gpt3-760m": gpt3("gpt3-760m", n_layer=24, n_head=16, n_embd=1536, max_lr=2.5e-4, micro_batch_size=8),
     # the table has 24 heads of 128 for a width of 2048, which do not multiply: 16 do
     "gpt3-1b": gpt3("gpt3-1b", n_layer=24, n_head=16, n_embd=2048, max_lr=2e-4, micro_batch_size=4, total_batch_tokens=2**20),
-    # GPT-2's layers and width with what makes it learn from fewer tokens; compare.py --suite without measures each part's share
+    # GPT-2's layers and width with what makes it learn from fewer tokens; lab.compare --suite without measures each part's share
     "modern": TrainConfig(
         preset="modern",
         model=VariantConfig(

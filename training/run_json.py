@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-import device
 import plot_log
-from config import TrainConfig
-from distributed import World
-from files import read_json, write_json
+from common import device
+from common.distributed import World
+from common.files import read_json, write_json
+from training.config import TrainConfig
 from training.trainer import Trainer
 from variants import VariantConfig
 

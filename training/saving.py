@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 import checkpoint
-import sharding
+from training import sharding
 from training.trainer import Trainer
 
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-import device
-from config import TrainConfig
-from device import ASSUMED_MFU
+from common import device
+from common.device import ASSUMED_MFU
+from training.config import TrainConfig
 from variants import build_on_meta, flops_per_token
 
 

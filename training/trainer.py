@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import device
-import optimizer
-import sharding
-from compiling import compile_blocks, recompute_activations, undo_compile
-from config import TrainConfig
+from common import device
+from common.distributed import World
 from dataloader import Shards, TokenStream, rank_positions
-from distributed import World
 from model import GPT
+from training import optimizer, sharding
+from training.compiling import compile_blocks, recompute_activations, undo_compile
+from training.config import TrainConfig
 from training.distillation import distillation_loss
 from training.guard import Guard, locate_nonfinite
 from variants import build_on_meta

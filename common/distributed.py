@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from device import pick_device
+from common.device import pick_device
 
 
 class Stopped(Exception):

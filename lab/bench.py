@@ -1,8 +1,8 @@
 """How fast is it? Training, generation, scoring, tokenizing, loading and saving, each beside a peer in the same run.
 
-    python bench.py                                          # GPT-2 (124M) on whatever there is
-    python bench.py --what train --micro-batch-size 4        # the training step alone
-    python bench.py --device cuda --micro-batch-size 32 --json > bench.json
+    python -m lab.bench                                          # GPT-2 (124M) on whatever there is
+    python -m lab.bench --what train --micro-batch-size 4        # the training step alone
+    python -m lab.bench --device cuda --micro-batch-size 32 --json > bench.json
 
 The peers are what a user would take instead: Hugging Face transformers (compiled too, with the same fused AdamW), tiktoken
 document by document, a shard read whole, torch.save. Each side is a process of its own, so that its peak memory is its own, and they
@@ -28,18 +28,18 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-import cli
-import device as hardware
 import fineweb
 import hellaswag
-import tokenizer as tokenizers
 import train
-from config import TrainConfig
+from common import cli
+from common import device as hardware
+from common import tokenizer as tokenizers
+from common.distributed import World
+from common.files import write_json
 from dataloader import TokenStream, find_shards, write_shard
-from distributed import World
-from files import write_json
 from model import GPT
 from sample import generate
+from training.config import TrainConfig
 from training.log import Log
 from training.run_json import git_commit
 from training.saving import Checkpoints

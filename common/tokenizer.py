@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-import cli
+from common import cli
 
 VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attention import sees
+from ops.attention import sees
 
 
 def next_positions(idx: Tensor, cache: "KVCache | None", seq_len: int) -> Tensor:

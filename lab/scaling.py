@@ -1,8 +1,8 @@
 """Scaling laws from one's own runs: what does more compute buy, and how is it spent best?
 
-    python scaling.py ladder --data-dir edu_fineweb10B      # trains models of several sizes on several amounts of tokens
-    python scaling.py fit                                   # L(N, D) through them, and the picture
-    python scaling.py plan --dollars 100 --gpu H100 --price 3    # the size and the tokens that a budget is best spent on
+    python -m lab.scaling ladder --data-dir edu_fineweb10B      # trains models of several sizes on several amounts of tokens
+    python -m lab.scaling fit                                   # L(N, D) through them, and the picture
+    python -m lab.scaling plan --dollars 100 --gpu H100 --price 3    # the size and the tokens that a budget is best spent on
 
 N is the number of all parameters, D that of training tokens, C = 6 N D floating point operations (Kaplan et al., 2020).
 """
@@ -18,14 +18,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-import cli
-from compare import Run, last_checkpoint, run_all, split
-from config import MAY_CHANGE, TrainConfig
+from common import cli
+from common.device import ASSUMED_MFU, CARDS
+from common.files import read_json, write_json
 from dataloader import differences
-from device import ASSUMED_MFU, CARDS
-from files import read_json, write_json
+from lab.compare import Run, last_checkpoint, run_all, split
 from train import find_data
 from training.checks import fit_vocabulary
+from training.config import MAY_CHANGE, TrainConfig
 from training.flags import refuse_changes
 from training.run_json import RUN, read_run
 from variants import VariantConfig, build_on_meta
@@ -236,7 +236,7 @@ def points_of(out_dir: Path) -> list[Point]:
     """The finished runs in a ladder's folder. ValueError where one is of another ladder."""
     finished = [folder for folder in folders_of(out_dir) if last_checkpoint(folder).get("step") == read_run(folder).max_steps]
     if not finished:
-        raise ValueError(f"no finished run in {out_dir}: train some with python scaling.py ladder --out-dir {out_dir}")
+        raise ValueError(f"no finished run in {out_dir}: train some with python -m lab.scaling ladder --out-dir {out_dir}")
     first, *others = finished
     refuse_others(others, read_run(first), data_of(first), str(first))
     points = []
@@ -428,12 +428,12 @@ def read_law(name: str) -> Law | Kaplan:
     if name in PUBLISHED:
         return PUBLISHED[name]
     try:
-        law = Law(**{key: float(value) for key, value in read_json(Path(name), "make it with scaling.py fit")["law"].items()})
+        law = Law(**{key: float(value) for key, value in read_json(Path(name), "make it with python -m lab.scaling fit")["law"].items()})
         if not all(0 < value < math.inf for value in asdict(law).values()):
             raise ValueError
         return law
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
-        raise ValueError(f"--law {name} is no law: give {', '.join(PUBLISHED)} or the law.json that scaling.py fit wrote") from e
+        raise ValueError(f"--law {name} is no law: give {', '.join(PUBLISHED)} or the law.json that lab.scaling fit wrote") from e
 
 
 def plan(config: PlanConfig) -> dict:
@@ -502,7 +502,7 @@ def do_ladder(config: LadderConfig):
     fit_vocabulary(first, shards)
     refuse_others(folders_of(Path(config.out_dir)), first, shards.contents(), "this ladder")
     run_all(runs, config.workers)
-    print(f"{config.out_dir}: {len(runs)} runs; python scaling.py fit --out-dir {config.out_dir}")
+    print(f"{config.out_dir}: {len(runs)} runs; python -m lab.scaling fit --out-dir {config.out_dir}")
 
 
 def do_fit(config: FitConfig):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from distributed import World
+from common.distributed import World
 from model import GPT
 
 

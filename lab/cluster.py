@@ -1,6 +1,6 @@
 """How presets scale over many GPUs, by calculation: a table and a picture.
 
-python cluster.py --presets gpt2 gpt2-xl
+python -m lab.cluster --presets gpt2 gpt2-xl
 """
 
 import itertools
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import cli
-import device
+from common import cli, device
 from training.presets import PRESETS
 from training.step_time import Step, step_on
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import tyro
 
-import cli
-from device import CARDS
+from common import cli
+from common.device import CARDS
 from variants import VariantConfig
 
 

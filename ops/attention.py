@@ -5,10 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from device import set_compiler_flags
-
-set_compiler_flags()  # before anything is compiled
-
 
 def sees(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Whether a query at one position may look at a key at another: not ahead, not beyond the window. Negative positions hold no key."""

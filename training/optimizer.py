@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-import sharding
-from distributed import World
+from common.distributed import World
 from model import GPT
+from training import sharding
 
 
 def adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:

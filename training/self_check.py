@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from compiling import recompute_activations
 from model import GPT
+from training.compiling import recompute_activations
 
 # ‖compiled - eager‖ / ‖eager‖ at most. Rounding reaches 1e-6 in fp32 on a CPU (1e-3 in CUDA's TF32) and 0.01 in 16 bits. With experts
 # it reached 0.07, because rounding sends some tokens to another expert. The wrong kernels we saw reached 0.5.

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import layer_windows
-from files import replace, write_json
+from common.files import replace, write_json
+from ops.attention import layer_windows
 
 SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),

@@ -1,7 +1,7 @@
 """Ideas at equal tokens: trains each variant with several seeds, in turns, and prints one table.
 
-python compare.py "plain=" "rope=--pos rope" --flags="--preset quickstart"
-python compare.py --suite modern --data-dir webdocs_bytes    # preset modern against gpt2, each with its own rates
+python -m lab.compare "plain=" "rope=--pos rope" --flags="--preset quickstart"
+python -m lab.compare --suite modern --data-dir webdocs_bytes    # preset modern against gpt2, each with its own rates
 """
 
 import json
@@ -24,15 +24,15 @@ import torch.nn.functional as F
 import tyro
 
 import checkpoint
-import cli
-from config import TrainConfig
+from common import cli
+from common.device import can_compile, pick_device
+from common.distributed import World
 from dataloader import TokenStream, find_shards
-from device import can_compile, pick_device
-from distributed import World
-from kv_cache import KVCache
 from model import GPT
+from ops.kv_cache import KVCache
 from plot_log import read_metrics
 from train import find_data, load_teacher
+from training.config import TrainConfig
 from training.flags import parse_flags, refuse_changes, settled_teacher
 from training.run_json import RUN, read_run
 from training.trainer import Trainer
@@ -159,7 +159,7 @@ SUITES = {
 # ---- the runs ----
 
 CHANGES_NO_NUMBER = {"verify_shards", "timeout_minutes", "tracker", "keep", "checkpoint_every", "on_save_error"}
-SCRIPT = Path(__file__).with_name("train.py")
+SCRIPT = Path(__file__).parent.parent / "train.py"
 
 
 def variants_of(config: CompareConfig) -> dict[str, list[str]]:

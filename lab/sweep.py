@@ -1,6 +1,6 @@
 """Looks for the flags of train.py with the lowest validation loss (Optuna).
 
-    python sweep.py max_lr=1e-4..1e-1:log n_layer=2..4 mlp=gelu,relu2 --flags="--preset quickstart --val-every 100"
+    python -m lab.sweep max_lr=1e-4..1e-1:log n_layer=2..4 mlp=gelu,relu2 --flags="--preset quickstart --val-every 100"
 
 The same command goes on with a sweep that was stopped. --export FILE writes the space as a sweep of Weights & Biases instead.
 """
@@ -21,12 +21,12 @@ from typing import Annotated, NamedTuple
 import torch
 import tyro
 
-import cli
-from compare import SCRIPT, Run, last_checkpoint, split
-from config import TrainConfig
-from files import hold, write_json
+from common import cli
+from common.files import hold, write_json
+from lab.compare import SCRIPT, Run, last_checkpoint, split
 from plot_log import read_metrics
 from train import find_data
+from training.config import TrainConfig
 from training.flags import parse_flags
 from variants import VariantConfig
 
@@ -197,7 +197,7 @@ def import_optuna():
     try:
         import optuna
     except ImportError as e:
-        raise ValueError(f"sweep.py needs Optuna ({e}): pip install optuna") from e
+        raise ValueError(f"lab.sweep needs Optuna ({e}): pip install optuna") from e
     return optuna
 
 

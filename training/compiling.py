@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from loss import chunk_loss, in_chunks
 from model import GPT, cross_entropy
+from ops.loss import chunk_loss, in_chunks
 from variants import MixtureOfExperts, VariantGPT, by_expert
 
 
