@@ -24,6 +24,7 @@ from checkpoint import checkpoint_file, files_of, load_with_tokenizer, sealed_st
 from common import cli
 from common.device import pick_device, pick_dtype
 from common.tokenizer import Tokenizer
+from common.validation import raise_errors
 from model import GPT
 from sample import stream
 
@@ -40,8 +41,8 @@ class AppConfig:
     """Precision of the weights and of all that is computed with them; auto is bf16 where the hardware has it."""
 
     def validate(self):
-        """ValueError with every fault at once."""
-        cli.refuse([] if self.model else ["-m needs a model: python app.py -m log/quickstart"])
+        """ValueError with all errors at once."""
+        raise_errors([] if self.model else ["-m needs a model: python app.py -m log/quickstart"])
 
 
 # what is asked for beyond these is brought back within them, whoever asks
@@ -168,20 +169,9 @@ def build(choices: dict[str, str], device: torch.device, dtype: torch.dtype):
         wanted = prompt or "", int(clamp(length, *LENGTH)), int(clamp(seed, *SEED)), *how
         try:
             models = [load(choices[one], device, dtype) for one in (name, beside) if one in choices]
-            columns = [Column(wanted[0], write(*model, *wanted)) for model in models]
-            shown = 0.0
-            while not all(column.ended for column in columns):
-                for column in columns:
-                    column.grow()
-                if time.perf_counter() - shown > 0.05:  # a browser draws no faster
-                    yield shows(columns)
-                    shown = time.perf_counter()
-            yield shows(columns)
-        except (ValueError, OSError) as e:  # a checkpoint that is gone, weights that are not numbers
+            yield from growing([Column(wanted[0], write(*model, *wanted)) for model in models])
+        except (ValueError, OSError) as e:  # the checkpoint has gone, or its weights are not numbers
             raise gr.Error(html.escape(str(e)), print_exception=False) from e
-
-    def shows(columns: list[Column]) -> list[str]:
-        return [part for column in columns for part in (column.html, column.status())] + [""] * (4 - 2 * len(columns))
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(f"# {TITLE}\nThe more orange a token, the less likely the model found it; point at one to see what else it thought of.")
@@ -192,23 +182,50 @@ def build(choices: dict[str, str], device: torch.device, dtype: torch.dtype):
         with gr.Row():
             generate = gr.Button("Generate", variant="primary")
             stop = gr.Button("Stop", variant="stop")
-        with gr.Row():
-            outputs = []
-            for side in ("left", "right"):
-                with gr.Column():
-                    outputs.append(gr.HTML(elem_id=side, html_template='<div class="text">${value}</div>'))
-                    outputs.append(gr.HTML(elem_id=f"{side}-status", html_template='<div class="status">${value}</div>'))
-        with gr.Row():
-            temperature = gr.Slider(*TEMPERATURE, step=0.05, label="Temperature", min_width=280)
-            top_k = gr.Slider(*TOP_K, step=1, label="Top-k (0: all tokens)", min_width=280)
-            top_p = gr.Slider(*TOP_P, step=0.05, label="Top-p", min_width=280)
-            length = gr.Slider(*LENGTH, step=1, label="Length in tokens", min_width=280)
-            seed = gr.Number(SEED[2], label="Seed", min_width=280)
+        outputs, settings = text_columns(gr), sliders(gr)
         gr.Examples([[text] for text in EXAMPLES], prompt, label="Examples")
-        inputs = [name, beside, prompt, temperature, top_k, top_p, length, seed]
+        inputs = [name, beside, prompt, *settings]
         running = gr.on([generate.click, prompt.submit], run, inputs, outputs, api_name="generate", concurrency_limit=1)
         stop.click(None, cancels=running)
     return page.queue(max_size=WAITING)
+
+
+def growing(columns: list[Column]) -> Iterator[list[str]]:
+    """The contents of both columns and their statuses, again and again until all texts have ended."""
+
+    def contents() -> list[str]:
+        return [part for column in columns for part in (column.html, column.status())] + [""] * (4 - 2 * len(columns))
+
+    shown = 0.0
+    while not all(column.ended for column in columns):
+        for column in columns:
+            column.grow()
+        if time.perf_counter() - shown > 0.05:  # a browser draws no faster
+            yield contents()
+            shown = time.perf_counter()
+    yield contents()
+
+
+def text_columns(gr) -> list:
+    outputs = []
+    with gr.Row():
+        for side in ("left", "right"):
+            with gr.Column():
+                outputs.append(gr.HTML(elem_id=side, html_template='<div class="text">${value}</div>'))
+                outputs.append(gr.HTML(elem_id=f"{side}-status", html_template='<div class="status">${value}</div>'))
+    return outputs
+
+
+def sliders(gr) -> list:
+    """Temperature, top-k, top-p, length and seed, in the order that run takes them."""
+    with gr.Row():
+        return [
+            gr.Slider(*TEMPERATURE, step=0.05, label="Temperature", min_width=280),
+            gr.Slider(*TOP_K, step=1, label="Top-k (0: all tokens)", min_width=280),
+            gr.Slider(*TOP_P, step=0.05, label="Top-p", min_width=280),
+            gr.Slider(*LENGTH, step=1, label="Length in tokens", min_width=280),
+            gr.Number(SEED[2], label="Seed", min_width=280),
+        ]
 
 
 class BodyLimit:

@@ -56,7 +56,8 @@ def content_of(step: int, model: GPT, tokenizer: str, val_loss: float | None, we
 
 def write_checkpoint(folder: Path, step: int, content: dict, state: dict):
     """Both files lie on the disk under temporary names, then the seal, from which on the checkpoint counts, then come their own
-    names. So a kill leaves either nothing that counts, or what settle finishes: also where it replaces one of the same step."""
+    names. So a kill leaves either nothing that counts, or what
+    recover_interrupted_save finishes: also where it replaces one of the same step."""
     files = files_of(folder, step)
     temporaries = []
     try:
@@ -71,7 +72,7 @@ def write_checkpoint(folder: Path, step: int, content: dict, state: dict):
         replace(path, path.with_suffix(""))
 
 
-def settle(folder: Path):
+def recover_interrupted_save(folder: Path):
     """Finishes a save that a kill cut short after its seal, and removes what is left of one that had not come so far."""
     for path in folder.glob("model_*.json.tmp"):
         path.unlink()
@@ -97,7 +98,7 @@ def save_torch(content: dict, file):
 def prune(folder: Path, keep: int, newest: int):
     """Deletes all but the last `keep` whole checkpoints (0 keeps all), and never `newest`, the one just saved. What is not
     whole is neither counted nor deleted. The seal of each goes before its files."""
-    whole = [step for step in sealed_steps(folder) if fault(folder, step) is None] if keep else []
+    whole = [step for step in sealed_steps(folder) if find_problem(folder, step) is None] if keep else []
     for step in set(whole[:-keep]) - {newest}:
         for path in reversed(files_of(folder, step)):
             path.unlink()
@@ -116,7 +117,7 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int, background: bool):
         self.folder, self.keep, self.background = folder, keep, background
-        self.thread, self.error, self.fault = None, None, None
+        self.thread, self.error, self.bug = None, None, None
 
     def save(self, step: int, content: dict, state: dict):
         self.wait()
@@ -141,13 +142,13 @@ class Saver:
             why = f"the checkpoint of step {step} could not be saved ({e.strerror or e}): it needs {need / 1e6:,.1f} MB, {there}"
             self.error = SaveError(e.errno, why)
         except Exception as e:  # a fault of the program, which must not die with the thread
-            self.fault = e
+            self.bug = e
 
     def wait(self):
         if self.thread:
             self.thread.join()
-        if self.fault:
-            raise self.fault
+        if self.bug:
+            raise self.bug
 
     def failure(self) -> SaveError | None:
         """Why the last one that was written failed, if it did; told once."""
@@ -185,7 +186,7 @@ def sealed_steps(folder: Path) -> list[int]:
     return sorted(int(path.stem[6:]) for path in folder.glob("model_*.json") if path.stem[6:].isdigit())
 
 
-def fault(folder: Path, step: int, weights_only: bool = False) -> str | None:
+def find_problem(folder: Path, step: int, weights_only: bool = False) -> str | None:
     """What is wrong with the checkpoint of a step, or None when it is whole, byte for byte; weights_only: its model file."""
     files = files_of(folder, step)
     if not files.seal.exists():
@@ -208,7 +209,7 @@ def newest_step(folder: Path, at_most: int | None = None, weights_only: bool = F
     steps = sorted({int(m[1]) for path in folder.glob("model_*") if (m := re.fullmatch(r"model_(\d+)\.(pt|json)", path.name))})
     steps = [step for step in steps if at_most is None or step <= at_most]
     for step in reversed(steps):
-        problem = fault(folder, step, weights_only)
+        problem = find_problem(folder, step, weights_only)
         if problem is None:
             return step
         print(f"warning: skipping the checkpoint of step {step} in {folder}: {problem}", file=sys.stderr)
@@ -253,7 +254,7 @@ def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, Variant
         config = VariantConfig(**shape_from_hf(hf_folder(path, revision or None)))
         return None, config, next((name for name, size in VOCAB_SIZES.items() if size == config.vocab_size), None)
     numbered = re.fullmatch(r"model_(\d+)", file.stem)
-    if numbered and file.with_suffix(".json").exists() and (problem := fault(file.parent, int(numbered[1]), weights_only=True)):
+    if numbered and file.with_suffix(".json").exists() and (problem := find_problem(file.parent, int(numbered[1]), weights_only=True)):
         raise ValueError(f"{file.parent}: {problem}; use another checkpoint")
     content = load_torch(file)
     try:

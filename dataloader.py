@@ -154,7 +154,7 @@ def verify_shards(shards: Shards):
         if entry.setdefault("sha256", found) != found:
             raise ValueError(f"shard {path} is damaged (its sha256 is not the manifest's): {REMEDY}")
         if len(tokens):
-            refuse_id(int(tokens.max()), shards.vocab_size, path)
+            check_id(int(tokens.max()), shards.vocab_size, path)
 
     entries = shards.entries
     opened = [open_shard(shards.folder, entry) for entry in entries]  # not in the threads: Python 3.11 parses headers in one at a time
@@ -163,7 +163,7 @@ def verify_shards(shards: Shards):
         list(cli.bar(checks, desc="verifying shards", total=len(entries), unit="shard", disable=len(entries) < 10))
 
 
-def refuse_id(largest: int, vocab_size: int, path: Path):
+def check_id(largest: int, vocab_size: int, path: Path):
     if largest >= vocab_size:
         raise ValueError(f"shard {path} holds id {largest}, the vocabulary has {vocab_size}: {REMEDY}")
 
@@ -222,7 +222,7 @@ class TokenStream:
         while count > 0:
             shard, offset = self.locate(start)
             part = self.tokens[shard][offset : offset + count].astype(np.int64)
-            refuse_id(int(part.max()), self.vocab_size, self.paths[shard])  # a shard can change after it was verified, or not be
+            check_id(int(part.max()), self.vocab_size, self.paths[shard])  # a shard can change after it was verified, or not be
             parts.append(part)
             start += len(part)
             count -= len(part)

@@ -34,8 +34,9 @@ from typing import Literal
 import numpy as np
 
 from common import cli
-from common.files import hold, read_json, sha256, write_json
+from common.files import lock_folder, read_json, sha256, write_json
 from common.tokenizer import VOCAB_SIZES, fast_encode, get_tokenizer, tokenize
+from common.validation import raise_errors
 from dataloader import MANIFEST, REMEDY, open_shard, part_folder, part_folders, split_of, write_shard
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -71,29 +72,29 @@ class PrepareConfig:
     """Download ready .bin shards (kjj0/fineweb10B-gpt2) instead of tokenizing."""
 
     @property
-    def share(self) -> tuple[int, int]:
+    def part_range(self) -> tuple[int, int]:
         """--part as (its number from 0, how many there are); the whole is the only one."""
         number, count = map(int, (self.part or "1/1").split("/"))
         return number - 1, count
 
-    def faults(self) -> list[str]:
-        faults = cli.at_least(1, self, "shard_size") + cli.at_least(0, self, "max_tokens", "workers")
+    def errors(self) -> list[str]:
+        errors = cli.at_least(1, self, "shard_size") + cli.at_least(0, self, "max_tokens", "workers")
         if not self.dataset:
-            faults.append("--dataset has no value: give files, folders, 'stdlib', or one dataset of the hub")
+            errors.append("--dataset has no value: give files, folders, 'stdlib', or one dataset of the hub")
         if self.shard_size > 10**9:
-            faults.append(f"--shard-size is {self.shard_size}: two shards are held in memory, it must be at most 1,000,000,000")
-        if self.part and not (re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.part) and self.share[0] < self.share[1]):
-            faults.append(f"--part is {self.part}: give it as 3/8, the third of eight")
+            errors.append(f"--shard-size is {self.shard_size}: two shards are held in memory, it must be at most 1,000,000,000")
+        if self.part and not (re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.part) and self.part_range[0] < self.part_range[1]):
+            errors.append(f"--part is {self.part}: give it as 3/8, the third of eight")
         if self.part and self.pretokenized:
-            faults.append("--part is for documents: leave it out, or --pretokenized")
-        return faults
+            errors.append("--part is for documents: leave it out, or --pretokenized")
+        return errors
 
 
 # ---- documents ----
 
 
-def refuse_more_parts(share: tuple[int, int], n_files: int):
-    index, count = share
+def check_part_count(part_range: tuple[int, int], n_files: int):
+    index, count = part_range
     if count > n_files:
         raise ValueError(f"--part {index + 1}/{count} of {n_files} files: make at most {n_files} parts")
 
@@ -102,9 +103,9 @@ class LocalDocuments:
     """The documents of local files, in order, or of a share (index, count) of them: one of `count` blocks of files.
     Its state is the file that was read last, and how many documents of it: no file before it is opened again."""
 
-    def __init__(self, files: list[Path], share: tuple[int, int] = (0, 1)):
-        index, count = share
-        refuse_more_parts(share, len(files))
+    def __init__(self, files: list[Path], part_range: tuple[int, int] = (0, 1)):
+        index, count = part_range
+        check_part_count(part_range, len(files))
         listing = [f"{path.name} {path.stat().st_size}" for path in files]
         self.revision = "files-" + hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
         self.files = files[index * len(files) // count : (index + 1) * len(files) // count]
@@ -138,7 +139,7 @@ def read_file(path: Path) -> Iterator[str]:
         try:
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024, columns=["text"]):
                 for text in batch.column("text").to_pylist():
-                    yield the_text(text, str(path))
+                    yield require_text(text, str(path))
         except (pyarrow.ArrowException, OSError, KeyError, IndexError) as e:
             raise ValueError(f"{path} can't be read as parquet with a column 'text' ({e}): fetch it again or leave it out") from e
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -146,7 +147,7 @@ def read_file(path: Path) -> Iterator[str]:
             try:
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield the_text(parse_line(line), f"{path}, line {number}")
+                        yield require_text(parse_line(line), f"{path}, line {number}")
             except (gzip.BadGzipFile, EOFError, zlib.error) as e:
                 raise ValueError(f"{path} is not whole ({e}): fetch it again or leave it out") from e
     else:
@@ -161,7 +162,7 @@ def parse_line(line: str):
         return None
 
 
-def the_text(text, where: str) -> str:
+def require_text(text, where: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{where}: a document without a field 'text' that is text: mend or remove it")
     return text
@@ -195,10 +196,10 @@ def hub_info(repo: str, revision: str, problem: str, remedy: str, **how):
     """What the hub says of a dataset at a revision, or '' for its newest: commit and files."""
     from huggingface_hub import HfApi
 
-    return patiently(problem, remedy, busy, HfApi().dataset_info, repo, revision=revision or None, timeout=HUB_TIMEOUT, **how)
+    return retry(problem, remedy, busy, HfApi().dataset_info, repo, revision=revision or None, timeout=HUB_TIMEOUT, **how)
 
 
-def patiently(problem: str, remedy: str, passes: Callable[[Exception], bool], call: Callable, *args, **how):
+def retry(problem: str, remedy: str, passes: Callable[[Exception], bool], call: Callable, *args, **how):
     """What the call gives in the end, however often it fails with what passes. The hub's client raises dozens of kinds."""
     for failures in itertools.count(1):
         try:
@@ -239,18 +240,18 @@ class HubDocuments:
     """A dataset streamed from the hub, one text column of it, or of a share (index, count) of its files: one of `count` blocks.
     Its state is the dataset's own."""
 
-    def __init__(self, repo: str, name: str, revision: str, share: tuple[int, int] = (0, 1)):
-        self.repo, self.name, self.share = repo, name, share
+    def __init__(self, repo: str, name: str, revision: str, part_range: tuple[int, int] = (0, 1)):
+        self.repo, self.name, self.part_range = repo, name, part_range
         problem = f"there is no file or folder {repo} here, and it could not be found on the hub"
         self.revision = hub_info(repo, revision, problem, "check the name, the revision and the network").sha
-        self.dataset = patiently(f"{repo} could not be opened", "check --name, --part and the network", busy, self.open)
+        self.dataset = retry(f"{repo} could not be opened", "check --name, --part and the network", busy, self.open)
 
     def open(self):
         from datasets import load_dataset
 
         dataset = load_dataset(self.repo, self.name or None, split="train", streaming=True, revision=self.revision, columns=["text"])
-        index, count = self.share
-        refuse_more_parts(self.share, dataset.num_shards)  # what datasets calls a shard is a file
+        index, count = self.part_range
+        check_part_count(self.part_range, dataset.num_shards)  # what datasets calls a shard is a file
         return dataset.shard(count, index, contiguous=True)
 
     def state(self) -> dict:
@@ -267,7 +268,7 @@ class HubDocuments:
                     state, self.dataset = self.state(), self.open()
                     self.load_state(state)
                 for row in self.dataset:
-                    yield the_text(row["text"], self.repo)
+                    yield require_text(row["text"], self.repo)
                     failures = 0
                 return
             except (ValueError, KeyError, TypeError) as e:  # not the network's fault
@@ -284,9 +285,9 @@ class HubDocuments:
 def local_documents(config: PrepareConfig) -> LocalDocuments | None:
     """The documents that --dataset names when they are all here."""
     if config.dataset == ("stdlib",):
-        return LocalDocuments(stdlib_files(), config.share)
+        return LocalDocuments(stdlib_files(), config.part_range)
     paths = [Path(name) for name in config.dataset]
-    return LocalDocuments(local_files(paths), config.share) if all(path.exists() for path in paths) else None
+    return LocalDocuments(local_files(paths), config.part_range) if all(path.exists() for path in paths) else None
 
 
 def open_documents(config: PrepareConfig, revision: str):
@@ -296,7 +297,7 @@ def open_documents(config: PrepareConfig, revision: str):
     paths = [Path(name) for name in config.dataset]
     missing = [str(path) for path in paths if not path.exists()]
     if len(paths) == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", missing[0]) and not missing[0].endswith(READABLE):
-        return HubDocuments(missing[0], config.name, revision or config.revision, config.share)
+        return HubDocuments(missing[0], config.name, revision or config.revision, config.part_range)
     raise ValueError(f"--dataset: {', '.join(missing)} not found: give files, folders, 'stdlib', or one dataset of the hub")
 
 
@@ -360,7 +361,7 @@ def prepare(config: PrepareConfig):
     out = Path(config.out_dir)
     if config.part:
         make_part(out, config)
-    with hold(out, wait=bool(config.part)), full_disk_told(out):  # another part may be joining them
+    with lock_folder(out, wait=bool(config.part)), explain_full_disk(out):  # another part may be joining them
         if config.part or part_folders(out):
             join_parts(out, config)
         elif config.pretokenized:
@@ -370,7 +371,7 @@ def prepare(config: PrepareConfig):
 
 
 @contextmanager
-def full_disk_told(folder: Path):
+def explain_full_disk(folder: Path):
     """Has the error of a full disk say how much room there is."""
     try:
         yield
@@ -401,7 +402,7 @@ def tokenize_documents(out: Path, config: PrepareConfig):
 
     shards, size = progress["shards"], config.shard_size
     done = sum(shard["tokens"] for shard in shards)
-    index, count = config.share
+    index, count = config.part_range
     limit = config.max_tokens * (index + 1) // count - config.max_tokens * index // count
     budget = (limit if config.max_tokens else sys.maxsize) - done
     stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count())
@@ -522,9 +523,9 @@ def write_manifest(out: Path, progress: dict, shards: list[dict]):
 
 def make_part(out: Path, config: PrepareConfig):
     """Tokenizes a part into its folder, unless all parts were joined already."""
-    index, count = config.share
+    index, count = config.part_range
     folder = part_folder(out, index, count)
-    with hold(folder), full_disk_told(folder):
+    with lock_folder(folder), explain_full_disk(folder):
         if (out / MANIFEST).exists():
             return
         if (out / PROGRESS).exists():
@@ -548,9 +549,9 @@ def join_parts(out: Path, config: PrepareConfig):
         count = count_of_parts(out)
         folders = [part_folder(out, index, count) for index in range(count)]
         if missing := [folder.name for folder in folders if not (folder / MANIFEST).exists()]:
-            return tell_missing(out, config, missing)
+            return report_missing_parts(out, config, missing)
         manifests = [read_json(folder / MANIFEST, START_AGAIN) for folder in folders]
-        refuse_unlike(config, folders, manifests)
+        check_parts_match(config, folders, manifests)
         shards = move_shards(out, config, folders, manifests)
         settings = {key: value for key, value in manifests[0]["settings"].items() if key != "part"}
         write_manifest(out, {"settings": settings, "revision": manifests[0]["revision"]}, shards)
@@ -558,7 +559,7 @@ def join_parts(out: Path, config: PrepareConfig):
         shutil.rmtree(folder)
 
 
-def tell_missing(out: Path, config: PrepareConfig, missing: list[str]):
+def report_missing_parts(out: Path, config: PrepareConfig, missing: list[str]):
     some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
     todo = f"{out} still lacks {some}: make them with --part, or copy their folders there; then the same command without --part joins all"
     if not config.part:
@@ -566,21 +567,21 @@ def tell_missing(out: Path, config: PrepareConfig, missing: list[str]):
     print(todo)
 
 
-def refuse_unlike(config: PrepareConfig, folders: list[Path], manifests: list[dict]):
+def check_parts_match(config: PrepareConfig, folders: list[Path], manifests: list[dict]):
     """ValueError when parts are not of one dataset at one revision, or not made with these settings."""
 
     def comparable(settings: dict) -> dict:
         return {key: value for key, value in settings.items() if key not in ("part", "revision")}
 
-    ours, revision, faults = comparable(settings_of(config)), manifests[0]["revision"], []
+    ours, revision, errors = comparable(settings_of(config)), manifests[0]["revision"], []
     for folder, manifest in zip(folders, manifests, strict=True):
         if comparable(manifest["settings"]) != ours:
-            faults.append(f"{folder} was made with other settings: give the same, or delete it and make that part again")
+            errors.append(f"{folder} was made with other settings: give the same, or delete it and make that part again")
         if manifest["revision"] != revision:
-            faults.append(
+            errors.append(
                 f"{folder} was made of {manifest['revision']}, {folders[0]} of {revision}: delete it and make that part again of the same"
             )
-    cli.refuse(faults)
+    raise_errors(errors)
 
 
 def move_shards(out: Path, config: PrepareConfig, folders: list[Path], manifests: list[dict]) -> list[dict]:
@@ -631,7 +632,7 @@ def fetch_pretokenized(config: PrepareConfig):
         if config.max_tokens and train_tokens >= config.max_tokens:
             break
         problem = f"could not fetch {file} of {repo} from the hub"
-        patiently(problem, remedy, busy_or_away, hf_hub_download, repo, file, repo_type="dataset", revision=info.sha, local_dir=out)
+        retry(problem, remedy, busy_or_away, hf_hub_download, repo, file, repo_type="dataset", revision=info.sha, local_dir=out)
         shards.append(check_download(out, file, files[file] and files[file].sha256))
         train_tokens += shards[-1]["tokens"] if split_of(file) != "val" else 0
     write_manifest(out, progress, shards)
@@ -655,7 +656,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the workers and their pool end in order
     with cli.one_line_errors(cli.AGAIN):
         config = cli.parse(PrepareConfig)
-        cli.refuse(config.faults())
+        raise_errors(config.errors())
         prepare(config)
 
 

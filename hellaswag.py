@@ -27,9 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from checkpoint import load_with_tokenizer
 from common import cli
 from common.device import pick_dtype
-from common.distributed import World, join_world
+from common.distributed import DistContext, join_world
 from common.files import write_atomically
 from common.tokenizer import Tokenizer
+from common.validation import raise_errors
 from model import GPT
 from ops.attention import causal_mask
 from ops.loss import log_likelihoods
@@ -69,7 +70,7 @@ def load_tasks(path: str | Path, limit: int = 0) -> list[dict]:
     path = Path(path)
     if not path.exists() and path.name == HellaSwagConfig.file:
         download(URL, path)
-    cli.refuse(missing(path))
+    raise_errors(missing(path))
     fetched = path.name == HellaSwagConfig.file
     tasks, remedy = [], "delete the file to fetch it again" if fetched else f"give HellaSwag's {HellaSwagConfig.file}"
     with open(path, "rb") as file:
@@ -240,7 +241,7 @@ def evaluate(
     model: GPT,
     tokenizer: Tokenizer,
     tasks: list[dict],
-    world: World,
+    world: DistContext,
     batch_tokens: int = 0,
     autocast=None,
     styles=tuple(STYLES),
@@ -276,12 +277,12 @@ def evaluate(
 def main():
     with cli.one_line_errors():
         config = cli.parse(HellaSwagConfig)
-        faults = cli.at_least(0, config, "limit", "batch_tokens")
+        errors = cli.at_least(0, config, "limit", "batch_tokens")
         if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
-            faults.append(f"--out {config.out}: give a file in a folder that exists")
-        cli.refuse(faults)
+            errors.append(f"--out {config.out}: give a file in a folder that exists")
+        raise_errors(errors)
         with join_world(config.device) as world:
-            world.on_main(lambda: cli.refuse(missing(Path(config.file))))
+            world.on_main(lambda: raise_errors(missing(Path(config.file))))
             model, tokenizer = load_with_tokenizer(config.model, world.device)
             tasks = world.on_main(lambda: load_tasks(config.file, config.limit))
             styles = tuple(STYLES) if config.style == "both" else (config.style,)

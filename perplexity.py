@@ -20,6 +20,7 @@ from checkpoint import load_with_tokenizer
 from common import cli
 from common.device import pick_device, pick_dtype
 from common.tokenizer import Tokenizer
+from common.validation import raise_errors
 from dataloader import Shards, TokenStream, find_shards
 from model import GPT
 from ops.loss import log_likelihoods
@@ -49,12 +50,12 @@ class PerplexityConfig:
     """Print JSON."""
 
     def validate(self):
-        """ValueError with every fault at once."""
-        faults = cli.at_least(0, self, "max_tokens", "stride") + cli.at_least(1, self, "batch_size")
-        faults += [] if self.paths else ["give at least one text file or folder of shards"]
-        faults += [f"no file {path}: give text files or folders of shards" for path in self.paths if not Path(path).exists()]
-        faults += [f"{path} is a shard: give its folder" for path in self.paths if Path(path).suffix in (".npy", ".bin")]
-        cli.refuse(faults)
+        """ValueError with all errors at once."""
+        errors = cli.at_least(0, self, "max_tokens", "stride") + cli.at_least(1, self, "batch_size")
+        errors += [] if self.paths else ["give at least one text file or folder of shards"]
+        errors += [f"no file {path}: give text files or folders of shards" for path in self.paths if not Path(path).exists()]
+        errors += [f"{path} is a shard: give its folder" for path in self.paths if Path(path).suffix in (".npy", ".bin")]
+        raise_errors(errors)
 
 
 # a row is one window: its ids, and how many of the last of them are predicted

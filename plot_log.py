@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from common import cli
+from common.validation import raise_errors
 
 # OpenAI's models, by the parameters of GPT-2's four sizes. GPT-2's HellaSwag is completion style acc_norm and its loss that
 # of FineWeb-Edu's val shard, as build-nanogpt measured both on the released weights; GPT-3's HellaSwag is zero-shot, from
@@ -142,33 +143,19 @@ def smoothed(values: list[float], weight: float) -> list[float]:
 
 
 def plot(config: PlotConfig):
-    """Draws config.logs into the file config.out: loss, beside it HellaSwag where there is a score or a baseline of it, and the panels.
+    """Draws config.logs into the file config.out: loss, HellaSwag if there is a score or a baseline, and the panels.
     ValueError for what can't be drawn."""
-    from matplotlib.figure import Figure  # not pyplot: no window system is touched
-
-    faults = [] if 0 <= config.smooth < 1 else [f"--smooth is {config.smooth}: it must be at least 0 and below 1"]
+    errors = [] if 0 <= config.smooth < 1 else [f"--smooth is {config.smooth}: it must be at least 0 and below 1"]
     if Path(config.out).suffix[1:] not in FORMATS:
-        faults.append(f"--out {config.out}: its ending chooses the format, one of {', '.join(FORMATS)}")
-    cli.refuse(faults)
+        errors.append(f"--out {config.out}: its ending chooses the format, one of {', '.join(FORMATS)}")
+    raise_errors(errors)
     logs = [Path(log, "log.txt") if Path(log).is_dir() else Path(log) for log in config.logs]
     runs, baselines = [read_log(log) for log in logs], parse_baselines(config.baselines)
     size = size_beside(logs[0]) if config.size == "auto" else config.size
     has_hella = size != "none" or any("hella" in streams for streams in runs)
-    names = list(dict.fromkeys(["loss", *(["hella"] if has_hella else []), *config.panels]))
-    columns = 2 if len(names) == 4 else min(len(names), 3)
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(7 * columns, 5.5 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-    axes = dict(zip(names, grid, strict=False))
-    for unused in grid[len(names) :]:
-        unused.remove()
+    figure, axes = lay_out(list(dict.fromkeys(["loss", *(["hella"] if has_hella else []), *config.panels])))
     for number, (log, streams) in enumerate(zip(logs, runs, strict=True)):
-        path = log.with_name("metrics.jsonl")
-        metrics, x_axes = read_metrics(path, list(config.panels)), None
-        if config.x != "step":  # what is measured at a step comes before its update
-            x_axes = {stream: read_metrics(path, [config.x], having)[config.x] for stream, having in MARKS.items()}
-        if x_axes and not x_axes["train"]:
-            raise ValueError(f"--x {config.x} needs {path}, which is not there or has no {config.x}: use --x step")
+        metrics, x_axes = metrics_beside(log, config)
         same_folders = len({path.parent.name for path in logs}) < len(logs)
         name = str(log) if same_folders else log.parent.name or str(log)
         draw_run(axes, name.replace("$", r"\$"), f"C{number}", streams, metrics, x_axes, config)
@@ -176,17 +163,45 @@ def plot(config: PlotConfig):
         if not axes[panel].get_lines():
             raise ValueError(f"--panels {panel}: no log, nor a metrics.jsonl beside one, has it: leave it out")
     draw_baselines(axes, size, {name: (loss, f"C{len(logs) + i}") for i, (name, loss) in enumerate(baselines.items())})
+    label(axes, UNITS[config.x])
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(config.out, dpi=110)
+
+
+def lay_out(names: list[str]) -> tuple:
+    """A figure with a panel for each name, and name → panel."""
+    from matplotlib.figure import Figure  # not pyplot: no window system is touched
+
+    columns = 2 if len(names) == 4 else min(len(names), 3)
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(7 * columns, 5.5 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in grid[len(names) :]:
+        unused.remove()
+    return figure, dict(zip(names, grid, strict=False))
+
+
+def metrics_beside(log: Path, config: PlotConfig) -> tuple[dict, dict | None]:
+    """What the metrics.jsonl beside a log has for the panels, and stream → step → place on the horizontal axis (None: the step)."""
+    path = log.with_name("metrics.jsonl")
+    metrics, x_axes = read_metrics(path, list(config.panels)), None
+    if config.x != "step":  # what is measured at a step comes before its update
+        x_axes = {stream: read_metrics(path, [config.x], having)[config.x] for stream, having in MARKS.items()}
+    if x_axes and not x_axes["train"]:
+        raise ValueError(f"--x {config.x} needs {path}, which is not there or has no {config.x}: use --x step")
+    return metrics, x_axes
+
+
+def label(axes: dict, x_unit: str):
     for name, panel in axes.items():
         title, unit = TITLES.get(name) or (UNITS[name][0].upper() + UNITS[name][1:], UNITS[name])
-        panel.set(title=title, xlabel=UNITS[config.x], ylabel=unit)
+        panel.set(title=title, xlabel=x_unit, ylabel=unit)
         panel.grid(alpha=0.3, which="both")
         if panel.get_lines():
             panel.legend(loc="lower right" if name == "hella" else "upper right")  # looking for the best place takes seconds
     axes["loss"].set_yscale("log")
     axes["loss"].yaxis.set_major_formatter("{x:.2f}")
     axes["loss"].yaxis.set_minor_formatter("{x:.2f}")
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(config.out, dpi=110)
 
 
 def draw_run(axes: dict, name: str, color: str, streams: dict, metrics: dict, x_axes: dict | None, config: PlotConfig):

@@ -19,6 +19,7 @@ from checkpoint import load_with_tokenizer
 from common import cli
 from common.device import can_compile, mend_compile_cache, pick_device, pick_dtype
 from common.tokenizer import Tokenizer
+from common.validation import raise_errors
 from model import GPT
 from ops.kv_cache import KVCache
 from variants import with_switches
@@ -59,21 +60,21 @@ class SampleConfig:
     """How many tokens the draft proposes at a time."""
 
     def validate(self):
-        """ValueError with every fault at once."""
-        faults = cli.at_least(1, self, "num_samples", "draft_tokens")
-        faults += cli.at_least(0, self, "max_new_tokens", "temperature", "top_k", "seed")
+        """ValueError with all errors at once."""
+        errors = cli.at_least(1, self, "num_samples", "draft_tokens")
+        errors += cli.at_least(0, self, "max_new_tokens", "temperature", "top_k", "seed")
         if self.seed >= 2**63:
-            faults.append(f"--seed is {self.seed}: it must be below 2^63")
-        faults += cli.at_most(10_000, self, "num_samples")
+            errors.append(f"--seed is {self.seed}: it must be below 2^63")
+        errors += cli.at_most(10_000, self, "num_samples")
         if not 0 < self.top_p <= 1:
-            faults.append(f"--top-p is {self.top_p}: it must be above 0 and at most 1")
+            errors.append(f"--top-p is {self.top_p}: it must be above 0 and at most 1")
         if self.compile and not self.kv_cache:
-            faults.append("--compile is for generation with a cache: leave --no-kv-cache out")
+            errors.append("--compile is for generation with a cache: leave --no-kv-cache out")
         if self.draft and not self.kv_cache:
-            faults.append("--draft is for generation with a cache: leave --no-kv-cache out")
+            errors.append("--draft is for generation with a cache: leave --no-kv-cache out")
         if self.draft and self.compile:
-            faults.append("--draft and --compile don't go together: leave one of them out")
-        cli.refuse(faults)
+            errors.append("--draft and --compile don't go together: leave one of them out")
+        raise_errors(errors)
 
 
 @torch.no_grad()
@@ -171,11 +172,10 @@ def speculate(
     """Speculative decoding (Leviathan et al., 2023; Chen et al., 2023): ids (B, T) → (B, end), or as far as the model has
     positions. how: temperature, top_k, top_p.
 
-    The draft draws k ids, each from its distribution q, and one pass of the model has its own distribution p at all of them.
-    An id is accepted with probability min(1, p / q); instead of the first that is not, one is drawn from max(p - q, 0), and
-    after k accepted ones another from p. So every id has the distribution p, and greedily, where p and q are a single id, it
-    is the model's (rounding apart: a pass over several ids adds in another order). All rows go on as far as the first
-    rejection in any of them.
+    The draft draws k ids, each from its distribution q. One pass of the model gives its own distribution p at all of them. An id is
+    accepted with probability min(1, p / q). The first rejected one is replaced by a draw from max(p - q, 0); after k accepted ones
+    another is drawn from p. So every id has the distribution p, and greedy decoding gives the model's own ids (up to rounding: a
+    pass over several ids adds in another order). All rows advance to the first rejection in any of them.
     """
     vocab_size, limit = model.config.vocab_size, model.config.seq_len
     if draft.config.vocab_size != vocab_size:
@@ -183,12 +183,7 @@ def speculate(
     cache, draft_cache = (KVCache(min(net.config.seq_len, end), slack=draft_tokens) for net in (model, draft))
     while (length := idx.size(1)) < end and length <= limit:
         k = max(0, min(draft_tokens, end - length - 1, limit - length, draft.config.seq_len - length + 1))
-        ids = idx
-        q = torch.zeros(idx.size(0), k + 1, vocab_size, device=idx.device)  # stays 0 after the last: there p - q is p
-        for i in range(k):
-            probs, candidates = distribution(next_logits(draft, ids, draft_cache, name="draft")[:, -1].float(), *how)
-            q[:, i].scatter_(1, candidates, probs)
-            ids = torch.cat([ids, draw(probs, candidates, generator)], dim=1)
+        ids, q = propose(draft, idx, k, draft_cache, how, generator)
         probs, candidates = distribution(next_logits(model, ids, cache, k + 1).float(), *how)  # (B, k + 1, n)
         p = torch.zeros_like(q).scatter_(2, candidates, probs)
         proposed = ids[:, length:, None]  # (B, k, 1)
@@ -196,7 +191,7 @@ def speculate(
         accepted = torch.rand(proposed.shape, generator=generator, device=idx.device) * q_proposed < p_proposed
         n = int(accepted.all(0).cumprod(0).sum())  # ids accepted in all rows
         residual = (probs[:, n] - q[:, n].gather(1, candidates[:, n])).clamp(min=0)
-        residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, probs[:, n])  # 0 where p = q, so that all are accepted
+        residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, probs[:, n])  # 0 where p = q: all are accepted
         new = draw(residual, candidates[:, n], generator)
         if n < k:
             new = torch.where(accepted[:, n], proposed[:, n], new)
@@ -204,6 +199,17 @@ def speculate(
         cache.length, draft_cache.length = length + n, min(draft_cache.length, length + n)
         counts.update(passes=1, proposed=proposed.numel(), accepted=int(accepted[:, : n + 1].sum()))
     return idx
+
+
+def propose(draft: GPT, idx: Tensor, k: int, cache: KVCache, how: tuple[float, int, float], generator) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) → with k more drawn by the draft (B, T + k), and their distributions (B, k + 1, V), the last of which is 0: there
+    p - q is p."""
+    ids, q = idx, torch.zeros(idx.size(0), k + 1, draft.config.vocab_size, device=idx.device)
+    for i in range(k):
+        probs, candidates = distribution(next_logits(draft, ids, cache, name="draft")[:, -1].float(), *how)
+        q[:, i].scatter_(1, candidates, probs)
+        ids = torch.cat([ids, draw(probs, candidates, generator)], dim=1)
+    return ids, q
 
 
 DIVERGED = "logits are not finite numbers: its training diverged, use an earlier checkpoint"

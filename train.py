@@ -23,8 +23,9 @@ import checkpoint
 import fineweb
 import variants
 from common import cli, device
-from common.distributed import PeerLost, Stopped, World, join_world, meet
-from common.files import hold
+from common.distributed import DistContext, PeerLost, Stopped, join_world, rendezvous
+from common.files import lock_folder
+from common.validation import raise_errors
 from dataloader import MANIFEST, Shards, find_shards
 from training import checks, flags, run_json
 from training.config import TrainConfig
@@ -37,10 +38,9 @@ from training.saving import Checkpoints
 from training.trainer import Trainer
 
 
-def train(config: TrainConfig, world: World):
+def train(config: TrainConfig, world: DistContext):
     """The run: evaluate, save, update, until max_steps or a signal."""
-    log = Log(config, world)
-    trainer, checkpoints, start = set_up(config, world, log)
+    log, trainer, checkpoints, start = set_up(config, world)
     if start > config.max_steps or (start == config.max_steps and checkpoints.val_loss is not None):
         log.progress(f"{config.out_dir} finished already, at step {start}: raise --max-steps to continue")
         return
@@ -80,11 +80,10 @@ def train(config: TrainConfig, world: World):
     log.progress(f"finished: log, plot and checkpoints are in {config.out_dir}")
 
 
-def replay(config: TrainConfig, world: World):
+def replay(config: TrainConfig, world: DistContext):
     """Repeats the steps from the last checkpoint before --replay-step up to that one, and changes nothing on disk."""
-    log = Log(config, world)
     logged = world.on_main(lambda: logged_loss(Path(config.out_dir), config.replay_step))
-    trainer, _, start = set_up(config, world, log)
+    log, trainer, _, start = set_up(config, world)
     checks.check_compiled(trainer, start, log)
     log.progress(f"steps {start} to {config.replay_step}, from {f'the checkpoint of step {start}' if start else 'the beginning'}")
     for step in range(start, config.replay_step + 1):
@@ -144,11 +143,11 @@ def find_data(config: TrainConfig) -> Shards:
     return find_shards(config.data_dir)
 
 
-def set_up(config: TrainConfig, world: World, log: Log) -> tuple[Trainer, Checkpoints, int]:
-    """Checks everything, builds or loads the model, and returns the step to begin at."""
-    out_dir = Path(config.out_dir)
+def set_up(config: TrainConfig, world: DistContext) -> tuple[Log, Trainer, Checkpoints, int]:
+    """Checks everything and builds or loads the model. The last value returned is the step to begin at."""
+    log, out_dir = Log(config, world), Path(config.out_dir)
     if config.replay_step is None:
-        world.on_main(lambda: checkpoint.settle(out_dir))
+        world.on_main(lambda: checkpoint.recover_interrupted_save(out_dir))
     shards = world.on_main(lambda: checks.check_data(config, find_data(config)))
     world.on_all(lambda: checks.check_host(config, world, shards))
     world.on_main(lambda: checks.check_dtype(config, world))
@@ -178,7 +177,7 @@ def set_up(config: TrainConfig, world: World, log: Log) -> tuple[Trainer, Checkp
     for line in lines:
         log.progress(f"warning: {line}")
     log.progress(describe(trainer))
-    return trainer, checkpoints, step or 0
+    return log, trainer, checkpoints, step or 0
 
 
 def load_teacher(config: TrainConfig):
@@ -208,14 +207,14 @@ def main():
         if given.plan:
             print(report(flags.parse_config()))
             return
-        cli.refuse(cli.at_least(0.01, given, "timeout_minutes") + cli.at_most(10**6, given, "timeout_minutes"))
+        raise_errors(cli.at_least(0.01, given, "timeout_minutes") + cli.at_most(10**6, given, "timeout_minutes"))
         try:
-            config, store = meet(validated_config, given.timeout_minutes)
+            config, store = rendezvous(validated_config, given.timeout_minutes)
             with join_world(config.device, config.timeout_minutes, store) as world, ExitStack() as stack:
                 if config.replay_step is not None:
                     replay(config, world)
                     return
-                world.on_main(lambda: stack.enter_context(hold(Path(config.out_dir))))
+                world.on_main(lambda: stack.enter_context(lock_folder(Path(config.out_dir))))
                 train(config, world)
         except PeerLost as e:
             print(f"error: {e}", file=sys.stderr)

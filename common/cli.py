@@ -68,12 +68,6 @@ def at_most(limit: int, config, *names: str) -> list[str]:
     return [f"{flag(name)} is {getattr(config, name)}: it must be at most {limit:,}" for name in names if getattr(config, name) > limit]
 
 
-def refuse(faults: list[str]):
-    """ValueError with all faults at once, if there are any."""
-    if faults:
-        raise ValueError("; ".join(faults))
-
-
 def printable(text: str) -> str:
     """The text, what would control a terminal shown as a box: a model may write anything."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -26,7 +26,7 @@ class PeerLost(Exception):
 
 
 @dataclass(frozen=True)
-class World:
+class DistContext:
     """One process among `size`; a run without torchrun is a world of one."""
 
     device: torch.device
@@ -97,14 +97,14 @@ class World:
 @contextmanager
 def join_world(device: str, timeout_minutes: float = 10.0, store: dist.Store | None = None):
     """The process group for as long as the block lasts: nccl on CUDA, gloo on CPU, none without torchrun. PeerLost when
-    another process ends, or does not come to what they do together within the timeout. store: what meet returned, if it was
+    another process ends, or does not come to what they do together within the timeout. store: what rendezvous returned, if it was
     called before."""
     device = pick_device(device)
     if "RANK" not in os.environ:
-        yield World(device)
+        yield DistContext(device)
         return
     if store is None:
-        _, store = meet(lambda: None, timeout_minutes)
+        _, store = rendezvous(lambda: None, timeout_minutes)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -113,7 +113,7 @@ def join_world(device: str, timeout_minutes: float = 10.0, store: dist.Store | N
     try:
         with naming_lost_peers():
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-            yield World(device, rank, size)
+            yield DistContext(device, rank, size)
     except BaseException as e:
         traceback.clear_frames(e.__traceback__)  # they hold DDP, which must go before the group
         raise
@@ -142,8 +142,8 @@ def naming_lost_peers():
 # ---- before there is a group ----
 
 
-def meet(settle: Callable, timeout_minutes: float):
-    """What settle returns on rank 0, or its ValueError or OSError, on every process; and the store where they leave their addresses
+def rendezvous(load: Callable, timeout_minutes: float):
+    """What load returns on rank 0, or its ValueError or OSError, on every process; and the store where they leave their addresses
     for each other, None without torchrun. PeerLost when one does not come within the timeout.
 
     Rank 0 decides alone since other hosts may lack the run's folder. It answers each process that asks, until all have said
@@ -151,22 +151,22 @@ def meet(settle: Callable, timeout_minutes: float):
     host by itself, so that what a process finds there may be left by one that is dead. Each answer has the name of an attempt
     that none before had, and under it the store is empty."""
     if "RANK" not in os.environ:
-        return settle(), None
+        return load(), None
     with naming_lost_peers():
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
         deadline = time.monotonic() + 60 * timeout_minutes
-        attempt, result, error = answer(store, size, settle, deadline) if rank == 0 else ask(store, rank, deadline)
+        attempt, result, error = serve_rendezvous(store, size, load, deadline) if rank == 0 else join_rendezvous(store, rank, deadline)
     if error:
         error.is_shared = rank != 0  # for rank 0 alone to print
         raise error
     return result, dist.PrefixStore(attempt, store)
 
 
-def answer(store: dist.Store, size: int, settle: Callable, deadline: float) -> tuple:
-    """Rank 0's part of meet: the name of the attempt, and what settle returned or raised."""
+def serve_rendezvous(store: dist.Store, size: int, load: Callable, deadline: float) -> tuple:
+    """Rank 0's part of rendezvous: the name of the attempt, and what load returned or raised."""
     result = error = None
     try:
-        result = settle()
+        result = load()
     except (ValueError, OSError) as e:
         error = e
     attempt = secrets.token_hex(8)
@@ -185,8 +185,8 @@ def answer(store: dist.Store, size: int, settle: Callable, deadline: float) -> t
     return told
 
 
-def ask(store: dist.Store, rank: int, deadline: float) -> tuple:
-    """The other ranks' part of meet: what rank 0 answers."""
+def join_rendezvous(store: dist.Store, rank: int, deadline: float) -> tuple:
+    """The other ranks' part of rendezvous: what rank 0 answers."""
     me = secrets.token_hex(8)
     store.set(f"{rank} asks", me)
     wait_until(lambda: store.check([f"answer to {me}"]), deadline, lambda: "rank 0")

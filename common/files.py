@@ -69,7 +69,7 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def hold(folder: Path, wait: bool = False):
+def lock_folder(folder: Path, wait: bool = False):
     """Makes the folder this process's own for as long as the block lasts; when another one has it, ValueError, or wait for
     its end. A folder that it had to make and that nothing was put into goes again."""
     new = not folder.exists()

@@ -34,13 +34,13 @@ import train
 from common import cli
 from common import device as hardware
 from common import tokenizer as tokenizers
-from common.distributed import World
+from common.distributed import DistContext
 from common.files import write_json
+from common.validation import raise_errors
 from dataloader import TokenStream, find_shards, write_shard
 from model import GPT
 from sample import generate
 from training.config import TrainConfig
-from training.log import Log
 from training.run_json import git_commit
 from training.saving import Checkpoints
 from training.trainer import Trainer
@@ -118,8 +118,8 @@ def trainer_of(bench: Bench, activation_memory: float = 1.0) -> Trainer:
         micro_batch_size=config.micro_batch_size, device=config.device, dtype=config.dtype, compile=config.compile,
         activation_memory=activation_memory, warmup_steps=0, max_lr=1e-4, keep=1,
     )  # fmt: skip
-    world = World(bench.device)
-    return train.set_up(settings, world, Log(settings, world))[0]
+    world = DistContext(bench.device)
+    return train.set_up(settings, world)[1]
 
 
 def train_ours(bench: Bench, activation_memory: float = 1.0):
@@ -200,7 +200,7 @@ def prompt(config: BenchConfig) -> torch.Tensor:
 
 def score_ours(bench: Bench):
     model = GPT.from_pretrained(str(bench.folder / "model")).to(bench.device).eval()
-    tasks, tokenizer, world = bench_tasks(bench), tokenizers.get_tokenizer("gpt2"), World(bench.device, rank=0)
+    tasks, tokenizer, world = bench_tasks(bench), tokenizers.get_tokenizer("gpt2"), DistContext(bench.device, rank=0)
 
     def run(number):
         scored = hellaswag.evaluate(model, tokenizer, tasks, world, autocast=bench.autocast(), styles=("completion",))[1]
@@ -467,27 +467,27 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def faults_of(config: BenchConfig) -> list[str]:
-    faults = config.model.errors()
+def errors_of(config: BenchConfig) -> list[str]:
+    errors = config.model.errors()
     counts = "rounds", "micro_batch_size", "passes", "new_tokens", "num_samples", "tasks", "megabytes", "shard_tokens"
-    faults += cli.at_least(1, config, *counts)
+    errors += cli.at_least(1, config, *counts)
     if not 0 <= config.activation_memory <= 1:
-        faults.append(f"--activation-memory is {config.activation_memory}: it must be from 0 to 1")
+        errors.append(f"--activation-memory is {config.activation_memory}: it must be from 0 to 1")
     if not config.what:
-        faults.append("--what has no value: give some of " + ", ".join(WORK))
+        errors.append("--what has no value: give some of " + ", ".join(WORK))
     if "generate" in config.what and 16 + config.new_tokens > config.model.seq_len:
-        faults.append(f"a prompt of 16 and --new-tokens {config.new_tokens} are more than --seq-len {config.model.seq_len}")
+        errors.append(f"a prompt of 16 and --new-tokens {config.new_tokens} are more than --seq-len {config.model.seq_len}")
     if not 50257 <= config.model.vocab_size <= 65536:
-        faults.append(f"--vocab-size is {config.model.vocab_size}: it must be 50257, GPT-2's, to 65536, what a shard can hold")
+        errors.append(f"--vocab-size is {config.model.vocab_size}: it must be 50257, GPT-2's, to 65536, what a shard can hold")
     if find_spec("transformers") is None:
-        faults.append("the peers are not installed: pip install -r requirements-dev.txt")
-    return faults
+        errors.append("the peers are not installed: pip install -r requirements-dev.txt")
+    return errors
 
 
 def main():
     with cli.one_line_errors():
         config = cli.parse(BenchConfig)
-        cli.refuse(faults_of(config))
+        raise_errors(errors_of(config))
         where = environment(config)
         with tempfile.TemporaryDirectory() as folder:
             make_inputs(config, Path(folder))

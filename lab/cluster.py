@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from common import cli, device
+from common.validation import raise_errors
 from training.presets import PRESETS
 from training.step_time import Step, step_on
 
@@ -36,10 +37,10 @@ def limit(steps: dict[int, Step]) -> str:
 def scale(config: ScaleConfig) -> tuple[str, dict[str, dict[int, Step]]]:
     """The table, and a step for each kind of scaling and number of GPUs."""
     wrong = [name for name in config.presets if name not in PRESETS]
-    faults = [f"--presets {' '.join(wrong)}: choose of {', '.join(PRESETS)}"] if wrong or not config.presets else []
+    errors = [f"--presets {' '.join(wrong)}: choose of {', '.join(PRESETS)}"] if wrong or not config.presets else []
     if Path(config.out).suffix not in (".png", ".svg", ".pdf"):
-        faults.append(f"--out {config.out}: give a .png, .svg or .pdf")
-    cli.refuse(faults)
+        errors.append(f"--out {config.out}: give a .png, .svg or .pdf")
+    raise_errors(errors)
     lines = [
         "| preset | batch | | GPUs | compute, ms | communication, ms | sent by each, MB | step, ms | efficiency | below 90 % from |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -26,14 +26,15 @@ import tyro
 import checkpoint
 from common import cli
 from common.device import can_compile, pick_device
-from common.distributed import World
+from common.distributed import DistContext
+from common.validation import raise_errors
 from dataloader import TokenStream, find_shards
 from model import GPT
 from ops.kv_cache import KVCache
 from plot_log import read_metrics
 from train import find_data, load_teacher
 from training.config import TrainConfig
-from training.flags import parse_flags, refuse_changes, settled_teacher
+from training.flags import parse_flags, raise_if_changed, recorded_teacher
 from training.run_json import RUN, read_run
 from training.trainer import Trainer
 from variants import VariantConfig, adapt, build, build_on_meta, idle_params
@@ -63,17 +64,17 @@ class CompareConfig:
     """Print JSON instead of a table."""
 
     def validate(self):
-        """ValueError with every fault at once."""
-        faults = cli.at_least(1, self, "seeds", "workers") + cli.at_least(0, self, "time_steps")
+        """ValueError with all errors at once."""
+        errors = cli.at_least(1, self, "seeds", "workers") + cli.at_least(0, self, "time_steps")
         if (self.suite == "none") == (not self.variants):
-            faults.append('give variants, as "plain=" "rope=--pos rope" --flags="--preset quickstart", or a --suite')
+            errors.append('give variants, as "plain=" "rope=--pos rope" --flags="--preset quickstart", or a --suite')
         folders = [folder_of("", variant.split("=")[0], 1) for variant in self.variants]
-        faults += [f"{variant!r} is no NAME=FLAGS" for variant in self.variants if "=" not in variant or not variant.split("=")[0]]
+        errors += [f"{variant!r} is no NAME=FLAGS" for variant in self.variants if "=" not in variant or not variant.split("=")[0]]
         if len(set(folders)) < len(folders):
-            faults.append(f"two variants have the same name for a folder: {', '.join(str(folder.parent) for folder in folders)}")
+            errors.append(f"two variants have the same name for a folder: {', '.join(str(folder.parent) for folder in folders)}")
         if self.suite == "teacher" and self.workers > 1:
-            faults.append("the teacher must have finished before its students begin: leave --workers out")
-        cli.refuse(faults)
+            errors.append("the teacher must have finished before its students begin: leave --workers out")
+        raise_errors(errors)
 
 
 # 0.9 M parameters that see 1.6 M bytes in 800 steps
@@ -170,7 +171,7 @@ def variants_of(config: CompareConfig) -> dict[str, list[str]]:
     words = {name: split(f"{common} {flags}") for name, flags in variants.items()}  # a variant's own flags come later and win
     own = ("--seed", "--out-dir", "--out_dir")
     odd = [name for name, its in words.items() if any(word.split("=")[0] in own for word in its)]
-    cli.refuse([f"{name}: each run has its own --seed and --out-dir: leave them out" for name in odd])
+    raise_errors([f"{name}: each run has its own --seed and --out-dir: leave them out" for name in odd])
     return words
 
 
@@ -225,9 +226,9 @@ class Run(NamedTuple):
         wanted, there = self.config(), read_run(self.folder)
         # the shards', the hub's
         wanted.model.vocab_size, wanted.init_revision = there.model.vocab_size, there.init_revision
-        wanted.teacher = settled_teacher(wanted.teacher, there.teacher)
+        wanted.teacher = recorded_teacher(wanted.teacher, there.teacher)
         try:
-            refuse_changes(there, wanted, CHANGES_NO_NUMBER, str(self.folder))
+            raise_if_changed(there, wanted, CHANGES_NO_NUMBER, str(self.folder))
         except ValueError as e:
             raise ValueError(f"{self.name}: {e}; or remove that folder, or choose another --out-dir") from e
         return "finished" if last_checkpoint(self.folder).get("step") == there.max_steps else "begun"
@@ -302,7 +303,7 @@ def speeds_in_turns(folders: list[Path], steps: int, turn: int = 5) -> list[floa
         config = read_run(folder)
         where = pick_device(config.device)
         compiled, teacher = config.compile and can_compile(where), load_teacher(config) if config.teacher else None
-        trainers.append(Trainer(config, World(where), build(config.model), find_shards(config.data_dir), compiled, teacher))
+        trainers.append(Trainer(config, DistContext(where), build(config.model), find_shards(config.data_dir), compiled, teacher))
     torch._dynamo.config.recompile_limit = 10**6  # each variant is compiled anew
     turns = range(0, turn + steps, turn)  # the first compiles and does not count
     for start in cli.bar(turns, desc="steps in turns", unit="turn"):

@@ -21,12 +21,13 @@ import numpy as np
 from common import cli
 from common.device import ASSUMED_MFU, CARDS
 from common.files import read_json, write_json
+from common.validation import raise_errors
 from dataloader import differences
 from lab.compare import Run, last_checkpoint, run_all, split
 from train import find_data
 from training.checks import fit_vocabulary
 from training.config import MAY_CHANGE, TrainConfig
-from training.flags import refuse_changes
+from training.flags import raise_if_changed
 from training.run_json import RUN, read_run
 from variants import VariantConfig, build_on_meta
 
@@ -53,15 +54,15 @@ class LadderConfig:
     """Runs at a time."""
 
     def validate(self):
-        """ValueError with every fault at once."""
-        faults = cli.at_least(1, self, "workers")
-        faults += [f"--sizes {size}: give LAYERSxWIDTH, as 6x128, the width a multiple of 32" for size in self.sizes if not shape_of(size)]
-        faults += [f"--tokens {tokens:g}: it must be at least 1" for tokens in self.tokens if not 1 <= tokens < math.inf]
+        """ValueError with all errors at once."""
+        errors = cli.at_least(1, self, "workers")
+        errors += [f"--sizes {size}: give LAYERSxWIDTH, as 6x128, the width a multiple of 32" for size in self.sizes if not shape_of(size)]
+        errors += [f"--tokens {tokens:g}: it must be at least 1" for tokens in self.tokens if not 1 <= tokens < math.inf]
         if not 0 <= self.warmup_ratio <= 1:
-            faults.append(f"--warmup-ratio is {self.warmup_ratio}: it must be from 0 to 1")
+            errors.append(f"--warmup-ratio is {self.warmup_ratio}: it must be from 0 to 1")
         if not self.sizes or not self.tokens:
-            faults.append("give at least one of --sizes and of --tokens")
-        cli.refuse(faults)
+            errors.append("give at least one of --sizes and of --tokens")
+        raise_errors(errors)
 
 
 @dataclass
@@ -82,11 +83,11 @@ class FitConfig:
     """Print JSON instead of tables."""
 
     def validate(self):
-        """ValueError with every fault at once."""
-        faults = cli.at_least(0, self, "hold_out", "bootstraps", "seed")
+        """ValueError with all errors at once."""
+        errors = cli.at_least(0, self, "hold_out", "bootstraps", "seed")
         if self.points and folders_of(Path(self.out_dir)):
-            faults.append(f"--out-dir {self.out_dir} has a ladder, whose law --points would overwrite: give another")
-        cli.refuse(faults)
+            errors.append(f"--out-dir {self.out_dir} has a ladder, whose law --points would overwrite: give another")
+        raise_errors(errors)
 
 
 @dataclass
@@ -111,15 +112,15 @@ class PlanConfig:
     """Print JSON instead of a table."""
 
     def validate(self):
-        """ValueError with every fault at once."""
-        faults = cli.at_least(0, self, "flops", "gpu_hours", "dollars", "price")
+        """ValueError with all errors at once."""
+        errors = cli.at_least(0, self, "flops", "gpu_hours", "dollars", "price")
         if sum(x > 0 for x in (self.flops, self.gpu_hours, self.dollars)) != 1:
-            faults.append("give one budget: --flops 1e19, --gpu-hours 10, or --dollars 100 --price 3")
+            errors.append("give one budget: --flops 1e19, --gpu-hours 10, or --dollars 100 --price 3")
         if self.dollars > 0 and self.price <= 0:
-            faults.append("--dollars needs --price, in dollars an hour of one --gpu")
+            errors.append("--dollars needs --price, in dollars an hour of one --gpu")
         if not 0 < self.mfu <= 1:
-            faults.append(f"--mfu is {self.mfu}: it must be above 0 and at most 1")
-        cli.refuse(faults)
+            errors.append(f"--mfu is {self.mfu}: it must be above 0 and at most 1")
+        raise_errors(errors)
 
 
 # ---- the law ----
@@ -215,11 +216,11 @@ class Point(NamedTuple):
 RUNGS = MAY_CHANGE - {"dtype", "val_tokens"} | {"n_layer", "n_embd", "n_head", "warmup_steps", "out_dir"}
 
 
-def refuse_others(folders: list[Path], config: TrainConfig, data: dict[str, list], source: str):
+def check_same_settings(folders: list[Path], config: TrainConfig, data: dict[str, list], source: str):
     """ValueError for the first of these runs that is of another ladder than source, which has this config and these data."""
     for folder in folders:
         remedy = f"move {folder} elsewhere, it is of another ladder"
-        refuse_changes(config, read_run(folder), RUNGS, source, remedy)
+        raise_if_changed(config, read_run(folder), RUNGS, source, remedy)
         if differences(data_of(folder), data):
             raise ValueError(f"the data of {folder} are not those of {source}: {remedy}")
 
@@ -238,7 +239,7 @@ def points_of(out_dir: Path) -> list[Point]:
     if not finished:
         raise ValueError(f"no finished run in {out_dir}: train some with python -m lab.scaling ladder --out-dir {out_dir}")
     first, *others = finished
-    refuse_others(others, read_run(first), data_of(first), str(first))
+    check_same_settings(others, read_run(first), data_of(first), str(first))
     points = []
     for folder in finished:
         config = read_run(folder)
@@ -500,7 +501,7 @@ def do_ladder(config: LadderConfig):
     first = runs[0].config()
     shards = find_data(first)
     fit_vocabulary(first, shards)
-    refuse_others(folders_of(Path(config.out_dir)), first, shards.contents(), "this ladder")
+    check_same_settings(folders_of(Path(config.out_dir)), first, shards.contents(), "this ladder")
     run_all(runs, config.workers)
     print(f"{config.out_dir}: {len(runs)} runs; python -m lab.scaling fit --out-dir {config.out_dir}")
 

@@ -22,7 +22,8 @@ import torch
 import tyro
 
 from common import cli
-from common.files import hold, write_json
+from common.files import lock_folder, write_json
+from common.validation import raise_errors
 from lab.compare import SCRIPT, Run, last_checkpoint, split
 from plot_log import read_metrics
 from train import find_data
@@ -56,9 +57,9 @@ class SweepConfig:
     """Print JSON instead of a table."""
 
     def validate(self):
-        """ValueError with every fault at once."""
-        faults = cli.at_least(1, self, "trials", "workers") + cli.at_least(0, self, "seed")
-        cli.refuse(faults if self.space else [*faults, "give at least one FLAG=VALUES, as max_lr=1e-4..1e-2:log"])
+        """ValueError with all errors at once."""
+        errors = cli.at_least(1, self, "trials", "workers") + cli.at_least(0, self, "seed")
+        raise_errors(errors if self.space else [*errors, "give at least one FLAG=VALUES, as max_lr=1e-4..1e-2:log"])
 
 
 # ---- the space ----
@@ -387,7 +388,7 @@ def main():
         import_optuna()
         if not space.keys() & {"preset", "data_dir"}:
             find_data(parse_flags(split(config.flags)))  # once, and not by two runs at a time
-        with hold(Path(config.out_dir)):
+        with lock_folder(Path(config.out_dir)):
             points = all_points(space, config.trials)
             study = open_study(config, points)
             if points:  # what earlier launches drew twice counts for nothing

@@ -14,7 +14,7 @@ from conftest import Trap, save_checkpoint
 from transformers import GPT2LMHeadModel
 
 import checkpoint
-from checkpoint import Saver, content_of, fault, files_of, load_model, newest_step, prune, sealed_steps, settle
+from checkpoint import Saver, content_of, files_of, find_problem, load_model, newest_step, prune, recover_interrupted_save, sealed_steps
 from model import GPT
 from variants import VariantConfig, build, build_on_meta
 
@@ -62,12 +62,12 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(run, capsys):
         whole = path.read_bytes()
         for place in torch.linspace(0, len(whole) - 2, count).long().tolist():  # the seal's last byte is a newline
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
-            assert path.name in fault(run, 15)
+            assert path.name in find_problem(run, 15)
             path.write_bytes(whole[:place])
-            assert path.name in fault(run, 15)
+            assert path.name in find_problem(run, 15)
         assert newest_step(run) == 10 and f"skipping the checkpoint of step 15 in {run}: {path.name}" in capsys.readouterr().err
         path.write_bytes(whole)
-    assert fault(run, 15) is None
+    assert find_problem(run, 15) is None
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -154,7 +154,7 @@ def test_saving_a_step_again_replaces_it(run):
     torch.manual_seed(1)
     other = build(VariantConfig(257, 16, 1, 2, 16))
     save_checkpoint(run, 15, other, "bytes", 0.5, {"seconds": 0.0})
-    assert fault(run, 15) is None
+    assert find_problem(run, 15) is None
     assert (load_model(str(run / "model_00015.pt"))[0].transformer.wpe.weight == other.transformer.wpe.weight).all()
 
 
@@ -186,8 +186,8 @@ def test_a_kill_while_saving_leaves_nothing_or_all_of_it(run, model, monkeypatch
     monkeypatch.undo()
     for path in run.glob("*.kept"):
         os.replace(path, path.with_suffix(""))
-    settle(run)
-    settle(run)
+    recover_interrupted_save(run)
+    recover_interrupted_save(run)
     assert newest_step(run) == (15 if renames == 0 else step) and not list(run.glob("*.pt.tmp"))
     content, state = checkpoint.load_training(run, newest_step(run))
     assert (content["val_loss"], state["seconds"]) == ((1.5, 15.0) if renames == 0 else (0.5, 20.0))
@@ -198,7 +198,7 @@ def test_a_first_save_that_was_killed_is_no_checkpoint(tmp_path, model):
     content = content_of(5, model, "bytes", None)
     checkpoint.write_temporary(tmp_path / "model_00005.pt", lambda file: torch.save(content, file))
     assert newest_step(tmp_path) is None
-    settle(tmp_path)
+    recover_interrupted_save(tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -21,7 +21,7 @@ from test_hellaswag import make_tasks
 import checkpoint
 import export
 import hellaswag
-from common.distributed import World
+from common.distributed import DistContext
 from common.tokenizer import get_tokenizer
 from sample import sample_texts
 from variants import VariantConfig, build
@@ -109,5 +109,5 @@ def test_the_harness_gives_the_answers_of_hellaswag_py(run, tmp_path):
         said = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=env)
     assert said.returncode == 0, said.stderr
     theirs = [float(x) for x in re.findall(r"\|(?:acc|acc_norm) *\|↑ *\|([\d.]+)", said.stdout)]
-    ours = hellaswag.evaluate(*checkpoint.load_with_tokenizer(run), tasks, World(torch.device("cpu")))[0]
+    ours = hellaswag.evaluate(*checkpoint.load_with_tokenizer(run), tasks, DistContext(torch.device("cpu")))[0]
     assert theirs == pytest.approx([ours["harness_acc"], ours["harness_acc_norm"]], abs=1e-4)

@@ -27,7 +27,7 @@ from test_dataloader import llmc_bin
 
 import fineweb
 from common import tokenizer as tokenizers
-from common.files import hold, read_json
+from common.files import lock_folder, read_json
 from common.tokenizer import get_tokenizer
 from dataloader import find_shards, open_shard, verify_shards
 from fineweb import read_file
@@ -437,7 +437,7 @@ def test_parts_that_run_at_once_do_not_disturb_each_other(tmp_path, fineweb_edu)
 
 def test_one_part_is_made_by_one_process(tmp_path, files, capsys):
     argv = ["--dataset", files, "--out-dir", tmp_path / "out", "--part"]
-    with hold(tmp_path / "out" / "part-2-of-2"):
+    with lock_folder(tmp_path / "out" / "part-2-of-2"):
         assert prepare(*argv, "2/2") == 2 and "another process is writing into" in the_error(capsys.readouterr().err)
         assert prepare(*argv, "1/2") == 0
 

@@ -16,14 +16,14 @@ from test_fineweb import disk_of, the_error
 
 import hellaswag
 from checkpoint import load_model
-from common.distributed import World
+from common.distributed import DistContext
 from common.tokenizer import get_tokenizer
 from export import save_tokenizer
 from hellaswag import clean, completion_rows, evaluate, harness_rows, load_tasks, log_probs
 from model import GPT
 from variants import VariantConfig, build
 
-WORLD = World(torch.device("cpu"))
+WORLD = DistContext(torch.device("cpu"))
 
 
 def make_tasks(n: int) -> list[dict]:

@@ -161,9 +161,9 @@ def test_what_the_dead_left_in_the_store_is_not_heard():
     with ThreadPoolExecutor(2) as pool:
         for number in range(3):
             server.set("1 asks", f"dead {number}")
-            first = pool.submit(distributed.answer, stores[0], 2, lambda number=number: number, deadline)
+            first = pool.submit(distributed.serve_rendezvous, stores[0], 2, lambda number=number: number, deadline)
             wait_until(lambda number=number: server.check([f"answer to dead {number}"]), 10)
-            told = pool.submit(distributed.ask, stores[1], 1, deadline).result()
+            told = pool.submit(distributed.join_rendezvous, stores[1], 1, deadline).result()
             assert told == first.result() and told[1:] == (number, None)
             attempts.add(told[0])
     assert len(attempts) == 3
@@ -174,7 +174,9 @@ def test_a_host_that_never_comes(monkeypatch, rank):
     monkeypatch.setenv("RANK", str(rank))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(distributed.PeerLost, match="waited in vain for rank 0" if rank else "waited in vain for ranks 1, 2"):
-        distributed.ask(store, 1, time.monotonic() + 0.2) if rank else distributed.answer(store, 3, int, time.monotonic() + 0.2)
+        distributed.join_rendezvous(store, 1, time.monotonic() + 0.2) if rank else distributed.serve_rendezvous(
+            store, 3, int, time.monotonic() + 0.2
+        )
 
 
 # ---- hosts that are network namespaces ----

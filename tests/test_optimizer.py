@@ -9,13 +9,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel
 
 import checkpoint
-from common.distributed import World
+from common.distributed import DistContext
 from dataloader import TokenStream, find_shards
 from training.optimizer import AverageWeights, MuonAndAdamW, schedule
 from training.run_json import read_run
 from variants import VariantConfig, build
 
-ALONE = World(torch.device("cpu"))
+ALONE = DistContext(torch.device("cpu"))
 
 
 def follow_torch(make, name: str, *settings):
@@ -95,7 +95,7 @@ def test_each_process_does_a_fair_share_of_the_matrices_and_no_more():
     for rank in range(4):
         torch.manual_seed(0)
         model = build(VariantConfig(97, 16, 4, 2, 16))
-        world = World(torch.device("cpu"), rank, 4)
+        world = DistContext(torch.device("cpu"), rank, 4)
         object.__setattr__(world, "broadcast", lambda tensors, owner: None)
         optimizer = MuonAndAdamW(model, 1e-2, 2e-2, 0.95, 0.1, world)
         before, idx = [p.detach().clone() for p in optimizer.matrices], ids_for(model.config)

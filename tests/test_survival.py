@@ -80,7 +80,7 @@ def test_fifty_kills_while_saving(undisturbed, shards, tmp_path):
             continue
         assert result.returncode == -signal.SIGKILL, result.stderr
         kills += 1
-        checkpoint.settle(run)  # as the relaunch will
+        checkpoint.recover_interrupted_save(run)  # as the relaunch will
         found = newest_step(run) or 0
         assert found >= newest, f"kill {kills}: the checkpoint of step {newest} is lost"
         newest = found

@@ -26,12 +26,11 @@ import hellaswag
 import sample
 import train
 from common import cli, device
-from common.distributed import World
+from common.distributed import DistContext
 from dataloader import TokenStream, find_shards
 from training import checks, distillation, evaluation
 from training.config import TrainConfig
 from training.flags import overridden_preset, parse_config, parse_flags, warnings
-from training.log import Log
 from training.optimizer import schedule
 from training.presets import PRESETS
 from training.run_json import read_run
@@ -220,11 +219,11 @@ def test_a_teacher_stays_the_same_when_its_run_goes_on(teacher, shards, tmp_path
 def test_a_teacher_of_experts_leaves_their_balance_as_it_is(teacher, shards):
     """With the text's share in the gradient at 0 the router still learns to be fair."""
     config = parse_flags([*TINY, "--data-dir", str(shards), "--n-expert", "4", "--teacher", str(teacher), "--teacher-weight", "1"])
-    world = World(torch.device("cpu"))
+    world = DistContext(torch.device("cpu"))
     grads = []
     for balance in (0.01, 0.0):
         config.model.load_balance = balance
-        trainer, *_ = train.set_up(config, world, Log(config, world))
+        _, trainer, *_ = train.set_up(config, world)
         trainer.loss(trainer.model, range(4)).backward()
         grads.append(trainer.model.transformer.h[0].mlp.router.weight.grad)
         x = torch.from_numpy(trainer.train_stream.batch(range(4))[0])
@@ -433,11 +432,11 @@ def test_hellaswag_and_samples_in_the_run(shards, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     row = next(row for row in rows if row["step"] == 20 and "hellaswag_acc_norm" in row)
     assert f"{row['hellaswag_acc_norm']:.6f}" == values[20] and "hellaswag_harness_acc_norm" in row
-    from common.distributed import World
+    from common.distributed import DistContext
     from hellaswag import evaluate
 
     model, tokenizer = checkpoint.load_model(str(tmp_path / "run"))
-    assert evaluate(model, tokenizer, make_tasks(12), World(torch.device("cpu")))[0]["acc_norm"] == row["hellaswag_acc_norm"]
+    assert evaluate(model, tokenizer, make_tasks(12), DistContext(torch.device("cpu")))[0]["acc_norm"] == row["hellaswag_acc_norm"]
 
 
 def test_hellaswag_that_can_not_be_read_is_a_warning(shards, tmp_path, capsys):
@@ -642,7 +641,7 @@ def test_what_can_not_fit_is_refused_by_the_bytes_of_its_weights(monkeypatch, sw
         ({"optimizer": "muon"}, 1, 16 * params - 4 * matrices),
         ({"optimizer": "muon"}, 4, 16 * params - 7 * matrices),
     ):
-        world = World(torch.device("cpu"), size=processes)
+        world = DistContext(torch.device("cpu"), size=processes)
         monkeypatch.setattr(device, "total_memory", lambda _, have=1.001 * need: have)
         checks.check_memory(replace(config, **settings), world)
         monkeypatch.setattr(device, "total_memory", lambda _, have=0.999 * need: have)

@@ -570,7 +570,7 @@ def test_flex_attention_leaves_out_the_blocks_in_which_nothing_is_seen():
         assert (block_mask(512, window, of, "cpu").to_dense().expand(2, 1, 4, 4) == blocks.int()).all()
 
 
-# ---- faults ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(
@@ -659,8 +659,8 @@ def test_a_variant_is_not_saved_as_what_it_is_not(tmp_path, switches, why):
 
 
 def test_all_faults_are_named_at_once():
-    faults = VariantConfig(
+    errors = VariantConfig(
         **SHAPE | dict(n_kv_head=3, n_expert_active=3, window_pattern="", window=0, rope_factor=2.0, load_balance=torch.inf)
     ).errors()
-    assert len(faults) == 6
+    assert len(errors) == 6
     assert len(VariantConfig(n_layer="2", mlp="relu", bias=None).errors()) == 3

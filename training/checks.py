@@ -9,7 +9,7 @@ from pathlib import Path
 
 import checkpoint
 from common import device
-from common.distributed import World
+from common.distributed import DistContext
 from common.files import read_json
 from common.tokenizer import VOCAB_SIZES
 from dataloader import Shards, differences, verify_shards
@@ -38,7 +38,7 @@ def check_data(config: TrainConfig, shards: Shards) -> Shards:
     return shards
 
 
-def check_host(config: TrainConfig, world: World, shards: Shards):
+def check_host(config: TrainConfig, world: DistContext, shards: Shards):
     """Checks on one process of each host, except rank 0's, that the host has the same shards as rank 0."""
     if world.is_main or os.environ.get("LOCAL_RANK") != "0":
         return
@@ -50,9 +50,9 @@ def check_host(config: TrainConfig, world: World, shards: Shards):
         raise ValueError(f"{platform.node()} needs the same shards in its --data-dir as the others: {e}") from e
 
 
-def check_dtype(config: TrainConfig, world: World):
+def check_dtype(config: TrainConfig, world: DistContext):
     if config.shard and world.size > 1:
-        sharding.refuse_fp16(device.pick_dtype(config.dtype, world.device))
+        sharding.reject_fp16(device.pick_dtype(config.dtype, world.device))
 
 
 def check_hellaswag(config: TrainConfig):
@@ -86,7 +86,7 @@ def check_teacher(config: TrainConfig):
         )
 
 
-def check_memory(config: TrainConfig, world: World):
+def check_memory(config: TrainConfig, world: DistContext):
     """Weights, gradients and optimizer of a process must fit."""
     model, shard = build_on_meta(config.model), config.shard and world.size > 1
     parts = memory(config, Setting(world.device.type, 4, False, world.size, shard), model).parts

@@ -8,6 +8,7 @@ import tyro
 
 from common import cli
 from common.device import CARDS
+from common.validation import raise_errors
 from variants import VariantConfig
 
 
@@ -129,42 +130,42 @@ class TrainConfig:
         return self.total_batch_tokens // (self.micro_batch_size * self.model.seq_len * world_size)
 
     def validate(self, world_size: int):
-        """ValueError with every fault at once."""
-        faults = self.model.errors()
-        faults += cli.at_least(
+        """ValueError with all errors at once."""
+        errors = self.model.errors()
+        errors += cli.at_least(
             1, self, "max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens", "max_bad_steps"
         )
-        faults += cli.at_least(
+        errors += cli.at_least(
             0, self, "max_lr", "muon_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "skip_spikes", "seed"
         )
-        faults += cli.at_least(0, self, "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
-        faults += cli.at_least(0, self, "price", "rate") + cli.at_least(1, self, "gpus")
-        faults += cli.at_least(0.01, self, "timeout_minutes")
+        errors += cli.at_least(0, self, "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
+        errors += cli.at_least(0, self, "price", "rate") + cli.at_least(1, self, "gpus")
+        errors += cli.at_least(0.01, self, "timeout_minutes")
         if self.replay_step is not None and not 0 <= self.replay_step < self.max_steps:
-            faults.append(f"--replay-step is {self.replay_step}: the run's steps are 0 to {self.max_steps - 1}")
+            errors.append(f"--replay-step is {self.replay_step}: the run's steps are 0 to {self.max_steps - 1}")
         if not 0 <= self.activation_memory <= 1:
-            faults.append(f"--activation-memory is {self.activation_memory}: it must be from 0 to 1")
+            errors.append(f"--activation-memory is {self.activation_memory}: it must be from 0 to 1")
         elif 0 < self.activation_memory < 1 and not self.compile:
-            faults.append("--activation-memory between 0 and 1 needs a compiled run: give --compile, or 0 or 1")
+            errors.append("--activation-memory between 0 and 1 needs a compiled run: give --compile, or 0 or 1")
         for name in ("ema", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
-                faults.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be at least 0 and below 1")
+                errors.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be at least 0 and below 1")
         for name in ("decay_ratio", "teacher_weight"):
             if not 0 < getattr(self, name) <= 1:
-                faults.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be above 0 and at most 1")
-        faults += (
+                errors.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be above 0 and at most 1")
+        errors += (
             cli.at_most(10**9, self, "max_steps")
             + cli.at_most(10**12, self, "total_batch_tokens")
             + cli.at_most(10**6, self, "timeout_minutes")
         )
         if self.seed >= 2**32:
-            faults.append(f"--seed is {self.seed}: it must be below 2^32")
+            errors.append(f"--seed is {self.seed}: it must be below 2^32")
         parts = self.micro_batch_size, self.model.seq_len, world_size
         if all(isinstance(part, int) and part >= 1 for part in parts) and self.total_batch_tokens % math.prod(parts):
-            faults.append(self.batch_fault(world_size))
-        cli.refuse(faults)
+            errors.append(self.batch_error(world_size))
+        raise_errors(errors)
 
-    def batch_fault(self, world_size: int) -> str:
+    def batch_error(self, world_size: int) -> str:
         """Says that the batch does not divide, and the nearest that does."""
         sequences, rest = divmod(self.total_batch_tokens, self.model.seq_len * world_size)
         if sequences and not rest:

@@ -7,6 +7,7 @@ import tyro
 
 import checkpoint
 from common import cli
+from common.validation import raise_errors
 from training.config import MAY_CHANGE, TrainConfig
 from training.presets import PRESETS
 from training.run_json import is_restart, read_run
@@ -30,15 +31,15 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     if config.resume or config.replay_step is not None or is_restart(out_dir):
         previous = replace(read_run(out_dir, config.replay_step), out_dir=config.out_dir, resume=True)
         config = replace(cli.parse(TrainConfig, argv, previous), init_revision=previous.init_revision)
-        config.teacher = settled_teacher(config.teacher, previous.teacher)
-        refuse_changes(previous, config, MAY_CHANGE, f"the run in {out_dir}")
+        config.teacher = recorded_teacher(config.teacher, previous.teacher)
+        raise_if_changed(previous, config, MAY_CHANGE, f"the run in {out_dir}")
     elif not config.plan and holds_a_run(out_dir):
         raise ValueError(f"{out_dir} holds a run or a model already: add --resume to go on with it, or choose another --out-dir")
     elif config.init_from:
         shape = checkpoint.load_config(config.init_from, config.init_revision)
         config = parse_flags(argv, shape)
         config.init_revision = checkpoint.hub_commit(config.init_from, config.init_revision)
-        refuse_changes(shape, config.model, NOT_IN_WEIGHTS, config.init_from)
+        raise_if_changed(shape, config.model, NOT_IN_WEIGHTS, config.init_from)
     if config.teacher and not config.resume:  # a folder's newest checkpoint may be another one when the run goes on
         config.teacher = str(checkpoint.checkpoint_file(config.teacher) or config.teacher)
     return config
@@ -56,16 +57,16 @@ def parse_flags(argv: list[str] | None = None, model: VariantConfig | None = Non
     return cli.parse(TrainConfig, argv, replace(preset, model=model or preset.model), "train.py")
 
 
-def settled_teacher(given: str, recorded: str) -> str:
+def recorded_teacher(given: str, recorded: str) -> str:
     """The teacher that a run began with, where the same one is given: a folder stands for the checkpoint in it that it had then."""
     return recorded if given and recorded and Path(given) in (Path(recorded), Path(recorded).parent) else given
 
 
-def refuse_changes(before, now, allowed: set[str], source: str, remedy: str = "leave its flag out"):
+def raise_if_changed(before, now, allowed: set[str], source: str, remedy: str = "leave its flag out"):
     """ValueError for all fields that differ and may not."""
     old, new = ({**vars(config), **vars(getattr(config, "model", config))} for config in (before, now))
     changed = [name for name in old if name not in allowed | {"model"} and old[name] != new[name]]
-    cli.refuse([f"{name} {new[name]!r} does not fit {source}, which has {old[name]!r}: {remedy}" for name in changed])
+    raise_errors([f"{name} {new[name]!r} does not fit {source}, which has {old[name]!r}: {remedy}" for name in changed])
 
 
 def warnings(config: TrainConfig) -> list[str]:

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from common import cli, device
-from common.distributed import World
+from common.distributed import DistContext
 from common.files import append
 from training.config import TrainConfig
 from training.tracker import Tracker
@@ -22,7 +22,7 @@ from variants import flops_per_token
 class Log:
     """Writes log.txt ('step stream value', build-nanogpt's format) and metrics.jsonl, both append-only. Only rank 0 writes."""
 
-    def __init__(self, config: TrainConfig, world: World):
+    def __init__(self, config: TrainConfig, world: DistContext):
         self.config, self.world = config, world
         self.tracker = None
         self.recent = deque(maxlen=20)  # seconds of the last steps

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from common.distributed import World
+from common.distributed import DistContext
 from model import GPT
 from training import sharding
 
@@ -74,7 +74,7 @@ class MuonAndAdamW:
         muon_lr: float,
         momentum: float,
         weight_decay: float,
-        world: World,
+        world: DistContext,
         sharded: bool = False,
         dtype: torch.dtype = torch.bfloat16,
     ):

@@ -13,7 +13,7 @@ from plot_log import read_metrics
 from training.config import TrainConfig
 from training.memory import CUDA_ITSELF, Setting, largest_micro_batch, memory
 from training.run_json import RUN, RUN_REMEDY, last_launch
-from training.sharding import refuse_fp16
+from training.sharding import reject_fp16
 from training.step_time import step_on
 from variants import build_on_meta, flops_per_token
 
@@ -85,7 +85,7 @@ def hardware(config: TrainConfig) -> tuple[str, torch.dtype, Setting, float]:
     compiled = config.compile and (not on_cpu or device.can_compile(cpu))
     setting = Setting("cpu" if on_cpu else "cuda", dtype.itemsize, compiled, config.gpus, config.shard and config.gpus > 1)
     if setting.shard:
-        refuse_fp16(dtype)
+        reject_fp16(dtype)
     # processes on a CPU share the machine's memory
     available = device.total_memory(cpu) / config.gpus if on_cpu else device.CARDS[name].memory - CUDA_ITSELF
     return name, dtype, setting, available

@@ -12,7 +12,7 @@ import torch
 
 import plot_log
 from common import device
-from common.distributed import World
+from common.distributed import DistContext
 from common.files import read_json, write_json
 from training.config import TrainConfig
 from training.trainer import Trainer
@@ -44,7 +44,7 @@ def last_launch(run: dict, step: int | None) -> dict:
     return ([launch for launch in launches if step is None or launch.get("step", 0) <= step] or [{}])[-1]
 
 
-def record_launch(config: TrainConfig, world: World, trainer: Trainer, step: int, torchruns: list[str]) -> str:
+def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, step: int, torchruns: list[str]) -> str:
     """run.json: settings, data, and what each launch of the run ran on. Returns the run's id."""
     path = Path(config.out_dir, RUN)
     size = plot_log.size_of(trainer.model.num_params()) if trainer.shards.tokenizer == "gpt2" else "none"

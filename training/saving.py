@@ -56,7 +56,7 @@ class Checkpoints:
         """Loads a checkpoint. If a host lacks it, rank 0 sends it to all."""
         trainer, folder = self.trainer, self.folder
         several_hosts = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
-        damaged = several_hosts and checkpoint.fault(folder, step)  # a copy on another host may be
+        damaged = several_hosts and checkpoint.find_problem(folder, step)  # a copy on another host may be
         everywhere = len(set(trainer.world.gather("" if damaged else checkpoint.seal_of(folder, step)))) == 1
         read = partial(checkpoint.load_training, folder, step)
         content, state = read() if everywhere else trainer.world.copy(read)

@@ -12,16 +12,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from common.distributed import World
+from common.distributed import DistContext
 from model import GPT
 
 
-def refuse_fp16(dtype: torch.dtype):
+def reject_fp16(dtype: torch.dtype):
     if dtype == torch.float16:
         raise ValueError("--shard does not scale the loss, which fp16 needs: choose --dtype bf16 or fp32")
 
 
-def shard(model: GPT, dtype: torch.dtype, world: World):
+def shard(model: GPT, dtype: torch.dtype, world: DistContext):
     """Divides the parameters over the processes, in place. dtype: of the matrix products, in which a block's weights then travel too
     on CUDA; embeddings, last norm and head, and with them the residual stream, stay in fp32. (A CPU's norms take no weights in
     bf16.)"""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common import device
-from common.distributed import World
+from common.distributed import DistContext
 from dataloader import Shards, TokenStream, rank_positions
 from model import GPT
 from training import optimizer, sharding
@@ -33,7 +33,7 @@ class Update(NamedTuple):
 class Trainer:
     """Owns the model, the streams of data and the optimizer, and updates the weights."""
 
-    def __init__(self, config: TrainConfig, world: World, model: GPT, shards: Shards, compiled: bool, teacher: GPT | None = None):
+    def __init__(self, config: TrainConfig, world: DistContext, model: GPT, shards: Shards, compiled: bool, teacher: GPT | None = None):
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         self.config, self.world, self.device = config, world, world.device
         self.shards = shards
