@@ -100,18 +100,18 @@ def test_an_unknown_flag_exits_with_2(command):
     assert run_main(importlib.import_module(name).main, *words, "--no-such-flag") == 2
 
 
-def test_the_tests_that_the_readme_names_are_there():
+def test_tests_named_in_the_docs_exist():
     defined = {name for path in (REPO / "tests").glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
     named = set(re.findall(r"`(test_\w+)`", (REPO / "docs" / "reliability.md").read_text()))
     assert len(named) > 10 and named <= defined
 
 
-def test_the_hours_in_the_readme_follow_from_the_flops():
+def test_hours_in_the_docs_follow_from_flops():
     config = TrainConfig()
     flops = flops_per_token(build(config.model)) * config.total_batch_tokens * config.max_steps
     power = int(math.log10(flops))
     exponent = "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(digit)] for digit in str(power))
-    text = (REPO / "README.md").read_text()
+    text = (REPO / "docs" / "rented-machines.md").read_text()
     assert f"is {flops / 10**power:.1f} × 10{exponent} floating point operations" in text
     rows = re.findall(r"^\| (\d) (RTX \d+|[AH]\d+)[^|]* \| ([\d,]+) \| ([\d.]+) \| (?:([\d.]+) \$/h \| (\d+) \$)?", text, re.M)
     assert len(rows) == 5
