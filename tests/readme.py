@@ -1,7 +1,7 @@
-"""Runs every command of README.md, in order, in a fresh copy of the repository: PYTHONPATH=. python tests/readme.py FOLDER
+"""Runs every command of README.md and docs/, in order, in a fresh copy of the repository: PYTHONPATH=. python tests/readme.py FOLDER
 
 What needs eight GPUs, days or the network runs small: on two processes, with a tiny model, against a hub on localhost.
-SMALL says what is added to which script; everything else is run word for word.
+SMALL says what is added to which command; everything else runs word for word.
 """
 
 import os
@@ -49,6 +49,16 @@ SMALL = (  # the first pattern that a command matches says what is added to it
 )
 
 
+# later pages use what earlier ones made
+PAGES = ("README", "docs/data", "docs/rented-machines", "docs/variants", "docs/experiments", "docs/evaluation")
+
+
+def pages() -> list[Path]:
+    """README.md and docs/, in the order in which their commands run."""
+    first = [REPO / f"{page}.md" for page in PAGES]
+    return first + sorted(path for path in (REPO / "docs").glob("*.md") if path not in first)
+
+
 def commands(readme: str) -> list[str]:
     return [line for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) for line in block.splitlines() if line]
 
@@ -62,7 +72,7 @@ def smaller(command: str) -> str:
     for pattern, flags in SMALL:
         if re.search(pattern, command):
             return f"{command} {flags}".strip()
-    raise SystemExit(f"README.md: no rule in tests/readme.py for {command!r}")
+    raise SystemExit(f"no rule in tests/readme.py for {command!r}")
 
 
 def repos(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -96,12 +106,10 @@ def main(folder: Path):
     subprocess.run(["git", "clone", "--quiet", str(REPO), str(folder / "clone")], check=True)
     clone = folder / "clone"
     (clone / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(8)))
-    (clone / "docs").mkdir()
-    for path in [*REPO.glob("*.md"), *REPO.rglob("*.py")]:
-        (clone / "docs" / path.name).write_text(path.read_text() * 3)
     with serve(repos(folder)) as (url, _):
         env = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1"}
-        for command in map(smaller, commands((REPO / "README.md").read_text())):
+        text = "\n".join(page.read_text() for page in pages())
+        for command in map(smaller, commands(text)):
             print(f"$ {command}", flush=True)
             began = time.monotonic()
             subprocess.run(["bash", "-c", command], check=True, cwd=clone, env=env, stdin=subprocess.DEVNULL)
@@ -109,7 +117,7 @@ def main(folder: Path):
             print(f"({seconds:.0f} s)", flush=True)
             if command.endswith("train.py --preset quickstart"):
                 check_quickstart(clone / "log" / "quickstart", seconds)
-        for code in python_blocks((REPO / "README.md").read_text()):
+        for code in python_blocks(text):
             print(f"$ python -c '{code}'", flush=True)
             subprocess.run([sys.executable, "-c", code], check=True, cwd=clone, env=env)
 
