@@ -40,10 +40,9 @@ class PerplexityConfig:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Precision of the matrix products. Losses are always in fp32."""
     max_tokens: int = 10_485_760
-    """Tokens to score from the start of a text; 0: all. From shards: as many sequences as train.py's --val-tokens takes, at least one."""
+    """Tokens to score from the start of a text, or from shards the sequences that train.py's --val-tokens takes (one or more); 0: all."""
     stride: int = 0
-    """For texts: tokens to predict per window; fewer give each one more context and take longer. 0: the whole window, as in
-    lm-evaluation-harness."""
+    """Tokens of a text to predict per window; 0: all, as in lm-evaluation-harness. Fewer give each more context and take longer."""
     batch_size: int = 8
     """Windows per forward pass. Changes only the rounding."""
     json: bool = False

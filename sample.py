@@ -54,8 +54,7 @@ class SampleConfig:
     compile: bool = False
     """torch.compile the step that adds a token. It takes half a minute; on a CPU it pays for a long text with --num-samples 1."""
     draft: str = ""
-    """A smaller model that proposes tokens for the model to check in one pass; '' for none. It needs the same tokenizer and pays
-    most with --num-samples 1."""
+    """A smaller model with the same tokenizer that proposes tokens; '' for none. It pays most with --num-samples 1."""
     draft_tokens: int = 4
     """Tokens that the draft proposes per pass of the model."""
 
