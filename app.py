@@ -1,4 +1,4 @@
-"""A web page to try models in, over sample.py.
+"""A web page to try models in. It samples with sample.py.
 
 python app.py -m log/quickstart        # then open http://127.0.0.1:7860
 """
@@ -31,27 +31,27 @@ from sample import stream
 
 @dataclass
 class AppConfig:
-    """Serve a page to try models in, on 127.0.0.1:7860 unless Gradio's own environment (GRADIO_SERVER_PORT, …) says otherwise."""
+    """Serve a page to try models in, on 127.0.0.1:7860. Gradio's environment variables (GRADIO_SERVER_PORT, …) change that."""
 
     model: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-m"])]
-    """One or more of: a run's folder, all of whose checkpoints are offered, a checkpoint.pt, a Hugging Face folder, gpt2, …"""
+    """One or more: a run's folder (offers all its checkpoints), a checkpoint.pt, a Hugging Face folder, gpt2, …"""
     device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
-    """Precision of the weights and of all that is computed with them; auto is bf16 where the hardware has it."""
+    """Precision of weights and computation. auto: bf16 if the hardware supports it."""
 
     def validate(self):
         """ValueError with all errors at once."""
         raise_errors([] if self.model else ["-m needs a model: python app.py -m log/quickstart"])
 
 
-# what is asked for beyond these is brought back within them, whoever asks
+# (least, most, default): any request, also from a program, is clamped to these
 TEMPERATURE, TOP_K, TOP_P, LENGTH, SEED = (0.1, 2.0, 1.0), (0, 200, 50), (0.05, 1.0, 1.0), (1, 1000, 200), (0, 2**32 - 1, 1337)
 PROMPT_CHARS, BODY_BYTES, WAITING = 20_000, 1_000_000, 32
 
 
 def clamp(value, least: float, most: float, default: float) -> float:
-    """What was sent, as a number from least to most; the default where it is none."""
+    """The value as a number from least to most, or the default if it is not a number."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -63,7 +63,7 @@ def clamp(value, least: float, most: float, default: float) -> float:
 
 
 def offered(models: tuple[str, ...]) -> dict[str, str]:
-    """Name → what load_model takes: of a run's folder whatever is its newest checkpoint by then, and each that it has now."""
+    """Name → path for load. A run's folder offers its newest checkpoint at the time of the request, and each one it has now."""
     choices = {}
     for path in models:
         steps = sealed_steps(Path(path))
@@ -74,7 +74,7 @@ def offered(models: tuple[str, ...]) -> dict[str, str]:
 
 
 def load(path: str, device: torch.device, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
-    """A model with its tokenizer, from memory where it is one of the last four and its file is the same."""
+    """A model with its tokenizer. Keeps the last four in memory, and reloads one if its file has changed."""
     file = checkpoint_file(path)
     weights = file or Path(path, "model.safetensors")
     return load_once(str(file or path), weights.stat().st_mtime_ns if weights.exists() else 0, device, dtype)
@@ -90,22 +90,23 @@ def load_once(path: str, modified: int, device: torch.device, dtype: torch.dtype
 
 
 class Piece(NamedTuple):
-    """What a token adds to a text. Where a character has several tokens, they are one piece."""
+    """The text that a token adds. If a character has several tokens, they are one piece."""
 
     text: str
     tokens: int
     prob: float
-    """The model's own, before temperature, top-k and top-p; of several tokens the product."""
+    """The model's own, before temperature, top-k and top-p. Several tokens: the product."""
     likeliest: list[tuple[str, float]]
-    """The likeliest tokens in the place of the last one, with their probabilities."""
+    """The likeliest tokens at the position of the last one, with their probabilities."""
 
 
-def write(model: GPT, tokenizer: Tokenizer, prompt: str, length: int, seed: int, *how: float) -> Iterator[Piece]:
-    """The continuation of a prompt, up to <|endoftext|>: what sample.py writes with the same seed. how: temperature, top_k, top_p."""
+def write(model: GPT, tokenizer: Tokenizer, prompt: str, length: int, seed: int, *sampling: float) -> Iterator[Piece]:
+    """Continues a prompt up to <|endoftext|>, as sample.py does with the same seed. sampling: temperature, top_k, top_p."""
     device = model.transformer.wte.weight.device
     idx = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=device)
     decoder, tokens, prob = codecs.getincrementaldecoder("utf-8")("replace"), 0, 1.0
-    for number, (new, logits) in enumerate(stream(model, idx, length, *how, torch.Generator(device).manual_seed(seed)), 1):
+    steps = stream(model, idx, length, *sampling, torch.Generator(device).manual_seed(seed))
+    for number, (new, logits) in enumerate(steps, 1):
         token, probs = new.item(), F.softmax(logits[0].float(), dim=-1)  # (V,)
         ended = token == tokenizer.eot
         tokens, prob = tokens + 1, prob * probs[token].item()
@@ -120,9 +121,9 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, length: int, seed: int,
 
 
 def as_html(piece: Piece) -> str:
-    """A piece, the more coloured the less likely, that tells its probabilities when the mouse is on it."""
-    told = "\n".join(f"{p:6.1%} {text!r}" for text, p in [(piece.text, piece.prob), *(x for x in piece.likeliest if x[0] != piece.text)])
-    return f'<span style="--p:{piece.prob:.2f}" title="{html.escape(told)}">{html.escape(piece.text)}</span>'
+    """A piece as HTML: the less likely, the more orange. Its tooltip shows the probabilities."""
+    tooltip = "\n".join(f"{p:6.1%} {text!r}" for text, p in [(piece.text, piece.prob), *(x for x in piece.likeliest if x[0] != piece.text)])
+    return f'<span style="--p:{piece.prob:.2f}" title="{html.escape(tooltip)}">{html.escape(piece.text)}</span>'
 
 
 class Column:
@@ -148,6 +149,10 @@ class Column:
 # ---- the page ----
 
 TITLE = "GPT-2 from scratch"
+HINT = (
+    "Type a prompt and press Generate. The more orange a token is, the less the model expected it. "
+    "Point at a token to see what else could have come."
+)
 NONE = "none"
 EXAMPLES = ("Hello, I'm a language model,", "def ", "class Stack:\n", "Once upon a time", "import os\n\n\ndef ")
 CSS = """
@@ -158,26 +163,26 @@ CSS = """
 
 
 def build(choices: dict[str, str], device: torch.device, dtype: torch.dtype):
-    """The page: a gradio.Blocks."""
+    """The page, a gradio.Blocks."""
     import gradio as gr
 
     def run(name, beside, prompt, temperature, top_k, top_p, length, seed):
-        """Two texts and their statuses, as they grow."""
+        """Yields two texts and their status lines as they grow."""
         if len(prompt or "") > PROMPT_CHARS:
-            raise gr.Error(f"the prompt has {len(prompt):,} characters: give at most {PROMPT_CHARS:,}", print_exception=False)
-        how = clamp(temperature, *TEMPERATURE), int(clamp(top_k, *TOP_K)), clamp(top_p, *TOP_P)
-        wanted = prompt or "", int(clamp(length, *LENGTH)), int(clamp(seed, *SEED)), *how
+            raise gr.Error(f"Your prompt has {len(prompt):,} characters. Please use at most {PROMPT_CHARS:,}.", print_exception=False)
+        sampling = clamp(temperature, *TEMPERATURE), int(clamp(top_k, *TOP_K)), clamp(top_p, *TOP_P)
+        request = prompt or "", int(clamp(length, *LENGTH)), int(clamp(seed, *SEED)), *sampling
         try:
             models = [load(choices[one], device, dtype) for one in (name, beside) if one in choices]
-            yield from growing([Column(wanted[0], write(*model, *wanted)) for model in models])
-        except (ValueError, OSError) as e:  # the checkpoint has gone, or its weights are not numbers
+            yield from growing([Column(request[0], write(*model, *request)) for model in models])
+        except (ValueError, OSError) as e:  # the checkpoint is gone, or its weights are NaN
             raise gr.Error(html.escape(str(e)), print_exception=False) from e
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
-        gr.Markdown(f"# {TITLE}\nThe more orange a token, the less likely the model found it; point at one to see what else it thought of.")
+        gr.Markdown(f"# {TITLE}\n{HINT}")
         with gr.Row():
             name = gr.Dropdown(list(choices), value=next(iter(choices)), label="Checkpoint")
-            beside = gr.Dropdown([NONE, *choices], value=NONE, label="Beside it")
+            beside = gr.Dropdown([NONE, *choices], value=NONE, label="Compare with")
         prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=3, max_lines=10, max_length=PROMPT_CHARS)
         with gr.Row():
             generate = gr.Button("Generate", variant="primary")
@@ -191,7 +196,7 @@ def build(choices: dict[str, str], device: torch.device, dtype: torch.dtype):
 
 
 def growing(columns: list[Column]) -> Iterator[list[str]]:
-    """The contents of both columns and their statuses, again and again until all texts have ended."""
+    """Yields the contents of both columns with their status lines until all texts have ended."""
 
     def contents() -> list[str]:
         return [part for column in columns for part in (column.html, column.status())] + [""] * (4 - 2 * len(columns))
@@ -200,7 +205,7 @@ def growing(columns: list[Column]) -> Iterator[list[str]]:
     while not all(column.ended for column in columns):
         for column in columns:
             column.grow()
-        if time.perf_counter() - shown > 0.05:  # a browser draws no faster
+        if time.perf_counter() - shown > 0.05:  # 20 updates per second are enough
             yield contents()
             shown = time.perf_counter()
     yield contents()
@@ -217,7 +222,7 @@ def text_columns(gr) -> list:
 
 
 def sliders(gr) -> list:
-    """Temperature, top-k, top-p, length and seed, in the order that run takes them."""
+    """Temperature, top-k, top-p, length and seed, in the order of run's arguments."""
     with gr.Row():
         return [
             gr.Slider(*TEMPERATURE, step=0.05, label="Temperature", min_width=280),
@@ -229,7 +234,7 @@ def sliders(gr) -> list:
 
 
 class BodyLimit:
-    """Answers a request whose body goes beyond BODY_BYTES with 413, before it fills the memory, and takes no files."""
+    """Answers 413 to a request of more than BODY_BYTES, before it fills the memory, and 404 to an uploaded file."""
 
     def __init__(self, app):
         self.app = app
@@ -239,19 +244,19 @@ class BodyLimit:
         from starlette.responses import PlainTextResponse
 
         if scope.get("path", "").rstrip("/").endswith("/upload"):
-            await PlainTextResponse("this page takes no files", 404)(scope, receive, send)
+            await PlainTextResponse("this page accepts no files", 404)(scope, receive, send)
             return
         seen = 0
 
-        async def counted():
+        async def counting_receive():
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > BODY_BYTES:
-                raise HTTPException(413, f"at most {BODY_BYTES:,} bytes")
+                raise HTTPException(413, f"send at most {BODY_BYTES:,} bytes")
             return message
 
-        await self.app(scope, counted, send)
+        await self.app(scope, counting_receive, send)
 
 
 def main():
@@ -268,8 +273,8 @@ def main():
         except ImportError as e:
             raise ValueError(f"the page needs Gradio ({e}): pip install gradio") from e
         except ValueError as e:
-            raise ValueError(f"Gradio can't read its environment ({e}): look at the variables GRADIO_…") from e
-        system = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # no fonts from elsewhere
+            raise ValueError(f"Gradio can't read its environment ({e}): check the GRADIO_… variables") from e
+        system = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # no fonts from the network
         page = build(offered(config.model), device, dtype)
         try:
             url = page.launch(
@@ -277,13 +282,13 @@ def main():
                 app_kwargs={"middleware": [Middleware(BodyLimit)]}, prevent_thread_lock=True,
             )[1]  # fmt: skip
         except (OSError, ValueError, OverflowError) as e:
-            raise ValueError(f"no page can be served ({e}): look at GRADIO_SERVER_PORT and GRADIO_SERVER_NAME") from e
-        print(f"open {url}  (Ctrl-C ends it)", file=sys.stderr, flush=True)
+            raise ValueError(f"can't serve the page ({e}): check GRADIO_SERVER_PORT and GRADIO_SERVER_NAME") from e
+        print(f"open {url}  (Ctrl-C to stop)", file=sys.stderr, flush=True)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
             print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
-            os._exit(130)  # an orderly end aborts where a thread is writing a text
+            os._exit(130)  # a normal exit would abort if a thread is still generating
 
 
 if __name__ == "__main__":

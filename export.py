@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder, for transformers, lm-evaluation-harness and llama.cpp: weights, config and tokenizer.
+"""Writes a checkpoint as a Hugging Face folder for transformers, lm-evaluation-harness and llama.cpp: weights, config, tokenizer.
 
 python export.py -m log --out-dir exported
 """
@@ -22,19 +22,19 @@ FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 @dataclass
 class ExportConfig:
-    """Write a model as a folder that other programs load."""
+    """Export a model as a folder that other programs load."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
     """A checkpoint.pt, a run's folder, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
     out_dir: str = "exported"
-    """Where to; an earlier export there is replaced."""
+    """Output folder. Replaces an earlier export."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the weights in the file."""
+    """Precision of the exported weights."""
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict:
-    """tokenizer.json of the `tokenizers` library: byte-level BPE (Radford et al., 2019), where the tokenizer of bytes has no merges.
-    Unlike ours it reads the text '<|endoftext|>' as that token."""
+    """The tokenizer.json of the `tokenizers` library: byte-level BPE (Radford et al., 2019). The byte tokenizer has no merges.
+    Unlike ours, it reads the text '<|endoftext|>' as the special token."""
     tokens = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.eot)}
     merges = [" ".join(map(as_text, halves(token, tokens))) for token in tokens if len(token) > 1]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -54,8 +54,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
 
 
 def as_text(token: bytes) -> str:
-    """A character a byte, none of them a space or a control character, by the rule of GPT-2's vocabulary: what is printable in
-    Latin-1 stands for itself, the others follow from 256 on."""
+    """Spells a token with one character per byte, like GPT-2's vocabulary: printable Latin-1 characters stay, other bytes become
+    the characters from 256 on. So no token contains a space or a control character."""
     return "".join(CHARS[byte] for byte in token)
 
 
@@ -65,7 +65,7 @@ CHARS |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - C
 
 
 def halves(token: bytes, tokens: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that were merged into this one: what BPE makes of it with the merges before its own."""
+    """The two tokens that were merged into this one. Applies all merges that come before its own."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         first = min(range(len(parts) - 1), key=lambda i: tokens.get(parts[i] + parts[i + 1], len(tokens)))
@@ -74,19 +74,19 @@ def halves(token: bytes, tokens: dict[bytes, int]) -> list[bytes]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, seq_len: int):
-    """seq_len: of the model, what the tokenizer warns of."""
+    """Writes tokenizer.json and tokenizer_config.json. seq_len: the model's; transformers warns about longer texts."""
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, **special}
-    about["model_input_names"] = ["input_ids", "attention_mask"]  # by default transformers 4 has token types, which GPT-2 adds to its input
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, **special}
+    config["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 adds token types, which GPT-2 would embed
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer), ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main():
     with cli.one_line_errors():
         config = cli.parse(ExportConfig)
         folder = Path(config.out_dir)
-        # a config.json beside a run's checkpoints would hide them
+        # in a run's folder, config.json would hide the checkpoints
         if folder.is_dir() and (others := {path.name.removesuffix(".tmp") for path in folder.iterdir()} - FILES):
             raise ValueError(f"{folder} has other files ({min(others)}, …): choose another --out-dir")
         model, tokenizer = load_with_tokenizer(config.model)

@@ -1,10 +1,10 @@
-"""HellaSwag (Zellers et al., 2019): which of four endings does a model find most likely? The only file that scores them.
+"""Scores a model on HellaSwag (Zellers et al., 2019): which of four endings does it find most likely?
 
     python hellaswag.py -m gpt2                        # OpenAI's weights; downloads the 10,042 tasks once
     torchrun --standalone --nproc_per_node=8 hellaswag.py -m log
 
-Two metrics that share a name and are two numbers (GPT-2 124M: 0.2955 and 0.3114):
-  completion style   the raw text, context and ending tokenized apart; acc_norm divides by the ending's tokens
+Two metrics share the name acc_norm (GPT-2 124M: 0.2955 and 0.3114):
+  completion style   raw text, context and ending tokenized separately; acc_norm divides by the ending's tokens
   harness style      lm-evaluation-harness's cleaned text and 'Activity: ' prefix; acc_norm divides by its characters
 """
 
@@ -49,30 +49,31 @@ class HellaSwagConfig:
     device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
     """auto, cpu, cuda or mps."""
     file: str = "hellaswag_val.jsonl"
-    """The tasks; the default is downloaded when it is not there."""
+    """File of tasks. The default is downloaded if it is missing."""
     limit: int = 0
-    """Score the first so many tasks; 0 scores all."""
+    """Score only this many tasks, from the first; 0: all."""
     style: Literal["both", "completion", "harness"] = "both"
-    """Which of the two metrics; one takes half the time."""
+    """Metrics to compute. One takes half the time."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
-    """Precision of the matrix products; the losses are in fp32 in any case."""
+    """Precision of the matrix products. Losses are always in fp32."""
     batch_tokens: int = 0
-    """Tokens of a forward pass, 0 for what suits the device; changes no answer."""
+    """Tokens per forward pass; 0: what suits the device. Changes no answer."""
     out: str = ""
-    """Write a line of JSON per task here: its predictions and log-probabilities."""
+    """Write predictions and log-probabilities to this file, one line of JSON per task."""
 
 
 # ---- tasks ----
 
 
 def load_tasks(path: str | Path, limit: int = 0) -> list[dict]:
-    """The tasks of a file in HellaSwag's own layout. ValueError names the first line that is none."""
+    """Reads the tasks of a file in HellaSwag's own layout. Downloads the default file if it is missing.
+    ValueError names the first line that is not a task."""
     path = Path(path)
     if not path.exists() and path.name == HellaSwagConfig.file:
         download(URL, path)
     raise_errors(missing(path))
-    fetched = path.name == HellaSwagConfig.file
-    tasks, remedy = [], "delete the file to fetch it again" if fetched else f"give HellaSwag's {HellaSwagConfig.file}"
+    downloaded = path.name == HellaSwagConfig.file
+    tasks, remedy = [], "delete the file to download it again" if downloaded else f"pass HellaSwag's {HellaSwagConfig.file}"
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if limit and len(tasks) == limit:
@@ -89,39 +90,39 @@ def load_tasks(path: str | Path, limit: int = 0) -> list[dict]:
 
 
 def missing(path: Path) -> list[str]:
-    """A fault, if it is neither there nor what would be fetched."""
-    there = path.is_file() or (path.name == HellaSwagConfig.file and not path.exists())
-    return [] if there else [f"no file {path}: give HellaSwag's {HellaSwagConfig.file}"]
+    """An error if the file does not exist and load_tasks would not download it."""
+    available = path.is_file() or (path.name == HellaSwagConfig.file and not path.exists())
+    return [] if available else [f"no file {path}: pass HellaSwag's {HellaSwagConfig.file}"]
 
 
 def read_task(line: bytes) -> dict | None:
-    """A line's task, or None when it is none."""
+    """The task in a line, or None if the line is not a task."""
     try:
         task = json.loads(line)
         texts = [task["ctx"], task["ctx_a"], task["ctx_b"], task["activity_label"], *task["endings"]]
-        whole = len(task["endings"]) == 4 and 0 <= int(task["label"]) < 4 and all(isinstance(text, str) for text in texts)
-        return task if whole else None
+        valid = len(task["endings"]) == 4 and 0 <= int(task["label"]) < 4 and all(isinstance(text, str) for text in texts)
+        return task if valid else None
     except (ValueError, KeyError, TypeError):
         return None
 
 
 def download(url: str, path: Path):
-    """Fetches the validation set whole or not at all: a file with another number of rows is never kept."""
+    """Downloads the validation set. Keeps the file only if it has all rows."""
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             text = response.read()
     except (OSError, HTTPException) as e:
-        raise ValueError(f"could not fetch {url} ({e}): check the network, or put the file at {path}") from e
+        raise ValueError(f"could not download {url} ({e}): check the network, or put the file at {path}") from e
     rows = text.count(b"\n")
     if rows != VAL_TASKS:
-        raise ValueError(f"{url} gave {rows} rows instead of {VAL_TASKS}: try again later, or put the file at {path}")
+        raise ValueError(f"{url} returned {rows} rows instead of {VAL_TASKS}: try again later, or put the file at {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(text))
 
 
 @dataclass
 class Row:
-    """A context and one ending. The last `scored` of its ids are the ending; `length` is what acc_norm divides by."""
+    """A context and one ending: the last `scored` of its ids. acc_norm divides by `length`."""
 
     ids: list[int]
     scored: int
@@ -135,18 +136,19 @@ def completion_rows(task: dict, tokenizer: Tokenizer) -> list[Row]:
 
 
 def harness_rows(task: dict, tokenizer: Tokenizer) -> list[Row]:
-    """As lm-evaluation-harness 0.4 builds its requests: tokenized together, cut where the context's own tokens end."""
+    """Builds rows like lm-evaluation-harness 0.4: tokenizes context and ending together, then cuts after as many tokens as the
+    context alone has."""
     query = clean(f"{task['activity_label']}: {task['ctx_a']} {task['ctx_b'].capitalize()}")
     context = len(tokenizer.encode(query.rstrip()))
     rows = []
     for ending in map(clean, task["endings"]):
-        whole = tokenizer.encode(f"{query} {ending}")
-        rows.append(Row(whole, len(whole) - context, len(ending)))
+        ids = tokenizer.encode(f"{query} {ending}")
+        rows.append(Row(ids, len(ids) - context, len(ending)))
     return rows
 
 
 def clean(text: str) -> str:
-    """Takes out the marks that WikiHow's pages left in the text."""
+    """Removes WikiHow's markup from the text, like lm-evaluation-harness."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -156,25 +158,26 @@ def clean(text: str) -> str:
 
 @dataclass
 class Tree:
-    """A task's rows in one: the context that they share once, then each row's own rest, which sees the context and itself."""
+    """A task's rows in one sequence: the shared context once, then the rest of each row, which sees the context and itself."""
 
     ids: np.ndarray  # (L,)
-    positions: np.ndarray  # (L,) an id's place in its own row
-    branch: np.ndarray  # (L,) 0 in the context, then the number of the row
-    scored: np.ndarray  # (N,) where the endings' tokens are predicted, row after row
-    targets: np.ndarray  # (N,) those tokens
-    counts: list[int]  # how many of them each row has
+    positions: np.ndarray  # (L,) of each id in its own row
+    branch: np.ndarray  # (L,) 0 in the context, then the row's number
+    scored: np.ndarray  # (N,) where the endings' tokens are predicted, row by row
+    targets: np.ndarray  # (N,) these tokens
+    counts: list[int]  # of these tokens in each row
 
 
-def grow(rows: list[Row], seq_len: int) -> Tree:
-    """A row longer than the model's sequence loses the start of its context; its last id predicts nothing and is left out."""
+def merge_rows(rows: list[Row], seq_len: int) -> Tree:
+    """Merges a task's rows. A row longer than the model's sequence loses the start of its context. Leaves out each row's last id,
+    which predicts nothing."""
     paths = [row.ids[-(seq_len + 1) :] for row in rows]
     counts = [min(row.scored, len(path) - 1) for row, path in zip(rows, paths, strict=True)]
-    shared = min(len(path) - n for path, n in zip(paths, counts, strict=True))  # contexts, and as much of them as is alike
+    shared = min(len(path) - n for path, n in zip(paths, counts, strict=True))  # the shortest context, cut where rows differ
     shared = next((i for i in range(shared) if len({path[i] for path in paths}) > 1), shared)
     ids, positions, branch, scored, targets = paths[0][:shared], list(range(shared)), [0] * shared, [], []
     for number, (path, n) in enumerate(zip(paths, counts, strict=True), 1):
-        offset = len(ids) - shared  # from a place in this row's own part to its place in the tree
+        offset = len(ids) - shared  # from an index in this row to its index in the tree
         scored += [i if i < shared else i + offset for i in range(len(path) - 1 - n, len(path) - 1)]
         targets += path[len(path) - n :]
         ids += path[shared:-1]
@@ -184,7 +187,7 @@ def grow(rows: list[Row], seq_len: int) -> Tree:
 
 
 def batches(trees: list[Tree], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of trees in groups of like length, longest first, each padded to at most batch_tokens."""
+    """Yields indices of trees in groups of similar length, longest first. A padded group has at most batch_tokens, or one tree."""
     order = sorted(range(len(trees)), key=lambda i: -len(trees[i].ids))
     while order:
         n = max(1, batch_tokens // len(trees[order[0]].ids))
@@ -196,12 +199,12 @@ def batches(trees: list[Tree], batch_tokens: int) -> Iterator[list[int]]:
 def log_probs(
     model: GPT, tasks: list[list[Row]], batch_tokens: int, progress: bool = False, stopped: Callable[[], bool] = lambda: False
 ) -> list[list[float]]:
-    """The log-probability in nats of each row's ending given its context; the softmax and the sum are not in bf16.
-    stopped: asked before each batch whether to leave the rest."""
+    """The log-probability in nats of each row's ending given its context. Softmax and sum never run in bf16.
+    stopped: called before each batch; True skips the rest."""
     model, device = scoring_copy(model), model.transformer.wte.weight.device
-    # cuDNN's attention makes a plan for each new shape, and nearly every batch is of a new shape
+    # cuDNN's attention plans every new shape, and nearly every batch has a new shape
     kernels = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
-    trees = [grow(rows, model.config.seq_len) for rows in tasks]
+    trees = [merge_rows(rows, model.config.seq_len) for rows in tasks]
     result = [[] for _ in tasks]
     with kernels, cli.bar(total=len(tasks), desc="HellaSwag", unit="task", leave=False, disable=not progress) as bar:
         for batch in batches(trees, batch_tokens):
@@ -217,9 +220,9 @@ def log_probs(
             ids, positions, branch, scored, targets = (
                 torch.from_numpy(array).to(device) for array in (ids, positions, branch, scored, targets)
             )
-            own = (branch[:, None, :, None] == branch[:, None, None, :]) | (branch[:, None, None, :] == 0)  # or the context
-            x = model.hidden_states(ids, positions=positions, mask=own & causal_mask(L, L, device))  # (B, L, C)
-            log_p = log_likelihoods(model.logits, x.flatten(0, 1)[scored], targets)  # (N,): no other position needs logits
+            mask = (branch[:, None, :, None] == branch[:, None, None, :]) | (branch[:, None, None, :] == 0)  # own row or context
+            x = model.hidden_states(ids, positions=positions, mask=mask & causal_mask(L, L, device))  # (B, L, C)
+            log_p = log_likelihoods(model.logits, x.flatten(0, 1)[scored], targets)  # (N,): only these positions need logits
             sums = [part.sum().item() for part in log_p.cpu().double().split([n for i in batch for n in trees[i].counts])]
             for i in batch:
                 result[i], sums = sums[: len(tasks[i])], sums[len(tasks[i]) :]
@@ -228,12 +231,12 @@ def log_probs(
 
 
 def answers(rows: list[Row], log_p: list[float]) -> dict:
-    """The most likely ending by sum and by mean: the first of equals, as argmax has it."""
+    """The most likely ending by sum and by mean. The first one wins a tie, as in argmax."""
     mean = [p / row.length if row.length else float("-inf") for p, row in zip(log_p, rows, strict=True)]
     return {"pred": log_p.index(max(log_p)), "pred_norm": mean.index(max(mean)), "log_probs": log_p}
 
 
-# style → its rows, and what its metrics are called
+# style → the function that builds its rows, the prefix of its metrics
 STYLES = {"completion": (completion_rows, ""), "harness": (harness_rows, "harness_")}
 
 
@@ -247,14 +250,15 @@ def evaluate(
     styles=tuple(STYLES),
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], list[dict]]:
-    """Scores tasks over all processes. batch_tokens: 0 leaves it to the device. autocast: a context for the matrix products.
-    stopped: whether to give up; when any process does, all raise Stopped.
+    """Scores tasks on all processes. Returns the accuracies (acc, acc_norm, harness_acc, harness_acc_norm) and each task's
+    answers, for these styles.
 
-    Returns the accuracies acc, acc_norm, harness_acc and harness_acc_norm, and each task's answers, of the styles asked for.
+    batch_tokens: 0 picks what suits the device. autocast: a context for the matrix products. stopped: whether to give up; if one
+    process gives up, all raise Stopped. ValueError if a log-probability is NaN.
     """
     mine = range(world.rank, len(tasks), world.size)
     rows = {(i, style): STYLES[style][0](tasks[i], tokenizer) for i in mine for style in styles}
-    batch_tokens = batch_tokens or (1024 if world.device.type == "cpu" else 32768)  # a CPU's caches hold no more
+    batch_tokens = batch_tokens or (1024 if world.device.type == "cpu" else 32768)  # a CPU's caches hold about this much
     with autocast or nullcontext():
         scores = log_probs(model, list(rows.values()), batch_tokens, world.is_main, stopped)
     given_up = stopped()
@@ -264,7 +268,7 @@ def evaluate(
             scored[i][style] = answers(group, log_p)
     merged = {i: task for part in world.gather_unless(given_up, scored) for i, task in part.items()}
     if any(math.isnan(p) for task in merged.values() for style in styles for p in task[style]["log_probs"]):
-        raise ValueError("the model's losses are not numbers: its training diverged, use an earlier checkpoint")
+        raise ValueError("the model's losses are NaN: its training diverged, use an earlier checkpoint")
 
     accuracies = {}
     for style in styles:
@@ -279,7 +283,7 @@ def main():
         config = cli.parse(HellaSwagConfig)
         errors = cli.at_least(0, config, "limit", "batch_tokens")
         if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
-            errors.append(f"--out {config.out}: give a file in a folder that exists")
+            errors.append(f"--out {config.out} is not a file in an existing folder: choose another path")
         raise_errors(errors)
         with join_world(config.device) as world:
             world.on_main(lambda: raise_errors(missing(Path(config.file))))

@@ -1,4 +1,4 @@
-"""How well a model predicts text: loss, perplexity, and bits a byte, which compares models with other tokenizers too.
+"""Measures how well a model predicts text: loss, perplexity, and bits per byte, which compare models with different tokenizers.
 
 python perplexity.py -m log README.md             # any text files
 python perplexity.py -m gpt2 edu_fineweb10B       # a folder of shards: what train.py validates on
@@ -38,33 +38,32 @@ class PerplexityConfig:
     device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
-    """Precision of the matrix products; the losses are in fp32 in any case."""
+    """Precision of the matrix products. Losses are always in fp32."""
     max_tokens: int = 10_485_760
-    """The first tokens of a text, or as many whole sequences of a folder as train.py's --val-tokens would take, at least one; 0: all."""
+    """Tokens to score from the start of a text, or from shards the sequences that train.py's --val-tokens takes (one or more); 0: all."""
     stride: int = 0
-    """For texts: predict so many tokens a window, with as much before them as the model sees. Fewer give each token more to go
-    by and take longer; 0: as many as the window has, as lm-evaluation-harness does."""
+    """Tokens of a text to predict per window; 0: all, as in lm-evaluation-harness. Fewer give each more context and take longer."""
     batch_size: int = 8
-    """Windows at a time; changes nothing but the rounding."""
+    """Windows per forward pass. Changes only the rounding."""
     json: bool = False
     """Print JSON."""
 
     def validate(self):
         """ValueError with all errors at once."""
         errors = cli.at_least(0, self, "max_tokens", "stride") + cli.at_least(1, self, "batch_size")
-        errors += [] if self.paths else ["give at least one text file or folder of shards"]
-        errors += [f"no file {path}: give text files or folders of shards" for path in self.paths if not Path(path).exists()]
-        errors += [f"{path} is a shard: give its folder" for path in self.paths if Path(path).suffix in (".npy", ".bin")]
+        errors += [] if self.paths else ["no paths: pass at least one text file or folder of shards"]
+        errors += [f"no file {path}: pass text files or folders of shards" for path in self.paths if not Path(path).exists()]
+        errors += [f"{path} is a shard: pass its folder" for path in self.paths if Path(path).suffix in (".npy", ".bin")]
         raise_errors(errors)
 
 
-# a row is one window: its ids, and how many of the last of them are predicted
+# one window: its ids, and how many of them are predicted, counted from the end
 Row = tuple[list[int], int]
 
 
 def rows_of_text(ids: list[int], seq_len: int, stride: int) -> Iterator[Row]:
-    """All ids but the first predicted once, each from at most seq_len before it. The last window reaches as far back as the
-    model sees."""
+    """Yields windows that predict every id except the first once, each from at most seq_len ids. After the first window, all reach
+    back as far as the model sees."""
     done, last = 0, len(ids) - 1
     while done < last:
         end = min(last, done + (stride if done and stride else seq_len))
@@ -73,24 +72,24 @@ def rows_of_text(ids: list[int], seq_len: int, stride: int) -> Iterator[Row]:
 
 
 def rows_of_shards(shards: Shards, seq_len: int, max_tokens: int) -> tuple[Iterator[Row], int]:
-    """The sequences that train.py validates on, and how many ids are predicted in them."""
+    """The sequences that train.py validates on, and how many ids they predict in all."""
     stream = TokenStream(shards, "val", seq_len, shuffle=False)
-    there = stream.sequences_per_epoch
-    count = max(1, min(there, max_tokens // seq_len)) if max_tokens else there
-    starts = (i * there // count * seq_len for i in range(count))
+    available = stream.sequences_per_epoch
+    count = max(1, min(available, max_tokens // seq_len)) if max_tokens else available
+    starts = (i * available // count * seq_len for i in range(count))
     return ((stream.read(start, seq_len + 1).tolist(), seq_len) for start in starts), count * seq_len
 
 
 @torch.no_grad()
 def score(model: GPT, tokenizer: Tokenizer, rows: Iterator[Row], batch_size: int, total: int | None = None) -> dict:
-    """tokens: how many were predicted; loss: their mean cross entropy in nats; perplexity: e^loss; bits_per_byte: their sum in bits
-    by the bytes of text that they stand for, where <|endoftext|> has none."""
+    """Scores a model on rows. Returns tokens (how many were predicted), loss (mean cross entropy in nats per token), perplexity
+    (e^loss) and bits_per_byte (total cross entropy in bits per byte of their text; <|endoftext|> has no bytes)."""
     scorer, device = scoring_copy(model), model.transformer.wte.weight.device
     tokens, nats, size = 0, 0.0, 0
     with cli.bar(total=total, desc="scoring", unit="tok", unit_scale=True, leave=False) as bar:
         while batch := list(islice(rows, batch_size)):
             longest = max(len(ids) for ids, _ in batch)
-            padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch], device=device)  # (B, longest), on the right
+            padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch], device=device)  # (B, longest)
             wanted = [row * (longest - 1) + i for row, (ids, n) in enumerate(batch) for i in range(len(ids) - 1 - n, len(ids) - 1)]
             targets = [target for ids, n in batch for target in ids[len(ids) - n :]]
             x = scorer.hidden_states(padded[:, :-1]).flatten(0, 1)[wanted]  # (N, C)
@@ -108,13 +107,14 @@ def score(model: GPT, tokenizer: Tokenizer, rows: Iterator[Row], batch_size: int
 
 
 def read_text(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
-    """<|endoftext|>, which every text of the training data has before it, and the text's ids. ValueError where there is none."""
-    text = path.read_bytes().decode("utf-8", "replace")  # line ends as they are
+    """The ids of a text file, after an <|endoftext|>, as in the training data. Warns if the file is not all UTF-8.
+    ValueError if it is empty."""
+    text = path.read_bytes().decode("utf-8", "replace")  # read_text would change line ends
     if "\N{REPLACEMENT CHARACTER}" in text:
-        print(f"warning: {path} is not all UTF-8: what is not counts as a replacement character", file=sys.stderr)
+        print(f"warning: {path} is not all UTF-8: scoring replacement characters instead", file=sys.stderr)
     ids = tokenizer.encode(text)
     if not ids:
-        raise ValueError(f"{path} is empty: give a file with text")
+        raise ValueError(f"{path} is empty: pass a file with text")
     return [tokenizer.eot, *(ids[:max_tokens] if max_tokens else ids)]
 
 
@@ -130,7 +130,7 @@ def main():
             if Path(path).is_dir():
                 shards = find_shards(path)
                 if shards.tokenizer != tokenizer.name:
-                    raise ValueError(f"{path} has tokens of {shards.tokenizer}, the model those of {tokenizer.name}: score the text itself")
+                    raise ValueError(f"{path} has {shards.tokenizer} tokens, the model uses {tokenizer.name}: score the text itself")
                 rows, total = rows_of_shards(shards, T, config.max_tokens)
             else:
                 ids = read_text(Path(path), tokenizer, config.max_tokens)

@@ -1,7 +1,7 @@
-"""Pictures of a run: loss and HellaSwag, side by side, from the log that train.py writes.
+"""Plots loss and HellaSwag from the logs that train.py writes.
 
 python plot_log.py log/log.txt                               # one run
-python plot_log.py a/log.txt b/log.txt --x tokens --smooth 0.98 --panels lr grad_norm --out ab.svg    # two, over each other
+python plot_log.py a/log.txt b/log.txt --x tokens --smooth 0.98 --panels lr grad_norm --out ab.svg    # two runs in one plot
 """
 
 import json
@@ -17,9 +17,9 @@ import tyro
 from common import cli
 from common.validation import raise_errors
 
-# OpenAI's models, by the parameters of GPT-2's four sizes. GPT-2's HellaSwag is completion style acc_norm and its loss that
-# of FineWeb-Edu's val shard, as build-nanogpt measured both on the released weights; GPT-3's HellaSwag is zero-shot, from
-# Brown et al., 2020, table H.1, under the size that the paper gives it
+# OpenAI's models, by GPT-2's four sizes. build-nanogpt measured GPT-2's released weights: the loss on FineWeb-Edu's val shard,
+# HellaSwag as completion style acc_norm. GPT-3's HellaSwag is zero-shot, from Brown et al., 2020, table H.1, next to the
+# paper's own name of the size
 GPT2_LOSS = {"124M": 3.2924}
 GPT2_HELLASWAG = {"124M": 0.2955, "350M": 0.3752, "774M": 0.4320, "1558M": 0.4893}
 GPT3_HELLASWAG = {"124M": ("125M", 0.337), "350M": ("350M", 0.436), "774M": ("760M", 0.510), "1558M": ("1.3B", 0.547)}
@@ -32,15 +32,15 @@ UNITS = {
     "flops": "floating point operations",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
-    "tokens_per_second": "tokens a second",
-    "mfu": "share of the peak FLOPs",
+    "tokens_per_second": "tokens per second",
+    "mfu": "share of peak FLOPs",
     "memory_bytes": "peak memory, bytes",
 }
-TITLES = {"loss": ("Loss", "cross entropy, nats a token"), "hella": ("HellaSwag, completion style", "acc_norm")}
+TITLES = {"loss": ("Loss", "cross entropy, nats per token"), "hella": ("HellaSwag, completion style", "acc_norm")}
 
-MARKS = {"train": "loss", "val": "val_loss", "hella": "hellaswag_acc_norm"}  # what a stream's lines of metrics.jsonl have
+MARKS = {"train": "loss", "val": "val_loss", "hella": "hellaswag_acc_norm"}  # a key that only this stream's lines have
 
-# the lines of a log that have a value in them
+# log lines with a value
 LINES = [
     re.compile(pattern)
     for pattern in (
@@ -55,34 +55,35 @@ LINES = [
 
 @dataclass
 class PlotConfig:
-    """Draw one or more logs."""
+    """Plot one or more logs."""
 
     logs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Runs' folders or log.txt files, also build-nanogpt's; llm.c's main.log, modded-nanogpt's logs, what nanoGPT has printed."""
+    """Folders of runs or log.txt files; also logs of build-nanogpt, llm.c (main.log) and modded-nanogpt, and nanoGPT's output."""
     out: str = "plots/log_plot.png"
-    """The picture; its ending chooses the format."""
+    """Output file. Its extension sets the format."""
     x: Literal["step", "tokens", "seconds", "epoch", "flops"] = "step"
-    """The horizontal axis; all but step are read from the metrics.jsonl beside each log."""
+    """The horizontal axis. All except step need the metrics.jsonl next to each log."""
     smooth: float = 0.0
-    """Draw what is noisy as a moving average, in which what came before has this weight, as 0.99, and faintly behind it as it is."""
+    """Weight of earlier values in a moving average of noisy curves, such as 0.99; 0: no average. The raw curve stays faintly visible."""
     panels: tuple[Literal["lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes"], ...] = ()
-    """What else of metrics.jsonl to draw, each in a panel of its own."""
+    """More values from metrics.jsonl to plot, each in its own panel."""
     size: Literal["auto", "124M", "350M", "774M", "1558M", "none"] = "auto"
-    """Which of OpenAI's models to draw as baselines; 'none' for other data or tokenizers. auto: what the first run is, or 124M."""
+    """Size of OpenAI's models to draw as baselines; none for other data or tokenizers. auto: the first run's size, else 124M."""
     baselines: tuple[str, ...] = ()
-    """Other losses to draw a line at, as "GPT-2 on my val shard=3.12"."""
+    """More losses to draw as lines, such as "GPT-2 on my val shard=3.12"."""
 
 
 def size_of(params: int) -> str:
-    """Which of OpenAI's sizes a model of so many parameters is, within 3%; 'none' for any other."""
+    """OpenAI's size within 3% of this number of parameters, or 'none'."""
     return next((size for size in GPT2_HELLASWAG if abs(params / 1e6 / float(size[:-1]) - 1) < 0.03), "none")
 
 
 def read_log(path: Path) -> dict[str, dict[int, float]]:
-    """Stream → step → value. A later line of the same step counts."""
+    """Stream → step → value. If a step appears twice, the later line wins. Warns about lines that it skips.
+    ValueError if no line has a value."""
     if not path.is_file():
-        raise ValueError(f"no log {path}: give the log.txt in a run's folder")
-    streams, others = {}, 0
+        raise ValueError(f"no log {path}: pass the log.txt in a run's folder")
+    streams, skipped = {}, 0
     for line in path.read_text(errors="replace").splitlines():
         match = next((match for pattern in LINES if (match := pattern.match(line.strip()))), None)
         try:
@@ -93,16 +94,16 @@ def read_log(path: Path) -> dict[str, dict[int, float]]:
                 if value is not None:
                     streams.setdefault(stream, {})[step] = float(value)
         except (AttributeError, ValueError):
-            others += bool(line.strip())
+            skipped += bool(line.strip())
     if not streams:
-        raise ValueError(f"{path} has no line 'step stream value': is it a log.txt?")
-    if others:
-        print(f"warning: {path}: {others} lines are not 'step stream value' and are left out", file=sys.stderr)
+        raise ValueError(f"{path} has no line 'step stream value': pass a log.txt")
+    if skipped:
+        print(f"warning: {path}: skipped {skipped} lines that are not 'step stream value'", file=sys.stderr)
     return streams
 
 
 def size_beside(log: Path) -> str:
-    """The size of the run that a log is of; 124M where nothing says it."""
+    """The size in the run.json next to a log, else 124M."""
     try:
         size = json.loads(log.with_name("run.json").read_text())["size"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -111,11 +112,11 @@ def size_beside(log: Path) -> str:
 
 
 def read_metrics(path: Path, names: list[str], having: str = "") -> dict[str, dict[int, float]]:
-    """Name → step → number, from a metrics.jsonl, if it is there; having: of the lines that have this too. A later line of the same
-    step counts."""
+    """Name → step → number, from a metrics.jsonl; nothing if the file is missing. having: reads only lines with this key.
+    If a step appears twice, the later line wins."""
     found = {name: {} for name in names}
     for line in path.read_text(errors="replace").splitlines() if names and path.is_file() else ():
-        if having not in line:  # most lines, which need not be read as JSON then
+        if having not in line:  # skips most lines without parsing JSON
             continue
         try:
             row = json.loads(line)
@@ -123,31 +124,31 @@ def read_metrics(path: Path, names: list[str], having: str = "") -> dict[str, di
                 if row.get(name) is not None:
                     found[name][row["step"]] = row[name]
         except (ValueError, KeyError, TypeError, AttributeError):
-            pass  # the line that a killed run was writing
+            pass  # a killed run leaves half a line
     return found
 
 
 def points(values: dict[int, float], axis: dict[int, float] | None) -> tuple[list[float], list[float]]:
-    """Step → value as two lists in the order of steps, without what is not finite or has no place on the axis."""
+    """Step → value as two lists (x, y) in the order of steps. Skips values that are not finite or have no x on the axis."""
     steps = [step for step in sorted(values) if math.isfinite(values[step]) and (axis is None or step in axis)]
     return [axis[step] if axis else step for step in steps], [values[step] for step in steps]
 
 
 def smoothed(values: list[float], weight: float) -> list[float]:
-    """The exponential moving average, divided by the weights there were so far, as in Adam (Kingma & Ba, 2014)."""
-    average, share, out = 0.0, 0.0, []
+    """The exponential moving average, divided by the sum of its weights so far, as in Adam (Kingma & Ba, 2014)."""
+    average, total, out = 0.0, 0.0, []
     for value in values:
-        average, share = weight * average + (1 - weight) * value, weight * share + (1 - weight)
-        out.append(average / share)
+        average, total = weight * average + (1 - weight) * value, weight * total + (1 - weight)
+        out.append(average / total)
     return out
 
 
 def plot(config: PlotConfig):
-    """Draws config.logs into the file config.out: loss, HellaSwag if there is a score or a baseline, and the panels.
-    ValueError for what can't be drawn."""
+    """Plots config.logs into the file config.out: loss, HellaSwag if there is a score or a baseline, and the panels.
+    ValueError if a log or a flag can't be drawn."""
     errors = [] if 0 <= config.smooth < 1 else [f"--smooth is {config.smooth}: it must be at least 0 and below 1"]
     if Path(config.out).suffix[1:] not in FORMATS:
-        errors.append(f"--out {config.out}: its ending chooses the format, one of {', '.join(FORMATS)}")
+        errors.append(f"--out {config.out} has no known extension: use one of {', '.join(FORMATS)}")
     raise_errors(errors)
     logs = [Path(log, "log.txt") if Path(log).is_dir() else Path(log) for log in config.logs]
     runs, baselines = [read_log(log) for log in logs], parse_baselines(config.baselines)
@@ -161,7 +162,7 @@ def plot(config: PlotConfig):
         draw_run(axes, name.replace("$", r"\$"), f"C{number}", streams, metrics, x_axes, config)
     for panel in config.panels:
         if not axes[panel].get_lines():
-            raise ValueError(f"--panels {panel}: no log, nor a metrics.jsonl beside one, has it: leave it out")
+            raise ValueError(f"--panels {panel} is in no log or metrics.jsonl: drop it")
     draw_baselines(axes, size, {name: (loss, f"C{len(logs) + i}") for i, (name, loss) in enumerate(baselines.items())})
     label(axes, UNITS[config.x])
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
@@ -169,8 +170,8 @@ def plot(config: PlotConfig):
 
 
 def lay_out(names: list[str]) -> tuple:
-    """A figure with a panel for each name, and name → panel."""
-    from matplotlib.figure import Figure  # not pyplot: no window system is touched
+    """A figure with one panel per name, and name → panel."""
+    from matplotlib.figure import Figure  # pyplot would look for a window system
 
     columns = 2 if len(names) == 4 else min(len(names), 3)
     rows = -(-len(names) // columns)
@@ -182,13 +183,13 @@ def lay_out(names: list[str]) -> tuple:
 
 
 def metrics_beside(log: Path, config: PlotConfig) -> tuple[dict, dict | None]:
-    """What the metrics.jsonl beside a log has for the panels, and stream → step → place on the horizontal axis (None: the step)."""
+    """Values for the panels from the metrics.jsonl next to a log, and stream → step → x (None: x is the step)."""
     path = log.with_name("metrics.jsonl")
     metrics, x_axes = read_metrics(path, list(config.panels)), None
-    if config.x != "step":  # what is measured at a step comes before its update
+    if config.x != "step":  # per stream, because a step is validated before its update
         x_axes = {stream: read_metrics(path, [config.x], having)[config.x] for stream, having in MARKS.items()}
     if x_axes and not x_axes["train"]:
-        raise ValueError(f"--x {config.x} needs {path}, which is not there or has no {config.x}: use --x step")
+        raise ValueError(f"{path} is missing or has no {config.x}: use --x step")
     return metrics, x_axes
 
 
@@ -198,14 +199,14 @@ def label(axes: dict, x_unit: str):
         panel.set(title=title, xlabel=x_unit, ylabel=unit)
         panel.grid(alpha=0.3, which="both")
         if panel.get_lines():
-            panel.legend(loc="lower right" if name == "hella" else "upper right")  # looking for the best place takes seconds
+            panel.legend(loc="lower right" if name == "hella" else "upper right")  # loc="best" takes seconds
     axes["loss"].set_yscale("log")
     axes["loss"].yaxis.set_major_formatter("{x:.2f}")
     axes["loss"].yaxis.set_minor_formatter("{x:.2f}")
 
 
 def draw_run(axes: dict, name: str, color: str, streams: dict, metrics: dict, x_axes: dict | None, config: PlotConfig):
-    """One run's curves into the panels. x_axes: stream → step → where it lies; None where that is the step."""
+    """Draws one run's curves into the panels. x_axes: stream → step → x; None: x is the step."""
     noisy = {"loss": ("train", f"{name}: train"), **{panel: (panel, name) for panel in config.panels}}
     for panel, (stream, label) in noisy.items():
         at, values = points(metrics.get(stream) or streams.get(stream, {}), x_axes and x_axes["train"])
@@ -221,7 +222,7 @@ def draw_run(axes: dict, name: str, color: str, streams: dict, metrics: dict, x_
 
 
 def draw_baselines(axes: dict, size: str, others: dict[str, tuple[float, str]]):
-    """OpenAI's models of a size, and other losses by name, each with its color."""
+    """Draws OpenAI's models of a size, and other losses by name, each with its color."""
     if size in GPT2_LOSS:
         axes["loss"].axhline(GPT2_LOSS[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size}), FineWeb-Edu val")
     for name, (loss, color) in others.items():
@@ -233,14 +234,14 @@ def draw_baselines(axes: dict, size: str, others: dict[str, tuple[float, str]]):
 
 
 def parse_baselines(given: tuple[str, ...]) -> dict[str, float]:
-    """ValueError for what is no NAME=LOSS."""
+    """Name → loss. ValueError if one is not NAME=LOSS."""
     pairs = [baseline.rpartition("=") for baseline in given]
     try:
         baselines = {name: float(loss) for name, _, loss in pairs}
     except ValueError:
         baselines = {"": 0.0}
     if not all(name and 0 < loss < math.inf for name, loss in baselines.items()):
-        raise ValueError('--baselines are NAME=LOSS each, as "GPT-2 on my val shard=3.12"')
+        raise ValueError('--baselines needs NAME=LOSS, such as "GPT-2 on my val shard=3.12"')
     return baselines
 
 
@@ -248,7 +249,7 @@ def main():
     with cli.one_line_errors():
         config = cli.parse(PlotConfig)
         if not config.logs:
-            raise ValueError("give at least one log.txt")
+            raise ValueError("no logs: pass at least one log.txt")
         out = Path(config.out)
         if out.is_dir() or config.out.endswith("/"):
             out = out / Path(PlotConfig.out).name

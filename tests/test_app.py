@@ -1,6 +1,6 @@
-"""The page: what it writes is what sample.py writes, in a real browser, and nothing sent to it brings it down.
+"""The page writes the same text as sample.py, works in a real browser, and survives bad requests.
 
-PYTHONPATH=. python tests/test_app.py results/app.png log/quickstart log/early    # a picture of two models side by side
+PYTHONPATH=. python tests/test_app.py results/app.png log/quickstart log/early    # takes the picture of two models side by side
 """
 
 import json
@@ -39,7 +39,7 @@ def tiny(seed: int = 0) -> GPT:
     return build(VariantConfig(257, 64, 2, 2, 32)).eval()
 
 
-def test_a_text_is_what_sample_writes_with_its_probabilities():
+def test_text_and_probabilities_match_sample_py():
     model = tiny()
     pieces = list(write(model, BYTES, "def ", 40, 7, 0.8, 30, 0.9))
     text = "".join(piece.text for piece in pieces)
@@ -50,43 +50,43 @@ def test_a_text_is_what_sample_writes_with_its_probabilities():
     assert [p for _, p in pieces[0].likeliest] == pytest.approx(probs.topk(5).values.tolist(), rel=1e-4)
 
 
-def test_a_character_of_several_tokens_is_one_piece(monkeypatch):
+def test_character_of_several_tokens_is_one_piece(monkeypatch):
     ids = [*"aé€".encode(), 256, 98]
-    monkeypatch.setattr(app, "stream", lambda *how: ((torch.tensor([[i]]), torch.zeros(1, 257)) for i in ids))
+    monkeypatch.setattr(app, "stream", lambda *args: ((torch.tensor([[i]]), torch.zeros(1, 257)) for i in ids))
     pieces = list(write(tiny(), BYTES, "", 10, 0, 1.0, 0, 1.0))
     assert [piece.text for piece in pieces] == ["a", "é", "€", "<|endoftext|>"]  # nothing after the end
     assert [piece.tokens for piece in pieces] == [1, 2, 3, 1]
     assert [piece.prob for piece in pieces] == pytest.approx([257**-1, 257**-2, 257**-3, 257**-1])
 
 
-def test_a_character_that_is_cut_short_is_shown_as_sample_shows_it(monkeypatch):
-    monkeypatch.setattr(app, "stream", lambda *how: ((torch.tensor([[i]]), torch.zeros(1, 257)) for i in "é€".encode()[:4]))
+def test_cut_character_looks_as_in_sample_py(monkeypatch):
+    monkeypatch.setattr(app, "stream", lambda *args: ((torch.tensor([[i]]), torch.zeros(1, 257)) for i in "é€".encode()[:4]))
     pieces = list(write(tiny(), BYTES, "", 4, 0, 1.0, 0, 1.0))
     assert "".join(piece.text for piece in pieces) == BYTES.decode([*"é€".encode()[:4]]) == "é\ufffd"
 
 
-def test_what_a_model_writes_is_no_html():
+def test_model_output_is_escaped_in_html():
     written = as_html(Piece("<b>", 1, 0.5, [('"', 0.4), ("<b>", 0.5)]))
     assert written == '<span style="--p:0.50" title=" 50.0% &#x27;&lt;b&gt;&#x27;\n 40.0% &#x27;&quot;&#x27;">&lt;b&gt;</span>'
 
 
 @pytest.mark.parametrize(
-    "sent, taken",
+    "sent, used",
     [(1, 1), ("1.5", 1.5), (9, 2), (-math.inf, 0.1), (math.nan, 1), (None, 1), ("hot", 1), ([], 1), (10**400, 1)],
 )
-def test_what_is_sent_is_brought_within_bounds(sent, taken):
-    assert clamp(sent, 0.1, 2.0, 1.0) == taken
+def test_requested_numbers_are_clamped(sent, used):
+    assert clamp(sent, 0.1, 2.0, 1.0) == used
 
 
-def two_steps(folder: Path) -> Path:
+def run_with_two_checkpoints(folder: Path) -> Path:
     folder.mkdir()
     for step in (10, 20):
         save_checkpoint(folder, step, tiny(step), "bytes", 3.0, {})
     return folder
 
 
-def test_a_folder_offers_its_checkpoints(tmp_path):
-    run = two_steps(tmp_path / "run")
+def test_run_offers_all_checkpoints_and_reloads_changed(tmp_path):
+    run = run_with_two_checkpoints(tmp_path / "run")
     assert list(offered((str(run),))) == [f"{run}, newest", f"{run}, step 20", f"{run}, step 10"]
     assert offered(("gpt2",)) == {"gpt2": "gpt2"}
     cpu, fp32 = torch.device("cpu"), torch.float32
@@ -99,25 +99,25 @@ def test_a_folder_offers_its_checkpoints(tmp_path):
         os.utime(tmp_path / "hf" / "model.safetensors", ns=(step, step))
         model = app.load(str(tmp_path / "hf"), cpu, fp32)[0]
         assert (model.transformer.wpe.weight == tiny(step).transformer.wpe.weight).all()
-    assert second is not first  # another of the same step
+    assert second is not first  # the file of step 20 was replaced
     save_checkpoint(run, 30, tiny(30), "bytes", 3.0, {})
-    assert app.load(str(run), cpu, fp32)[0] is not second  # the newest is another by now
+    assert app.load(str(run), cpu, fp32)[0] is not second  # step 30 is the newest now
 
 
 @pytest.mark.parametrize("argv, words", [(["-m"], "python app.py -m log/quickstart"), (["-m", "nowhere"], "no model named 'nowhere'")])
-def test_no_model_ends_in_one_line(capsys, argv, words):
+def test_missing_model_is_one_line(capsys, argv, words):
     assert run_main(app.main, *argv) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1 and words in said
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
 
 
-def test_an_environment_that_gradio_can_not_read_is_one_line(tmp_path):
+def test_wrong_gradio_environment_is_one_line(tmp_path):
     result = script("app.py", "-m", save_checkpoint(tmp_path, 1, tiny(1), "bytes", 3.0, {}), GRADIO_SERVER_PORT="abc")
     assert result.returncode == 2 and result.stderr.startswith("error: Gradio can't read its environment (invalid literal for int()")
     assert result.stderr.count("\n") == 1 and "GRADIO_" in result.stderr
 
 
-# ---- a page that is served ----
+# ---- a running page ----
 
 
 def serve(*models) -> tuple[subprocess.Popen, str]:
@@ -127,11 +127,11 @@ def serve(*models) -> tuple[subprocess.Popen, str]:
         port = free.getsockname()[1]
     env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, REPO / "app.py", "-m", *map(str, models)]
-    at_a_prompt = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & ignores Ctrl-C
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=at_a_prompt)
+    heed_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a process that a shell starts with & ignores Ctrl-C
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heed_ctrl_c)
     first = process.stderr.readline()
     assert first.startswith("open http://127.0.0.1:"), first
-    threading.Thread(target=process.stderr.read, daemon=True).start()  # so that it never waits for a reader
+    threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would block it
     return process, first.split()[1].rstrip("/")
 
 
@@ -149,20 +149,20 @@ def served(*models):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     pytest.importorskip("gradio")
-    with served(two_steps(tmp_path_factory.mktemp("app") / "run")) as url:
+    with served(run_with_two_checkpoints(tmp_path_factory.mktemp("app") / "run")) as url:
         yield url
 
 
 @contextmanager
 def browser():
-    """A page of a real browser, without a screen."""
+    """A tab of a real browser, without a screen."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium:
         pytest.skip("no Chromium on this machine")
-    alone = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    quiet = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
     with playwright.sync_playwright() as p:
-        window = p.chromium.launch(executable_path=chromium, args=alone.split())
+        window = p.chromium.launch(executable_path=chromium, args=quiet.split())
         yield window.new_page(viewport={"width": 1200, "height": 1000})
         window.close()
 
@@ -173,13 +173,13 @@ def choose(tab, label: str, number: int):
 
 
 def generate(tab):
-    """Starts it and waits for the first tokens."""
+    """Presses Generate and waits for the first token."""
     tab.get_by_role("button", name="Generate").click()
     tab.locator("#left span").first.wait_for()
 
 
 def written(tab, side: str = "left") -> int:
-    """The number that the line below a text says."""
+    """The number of tokens in the status line below a text."""
     return int((tab.locator(f"#{side}-status .status").inner_text() or "0").split()[0])
 
 
@@ -191,10 +191,10 @@ def until(condition, seconds: float = 60):
 
 
 @pytest.mark.slow
-def test_in_a_browser(page):
+def test_page_works_in_a_browser(page):
     with browser() as tab:
-        asked = []
-        tab.on("request", lambda request: asked.append(request.url))
+        requested = []
+        tab.on("request", lambda request: requested.append(request.url))
         tab.goto(page)
         tab.get_by_label("Prompt").fill("<i>def")
         tab.get_by_label("number input for Length").fill("30")
@@ -206,7 +206,7 @@ def test_in_a_browser(page):
         assert "%" in tab.locator("#left span").first.get_attribute("title")
 
         tab.get_by_label("range slider for Temperature").fill("0.1")
-        choose(tab, "Beside it", 3)  # none, newest, step 20, step 10
+        choose(tab, "Compare with", 3)  # none, newest, step 20, step 10
         generate(tab)
         until(lambda: written(tab, "right") == 30)
         cold, other = (sample_texts(tiny(step), BYTES, "<i>def", 1, 30, 5, temperature=0.1)[0] for step in (20, 10))
@@ -222,17 +222,17 @@ def test_in_a_browser(page):
         stopped = written(tab)
         time.sleep(1)
         assert stopped == written(tab) < LONGEST
-        assert all(url.startswith((page, "data:", "blob:")) for url in asked), asked  # nothing from elsewhere
+        assert all(url.startswith((page, "data:", "blob:")) for url in requested), requested  # nothing from the network
 
 
-ASKED = {"name": None, "beside": "none", "prompt": "a", "temperature": 1.0, "top_k": 50, "top_p": 1.0, "length": 5, "seed": 1}
+REQUEST = {"name": None, "beside": "none", "prompt": "a", "temperature": 1.0, "top_k": 50, "top_p": 1.0, "length": 5, "seed": 1}
 
 
 def ask(page: str, **changes) -> str:
-    """What the page answers to a program: 'complete', 'error' or the status with which it refuses."""
+    """The page's answer to a program: 'complete', 'error' or the HTTP status of a refusal."""
     with urllib.request.urlopen(f"{page}/gradio_api/info") as info:
         newest = json.load(info)["named_endpoints"]["/generate"]["parameters"][0]["parameter_default"]
-    url, values = f"{page}/gradio_api/call/generate", {**ASKED, "name": newest, **changes}
+    url, values = f"{page}/gradio_api/call/generate", {**REQUEST, "name": newest, **changes}
     request = urllib.request.Request(url, json.dumps({"data": [*values.values()]}).encode(), {"Content-Type": "application/json"})
     try:
         event = json.load(urllib.request.urlopen(request, timeout=60))["event_id"]
@@ -244,7 +244,7 @@ def ask(page: str, **changes) -> str:
 
 
 @pytest.mark.slow
-def test_nothing_sent_brings_it_down(page):
+def test_bad_requests_do_not_stop_the_page(page):
     nan, huge = math.nan, 10**30
     assert [ask(page, **{name: nan}) for name in ("temperature", "top_k", "top_p", "length", "seed")] == ["complete"] * 5
     assert [ask(page, seed=seed) for seed in (-1, huge, "x", None)] == ["complete"] * 4
@@ -257,37 +257,37 @@ def test_nothing_sent_brings_it_down(page):
         urllib.request.urlopen(urllib.request.Request(f"{page}/gradio_api/upload", b"x", {"Content-Type": "multipart/form-data"}))
 
     answers = []
-    crowd = [threading.Thread(target=lambda: answers.append(ask(page))) for _ in range(200)]
-    for one in crowd:
-        one.start()
-    for one in crowd:
-        one.join()
+    clients = [threading.Thread(target=lambda: answers.append(ask(page))) for _ in range(200)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
     assert len(answers) == 200 and set(answers) <= {"complete", "503"} and answers.count("complete") >= app.WAITING
     assert ask(page) == "complete"
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_while_a_text_is_being_written(tmp_path):
+def test_ctrl_c_stops_the_page_while_generating(tmp_path):
     pytest.importorskip("gradio")
-    process, url = serve(two_steps(tmp_path / "run"))
+    process, url = serve(run_with_two_checkpoints(tmp_path / "run"))
 
-    def a_long_text():
-        with suppress(OSError, IndexError):  # it is cut off
+    def ask_for_long_text():
+        with suppress(OSError, IndexError):  # the answer is cut off
             ask(url, length=LONGEST)
 
-    writer = threading.Thread(target=a_long_text)
-    writer.start()
+    client = threading.Thread(target=ask_for_long_text)
+    client.start()
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
-    writer.join()
+    client.join()
 
 
 if __name__ == "__main__":
     with served(*sys.argv[2:]) as address, browser() as tab:
         tab.goto(address)
         tab.get_by_label("Prompt").fill("class Stack:\n    def push(self, ")
-        choose(tab, "Beside it", len(sys.argv) - 2)  # the last one
+        choose(tab, "Compare with", len(sys.argv) - 2)  # the last one
         generate(tab)
         until(lambda: "tokens" in tab.locator("#right-status .status").inner_text())
         time.sleep(5)

@@ -1,4 +1,4 @@
-"""Exported folders in the programs that they are for: transformers' tokenizers and models, and lm-evaluation-harness as a command."""
+"""Loads exported folders in transformers (tokenizer and model) and in the lm_eval command."""
 
 import io
 import os
@@ -31,7 +31,7 @@ LLAMA = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, n_kv_head=1)
 
 @pytest.fixture(scope="session", params=["bytes", "gpt2"])
 def tokenizers(request, tmp_path_factory):
-    """Ours, and what transformers makes of the file."""
+    """Our tokenizer, and transformers' tokenizer from our file."""
     ours = get_tokenizer("bytes") if request.param == "bytes" else request.getfixturevalue("gpt2_tokenizer")
     folder = tmp_path_factory.mktemp(request.param)
     export.save_tokenizer(ours, folder, 64)
@@ -40,7 +40,7 @@ def tokenizers(request, tmp_path_factory):
 
 @given(st.text())
 @settings(max_examples=200, deadline=None)
-def test_any_text_has_the_same_tokens(tokenizers, text):
+def test_any_text_gets_the_same_tokens(tokenizers, text):
     ours, theirs = tokenizers
     text = text.replace("<|endoftext|>", "").encode("utf-8", "replace").decode()
     ids = ours.encode(text)
@@ -48,7 +48,7 @@ def test_any_text_has_the_same_tokens(tokenizers, text):
     assert theirs.decode(ids) == text
 
 
-def test_real_texts_have_the_same_tokens(tokenizers):
+def test_real_texts_get_the_same_tokens(tokenizers):
     ours, theirs = tokenizers
     for path in [*sorted(REPO.glob("*.py")), REPO / "README.md"]:
         text = path.read_text().replace("<|endoftext|>", "")
@@ -69,22 +69,22 @@ def run(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_goes_on_in_transformers(run, tmp_path, capsys):
+def test_transformers_continues_text_like_the_run(run, tmp_path, capsys):
     assert run_main(export.main, "-m", run, "--out-dir", tmp_path / "out") == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
-    assert said.endswith(f"/out: LlamaForCausalLM, {model.num_parameters():,} parameters in fp32, tokenizer bytes\n")
-    written = model.generate(**tokenizer("def f(", return_tensors="pt"), max_new_tokens=30, do_sample=False)[0]
+    assert output.endswith(f"/out: LlamaForCausalLM, {model.num_parameters():,} parameters in fp32, tokenizer bytes\n")
+    theirs = model.generate(**tokenizer("def f(", return_tensors="pt"), max_new_tokens=30, do_sample=False)[0]
     ours = sample_texts(*checkpoint.load_with_tokenizer(run), "def f(", 1, 30, 0, temperature=0.0)[0]
-    assert tokenizer.decode(written, skip_special_tokens=True) == ours
-    (tmp_path / "out" / "model.safetensors.tmp").touch()  # a kill left it
+    assert tokenizer.decode(theirs, skip_special_tokens=True) == ours
+    (tmp_path / "out" / "model.safetensors.tmp").touch()  # as a killed export leaves
     assert run_main(export.main, "-m", run, "--out-dir", tmp_path / "out", "--dtype", "bf16") == 0  # replaces it
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert half.dtype == torch.bfloat16
     assert (half.model.norm.weight == model.model.norm.weight.bfloat16()).all()
 
 
-def test_a_folder_with_other_files_is_left_alone(run, capsys):
+def test_folder_with_other_files_is_rejected(run, capsys):
     before = sorted(run.iterdir())
     assert run_main(export.main, "-m", run, "--out-dir", run) == 2
     assert "has other files (model_00007.json, …): choose another --out-dir" in capsys.readouterr().err
@@ -92,22 +92,22 @@ def test_a_folder_with_other_files_is_left_alone(run, capsys):
 
 
 def on_the_hub(tasks: list[dict]) -> dict[str, bytes]:
-    """The files of the dataset that the harness fetches."""
+    """The dataset's files, as the harness downloads them."""
     file = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([task | {"label": str(task["label"])} for task in tasks]), file)
     return {f"data/{split}-00000-of-00001.parquet": file.getvalue() for split in ("train", "validation")}
 
 
 @pytest.mark.slow
-def test_the_harness_gives_the_answers_of_hellaswag_py(run, tmp_path):
-    """lm-evaluation-harness as its users start it, its task fetched from a hub on localhost."""
+def test_harness_scores_match_hellaswag_py(run, tmp_path):
+    """Runs the lm_eval command. It downloads its task from a hub on localhost."""
     assert run_main(export.main, "-m", run, "--out-dir", tmp_path / "out") == 0
     tasks = make_tasks(40)
     command = f"-m lm_eval --model hf --model_args pretrained={tmp_path}/out,dtype=float32 --device cpu --tasks hellaswag --batch_size 8"
     with serve({"datasets/Rowan/hellaswag": on_the_hub(tasks)}) as (url, _):
         env = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
-        said = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=env)
-    assert said.returncode == 0, said.stderr
-    theirs = [float(x) for x in re.findall(r"\|(?:acc|acc_norm) *\|↑ *\|([\d.]+)", said.stdout)]
+        result = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    theirs = [float(x) for x in re.findall(r"\|(?:acc|acc_norm) *\|↑ *\|([\d.]+)", result.stdout)]
     ours = hellaswag.evaluate(*checkpoint.load_with_tokenizer(run), tasks, DistContext(torch.device("cpu")))[0]
     assert theirs == pytest.approx([ours["harness_acc"], ours["harness_acc_norm"]], abs=1e-4)

@@ -1,4 +1,4 @@
-"""Scores against lm-evaluation-harness on the same model, and against one plain forward pass a row."""
+"""Compares scores with lm-evaluation-harness on the same model, and with one plain forward pass per row."""
 
 import json
 import os
@@ -27,7 +27,7 @@ WORLD = DistContext(torch.device("cpu"))
 
 
 def make_tasks(n: int) -> list[dict]:
-    """Tasks of random words in HellaSwag's layout, with WikiHow's marks, odd spaces and empty ctx_b among them."""
+    """Tasks of random words in HellaSwag's layout. Some have WikiHow's markup, extra spaces or an empty ctx_b."""
     generator = random.Random(0)
     words = "the a man woman she He runs [title] jumps [substeps] over café dog's and then, (slowly) into  water.".split(" ")
 
@@ -52,7 +52,7 @@ def tasks_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    """Random weights large enough that the four endings differ."""
+    """A model with random weights, large enough that the four endings differ."""
     torch.manual_seed(0)
     model = build(VariantConfig(257, 320, 2, 2, 32))
     for p in model.parameters():
@@ -61,7 +61,7 @@ def model() -> GPT:
 
 
 def harness_answers(folder: Path, tasks_file: Path) -> list[tuple[int, int, list[float]]]:
-    """lm-evaluation-harness's own task, requests and metrics, on a Hugging Face model from disk: (pred, pred_norm, log p)."""
+    """(pred, pred_norm, log p) per task, from lm-evaluation-harness's own requests and metrics on a saved Hugging Face model."""
     import numpy as np
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -87,7 +87,7 @@ def harness_answers(folder: Path, tasks_file: Path) -> list[tuple[int, int, list
         per_char = [p / len(choice) for p, choice in zip(log_p, sample["doc"]["choices"], strict=True)]
         pred, pred_norm = int(np.argmax(log_p)), int(np.argmax(per_char))
         gold = sample["doc"]["gold"]
-        assert (sample["acc"], sample["acc_norm"]) == (pred == gold, pred_norm == gold)  # the harness's own verdicts
+        assert (sample["acc"], sample["acc_norm"]) == (pred == gold, pred_norm == gold)  # the harness agrees
         result.append((pred, pred_norm, log_p))
     return result
 
@@ -101,20 +101,20 @@ def assert_equal_to_harness(folder: Path, tasks_file: Path):
     for task, (pred, pred_norm, log_p) in zip(ours, theirs, strict=True):
         assert (task["harness"]["pred"], task["harness"]["pred_norm"]) == (pred, pred_norm)
         assert task["harness"]["log_probs"] == pytest.approx(log_p, rel=1e-4, abs=1e-4)
-    assert len({pred for pred, *_ in theirs}) == 4  # the model does choose
+    assert len({pred for pred, *_ in theirs}) == 4  # the model picks each ending somewhere
 
 
 @pytest.mark.slow
-def test_answers_equal_lm_evaluation_harness(tmp_path, model, tasks_file):
+def test_answers_match_lm_evaluation_harness(tmp_path, model, tasks_file):
     model.save_pretrained(tmp_path)
     assert_equal_to_harness(tmp_path, tasks_file)
 
 
 @pytest.mark.slow
-def test_answers_equal_lm_evaluation_harness_on_real_tasks(tmp_path, gpt2_tokenizer):
-    """On real tasks and GPT-2's vocabulary: HELLASWAG_FILE names a file of at least 200 of them."""
+def test_real_answers_match_lm_evaluation_harness(tmp_path, gpt2_tokenizer):
+    """Real tasks and GPT-2's vocabulary. HELLASWAG_FILE is a file with at least 200 tasks."""
     if "HELLASWAG_FILE" not in os.environ:
-        pytest.skip("HELLASWAG_FILE does not name HellaSwag's validation set")
+        pytest.skip("HELLASWAG_FILE is not set to HellaSwag's validation set")
     lines = Path(os.environ["HELLASWAG_FILE"]).read_text().splitlines()
     (tmp_path / "tasks.jsonl").write_text("\n".join(lines[::8][:250]) + "\n")
     torch.manual_seed(0)
@@ -128,8 +128,8 @@ def test_answers_equal_lm_evaluation_harness_on_real_tasks(tmp_path, gpt2_tokeni
 # ---- the formula ----
 
 
-def test_log_probs_are_one_plain_forward_pass_a_row(model):
-    """Row by row, no padding, no sorting; completion style's acc_norm is the mean a token."""
+def test_log_probs_match_plain_forward_passes(model):
+    """One row at a time, without padding or sorting. In completion style, acc_norm is the mean per token."""
     tokenizer = get_tokenizer("bytes")
     for task, scored in zip(make_tasks(6), evaluate(model, tokenizer, make_tasks(6), WORLD)[1], strict=True):
         context = tokenizer.encode(task["ctx"])
@@ -156,7 +156,7 @@ def test_batch_size_changes_no_answer(model):
             assert p["completion"]["pred_norm"] == q["completion"]["pred_norm"]
 
 
-def test_rows_longer_than_the_model_lose_their_start():
+def test_too_long_rows_lose_their_start():
     torch.manual_seed(0)
     model = build(VariantConfig(257, 16, 1, 2, 16)).eval()
     rows = [completion_rows(task, get_tokenizer("bytes")) for task in make_tasks(3)]
@@ -168,12 +168,12 @@ def test_rows_longer_than_the_model_lose_their_start():
 
 
 def test_losses_are_not_in_bf16(model, monkeypatch):
-    """Under bf16 autocast the log-probabilities are those that fp64 makes of the same logits."""
+    """Under bf16 autocast, the log-probabilities match fp64 on the same logits."""
     cross_entropy, expected = F.cross_entropy, []
 
-    def recording(logits, targets, **how):
+    def recording(logits, targets, **options):
         expected.append(F.log_softmax(logits.double(), -1)[range(len(targets)), targets].sum().item())
-        return cross_entropy(logits, targets, **how)
+        return cross_entropy(logits, targets, **options)
 
     monkeypatch.setattr(F, "cross_entropy", recording)
     scored = evaluate(model, get_tokenizer("bytes"), make_tasks(4), WORLD, autocast=torch.autocast("cpu", torch.bfloat16))[1]
@@ -181,7 +181,7 @@ def test_losses_are_not_in_bf16(model, monkeypatch):
     assert sum(values) == pytest.approx(sum(expected), rel=1e-6)
 
 
-def test_a_model_that_diverged_is_not_scored():
+def test_diverged_model_is_not_scored():
     model = build(VariantConfig(257, 320, 1, 1, 8))
     with torch.no_grad():
         model.transformer.wte.weight.fill_(torch.nan)
@@ -189,7 +189,7 @@ def test_a_model_that_diverged_is_not_scored():
         evaluate(model, get_tokenizer("bytes"), make_tasks(2), WORLD)
 
 
-def test_text_is_cleaned_as_the_harness_does():
+def test_text_is_cleaned_as_in_harness():
     assert clean(" How to boil [title] Take water. [step] Heat  it [substeps]") == "How to boil. Take water. Heat it "
     row = harness_rows(
         {**make_tasks(1)[0], "activity_label": "X", "ctx_a": "A man.", "ctx_b": "he", "endings": ["runs"] * 4}, get_tokenizer("bytes")
@@ -200,7 +200,7 @@ def test_text_is_cleaned_as_the_harness_does():
 # ---- the script ----
 
 
-def test_the_script_reports_both_styles(model, tasks_file, tmp_path, capsys):
+def test_script_reports_both_styles(model, tasks_file, tmp_path, capsys):
     model.save_pretrained(tmp_path / "hf")
     argv = ["-m", tmp_path / "hf", "-d", "cpu", "--file", tasks_file, "--out", tmp_path / "out.jsonl"]
     assert run_main(hellaswag.main, *argv) == 0
@@ -225,7 +225,7 @@ def test_the_script_reports_both_styles(model, tasks_file, tmp_path, capsys):
     )
 
 
-def test_two_processes_give_the_answers_of_one(model, tasks_file, tmp_path):
+def test_two_processes_give_the_same_answers(model, tasks_file, tmp_path):
     model.save_pretrained(tmp_path / "hf")
     outs = []
     for processes in (0, 2):
@@ -242,12 +242,12 @@ def test_two_processes_give_the_answers_of_one(model, tasks_file, tmp_path):
     [
         (None, "no file"),
         ("", "has no tasks"),
-        ("<html>404</html>\n", "line 1: not a HellaSwag task; give HellaSwag's hellaswag_val.jsonl"),
+        ("<html>404</html>\n", "line 1: not a HellaSwag task; pass HellaSwag's hellaswag_val.jsonl"),
         (json.dumps({"ctx": "a", "endings": ["b"], "label": 0}) + "\n", "line 1: not a HellaSwag task"),
         (json.dumps(make_tasks(1)[0] | {"label": 4}) + "\n", "line 1: not a HellaSwag task"),
     ],
 )
-def test_a_wrong_file_is_one_line(model, tmp_path, capsys, text, message):
+def test_wrong_file_is_one_line(model, tmp_path, capsys, text, message):
     path = tmp_path / "tasks.jsonl"
     if text is not None:
         path.write_text(text)
@@ -257,19 +257,19 @@ def test_a_wrong_file_is_one_line(model, tmp_path, capsys, text, message):
     assert len(error) == 1 and message in error[0]
 
 
-def test_nothing_is_fetched_for_a_model_that_is_not_there(tmp_path, capsys, monkeypatch):
+def test_missing_model_fails_before_download(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hellaswag, "download", lambda url, path: pytest.fail("fetched"))
+    monkeypatch.setattr(hellaswag, "download", lambda url, path: pytest.fail("downloaded"))
     assert run_main(hellaswag.main, "-m", "nope", "-d", "cpu") == 2
     assert "no model named 'nope'" in capsys.readouterr().err
 
 
-def test_a_file_that_is_not_there_is_said_before_a_model_is_fetched(tmp_path, capsys):
+def test_missing_file_is_reported_before_the_model(tmp_path, capsys):
     assert run_main(hellaswag.main, "-m", "nope", "-d", "cpu", "--file", tmp_path / "none.jsonl") == 2
-    assert "none.jsonl: give HellaSwag's" in capsys.readouterr().err
+    assert "none.jsonl: pass HellaSwag's" in capsys.readouterr().err
 
 
-def test_empty_lines_are_passed_over(tasks_file, tmp_path):
+def test_empty_lines_are_skipped(tasks_file, tmp_path):
     (tmp_path / "tasks.jsonl").write_text("\n" + tasks_file.read_text() + " \n\n")
     assert hellaswag.load_tasks(tmp_path / "tasks.jsonl") == hellaswag.load_tasks(tasks_file)
 
@@ -300,18 +300,18 @@ def served(monkeypatch, rows: int, cut: bool = False):
 
 
 @pytest.mark.parametrize(("rows", "cut", "kept"), [(10_042, False, True), (10_041, False, False), (10_042, True, False)])
-def test_a_download_is_whole_or_not_kept(tmp_path, monkeypatch, rows, cut, kept):
+def test_incomplete_download_is_not_kept(tmp_path, monkeypatch, rows, cut, kept):
     path = tmp_path / "hellaswag_val.jsonl"
     with served(monkeypatch, rows, cut):
         if kept:
             assert len(load_tasks(path)) == 10_042
         else:
-            with pytest.raises(ValueError, match=r"10041 rows instead of 10042|could not fetch|rows instead of 10042"):
+            with pytest.raises(ValueError, match=r"10041 rows instead of 10042|could not download|rows instead of 10042"):
                 load_tasks(path)
     assert path.exists() == kept and len(list(tmp_path.iterdir())) == kept
 
 
-def test_a_download_that_fills_the_disk(model, tmp_path, monkeypatch, capsys):
+def test_full_disk_during_download_keeps_no_file(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "tasks").mkdir()
     path, saved = tmp_path / "tasks" / "hellaswag_val.jsonl", save_checkpoint(tmp_path, 1, model, "bytes", None, {})
     with served(monkeypatch, 10_042):
@@ -322,7 +322,7 @@ def test_a_download_that_fills_the_disk(model, tmp_path, monkeypatch, capsys):
         assert len(load_tasks(path)) == 10_042
 
 
-def test_an_unreachable_download_names_the_remedy(tmp_path, monkeypatch):
+def test_unreachable_download_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/hellaswag_val.jsonl")
     with pytest.raises(ValueError, match="put the file at"):
         load_tasks(tmp_path / "hellaswag_val.jsonl")

@@ -1,4 +1,4 @@
-"""perplexity.py against Hugging Face's losses over lm-evaluation-harness's windows, and against what train.py logs."""
+"""Compares perplexity.py with Hugging Face's losses over lm-evaluation-harness's windows, and with train.py's log."""
 
 import json
 import math
@@ -23,7 +23,7 @@ TEXT = (REPO / "README.md").read_text()[:1500]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A random model of ours with large weights, saved, and Hugging Face's of it."""
+    """A saved random model with large weights, and the same model in transformers."""
     from transformers import GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("hf")
@@ -35,8 +35,8 @@ def models(tmp_path_factory):
     return folder, model, GPT2LMHeadModel.from_pretrained(folder).eval()
 
 
-def nats_of_the_harness(hf, ids: list[int], context_len: int) -> float:
-    """The sum over lm-evaluation-harness's windows, one at a time."""
+def harness_nats(hf, ids: list[int], context_len: int) -> float:
+    """The loss summed over lm-evaluation-harness's windows, one at a time."""
     from lm_eval.utils import get_rolling_token_windows
 
     total = 0.0
@@ -48,30 +48,30 @@ def nats_of_the_harness(hf, ids: list[int], context_len: int) -> float:
 
 
 @pytest.mark.parametrize(("length", "stride"), [(1500, 64), (1500, 10), (1500, 1), (64, 64), (65, 64), (7, 64), (1, 64)])
-def test_a_text_scores_as_in_the_harness(models, length, stride):
+def test_text_score_matches_harness(models, length, stride):
     _, model, hf = models
     tokenizer = get_tokenizer("bytes")
     ids = tokenizer.encode(TEXT)[:length]
     result = score(model, tokenizer, rows_of_text([256, *ids], 64, stride), batch_size=5)
-    expected = nats_of_the_harness(hf, ids, context_len=64 - stride + 1)
+    expected = harness_nats(hf, ids, context_len=64 - stride + 1)
     assert result["tokens"] == length and result["loss"] * length == pytest.approx(expected, rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(expected / length), rel=1e-4)
     assert result["bits_per_byte"] == pytest.approx(expected / math.log(2) / length, rel=1e-5)
 
 
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(0, 40))
-def test_every_token_is_predicted_once_from_at_least_as_much_as_the_stride_leaves(count, seq_len, stride):
+def test_each_token_is_predicted_once_in_full_windows(count, seq_len, stride):
     stride = min(stride, seq_len)
     predicted = []
     for number, (ids, n) in enumerate(rows_of_text(list(range(count + 1)), seq_len, stride)):
         assert 1 <= n < len(ids) <= seq_len + 1 and ids == list(range(ids[0], ids[-1] + 1))
-        assert number == 0 or len(ids) == seq_len + 1  # as much context as the model sees
+        assert number == 0 or len(ids) == seq_len + 1  # all the context that the model sees
         predicted += ids[len(ids) - n :]
     assert predicted == list(range(1, count + 1))
 
 
-def test_bits_a_byte_do_not_depend_on_the_tokenizer(gpt2_tokenizer):
-    """A model that finds all ids equally likely needs log2(V) bits an id."""
+def test_bits_per_byte_ignore_the_tokenizer(gpt2_tokenizer):
+    """A model that finds all ids equally likely needs log2(V) bits per id, with any tokenizer."""
     for tokenizer, V in ((gpt2_tokenizer, 50257), (get_tokenizer("bytes"), 257)):
         model = build(VariantConfig(V, 64, 1, 2, 16))
         torch.nn.init.zeros_(model.lm_head.weight)
@@ -80,7 +80,7 @@ def test_bits_a_byte_do_not_depend_on_the_tokenizer(gpt2_tokenizer):
         assert result["bits_per_byte"] == pytest.approx((len(ids) + 1) * math.log2(V) / len(("Grüße, 你好! " * 9).encode()), rel=1e-5)
 
 
-def test_a_run_scores_on_its_shards_as_it_logged(shards, tmp_path, capsys):
+def test_shard_loss_matches_the_log(shards, tmp_path, capsys):
     assert run_train(shards, tmp_path) == 0
     capsys.readouterr()
     for argv in (["--max-tokens", 640], ["--max-tokens", 640, "--batch-size", 3], ["--max-tokens", 64]):
@@ -90,7 +90,7 @@ def test_a_run_scores_on_its_shards_as_it_logged(shards, tmp_path, capsys):
         assert (result["loss"] == pytest.approx(float(read_stream(tmp_path, "val")[20]), abs=2e-6)) == (argv[1] == 640)
 
 
-def test_files_are_scored_one_by_one(models, tmp_path, capsys):
+def test_files_are_scored_separately(models, tmp_path, capsys):
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe not UTF-8")
     argv = [tmp_path / "a.txt", tmp_path / "b.txt", "-m", models[0], "--stride", 16]
@@ -111,16 +111,16 @@ def test_files_are_scored_one_by_one(models, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["-m", "M"], "give at least one text file or folder of shards"),
+        (["-m", "M"], "no paths: pass at least one text file or folder of shards"),
         (["-m", "M", "none.txt", "--stride", -1, "--batch-size", 0], "--stride is -1: it must be at least 0; --batch-size is 0"),
-        (["-m", "M", "none.txt"], "no file none.txt: give text files or folders of shards"),
-        (["-m", "M", "EMPTY", "none.txt", "x.npy"], "no file none.txt: give text files or folders of shards; no file x.npy"),
-        (["-m", "M", "GPT2/x_val_000000.npy"], "x_val_000000.npy is a shard: give its folder"),
-        (["-m", "M", "EMPTY"], "is empty: give a file with text"),
-        (["-m", "M", "GPT2"], "has tokens of gpt2, the model those of bytes: score the text itself"),
+        (["-m", "M", "none.txt"], "no file none.txt: pass text files or folders of shards"),
+        (["-m", "M", "EMPTY", "none.txt", "x.npy"], "no file none.txt: pass text files or folders of shards; no file x.npy"),
+        (["-m", "M", "GPT2/x_val_000000.npy"], "x_val_000000.npy is a shard: pass its folder"),
+        (["-m", "M", "EMPTY"], "is empty: pass a file with text"),
+        (["-m", "M", "GPT2"], "has gpt2 tokens, the model uses bytes: score the text itself"),
     ],
 )
-def test_mistakes_are_one_line(models, tmp_path, capsys, argv, message):
+def test_wrong_inputs_are_one_line(models, tmp_path, capsys, argv, message):
     (tmp_path / "empty").write_text("")
     (tmp_path / "gpt2").mkdir()
     for split in ("train", "val"):

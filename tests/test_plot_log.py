@@ -1,4 +1,4 @@
-"""Logs in, pictures out; what a killed run leaves behind does not stop it."""
+"""Plots match their logs, also a log that a killed run left unfinished."""
 
 import json
 import math
@@ -28,16 +28,16 @@ def log(tmp_path):
     return path
 
 
-def test_a_later_line_counts_and_a_half_line_does_not(tmp_path, capsys):
+def test_later_line_wins_and_half_line_is_skipped(tmp_path, capsys):
     path = tmp_path / "log.txt"
     path.write_text("0 train 5.0\n1 train 4.0\n1 train 3.5\n2 train nan\n3 tra")
     streams = read_log(path)
     assert streams["train"][1] == 3.5 and math.isnan(streams["train"][2])
     assert points(streams["train"], None) == ([0, 1], [5.0, 3.5])
-    assert "1 lines are not 'step stream value'" in capsys.readouterr().err
+    assert "skipped 1 lines that are not 'step stream value'" in capsys.readouterr().err
 
 
-def test_build_nanogpts_log_is_read(tmp_path):
+def test_reads_build_nanogpt_log(tmp_path):
     (tmp_path / "log.txt").write_text("0 val 10.9511\n0 hella 0.2463\n0 train 10.955029\n250 val 5.9\n")
     assert read_log(tmp_path / "log.txt") == {"val": {0: 10.9511, 250: 5.9}, "hella": {0: 0.2463}, "train": {0: 10.955029}}
 
@@ -61,17 +61,17 @@ def test_build_nanogpts_log_is_read(tmp_path):
         ),
     ],
 )
-def test_logs_of_other_projects_are_read(tmp_path, text, streams):
+def test_reads_logs_of_other_projects(tmp_path, text, streams):
     (tmp_path / "x.log").write_text(text)
     assert read_log(tmp_path / "x.log") == streams
 
 
 @pytest.mark.parametrize(("name", "value"), [("tokens", 50_000), ("seconds", 25), ("epoch", 0.25), ("flops", 5e7), ("lr", 1 / 51)])
-def test_axes_and_panels_come_from_the_metrics(log, name, value):
+def test_axes_and_panels_read_metrics_jsonl(log, name, value):
     assert read_metrics(log.with_name("metrics.jsonl"), [name])[name][50] == value
 
 
-def test_smoothing_is_pandas_ewm():
+def test_smoothing_matches_pandas_ewm():
     values = [3.0, 5.0, 1.0, 4.0]
     assert smoothed(values, 0.9) == pytest.approx(list(pandas.Series(values).ewm(alpha=0.1).mean()))
     assert smoothed(values, 0.0) == values
@@ -79,14 +79,14 @@ def test_smoothing_is_pandas_ewm():
 
 @pytest.mark.parametrize("x", ["step", "tokens", "seconds", "epoch", "flops"])
 @pytest.mark.parametrize("size", ["124M", "1558M", "none"])
-def test_the_picture_is_drawn(log, tmp_path, capsys, x, size):
+def test_plot_is_written_for_each_axis(log, tmp_path, capsys, x, size):
     out = tmp_path / "new folder" / "plot.png"
     assert run_main(plot_log.main, log, log, "--out", out, "--x", x, "--size", size) == 0
     assert out.read_bytes()[:4] == b"\x89PNG" and out.stat().st_size > 20_000
     assert capsys.readouterr().out.strip() == str(out)
 
 
-def test_what_is_drawn_is_what_the_log_says(log, tmp_path, monkeypatch):
+def test_curves_match_the_log(log, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []
@@ -115,7 +115,7 @@ def test_what_is_drawn_is_what_the_log_says(log, tmp_path, monkeypatch):
     ("run", "lines"),
     [({"size": "none"}, 2), ({"size": "1558M"}, 2), ({"size": "124M"}, 3), ({}, 3), ({"size": "x"}, 3), ([], 3), (None, 3)],
 )
-def test_the_baselines_are_those_of_the_run(log, tmp_path, monkeypatch, run, lines):
+def test_baselines_follow_the_runs_size(log, tmp_path, monkeypatch, run, lines):
     from matplotlib.figure import Figure
 
     drawn = []
@@ -124,11 +124,11 @@ def test_the_baselines_are_those_of_the_run(log, tmp_path, monkeypatch, run, lin
         (log.parent / "run.json").write_text(json.dumps(run))
     plot_log.plot(PlotConfig((str(log),), str(tmp_path / "x.png")))
     loss, hella = drawn[0].axes
-    assert len(loss.lines) == lines  # there is a published loss of 124M alone
+    assert len(loss.lines) == lines  # only 124M has a published loss
     assert len(hella.lines) == (1 if run == {"size": "none"} else 3)
 
 
-def test_nineteen_thousand_steps_are_drawn_in_three_seconds(tmp_path):
+def test_plots_19073_steps_in_three_seconds(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("".join(f"{s} train {10 / (s + 1) + 3 + (s * 7919 % 101) / 500}\n" for s in range(19073)))
     rows = ({"step": s, "loss": 3.0, "tokens": s * 524288, "lr": 6e-4, "grad_norm": 0.3} for s in range(19073))
@@ -136,14 +136,14 @@ def test_nineteen_thousand_steps_are_drawn_in_three_seconds(tmp_path):
     flags = ["--x", "tokens", "--smooth", "0.99", "--panels", "lr", "grad_norm", "--out", tmp_path / "plot.svg"]
     matplotlib = "from matplotlib.figure import Figure; Figure().savefig('/dev/null', format='svg')"
 
-    def is_drawn_in_time() -> bool:
+    def plots_in_time() -> bool:
         seconds = seconds_of(REPO / "plot_log.py", log, *flags)
-        return seconds < 3 or seconds < 3 * seconds_of("-c", matplotlib)  # a machine that busy is slow at all else too
+        return seconds < 3 or seconds < 3 * seconds_of("-c", matplotlib)  # a busy machine is slow at this too
 
-    assert any(is_drawn_in_time() for _ in range(3))
+    assert any(plots_in_time() for _ in range(3))
 
 
-def test_a_models_baselines_are_those_of_its_size():
+def test_size_of_finds_openai_sizes():
     published = {
         124_439_808: "124M",
         354_823_168: "350M",
@@ -161,15 +161,15 @@ def test_a_models_baselines_are_those_of_its_size():
         (None, [], "no log"),
         ("hello\n", [], "no line 'step stream value'"),
         ("0 train 1.0\n", ["--x", "tokens"], "use --x step"),
-        ("0 train 1.0\n", ["--panels", "mfu"], "--panels mfu: no log, nor a metrics.jsonl beside one, has it"),
+        ("0 train 1.0\n", ["--panels", "mfu"], "--panels mfu is in no log or metrics.jsonl: drop it"),
         ("12 monkeys 3\n", [], "no line 'step stream value'"),
         ("0 train 1.0\n", ["--smooth", "1"], "--smooth is 1.0: it must be at least 0 and below 1"),
-        ("0 train 1.0\n", ["--baselines", "mine=3", "none"], "--baselines are NAME=LOSS each"),
-        ("0 train 1.0\n", ["--baselines", "mine=-3"], "--baselines are NAME=LOSS each"),
-        ("0 train 1.0\n", ["--out", "v1.5"], "--out v1.5: its ending chooses the format, one of png"),
+        ("0 train 1.0\n", ["--baselines", "mine=3", "none"], "--baselines needs NAME=LOSS"),
+        ("0 train 1.0\n", ["--baselines", "mine=-3"], "--baselines needs NAME=LOSS"),
+        ("0 train 1.0\n", ["--out", "v1.5"], "--out v1.5 has no known extension: use one of png"),
     ],
 )
-def test_a_log_that_cannot_be_drawn_is_one_line(tmp_path, capsys, text, argv, message):
+def test_wrong_log_or_flag_is_one_line(tmp_path, capsys, text, argv, message):
     if text:
         (tmp_path / "log.txt").write_text(text)
     assert run_main(plot_log.main, tmp_path / "log.txt", "--out", tmp_path / "p.png", *argv) == 2
@@ -178,7 +178,7 @@ def test_a_log_that_cannot_be_drawn_is_one_line(tmp_path, capsys, text, argv, me
 
 
 @pytest.mark.filterwarnings("error")
-def test_odd_names_and_a_log_without_losses_are_drawn(tmp_path, capsys):
+def test_plots_odd_names_and_log_without_losses(tmp_path, capsys):
     log = tmp_path / "$a^{$" / "log.txt"
     log.parent.mkdir()
     log.write_text("0 hella 0.25\n")

@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, sampling has the distribution it should, and only what may come out comes out."""
+"""Generation: cache, compiled steps and drafts change no token, and samples follow the distribution."""
 
 import copy
 from collections import Counter
@@ -23,14 +23,14 @@ def model():
     torch.manual_seed(3)
     model = build(VariantConfig(257, 24, 2, 2, 32))
     for name, p in model.named_parameters():
-        if "ln_" not in name:  # with random norms the likeliest id is always the same one
+        if "ln_" not in name:  # with random norms, the likeliest id would always be the same
             torch.nn.init.normal_(p, std=0.3)
     return model.eval()
 
 
 @pytest.mark.parametrize(("prompt", "new"), [(1, 23), (5, 10), (24, 8), (30, 4), (8, 40)])
-def test_greedy_tokens_are_the_same_with_and_without_cache(model, prompt, new):
-    """Also where the text outgrows the model's positions."""
+def test_cache_changes_no_greedy_token(model, prompt, new):
+    """Also if the text becomes longer than the model's positions."""
     idx = torch.randint(257, (3, prompt), generator=torch.Generator().manual_seed(0))
     cached, plain = (generate(model, idx, new, temperature=0, use_cache=use) for use in (True, False))
     assert cached.shape == (3, prompt + new)
@@ -38,8 +38,8 @@ def test_greedy_tokens_are_the_same_with_and_without_cache(model, prompt, new):
 
 
 @pytest.mark.slow
-def test_compiled_steps_give_the_same_tokens(model):
-    """One sequence, where the products have one row, and two; greedily and sampled; a second model, and past the positions."""
+def test_compiled_steps_change_no_token(model):
+    """One sequence (products with one row) and two; greedy and sampled; a second model; beyond the model's positions."""
     other = build(VariantConfig(257, 24, 2, 4, 32)).eval()
     for net, batch, new in ((model, 1, 21), (model, 2, 30), (other, 1, 21)):
         idx = torch.randint(257, (batch, 3), generator=torch.Generator().manual_seed(0))
@@ -49,25 +49,25 @@ def test_compiled_steps_give_the_same_tokens(model):
 
 
 @pytest.mark.parametrize("switches", [{}, dict(window=4, pos="rope", doc_mask=True)])
-def test_a_compiled_step_changes_only_what_a_cuda_graph_may_hold(monkeypatch, switches):
-    """Inductor leaves out the CUDA graph of a step that changes an input which may move (its check_for_mutation)."""
-    held = []
+def test_compiled_step_mutates_only_static_inputs(monkeypatch, switches):
+    """Inductor skips the CUDA graph of a step that mutates an input which may move (its check_for_mutation)."""
+    static = []
 
     def compiler(graph, inputs):
         step = torch._guards.TracingContext.get().fw_metadata
-        held.append([i in step.static_input_indices for i, of in enumerate(step.input_info) if of.mutates_data])
+        static.append([i in step.static_input_indices for i, info in enumerate(step.input_info) if info.mutates_data])
         return make_boxed_func(graph.forward)
 
     step = torch.compile(sample.decode_step, backend=aot_autograd(fw_compiler=compiler, inference_compiler=compiler), dynamic=False)
     monkeypatch.setattr(sample, "compiled_step", lambda kind: step)
     model = build(VariantConfig(97, 16, 2, 2, 32, **switches))
     idx = torch.randint(97, (1, 5), generator=torch.Generator().manual_seed(0))
-    for _ in range(2):  # the second text has a cache of its own, and needs no compiling
+    for _ in range(2):  # the second text has its own cache and does not recompile
         assert (generate(model, idx, 6, temperature=0, compile=True) == generate(model, idx, 6, temperature=0)).all()
-    assert held == [[True] * (5 if switches else 4)]  # keys and values of two layers, and the documents
+    assert static == [[True] * (5 if switches else 4)]  # keys and values of two layers, and the documents
 
 
-def test_greedy_tokens_equal_hugging_faces(tmp_path, model):
+def test_greedy_tokens_match_hugging_face(tmp_path, model):
     model.save_pretrained(tmp_path)
     hf = GPT2LMHeadModel.from_pretrained(tmp_path)
     hf.generation_config.eos_token_id = None
@@ -77,7 +77,7 @@ def test_greedy_tokens_equal_hugging_faces(tmp_path, model):
     assert isinstance(hf.config, GPT2Config)
 
 
-def test_a_seed_gives_the_same_samples(model):
+def test_same_seed_gives_same_samples(model):
     def text(seed, use_cache=True):
         return generate(model, torch.zeros(2, 1, dtype=torch.long), 12, generator=torch.Generator().manual_seed(seed), use_cache=use_cache)
 
@@ -85,13 +85,13 @@ def test_a_seed_gives_the_same_samples(model):
     assert (text(1) != text(2)).any()
 
 
-def frequencies(logits, n=20_000, **how):
-    how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how
-    ids = next_ids(logits.repeat(n, 1), generator=torch.Generator().manual_seed(0), **how)
+def frequencies(logits, n=20_000, **options):
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
+    ids = next_ids(logits.repeat(n, 1), generator=torch.Generator().manual_seed(0), **options)
     return torch.bincount(ids.flatten(), minlength=logits.numel()) / n
 
 
-def test_a_draw_is_that_of_multinomial():
+def test_draw_matches_torch_multinomial():
     probs, ids = torch.rand(6, 50).softmax(-1), torch.randperm(50).expand(6, 50)
     ours, theirs = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
     for _ in range(20):
@@ -106,7 +106,7 @@ def test_sampling_follows_the_distribution():
     assert (frequencies(logits, top_k=2) - top2).abs().max() < 0.015
 
 
-def test_top_p_keeps_the_fewest_ids_that_reach_it():
+def test_top_p_keeps_fewest_ids_that_reach_it():
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
     assert (frequencies(logits, top_p=0.5) > 0).tolist() == [False, True, False, False]
     assert (frequencies(logits, top_p=0.51) > 0).tolist() == [False, True, False, True]
@@ -114,7 +114,7 @@ def test_top_p_keeps_the_fewest_ids_that_reach_it():
     assert (frequencies(logits, top_p=0.01) > 0).tolist() == [False, True, False, False]
 
 
-def test_temperature_zero_is_greedy_and_top_k_may_exceed_the_vocabulary():
+def test_zero_temperature_and_oversized_top_k():
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     assert frequencies(logits, n=100, temperature=0).tolist() == [0, 1, 0]
     assert (frequencies(logits, n=1000, top_k=50) > 0).all()
@@ -127,7 +127,7 @@ def test_padding_ids_are_never_sampled(model):
     assert ids.max() < 257
 
 
-def test_the_script_prints_the_samples_alone(model, tmp_path, capsys):
+def test_script_prints_only_samples(model, tmp_path, capsys):
     path = save_checkpoint(tmp_path, 1, model, "bytes", None, {})
     argv = ["-m", path, "-d", "cpu", "--prompt", "abc", "--num-samples", 3, "--max-new-tokens", 0]
     assert run_main(sample.main, *argv) == 0
@@ -137,10 +137,10 @@ def test_the_script_prints_the_samples_alone(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_script_computes_in_the_dtype_asked_for(model, tmp_path, monkeypatch, dtype):
+def test_script_casts_model_and_draft_to_dtype(model, tmp_path, monkeypatch, dtype):
     seen = []
 
-    def generate(model, idx, n, draft, **how):
+    def generate(model, idx, n, draft, **options):
         seen.extend({p.dtype for p in model.parameters()} | {p.dtype for p in draft.parameters()})
         return idx
 
@@ -150,13 +150,13 @@ def test_the_script_computes_in_the_dtype_asked_for(model, tmp_path, monkeypatch
     assert seen == [torch.bfloat16 if dtype == "bf16" else torch.float32]
 
 
-def test_compile_without_a_compiler_is_one_line(monkeypatch, capsys):
+def test_compile_flag_without_compiler_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sample, "can_compile", lambda device: False)
     assert run_main(sample.main, "-m", "x.pt", "-d", "cpu", "--compile") == 2
-    assert "--compile can't be used here on cpu (CPU: install g++): leave it out" in capsys.readouterr().err
+    assert "--compile does not work on cpu here (CPU: install g++): drop it" in capsys.readouterr().err
 
 
-def test_a_sample_ends_at_end_of_text(model, monkeypatch):
+def test_samples_end_at_end_of_text(model, monkeypatch):
     monkeypatch.setattr(sample, "generate", lambda model, idx, n, generator: torch.tensor([[97, 98, 256, 99], [97, 98, 99, 100]]))
     assert sample.sample_texts(model, get_tokenizer("bytes"), "a", 2, 3, 0) == ["ab", "abcd"]
 
@@ -164,8 +164,8 @@ def test_a_sample_ends_at_end_of_text(model, monkeypatch):
 # ---- speculative decoding ----
 
 
-def near(model, seq_len=24, noise=0.02):
-    """A model whose likeliest id is often that of the given one."""
+def similar_model(model, seq_len=24, noise=0.02):
+    """A model that often has the same likeliest id as this one."""
     torch.manual_seed(1)
     draft = build(VariantConfig(257, seq_len, 2, 2, 32)).eval()
     weights = {name: p + noise * torch.randn_like(p) for name, p in model.state_dict().items()}
@@ -177,17 +177,18 @@ def near(model, seq_len=24, noise=0.02):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("prompt", "new"), [(1, 23), (5, 0), (5, 1), (5, 12), (24, 3), (30, 4), (8, 30)])
-def test_a_draft_changes_no_greedy_token(model, batch, prompt, new):
-    """A good, a bad and a short-sighted draft, with few and many ids at a time, also where the text outgrows the positions."""
+def test_draft_changes_no_greedy_token(model, batch, prompt, new):
+    """A good draft, a bad one and one with few positions; few and many ids per pass; also texts longer than the positions."""
     idx = torch.randint(257, (batch, prompt), generator=torch.Generator().manual_seed(0))
     plain = generate(model, idx, new, temperature=0)
-    for draft in (near(model), near(model, noise=1), near(model, seq_len=9), build(VariantConfig(257, 50, 1, 1, 8))):
+    drafts = similar_model(model), similar_model(model, noise=1), similar_model(model, seq_len=9), build(VariantConfig(257, 50, 1, 1, 8))
+    for draft in drafts:
         for k in (1, 2, 5, 100):
             assert (generate(model, idx, new, temperature=0, draft=draft, draft_tokens=k) == plain).all()
 
 
-def test_a_draft_changes_no_token_of_models_with_windows():
-    """Whose caches are rings, in which a rejected token has overwritten another."""
+def test_draft_changes_no_token_with_windows():
+    """Their caches are rings, where a rejected token has overwritten another."""
     torch.manual_seed(1)
     model = build(VariantConfig(257, 64, 2, 2, 32, pos="rope", window=5, window_pattern="SL", tied_head=False)).eval()
     for name, p in model.named_parameters():
@@ -205,23 +206,23 @@ def test_a_draft_changes_no_token_of_models_with_windows():
         assert 0 < counts["accepted"] < counts["proposed"]
 
 
-def test_a_good_draft_saves_passes_and_loses_some_ids(model):
+def test_good_draft_saves_passes(model):
     counts, idx = Counter(), torch.randint(257, (1, 4), generator=torch.Generator().manual_seed(0))
-    generate(model, idx, 20, temperature=0, draft=near(model), draft_tokens=3, counts=counts)
+    generate(model, idx, 20, temperature=0, draft=similar_model(model), draft_tokens=3, counts=counts)
     assert 0 < counts["accepted"] < counts["proposed"]
-    assert counts["passes"] + counts["accepted"] == 20  # each pass adds one id of the model's own
+    assert counts["passes"] + counts["accepted"] == 20  # each pass adds one id from the model itself
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_the_model_accepts_all_of_its_own_ids(model, temperature):
-    """20 ids are 4 passes of 5; then two positions are left, the last of which needs no draft, and 3 ids come after them."""
+def test_model_as_own_draft_accepts_all_ids(model, temperature):
+    """20 ids take 4 passes of 5. Two positions are left: one pass, with one drafted id. 3 more ids take one pass each."""
     counts, idx = Counter(), torch.zeros(2, 2, dtype=torch.long)
     generate(model, idx, 26, temperature, draft=model, draft_tokens=4, generator=torch.Generator().manual_seed(0), counts=counts)
     assert counts == {"proposed": 2 * 18, "accepted": 2 * 18, "passes": 4 + 1 + 3}
 
 
 class Chain:
-    """Stands in for a GPT: the next id depends on the last one alone, by logits (V, V)."""
+    """Replaces a GPT: the next id depends only on the last one, by logits (V, V)."""
 
     def __init__(self, logits):
         self.table, self.config = logits, SimpleNamespace(vocab_size=len(logits), seq_len=100)
@@ -235,7 +236,7 @@ class Chain:
 
 
 def chi_square(logits, ids, temperature, top_k, top_p):
-    """How far the ids (N, T) are from a chain that begins with id 0, in standard deviations of what chance does."""
+    """How far the ids (N, T) are from a chain that starts with id 0, in standard deviations of the chi-square statistic."""
     probs = torch.zeros_like(logits)
     for row, out in zip(logits / temperature, probs, strict=True):
         likeliest = row.argsort(descending=True)[: top_k or None].tolist()
@@ -253,27 +254,27 @@ def chi_square(logits, ids, temperature, top_k, top_p):
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "k"), [(1.0, 0, 1.0, 2), (1.5, 3, 1.0, 2), (2.0, 0, 0.7, 1), (2.0, 4, 0.9, 2)])
-def test_a_draft_changes_nothing_in_the_distribution(temperature, top_k, top_p, k):
-    """Of all texts of three ids of five, held against their exact probabilities; one row at a time, and three together."""
-    logits, other = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(30))
-    model, draft, generator, how = Chain(logits), Chain(logits + other), torch.Generator().manual_seed(0), (temperature, top_k, top_p)
+def test_draft_keeps_the_distribution(temperature, top_k, top_p, k):
+    """Compares all texts of three ids out of five with their exact probabilities, for one row at a time and for three."""
+    logits, noise = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(30))
+    model, draft, generator, sampling = Chain(logits), Chain(logits + noise), torch.Generator().manual_seed(0), (temperature, top_k, top_p)
     for batch, calls in ((1, 2000), (3, 700)):
         start = torch.zeros(batch, 1, dtype=torch.long)
-        ids = torch.cat([generate(model, start, 3, *how, generator, draft=draft, draft_tokens=k) for _ in range(calls)])[:, 1:]
-        assert abs(chi_square(logits, ids, *how)) < 4
+        ids = torch.cat([generate(model, start, 3, *sampling, generator, draft=draft, draft_tokens=k) for _ in range(calls)])[:, 1:]
+        assert abs(chi_square(logits, ids, *sampling)) < 4
 
 
-def test_a_draft_with_another_vocabulary_is_refused(model, tmp_path, capsys, gpt2_tokenizer):
+def test_draft_with_another_vocabulary_is_rejected(model, tmp_path, capsys, gpt2_tokenizer):
     other = build(VariantConfig(50257, 24, 1, 1, 8))
     with pytest.raises(ValueError, match="the draft has 50257 ids, the model 257"):
         generate(model, torch.zeros(1, 1, dtype=torch.long), 1, draft=other)
     path, draft = save_checkpoint(tmp_path, 1, model, "bytes", None, {}), save_checkpoint(tmp_path, 2, other, "gpt2", None, {})
     assert run_main(sample.main, "-m", path, "-d", "cpu", "--draft", draft) == 2
-    assert "error: --draft has the tokenizer gpt2, the model bytes: take a draft with the model's\n" in capsys.readouterr().err
+    assert "error: --draft uses gpt2 tokens, the model bytes: use a draft with the same tokenizer\n" in capsys.readouterr().err
 
 
-def test_the_script_says_what_a_draft_was_good_for(model, tmp_path, capsys):
-    """The model is its own draft: 12 tokens are 4 passes, each of 2 tokens of the draft and one of the model."""
+def test_script_reports_accepted_draft_tokens(model, tmp_path, capsys):
+    """The model is its own draft: 12 tokens take 4 passes, each with 2 tokens from the draft and one from the model."""
     path = save_checkpoint(tmp_path, 1, model, "bytes", None, {})
     model.save_pretrained(tmp_path / "draft")
     argv = ["-m", path, "-d", "cpu", "--prompt", "abc", "--num-samples", 2, "--max-new-tokens", 12, "--temperature", 0]
@@ -282,7 +283,7 @@ def test_the_script_says_what_a_draft_was_good_for(model, tmp_path, capsys):
     assert run_main(sample.main, *argv, "--draft", tmp_path / "draft", "--draft-tokens", 2) == 0
     speculative = capsys.readouterr()
     assert speculative.out == plain.out and "draft" not in plain.err
-    assert "draft: 16 of 16 tokens accepted (100%); a pass of the model added 3.00 tokens to a sample\n" in speculative.err
+    assert "draft: 16 of 16 tokens accepted (100%); each pass of the model added 3.00 tokens to a sample\n" in speculative.err
 
 
 @pytest.mark.parametrize(
@@ -292,28 +293,28 @@ def test_the_script_says_what_a_draft_was_good_for(model, tmp_path, capsys):
         (["--temperature", "-1", "--top-p", "0"], "--temperature is -1.0: it must be at least 0; --top-p is 0.0"),
         (["--num-samples", "0"], "--num-samples is 0"),
         (["--top-k", "-1"], "--top-k is -1"),
-        (["--compile", "--no-kv-cache"], "--compile is for generation with a cache"),
-        (["--draft", "y.pt", "--no-kv-cache", "--top-k", "-1"], "at least 0; --draft is for generation with a cache"),
-        (["--draft", "y.pt", "--compile"], "--draft and --compile don't go together"),
+        (["--compile", "--no-kv-cache"], "--compile needs the KV cache: drop --no-kv-cache"),
+        (["--draft", "y.pt", "--no-kv-cache", "--top-k", "-1"], "at least 0; --draft needs the KV cache: drop --no-kv-cache"),
+        (["--draft", "y.pt", "--compile"], "--draft and --compile don't work together: drop one"),
         (["--draft-tokens", "0"], "--draft-tokens is 0: it must be at least 1"),
         (["--seed", "99999999999999999999"], "--seed is 99999999999999999999: it must be below 2^63"),
     ],
 )
-def test_wrong_settings_are_one_line(capsys, argv, message):
+def test_wrong_flags_are_one_line(capsys, argv, message):
     assert run_main(sample.main, "-m", "x.pt", *argv) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [dict(top_p=0.0), dict(top_p=2.0), dict(top_k=-1), dict(temperature=-1.0), dict(max_new_tokens=-1)])
-def test_generate_refuses_what_the_script_refuses(model, wrong):
+def test_generate_rejects_wrong_numbers_and_shapes(model, wrong):
     with pytest.raises(ValueError, match=f"--{'-'.join(next(iter(wrong)).split('_'))} is "):
         generate(**dict(model=model, idx=torch.zeros(1, 1, dtype=torch.long), max_new_tokens=2) | wrong)
-    with pytest.raises(ValueError, match=r"needs ids \(B, T\), .* these are \(3,\)"):
+    with pytest.raises(ValueError, match=r"needs ids \(B, T\) .* these are \(3,\)"):
         generate(model, torch.zeros(3, dtype=torch.long), 2)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_model_that_diverged_is_named(model, temperature):
+def test_diverged_model_or_draft_is_named(model, temperature):
     with torch.no_grad():
         model.transformer.wte.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="its training diverged"):
@@ -323,21 +324,21 @@ def test_a_model_that_diverged_is_named(model, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_model_that_diverged_at_a_later_position_is_named(monkeypatch, temperature):
+def test_diverged_later_position_is_reported(monkeypatch, temperature):
     model = build(VariantConfig(257, 16, 1, 1, 8))
     monkeypatch.setattr(sample, "compiled_step", lambda kind: sample.decode_step)
     with torch.no_grad():
         model.transformer.wpe.weight[5:] = torch.nan
-    for how in ({}, dict(use_cache=False), dict(compile=True), dict(draft=build(VariantConfig(257, 16, 1, 1, 8)))):
-        with pytest.raises(ValueError, match="the model's logits are not finite numbers: its training diverged"):
-            generate(model, torch.zeros(1, 1, dtype=torch.long), 10, temperature, **how)
+    for options in ({}, dict(use_cache=False), dict(compile=True), dict(draft=build(VariantConfig(257, 16, 1, 1, 8)))):
+        with pytest.raises(ValueError, match="the model's logits are not finite: its training diverged"):
+            generate(model, torch.zeros(1, 1, dtype=torch.long), 10, temperature, **options)
 
 
-def test_nothing_to_go_on_from_is_refused(model):
-    with pytest.raises(ValueError, match="at least one in a row"):
+def test_empty_prompt_is_rejected(model):
+    with pytest.raises(ValueError, match="with T at least 1"):
         generate(model, torch.zeros(1, 0, dtype=torch.long), 1)
 
 
-def test_compiled_steps_are_refused_for_experts():
-    with pytest.raises(ValueError, match="leave --compile out"):
+def test_compile_is_rejected_for_experts():
+    with pytest.raises(ValueError, match="--compile does not work with experts: drop it"):
         generate(build(VariantConfig(97, 16, 1, 2, 16, n_expert=2)), torch.zeros(1, 1, dtype=torch.long), 4, compile=True)
