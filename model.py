@@ -91,7 +91,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them, where it is four times as wide."""
+    """Two linear layers with a GELU between them, at four times the width."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()

@@ -57,7 +57,7 @@ class VariantConfig(GPTConfig):
     window: int | None = None
     """Positions a query sees, including its own (Beltagy et al., 2020). Default: all before it."""
     window_pattern: str = "S"
-    """S (short): a layer with the window. L (long): one without. Repeats over the layers, so SSSL gives the window to three of four."""
+    """S: a layer with the window, L: a layer without. Repeats over the layers: SSSL gives three of four the window."""
     rules += rule(
         "window_pattern is {window_pattern!r}: use the letters S and L",
         lambda c: c.window_pattern and not set(c.window_pattern) - set("SL"),
@@ -173,7 +173,7 @@ def set_attention(model: GPT):
 @torch.no_grad()
 def scoring_copy(model: GPT) -> GPT:
     """Returns a copy that computes hidden_states() and logits() faster on a CPU, without gradients. Returns the model itself on other
-    devices, in fp16, and without oneDNN.
+    devices, and if oneDNN is missing or can't compute in this dtype, such as fp16.
 
     Its matrix products use autocast's current dtype, or else the weights'. Copy again after an optimizer step: a copy in another
     dtype keeps the old weights.
@@ -280,7 +280,7 @@ class VariantGPT(GPT):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
         """Computes what GPT.forward does. With experts, the gradient includes the load-balancing loss, but the returned loss does not:
-        so it compares with a model without experts."""
+        it stays comparable with that of a model without experts."""
         x, balance = self.hidden_states_and_balance(idx, cache)  # (B, T, C)
         if targets is None:
             return self.logits(x), None
