@@ -213,7 +213,7 @@ def adapt(model: GPT, config: GPTConfig):
     ours = model.config = with_switches(model.config)
     config = with_switches(config)
     if config.pos == "learned" and config.seq_len > ours.seq_len:
-        raise ValueError(f"seq_len {config.seq_len} is longer than the model's {ours.seq_len} positions: lower it")
+        raise ValueError(f"seq_len {config.seq_len} is longer than the {ours.seq_len} positions of the model: lower it")
     trained, longer = ours.seq_len / ours.rope_factor, config.seq_len / config.rope_factor
     if config.rope_scaling != "none" and longer != trained:
         needed = f"rope_factor {config.rope_factor:g} needs seq_len {trained * config.rope_factor:g}, not {config.seq_len}"

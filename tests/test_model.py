@@ -437,5 +437,5 @@ def test_shortened_model_equals_original_on_short_sequences():
     before = model(idx)[0]
     adapt(model, replace(model.config, seq_len=8))
     assert (model(idx)[0] == before).all() and model.transformer.wpe.weight.shape == (8, 16)
-    with pytest.raises(ValueError, match="longer than the model's 8 positions: lower it"):
+    with pytest.raises(ValueError, match="longer than the 8 positions of the model: lower it"):
         adapt(model, replace(model.config, seq_len=9))
