@@ -1,7 +1,7 @@
-"""GPT-2 (Radford et al., 2019) from scratch, to be read from top to bottom. What came after GPT-2 is in variants.py.
+"""GPT-2 (Radford et al., 2019) from scratch. Read it from top to bottom. Everything after GPT-2 is in variants.py.
 
 Letters in the shapes: B sequences of T tokens, C = n_embd channels, H = n_head heads of D = C / H channels, V ids in the
-vocabulary, S positions to attend to: T, or what a KV cache holds.
+vocabulary, S positions that have a key and a value: T, or with a KV cache more.
 """
 
 import importlib
@@ -23,7 +23,7 @@ class GPTConfig:
     """The shape of a model. The defaults are GPT-2 (124M)."""
 
     vocab_size: int = 50257
-    """Ids the tokenizer has; train.py takes it from the shards."""
+    """Number of token ids; train.py takes it from the shards."""
     seq_len: int = 1024
     """Longest sequence the model sees, in tokens."""
     n_layer: int = 12
@@ -38,12 +38,12 @@ class GPTConfig:
     rules = rule("n_embd {n_embd} is not a multiple of n_head {n_head}: change one of them", lambda c: c.n_embd % c.n_head == 0)
 
     def errors(self) -> list[str]:
-        """What is wrong with these values, one line each."""
+        """Says what is wrong with these values, one line each."""
         return field_errors(self, self.rules)
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding table: a multiple of 64 keeps the largest matrix product on aligned tiles."""
+        """Rows of the embedding table: vocab_size rounded up to a multiple of 64, because aligned matrix products are faster."""
         return -(-self.vocab_size // 64) * 64
 
 
@@ -65,7 +65,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and what came before it (Vaswani et al., 2017, section 3.2)."""
+    """Multi-head attention: a position sees itself and everything before it (Vaswani et al., 2017, section 3.2)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -75,10 +75,10 @@ class CausalSelfAttention(nn.Module):
         self.attend = flash_attention if config.attention == "flash" else manual_attention
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: Callable | None = None) -> Tensor:
-        """x: (B, T, C) → (B, T, C). cache: takes the new keys and values, returns all there are."""
+        """x: (B, T, C) → (B, T, C). cache(k, v) stores the new keys and values, and returns them with all earlier ones."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D) each
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in (q, k, v))  # each (B, H, T, D)
         if cache is not None:
             k, v = cache(k, v)  # (B, H, S, D)
         y = self.attend(q, k, v, mask)  # (B, H, T, D)
@@ -91,7 +91,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide in between."""
+    """Two linear layers with a GELU between them, at four times the width."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -104,7 +104,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each with a layer norm before it and added to the residual stream."""
+    """Attention, then MLP. Each reads a layer norm of the residual stream x and adds its result to x."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -119,7 +119,7 @@ class Block(nn.Module):
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Mean cross entropy in nats per token. x: (N, C). weight: (≥ V, C), the head. targets: (N,), -100 where there is none."""
+    """Mean cross entropy in nats per token. x: (N, C) hidden states. weight: (≥ V, C), the head. targets: (N,), -100 is ignored."""
     logits = F.linear(x, weight)[:, :vocab_size]  # (N, V)
     return F.cross_entropy(logits.float(), targets, ignore_index=-100)  # float(): a sum over V in bf16 would lose digits
 
@@ -148,8 +148,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Draws weights from N(0, 0.02) and zeroes biases (Radford et al., 2018). What writes into the residual stream is scaled
-        by (2·n_layer)^-0.5, so that 2·n_layer contributions add up to the variance of one (Radford et al., 2019)."""
+        """Draws weights with standard deviation 0.02 and zeroes biases (Radford et al., 2018). Scales each c_proj, whose output is
+        added to the residual stream, by (2·n_layer)^-0.5: the sum of 2·n_layer has the variance of one (Radford et al., 2019)."""
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 scale = (2 * self.config.n_layer) ** -0.5 if "c_proj" in name else 1.0
@@ -159,7 +159,7 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
         """Returns (logits (B, T, V), None), or with targets (None, mean cross entropy in nats per token).
-        idx: (B, T) ids. targets: (B, T) ids, -100 where a position does not count. cache: holds the positions before idx.
+        idx: (B, T) ids. targets: (B, T), the id after each position, or -100 to ignore it. cache: holds the positions before idx.
         ValueError if cache and idx together are longer than seq_len."""
         x = self.hidden_states(idx, cache)  # (B, T, C)
         if targets is None:
@@ -168,8 +168,8 @@ class GPT(nn.Module):
 
     def hidden_states(self, idx: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None):
         """(B, T) ids → (B, T, C), which the head turns into logits. positions: (B, T) or (T,), by default those after the cache's.
-        mask: (…, T, T), True where a query may look. With a cache, the cache makes the mask, and a caller who gives positions
-        moves cache.length."""
+        mask: (…, T, T), True where a query may look. With a cache, the cache makes the mask, and if you give positions, you advance
+        cache.length."""
         if positions is None:
             positions = next_positions(idx, cache, self.config.seq_len)  # (T,)
         if cache is not None:
@@ -180,19 +180,19 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., C) → (..., V). Cuts off the ids that only pad the table: they can't be predicted or sampled."""
+        """(..., C) → (..., V). Drops the padding rows of the table, so they can't be predicted or sampled."""
         return self.lm_head(x)[..., : self.config.vocab_size]
 
     def num_params(self) -> int:
-        """Parameters, without the rows that only pad the vocabulary."""
+        """Number of parameters, without the padding rows of the table."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str, revision: str | None = None) -> "GPT":
-        """OpenAI's weights from the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a local Hugging Face folder. Reads only
+        """Loads OpenAI's weights from the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a local Hugging Face folder. Reads only
         safetensors, never a pickle. ValueError if the name, folder or shape does not fit."""
-        # a folder may hold a variant; by name, because variants.py imports this file
+        # a folder may hold a variant; import it here and by name, because variants.py imports this file
         return importlib.import_module("variants").from_pretrained(name_or_dir, revision)
 
     def save_pretrained(self, folder: str):

@@ -1,4 +1,4 @@
-"""What came after GPT-2: switches, each beside its rule, and the model that has them. build(config) is what the scripts call.
+"""Everything after GPT-2: a config with switches, each next to its rule, and the model that they change. Scripts call build(config).
 
 With no switch on, build returns model.py's GPT. Letters in the shapes as in model.py; K of the H heads have keys and values.
 """
@@ -21,7 +21,7 @@ from ops.kv_cache import KVCache, next_positions
 
 @dataclass
 class VariantConfig(GPTConfig):
-    """GPT-2's shape and the switches for what came after it."""
+    """GPT-2's shape, and one switch for each later idea. By default all are off."""
 
     rules = (
         *GPTConfig.rules,
@@ -30,67 +30,69 @@ class VariantConfig(GPTConfig):
     )
 
     pos: Literal["learned", "rope"] = "learned"
-    """Positions: a learned table, or rotary embeddings (Su et al., 2021)."""
+    """How the model knows positions: a learned table, or rotary embeddings (Su et al., 2021)."""
     rules += rule(
-        "pos {pos} turns pairs of channels: n_embd {n_embd} / n_head {n_head} must be even",
+        "pos {pos} rotates pairs of channels: n_embd {n_embd} / n_head {n_head} must be even",
         lambda c: c.pos != "rope" or c.n_embd // c.n_head % 2 == 0,
     )
     rope_base: float = 10000.0
-    """Rotary embeddings: the longest wave is about 2π times as many positions."""
-    rules += rule("rope_base {rope_base} is for pos rope, not for {pos}", lambda c: c.pos == "rope" or c.rope_base == 10000)
+    """Base of the rotary wavelengths: the longest is about 2π · rope_base positions."""
+    rules += rule("rope_base {rope_base} needs pos rope, not {pos}: set pos to rope", lambda c: c.pos == "rope" or c.rope_base == 10000)
     rules += rule("rope_base is {rope_base}: it must be from 2 to 10^12", lambda c: 2 <= c.rope_base <= 10**12)
     rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
-    """For sequences --rope-factor times as long as in training (Chen et al., 2023; bloc97, 2023; Peng et al., 2023)."""
-    rules += rule("rope_scaling {rope_scaling} is for pos rope, not for {pos}", lambda c: c.pos == "rope" or c.rope_scaling == "none")
-    rope_factor: float = 1.0
-    """seq_len as a multiple of the length that the model was trained on."""
+    """Scale rotary embeddings to sequences longer than in training (Chen et al., 2023; bloc97, 2023; Peng et al., 2023)."""
     rules += rule(
-        "rope_scaling {rope_scaling} with rope_factor {rope_factor}: give both or none",
+        "rope_scaling {rope_scaling} needs pos rope, not {pos}: set pos to rope", lambda c: c.pos == "rope" or c.rope_scaling == "none"
+    )
+    rope_factor: float = 1.0
+    """seq_len divided by the sequence length in training."""
+    rules += rule(
+        "rope_scaling {rope_scaling} with rope_factor {rope_factor}: set both or neither",
         lambda c: (c.rope_scaling == "none") == (c.rope_factor == 1),
     )
     rules += rule("rope_factor is {rope_factor}: it must be from 1 to 10^6", lambda c: 1 <= c.rope_factor <= 10**6)
     n_kv_head: int | None = None
-    """Heads with keys and values, each for n_head / n_kv_head queries (Ainslie et al., 2023); by default all."""
+    """Key-value heads; each serves n_head / n_kv_head query heads (Ainslie et al., 2023). Default: n_head."""
     rules += rule("n_head {n_head} is not a multiple of n_kv_head {n_kv_head}: change one of them", lambda c: c.n_head % c.kv_heads == 0)
     window: int | None = None
-    """Positions a query sees, its own included (Beltagy et al., 2020); by default all before it."""
+    """Positions a query sees, including its own (Beltagy et al., 2020). Default: all before it."""
     window_pattern: str = "S"
-    """Which layers the window is for, repeated over all: S for short, L for long, without it. SSSL: three of four."""
+    """S: a layer with the window, L: a layer without. Repeats over the layers: SSSL gives three of four the window."""
     rules += rule(
-        "window_pattern is {window_pattern!r}: it must be letters S and L",
+        "window_pattern is {window_pattern!r}: use the letters S and L",
         lambda c: c.window_pattern and not set(c.window_pattern) - set("SL"),
     )
     rules += rule(
-        "window_pattern {window_pattern} is for a window, which is {window}: give one", lambda c: c.window or c.window_pattern == "S"
+        "window_pattern {window_pattern} needs a window, which is {window}: set window", lambda c: c.window or c.window_pattern == "S"
     )
     doc_mask: bool = False
-    """A query sees its own document only, which begins at the last <|endoftext|>."""
+    """A query sees only its own document. Each <|endoftext|> begins a document."""
     qk_norm: bool = False
-    """RMSNorm of each head's queries and keys (Henry et al., 2020)."""
+    """Apply RMSNorm to each head's queries and keys (Henry et al., 2020)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Before attention, MLP and head (Ba et al., 2016; Zhang & Sennrich, 2019)."""
+    """The norm before attention, MLP and head (Ba et al., 2016; Zhang & Sennrich, 2019)."""
     mlp: Literal["gelu", "gelu_exact", "relu2", "swiglu"] = "gelu"
-    """The MLP's activation (Hendrycks & Gimpel, 2016; So et al., 2021; Shazeer, 2020), at equal parameters. gelu_exact: nanoGPT's."""
+    """MLP activation, at about equal parameters (Hendrycks & Gimpel, 2016; So et al., 2021; Shazeer, 2020). gelu_exact: nanoGPT's."""
     bias: bool = True
-    """Biases in linear layers and norms."""
+    """Linear layers and norms have biases."""
     tied_head: bool = True
-    """The head is the embedding table (Press & Wolf, 2017)."""
+    """The head uses the embedding table as its weights (Press & Wolf, 2017)."""
     value_residual: bool = False
-    """Mix a layer's values with the first layer's (Zhou et al., 2024)."""
+    """Mix each layer's values with the first layer's (Zhou et al., 2024)."""
     share_layers: int = 1
-    """Consecutive layers that share weights (Lan et al., 2019); must divide n_layer."""
+    """Consecutive layers that share weights (Lan et al., 2019); must divide n_layer. 1: none."""
     rules += rule(
         "n_layer {n_layer} is not a multiple of share_layers {share_layers}: change one of them",
         lambda c: c.n_layer % c.share_layers == 0,
     )
     n_expert: int = 1
-    """MLPs per block; a router chooses among them for each token (Shazeer et al., 2017)."""
+    """MLPs per block; a router picks some for each token (Shazeer et al., 2017). 1: no router."""
     rules += rule("n_expert is {n_expert}: it must be at most 1024", lambda c: c.n_expert <= 1024)
     n_expert_active: int = 1
-    """How many it chooses; together they are as wide as one MLP without a choice."""
+    """MLPs the router picks for a token. Together they are as wide as the MLP of a block without experts."""
     rules += rule("n_expert_active {n_expert_active} is more than n_expert {n_expert}: lower it", lambda c: c.n_expert_active <= c.n_expert)
     load_balance: float = 0.01
-    """Weight of the loss that keeps the experts equally busy (Fedus et al., 2021)."""
+    """Weight of the loss that keeps the experts equally busy (Fedus et al., 2021). 0: off."""
     rules += rule("load_balance is {load_balance}: it must be from 0 to 10^6", lambda c: 0 <= c.load_balance <= 10**6)
 
     def switches_on(self) -> list[str]:
@@ -103,25 +105,25 @@ class VariantConfig(GPTConfig):
 
     @property
     def windows(self) -> list[int | None]:
-        """The window of each layer, None where a query sees everything before it."""
+        """Each layer's window, None for a layer without one."""
         return attention.layer_windows(self.window, self.window_pattern, self.n_layer, self.seq_len)
 
     @property
     def n_inner(self) -> int:
-        """Channels inside an MLP or an active expert: in all as many weights as 4 · n_embd have without a gate."""
+        """Width of an MLP, or of one active expert. The active ones together have about as many weights as GPT-2's MLP."""
         inner = -(-self.n_embd // 3) * 8 if self.mlp == "swiglu" else 4 * self.n_embd
         return -(-inner // self.n_expert_active)
 
     @property
     def n_fc(self) -> int:
-        """Channels out of an MLP's first product: a gate doubles them."""
+        """Outputs of an MLP's first layer. A gate doubles them."""
         return (2 if self.mlp == "swiglu" else 1) * self.n_inner
 
 
 GPT2_FIELDS = {f.name for f in fields(GPTConfig)}
 SWITCHES = [f for f in fields(VariantConfig) if f.name not in GPT2_FIELDS]
 
-# fields that may change while the weights stay
+# adapt() changes these: no weight depends on them, except that seq_len cuts the table of learned positions
 NOT_IN_WEIGHTS = {
     "seq_len", "attention", "rope_base", "rope_scaling", "rope_factor", "window", "window_pattern", "doc_mask", "load_balance",
 }  # fmt: skip
@@ -131,7 +133,7 @@ NOT_IN_WEIGHTS = {
 
 
 def build(config: GPTConfig) -> GPT:
-    """A model with new weights: GPT-2 if no switch is on, else a VariantGPT. With the fast parts. ValueError if the config is wrong."""
+    """Returns a model with new weights and the fast parts: GPT-2, or VariantGPT if a switch is on. ValueError if the config is wrong."""
     config = with_switches(config)
     model = VariantGPT(config) if config.switches_on() else GPT(config)
     use_fast_parts(model)
@@ -139,18 +141,18 @@ def build(config: GPTConfig) -> GPT:
 
 
 def with_switches(config: GPTConfig) -> VariantConfig:
-    """The same shape as a VariantConfig."""
+    """Returns the same shape as a VariantConfig."""
     return config if isinstance(config, VariantConfig) else VariantConfig(**asdict(config))
 
 
 def build_on_meta(config: GPTConfig) -> GPT:
-    """A model without memory or values: to count with, or to receive another model's weights."""
+    """Returns a model whose parameters have shapes but no memory: to count them, or to load other weights into it."""
     with torch.device("meta"):
         return build(config)
 
 
 def use_fast_parts(model: GPT):
-    """Replaces parts of a model by equivalents from ops/. Each chooses its code by device, and whether it is being compiled."""
+    """Replaces parts of a model with equivalents from ops/. They pick their code by device and by whether torch.compile runs."""
     set_attention(model)
     model.loss = loss.in_chunks(cross_entropy)
     for block in model.transformer.h:
@@ -162,7 +164,7 @@ def use_fast_parts(model: GPT):
 
 
 def set_attention(model: GPT):
-    """Gives every block the attention that config.attention names."""
+    """Sets every block's attention to the one that config.attention names."""
     manual = windowed_attention if isinstance(model, VariantGPT) else manual_attention
     for block in model.transformer.h:
         block.attn.attend = attention.fused_attention if model.config.attention == "flash" else manual
@@ -170,10 +172,11 @@ def set_attention(model: GPT):
 
 @torch.no_grad()
 def scoring_copy(model: GPT) -> GPT:
-    """A copy for hidden_states() and logits() without gradients, faster on a CPU. Elsewhere, without oneDNN or in fp16: the model itself.
+    """Returns a copy that computes hidden_states() and logits() faster on a CPU, without gradients. Returns the model itself on other
+    devices, and if oneDNN is missing or can't compute in this dtype, such as fp16.
 
-    Its products are in autocast's current dtype, else the weights'. Make a new copy after an optimizer step: weights in another
-    dtype are those of the moment it was made.
+    Its matrix products use autocast's current dtype, or else the weights'. Copy again after an optimizer step: a copy in another
+    dtype keeps the old weights.
     """
     weight = model.lm_head.weight
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
@@ -194,7 +197,7 @@ def scoring_copy(model: GPT) -> GPT:
 
 
 def from_pretrained(name_or_dir: str, revision: str | None = None) -> GPT:
-    """GPT.from_pretrained, for a GPT-2 folder of any variant."""
+    """Loads a GPT-2 as GPT.from_pretrained does. Its config.json may turn on a switch, such as another activation."""
     folder, shape, state = huggingface.load(name_or_dir, revision)
     config = VariantConfig(**shape)
     raise_errors([f"{folder / 'config.json'}: {'; '.join(errors)}"] if (errors := config.errors()) else [])
@@ -205,16 +208,16 @@ def from_pretrained(name_or_dir: str, revision: str | None = None) -> GPT:
 
 @torch.no_grad()
 def adapt(model: GPT, config: GPTConfig):
-    """Takes over the fields that don't change the weights, for fine-tuning. Cuts a learned position table to the new seq_len.
-    ValueError if the table is too short, or if rope is scaled by another factor than seq_len is."""
+    """Prepares a model for fine-tuning: copies the fields in NOT_IN_WEIGHTS from config, and cuts a learned position table to the new
+    seq_len. ValueError if the table is too short, or if rope_factor does not fit the new seq_len."""
     ours = model.config = with_switches(model.config)
     config = with_switches(config)
     if config.pos == "learned" and config.seq_len > ours.seq_len:
-        raise ValueError(f"seq_len {config.seq_len} is longer than the {ours.seq_len} positions the model has: lower it")
+        raise ValueError(f"seq_len {config.seq_len} is longer than the {ours.seq_len} positions of the model: lower it")
     trained, longer = ours.seq_len / ours.rope_factor, config.seq_len / config.rope_factor
     if config.rope_scaling != "none" and longer != trained:
-        why = f"rope_factor {config.rope_factor:g} is for sequences of {trained * config.rope_factor:g}, not of {config.seq_len}"
-        raise ValueError(f"{why}, since the model was trained on {trained:g}: change seq_len or the factor")
+        needed = f"rope_factor {config.rope_factor:g} needs seq_len {trained * config.rope_factor:g}, not {config.seq_len}"
+        raise ValueError(f"{needed}, for a model trained on {trained:g}: change one of them")
     for name in NOT_IN_WEIGHTS:
         setattr(ours, name, getattr(config, name))
     set_attention(model)
@@ -227,7 +230,7 @@ def adapt(model: GPT, config: GPTConfig):
 
 
 def idle_params(model: GPT) -> int:
-    """Parameters of the experts that are not chosen for a token."""
+    """Counts the parameters of the experts that a token does not use."""
     config = with_switches(model.config)
     if config.n_expert == 1:
         return 0
@@ -236,9 +239,12 @@ def idle_params(model: GPT) -> int:
 
 
 def flops_per_token(model: GPT) -> int:
-    """Floating point operations per token in training, forward and backward: 6 N + 12 C · positions seen, summed over the layers
-    (Chowdhery et al., 2022, appendix B). N counts active weights as often as they are used, and leaves out position tables and an
-    embedding that is not also the head. Causality is not discounted."""
+    """Counts the floating point operations per token in training, forward and backward: 6 N + 12 C · positions seen, summed over
+    the layers (Chowdhery et al., 2022, appendix B).
+
+    N is the number of active weights, each counted as often as it is used. It excludes the position table, and the embedding table
+    if untied. Each query counts as if it saw its whole window, or all of seq_len.
+    """
     config = with_switches(model.config)
     blocks = sum(p.numel() for p in model.transformer.h.parameters()) - idle_params(model)
     n = config.share_layers * blocks + model.lm_head.weight.numel() + sum(p.numel() for p in model.transformer.ln_f.parameters())
@@ -249,7 +255,7 @@ def flops_per_token(model: GPT) -> int:
 
 
 class VariantGPT(GPT):
-    """GPT with any of the switches."""
+    """GPT with any switches on."""
 
     def __init__(self, config: VariantConfig):
         nn.Module.__init__(self)
@@ -268,12 +274,13 @@ class VariantGPT(GPT):
             self.value_scale = nn.Parameter(torch.full((config.n_layer,), 0.5))
         set_attention(self)
         self.loss = cross_entropy
-        self.flex = False  # whether windows and documents go through FlexAttention
+        self.flex = False  # True: windows and documents use FlexAttention
         self.register_load_state_dict_pre_hook(huggingface.pad_tables)
         self.init_weights()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
-        """As GPT.forward. With experts the gradient includes their load-balancing loss; the number doesn't, so that losses compare."""
+        """Computes what GPT.forward does. With experts, the gradient includes the load-balancing loss, but the returned loss does not:
+        it stays comparable with that of a model without experts."""
         x, balance = self.hidden_states_and_balance(idx, cache)  # (B, T, C)
         if targets is None:
             return self.logits(x), None
@@ -286,7 +293,7 @@ class VariantGPT(GPT):
         return self.hidden_states_and_balance(idx, cache, positions, mask)[0]
 
     def hidden_states_and_balance(self, idx: Tensor, cache: KVCache | None = None, positions=None, mask=None):
-        """GPT.hidden_states, and the load-balancing loss of all experts."""
+        """Returns what GPT.hidden_states does, and the load-balancing loss summed over the layers."""
         config = self.config
         if positions is None:
             positions = next_positions(idx, cache, config.seq_len)
@@ -304,13 +311,14 @@ class VariantGPT(GPT):
                 cache=None if cache is None else cache.layer(layer, positions, window),
                 values=(first_values, self.value_scale[layer]) if config.value_residual else None,
             )
-            x, values, more = self.transformer.h[layer // config.share_layers](x, context)
+            x, values, layer_balance = self.transformer.h[layer // config.share_layers](x, context)
             first_values = values if layer == 0 else first_values
-            balance = balance + more
+            balance = balance + layer_balance
         return self.transformer.ln_f(x), balance
 
     def masks(self, idx: Tensor, cache: KVCache | None, positions: Tensor, mask: Tensor | None) -> dict:
-        """Window → what its queries may see: (…, T, S), True for it; None: everything before them in the window."""
+        """Returns a mask for each window: (…, T, S), True where a query may look, or a BlockMask. None: everything before it that
+        the window holds."""
         config, masks, documents = self.config, {}, None
         flex = self.flex and config.attention == "flash"
         if config.doc_mask and mask is None:
@@ -340,11 +348,11 @@ class VariantGPT(GPT):
 class Context(NamedTuple):
     """What a layer needs besides its input."""
 
-    window: int | None  # how far a query sees, where there is no mask
+    window: int | None  # how far back a query sees, if mask is None
     mask: Tensor | BlockMask | None  # (…, T, S), True where a query may look
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines for rope, (…, T, D/2) each
     cache: object | None  # stores new keys and values, returns all
-    values: tuple[Tensor | None, Tensor] | None  # the first layer's (B, K, T, D), and how much of them this one takes
+    values: tuple[Tensor | None, Tensor] | None  # the first layer's values (B, K, T, D), None in that layer; their share in the mix
 
 
 class VariantBlock(Block):
@@ -356,7 +364,7 @@ class VariantBlock(Block):
         self.mlp = VariantMLP(config) if config.n_expert == 1 else MixtureOfExperts(config)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None, Tensor | float]:
-        """x: (B, T, C) → the same, the layer's values if later layers want them, and its load-balancing loss."""
+        """x: (B, T, C). Returns the new x, the layer's values with value_residual, and its load-balancing loss."""
         y, values = self.attn(self.ln_1(x), context)
         x = x + y
         y = self.mlp(self.ln_2(x))
@@ -391,14 +399,14 @@ class VariantAttention(CausalSelfAttention):
             self.q_norm, self.k_norm = RMSNorm(self.head_size), RMSNorm(self.head_size)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """x: (B, T, C) → the same, and the values (B, K, T, D) if later layers want them."""
+        """x: (B, T, C). Returns the new x, and the values (B, K, T, D) with value_residual."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split([C, self.kv_size, self.kv_size], dim=2)
         q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), twice (B, K, T, D)
         values = None
         if context.values is not None:
-            first, share = context.values
-            values = v = v + share * ((v if first is None else first) - v)
+            first, scale = context.values
+            values = v = v + scale * ((v if first is None else first) - v)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rotation is not None:
@@ -412,37 +420,40 @@ class VariantAttention(CausalSelfAttention):
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None) -> Tensor:
-    """manual_attention that sees no further back than the window."""
+    """Computes manual_attention, in which a query sees at most `window` positions back, including its own."""
     if mask is None and window is not None:
         mask = attention.causal_mask(q.size(2), q.size(2), q.device, window)
     return manual_attention(q, k, v, mask)
 
 
 def rotation_of(positions: Tensor, config: VariantConfig) -> tuple[Tensor, Tensor]:
-    """Positions (…, T) → cosines and sines (…, T, D/2) of the angles that rope turns them by: pair i of a head's channels by
-    position · base^(-2i/D) (Su et al., 2021, equation 15). Scaled, for sequences s times as long as in training: 'linear'
-    divides all angles by s, 'ntk' makes the base larger, 'yarn' divides the angles of the slow pairs and leaves the fast."""
+    """Returns cosines and sines (…, T, D/2) of the angles by which RoPE rotates positions (…, T). Pair i of a head's channels rotates
+    by position · base^(-2i/D) (Su et al., 2021, equation 15).
+
+    rope_scaling, for sequences s times as long as in training: 'linear' divides all angles by s. 'ntk' makes the base larger.
+    'yarn' divides the angles of slow pairs and keeps those of fast ones.
+    """
     D, base, s = config.n_embd // config.n_head, config.rope_base, config.rope_factor
     pair = torch.arange(D // 2, device=positions.device)
     if config.rope_scaling == "ntk":
         base = base * s ** (D / max(1, D - 2))
-    speed = base ** (-2 * pair / D)  # radians a position
+    speed = base ** (-2 * pair / D)  # radians per position
     scale = 1.0
     if config.rope_scaling == "linear":
         speed = speed / s
-    if config.rope_scaling == "yarn":  # Peng et al., 2023, equations 17 to 23: pairs that turn 32 times and more stay
+    if config.rope_scaling == "yarn":  # Peng et al., 2023, equations 17 to 23: pairs that turn 32 times or more keep their speed
         trained = config.seq_len / s
         fast, slow = (D * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (32, 1))
         fast, slow = max(math.floor(fast), 0), min(math.ceil(slow), D - 1)
-        divided = ((pair - fast) / max(slow - fast, 0.001)).clamp(0, 1)  # 0: left as it is, 1: divided by s
+        divided = ((pair - fast) / max(slow - fast, 0.001)).clamp(0, 1)  # 0: keeps its speed, 1: divided by s
         speed = speed * (1 - divided) + speed / s * divided
-        scale = 0.1 * math.log(s) + 1  # longer sequences spread the attention: sharper
+        scale = 0.1 * math.log(s) + 1  # sharpens the attention, which spreads out over longer sequences
     angles = positions[..., None] * speed
     return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, H, T, D), channels i and i + D/2 being a pair."""
+    """Rotates each pair of channels i and i + D/2 of x (B, H, T, D). cos, sin: (…, T, D/2)."""
     cos, sin = (y[..., None, :, :].type_as(x) for y in (cos, sin))  # (…, 1, T, D/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -461,7 +472,7 @@ def relu2(x: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """(…, 2 n) → (…, n): the first half, through SiLU, is the gate of the second."""
+    """(…, 2 n) → (…, n). The first half, through SiLU, gates the second (Shazeer, 2020)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -470,8 +481,9 @@ ACTIVATIONS = {"gelu": gelu, "gelu_exact": F.gelu, "relu2": relu2, "swiglu": swi
 
 
 class MixtureOfExperts(nn.Module):
-    """Several MLPs, of which a token goes through those that a router gives the highest probability, weighted by it (Shazeer et
-    al., 2017; Jiang et al., 2024). No token is dropped, however many choose the same expert. The experts have no biases."""
+    """Several MLPs, the experts. A router sends each token to the n_expert_active most probable ones, and adds up their outputs,
+    weighted by probability (Shazeer et al., 2017; Jiang et al., 2024). It never drops a token, even if all choose the same expert.
+    The experts have no biases."""
 
     def __init__(self, config: VariantConfig):
         super().__init__()
@@ -482,14 +494,14 @@ class MixtureOfExperts(nn.Module):
         self.activation, self.by_expert = ACTIVATIONS[config.mlp], by_expert
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, T, C) → the same, and the load-balancing loss: n_expert · Σ (share of the tokens · mean probability), 1
-        where both are equal for all experts (Fedus et al., 2021, equation 4)."""
+        """x: (B, T, C). Returns the output (B, T, C) and the load-balancing loss: n_expert · Σ over experts of (fraction of the tokens
+        · mean probability). It is 1 if both are equal for all experts (Fedus et al., 2021, equation 4)."""
         tokens = x.flatten(0, 1)  # (N, C)
         probs = self.router(tokens).float().softmax(-1)  # (N, experts)
         weights, chosen = probs.topk(self.n_active)  # (N, active)
-        if self.n_active > 1:  # of one alone the probability is what the router learns by
+        if self.n_active > 1:  # a single weight would always be 1, and the router would get no gradient
             weights = weights / weights.sum(-1, keepdim=True)
-        order = chosen.flatten().argsort(stable=True)  # tokens in the order of their experts, each as often as it chose
+        order = chosen.flatten().argsort(stable=True)  # sorts the choices, n_active per token, by expert
         counts = chosen.flatten().bincount(minlength=probs.size(1))
         rows = order // self.n_active
         y = self.by_expert(self.activation(self.by_expert(tokens[rows], self.c_fc, counts)), self.c_proj, counts)
@@ -500,7 +512,8 @@ class MixtureOfExperts(nn.Module):
 
 
 def by_expert(x: Tensor, weights: nn.ParameterList, counts: Tensor) -> Tensor:
-    """The first counts[0] rows of x (N, in) times the first weight (out, in), the next counts[1] times the second, …: (N, out)."""
+    """Multiplies the first counts[0] rows of x (N, in) with the first weight (out, in), the next counts[1] rows with the second, and
+    so on. Returns (N, out)."""
     parts = zip(x.split(counts.tolist()), weights, strict=True)
-    # rows of zeros up to a multiple of 64: for each new shape a CPU's library makes code, and keeps it
+    # pads with rows of zeros to a multiple of 64: the CPU's library generates code for each new shape, and keeps it
     return torch.cat([(F.pad(part, (0, 0, 0, -len(part) % 64)) @ weight.t())[: len(part)] for part, weight in parts])

@@ -1,7 +1,7 @@
-"""Hugging Face's files, config.json and model.safetensors: GPT-2's in, and any variant out, as the architecture of transformers that
-computes the same.
+"""Loads GPT-2 from Hugging Face's files, config.json and model.safetensors. Saves any variant as the architecture of transformers
+that computes the same.
 
-A model is a shape and a state here. shape: the fields of its config by name; switches that are missing are off. state: its state dict.
+Here a model is a shape and a state. shape: the fields of its config by name; missing switches are off. state: its state dict.
 """
 
 import json
@@ -23,7 +23,7 @@ SIZES = {
 
 
 def load(name_or_dir: str, revision: str | None = None) -> tuple[Path, dict, dict[str, Tensor]]:
-    """The folder, shape and state of a GPT-2 on the hub or in a local folder. ValueError if it is missing, damaged or no GPT-2."""
+    """Returns folder, shape and state of a GPT-2 on the hub or in a local folder. ValueError if it is missing, damaged or no GPT-2."""
     folder = hf_folder(name_or_dir, revision)
     shape = shape_from_hf(folder)
     return folder, shape, state_from_hf(load_safetensors(folder), shape, folder)
@@ -31,7 +31,7 @@ def load(name_or_dir: str, revision: str | None = None) -> tuple[Path, dict, dic
 
 @torch.no_grad()
 def save(shape: dict, state: dict[str, Tensor], folder: str | Path):
-    """Writes a model as the first architecture of transformers that computes the same; ValueError if none does."""
+    """Saves a model as the first architecture of transformers that computes the same. ValueError if none does."""
     from safetensors.torch import save_file
 
     kind = architecture(shape)
@@ -46,7 +46,7 @@ def save(shape: dict, state: dict[str, Tensor], folder: str | Path):
 
 
 def pad_tables(model, state: dict, prefix: str = "", *_):
-    """Adds the rows that only pad the vocabulary to tables that lack them, as Hugging Face's do. In place. A load_state_dict pre-hook."""
+    """Adds the padding rows to tables that lack them, such as Hugging Face's. A load_state_dict pre-hook: changes state in place."""
     config = model.config
     missing = config.padded_vocab_size - config.vocab_size
     for name in (f"{prefix}transformer.wte.weight", f"{prefix}lm_head.weight"):
@@ -65,7 +65,7 @@ class Anything:
         return True
 
 
-# the switches that an architecture has, and the values it computes; all others must be off
+# the switches of each architecture, with the values it can compute; all other switches must be off
 ANY, EITHER = Anything(), (True, False)
 ALL = dict(tied_head=EITHER, share_layers=ANY, load_balance=ANY)  # load_balance matters in training only
 ROPE = ALL | dict(pos=("rope",), rope_base=ANY, rope_scaling=("none", "linear", "yarn"), rope_factor=ANY)
@@ -73,12 +73,12 @@ LLAMA = ROPE | dict(n_kv_head=ANY, norm=("rmsnorm",), mlp=("swiglu",), bias=(Fal
 ARCHITECTURES = {
     "GPT2": ALL | dict(mlp=ACTIVATIONS),
     "GPTNeoX": ROPE | dict(mlp=ACTIVATIONS),
-    "Mixtral": LLAMA | dict(window=ANY, n_expert=range(2, 1025), n_expert_active=range(2, 1025)),  # with one active it drops the weight
+    "Mixtral": LLAMA | dict(window=ANY, n_expert=range(2, 1025), n_expert_active=range(2, 1025)),  # drops the weight of a single one
     "Llama": LLAMA,
     "Mistral": LLAMA | dict(window=ANY),
     "Qwen3": LLAMA | dict(qk_norm=(True,), window=ANY, window_pattern=ANY),
 }
-# every switch as GPT-2 has it
+# every switch's value in GPT-2; it repeats VariantConfig's defaults, because this file may not import variants.py
 OFF = dict(
     pos="learned", rope_base=10000.0, rope_scaling="none", rope_factor=1.0, n_kv_head=None, window=None, window_pattern="S", doc_mask=False,
     qk_norm=False, norm="layernorm", mlp="gelu", bias=True, tied_head=True, value_residual=False, share_layers=1, n_expert=1,
@@ -87,17 +87,17 @@ OFF = dict(
 
 
 def architecture(shape: dict) -> str:
-    """The first that computes the same. ValueError names the nearest, and where it differs."""
-    odd = {kind: misfits(shape, switches) for kind, switches in ARCHITECTURES.items()}
-    nearest = min(odd, key=lambda kind: len(odd[kind]))
-    if odd[nearest]:
-        why = f"no architecture of transformers computes this model: {nearest}, the nearest, differs in {', '.join(odd[nearest])}"
-        raise ValueError(f"{why}; keep it as a checkpoint of this project")
+    """Returns the first architecture that computes the same. ValueError names the nearest one and its differences."""
+    differences = {kind: unsupported(shape, switches) for kind, switches in ARCHITECTURES.items()}
+    nearest = min(differences, key=lambda kind: len(differences[kind]))
+    if differences[nearest]:
+        problem = f"transformers has no such model (the nearest, {nearest}, differs in {', '.join(differences[nearest])})"
+        raise ValueError(f"{problem}: keep it as a checkpoint of this project")
     return nearest
 
 
-def misfits(shape: dict, switches: dict) -> list[str]:
-    """The switches whose values an architecture does not compute, leaving out those that change nothing."""
+def unsupported(shape: dict, switches: dict) -> list[str]:
+    """Lists the switches whose values an architecture can't compute, except those that change nothing in this shape."""
     sizes = ("vocab_size", "seq_len", "n_layer", "n_head", "n_embd", "attention")
     values = OFF | {name: value for name, value in shape.items() if name not in sizes}
     if values["n_kv_head"] == shape["n_head"]:
@@ -113,7 +113,7 @@ def windows_of(shape: dict) -> list[int | None]:
 
 
 def config_to_hf(shape: dict, state: dict[str, Tensor], kind: str) -> dict:
-    """config.json. <|endoftext|> is the last id in every tokenizer of this project, as in GPT-2's."""
+    """Returns the contents of config.json. <|endoftext|> is the last id in every tokenizer of this project, as in GPT-2's."""
     shape = OFF | shape
     both = {
         "architectures": ["GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"],
@@ -133,7 +133,7 @@ def config_to_hf(shape: dict, state: dict[str, Tensor], kind: str) -> dict:
         "hidden_size": shape["n_embd"],
         "intermediate_size": next(p for name, p in state.items() if ".mlp.c_proj." in name and p.dim() == 2).size(1),
         "rope_parameters": rope,
-        # and as transformers 4 and llama.cpp look for it
+        # transformers 4 and llama.cpp read these two instead
         "rope_theta": shape["rope_base"],
         "rope_scaling": None if shape["rope_scaling"] == "none" else rope,
     }
@@ -143,7 +143,7 @@ def config_to_hf(shape: dict, state: dict[str, Tensor], kind: str) -> dict:
 def gpt2_config(shape: dict) -> dict:
     return {
         "n_positions": shape["seq_len"],
-        "n_ctx": shape["seq_len"],  # llama.cpp asks for it
+        "n_ctx": shape["seq_len"],  # llama.cpp reads it
         "n_layer": shape["n_layer"],
         "n_head": shape["n_head"],
         "n_embd": shape["n_embd"],
@@ -193,28 +193,28 @@ def llama_config(shape: dict, kind: str) -> dict:
     return config
 
 
-# ---- the weights under each architecture's names, without the rows that only pad the vocabulary ----
+# ---- weights under each architecture's names, without padding rows ----
 
 
 def ends_of(shape: dict, state: dict[str, Tensor], table: str, head: str) -> dict[str, Tensor]:
-    """The embedding table and, unless they are tied, the head."""
+    """Returns the embedding table and, if untied, the head."""
     rows = shape["vocab_size"]
     ends = {table: state["transformer.wte.weight"][:rows]}
     return ends if shape.get("tied_head", True) else ends | {head: state["lm_head.weight"][:rows]}
 
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The parameters under a prefix, by the rest of their names."""
+    """Returns the parameters whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): p for name, p in state.items() if name.startswith(prefix)}
 
 
 def blocks_of(shape: dict, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Each layer's parameters; layers that share a block have the same."""
+    """Returns each layer's parameters. Layers that share a block get the same ones."""
     return [part_of(state, f"transformer.h.{layer // shape.get('share_layers', 1)}.") for layer in range(shape["n_layer"])]
 
 
 def renamed(params: dict[str, Tensor], names: dict[str, str], at: str) -> dict[str, Tensor]:
-    """Weight and, where there is one, bias of each of our modules, under their names."""
+    """Returns the weight and bias, if any, of the modules in names (our name → theirs), with `at` before their names."""
     return {
         f"{at}{theirs}.{end}": params[f"{ours}.{end}"]
         for ours, theirs in names.items()
@@ -224,7 +224,7 @@ def renamed(params: dict[str, Tensor], names: dict[str, str], at: str) -> dict[s
 
 
 def gpt2_state(shape: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """GPT-2's linear layers are Conv1D: weights are (in, out)."""
+    """Returns GPT-2's parameters. Its linear layers are Conv1D: weights are (in, out)."""
     theirs = ends_of(shape, state, "transformer.wte.weight", "lm_head.weight")
     theirs |= renamed(state, {"transformer.wpe": "transformer.wpe", "transformer.ln_f": "transformer.ln_f"}, "")
     for layer, params in enumerate(blocks_of(shape, state)):
@@ -233,7 +233,7 @@ def gpt2_state(shape: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def neox_state(shape: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """GPT-NeoX has query, key and value head by head in one product."""
+    """Returns GPT-NeoX's parameters. It stores query, key and value head by head in one matrix."""
     theirs = ends_of(shape, state, "gpt_neox.embed_in.weight", "embed_out.weight")
     theirs |= renamed(state, {"transformer.ln_f": "gpt_neox.final_layer_norm"}, "")
     names = {
@@ -252,7 +252,7 @@ def neox_state(shape: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def llama_state(shape: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Llama's names, which Mistral, Qwen3 and Mixtral have too."""
+    """Returns Llama's parameters. Mistral, Qwen3 and Mixtral use its names too."""
     theirs = ends_of(shape, state, "model.embed_tokens.weight", "lm_head.weight")
     theirs |= renamed(state, {"transformer.ln_f": "model.norm"}, "")
     width = shape["n_embd"]
@@ -281,17 +281,16 @@ def llama_state(shape: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return theirs
 
 
-# ---- GPT-2's files in ----
+# ---- loading GPT-2 ----
 
 
 def is_conv1d(name: str) -> bool:
-    """GPT-2 was released with its linear layers as Conv1D, whose weights are transposed."""
+    """Whether GPT-2's release stores this weight transposed: its linear layers are Conv1D."""
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
 def hf_folder(name_or_dir: str, revision: str | None = None) -> Path:
-    """A local folder as it is, or one of OpenAI's four sizes, downloaded once into the hub's cache, in a folder that has the
-    commit as its name."""
+    """Returns a local folder, or downloads one of OpenAI's four sizes once, into a folder of the hub's cache named after the commit."""
     if Path(name_or_dir).is_dir():
         return Path(name_or_dir)
     if name_or_dir not in SIZES:
@@ -302,7 +301,7 @@ def hf_folder(name_or_dir: str, revision: str | None = None) -> Path:
     try:
         for file in ("config.json", "model.safetensors"):
             path = hf_hub_download(repo, file, revision=revision)
-    except Exception as e:  # the hub's client raises a dozen kinds; each means the same to the user
+    except Exception as e:  # the hub's client raises a dozen types, and the remedy is always the same
         raise ValueError(f"could not fetch {repo} from the hub ({type(e).__name__}): check the network, or give a local folder") from e
     return Path(path).parent
 
@@ -311,7 +310,7 @@ SIZE_KEYS = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 
 
 def shape_from_hf(folder: Path) -> dict:
-    """Reads config.json. ValueError names what this project does not compute."""
+    """Reads config.json. ValueError names the setting that is missing, malformed or not supported."""
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} has no config.json: give a checkpoint, a Hugging Face GPT-2 folder, or a run's folder")
@@ -323,12 +322,12 @@ def shape_from_hf(folder: Path) -> dict:
         raise ValueError(f"{path} describes a {hf.get('model_type')!r} model: only gpt2 can be loaded")
     missing = [key for key in SIZE_KEYS if key not in hf]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it does not describe a GPT-2")
+        raise ValueError(f"{path} has no {', '.join(missing)}: give a folder with a GPT-2")
     for key in SIZE_KEYS:
         if not isinstance(hf[key], int) or isinstance(hf[key], bool) or hf[key] < 1:
             raise ValueError(f"{path}: {key} is {hf[key]!r}: it must be a whole number of at least 1")
     if hf.get("activation_function") == "gelu_pytorch_tanh":
-        hf["activation_function"] = "gelu_new"  # the same by another name
+        hf["activation_function"] = "gelu_new"  # another name for the same function
     raise_unsupported(hf, path)
     return {
         "vocab_size": hf["vocab_size"],
@@ -342,8 +341,8 @@ def shape_from_hf(folder: Path) -> dict:
 
 
 def raise_unsupported(hf: dict, path: Path):
-    """ValueError for a setting of config.json that this project does not compute."""
-    computed = {
+    """Raises ValueError for a setting of config.json that this project can't compute."""
+    supported = {
         "activation_function": tuple(ACTIVATIONS.values()),
         "layer_norm_epsilon": (1e-5,),
         "n_inner": (None, 4 * hf["n_embd"]),
@@ -352,14 +351,14 @@ def raise_unsupported(hf: dict, path: Path):
         "tie_word_embeddings": (True, False),
         "add_cross_attention": (False,),
     }
-    for key, values in computed.items():
+    for key, values in supported.items():
         if hf.get(key, values[0]) not in values:
             known = " or ".join(repr(value) for value in values if value is not None)
-            raise ValueError(f"{path}: {key} is {hf[key]!r}, this model computes {known} only")
+            raise ValueError(f"{path}: {key} is {hf[key]!r}: only {known} can be loaded")
 
 
 def load_safetensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder, from one file or from the parts that its index lists."""
+    """Loads all tensors of a Hugging Face folder, from one file or from the parts that its index lists."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -368,12 +367,12 @@ def load_safetensors(folder: Path) -> dict[str, Tensor]:
         files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
         paths = sorted(folder / file for file in files)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{index} is not an index of weights: fetch the folder again") from e
+        raise ValueError(f"{index} is not an index of weight files: fetch the folder again") from e
     state = {}
     for path in paths:
         if not path.exists():
             raise ValueError(
-                f"{folder} has no {path.name}; pickled weights are not read: load it in transformers and save_pretrained it again"
+                f"{folder} has no {path.name}, and pickled weights can't be loaded: save it again with save_pretrained of transformers"
             )
         try:
             state.update(load_file(path))
@@ -383,27 +382,28 @@ def load_safetensors(folder: Path) -> dict[str, Tensor]:
 
 
 def state_from_hf(hf: dict[str, Tensor], shape: dict, source) -> dict[str, Tensor]:
-    """GPT-2's state under our names, without padding. ValueError names a parameter that is missing, extra, quantized or misshapen."""
-    # the hub's own gpt2 has no prefix and carries masks as buffers; transformers writes the prefix and no masks
+    """Returns GPT-2's state under our names, without padding rows. ValueError names a parameter that is missing, extra, quantized or
+    of the wrong shape."""
+    # OpenAI's gpt2 on the hub has no prefix, and has masks as buffers; transformers writes the prefix and no masks
     hf = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": p for name, p in hf.items()}
     ours, tied = sizes_of(shape), {"lm_head.weight"} if shape["tied_head"] else set()
     masks = {name for name in hf if name.endswith((".attn.bias", ".attn.masked_bias"))}
-    if odd := sorted((ours.keys() - tied) ^ (hf.keys() - masks - tied)):
-        raise ValueError(f"{source}: {odd[0]} is in its weights or its config.json alone: is it a whole GPT-2?")
+    if unmatched := sorted((ours.keys() - tied) ^ (hf.keys() - masks - tied)):
+        raise ValueError(f"{source}: {unmatched[0]} is only in its weights or only in its config.json: give a complete GPT-2")
     state = {}
     for name, size in ours.items():
         p = hf["transformer.wte.weight" if name in tied else name]
         if not p.is_floating_point():
-            raise ValueError(f"{source}: {name} is {p.dtype}: quantized weights are not read")
+            raise ValueError(f"{source}: {name} is {p.dtype}, and quantized weights can't be loaded: give the unquantized model")
         p = p.t() if is_conv1d(name) and p.dim() == 2 else p
         if tuple(p.shape) != size:
-            raise ValueError(f"{source}: {name} is {tuple(p.shape)}, its config.json says {size}")
+            raise ValueError(f"{source}: {name} is {tuple(p.shape)}, but config.json says {size}: fetch the folder again")
         state[name] = p
     return state
 
 
 def sizes_of(shape: dict) -> dict[str, tuple[int, ...]]:
-    """The parameters of a GPT-2 by our names, and their shapes."""
+    """Returns the shape of each of GPT-2's parameters, under our names."""
     V, T, C = shape["vocab_size"], shape["seq_len"], shape["n_embd"]
     linears = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
     block = {f"{name}.weight": size for name, size in linears.items()} | {f"{name}.bias": size[:1] for name, size in linears.items()}

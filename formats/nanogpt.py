@@ -1,4 +1,4 @@
-"""Checkpoints of nanoGPT and build-nanogpt, read as data: no code in them is run."""
+"""Reads checkpoints of nanoGPT and build-nanogpt as data: runs no code in them."""
 
 import re
 from contextlib import AbstractContextManager
@@ -7,11 +7,11 @@ import torch
 
 
 class PickledConfig:
-    """Stands in for build-nanogpt's GPTConfig, which lies in its checkpoints as an object of the script that was run."""
+    """Stands in for build-nanogpt's GPTConfig: its checkpoints contain one, pickled as an object of the training script."""
 
 
 def allowed() -> AbstractContextManager:
-    """Within it torch.load(weights_only=True) reads that object too, as its fields alone."""
+    """Returns a context in which torch.load(weights_only=True) also reads that object's fields."""
     return torch.serialization.safe_globals([(PickledConfig, f"{module}.GPTConfig") for module in ("__main__", "train_gpt2")])
 
 
@@ -20,14 +20,15 @@ def is_nanogpt(content: dict) -> bool:
 
 
 def converted(content: dict) -> dict:
-    """Model, config and tokenizer as in a checkpoint of this project. KeyError, TypeError, AttributeError or RuntimeError when it
-    is not what it seems.
+    """Returns model, config and tokenizer as in a checkpoint of this project. KeyError, TypeError, AttributeError or RuntimeError
+    if the content is malformed.
 
-    Where the table has GPT-2's 50,257 ids, or the 50,304 rows that they are padded to, the tokenizer is GPT-2's; of any other it
-    is not known. nanoGPT's GELU is the exact one.
+    A table with GPT-2's 50,257 ids, or padded to 50,304 rows, means GPT-2's tokenizer. For any other size the tokenizer is None,
+    unknown. nanoGPT uses the exact GELU.
     """
-    wrapped = re.compile(r"^(_orig_mod\.|module\.)+")  # by torch.compile, by DistributedDataParallel
-    weights = {wrapped.sub("", name): p for name, p in content["model"].items() if not name.endswith(".attn.bias")}  # masks
+    wrapper = re.compile(r"^(_orig_mod\.|module\.)+")  # added by torch.compile and DistributedDataParallel
+    # build-nanogpt and old nanoGPT store the causal mask as attn.bias
+    weights = {wrapper.sub("", name): p for name, p in content["model"].items() if not name.endswith(".attn.bias")}
     shape = content["model_args"] if "model_args" in content else vars(content["config"])
     rows = shape["vocab_size"]
     is_gpt2 = rows in (50257, 50304)

@@ -2,4 +2,4 @@
 
 from common.device import set_compiler_flags
 
-set_compiler_flags()  # before anything is compiled
+set_compiler_flags()  # before torch.compile reads them

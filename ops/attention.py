@@ -1,4 +1,4 @@
-"""Attention, faster than model.py's and for more kinds of mask. Shapes as in model.py; tests hold each part against the plain formula."""
+"""Attention that is faster than model.py's and takes more kinds of mask. Shapes as in model.py."""
 
 import torch
 import torch.nn.functional as F
@@ -7,24 +7,25 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 
 def sees(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Whether a query at one position may look at a key at another: not ahead, not beyond the window. Negative positions hold no key."""
+    """Whether a query position may look at a key position: not ahead, not beyond the window. A negative key position is an empty slot."""
     seen = (key <= query) & (key >= 0)
     return seen if window is None else seen & (query - key < window)
 
 
 def causal_mask(T: int, S: int, device, window: int | None = None) -> Tensor:
-    """(T, S), True where the query may look. The T queries are the last of S positions."""
+    """Returns (T, S), True where a query may look. The T queries are the last of the S positions."""
     return sees(torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device), window)
 
 
 def layer_windows(window: int | None, pattern: str, n_layer: int, seq_len: int) -> list[int | None]:
-    """The window of each layer, None where a query sees everything before it. pattern: S (short) and L (long), repeated over the layers."""
+    """Returns each layer's window, None for a layer without one. pattern: S (short) and L (long), repeated over the layers."""
     window = window if window is not None and window < seq_len else None
     return [window if pattern[layer % len(pattern)] == "S" else None for layer in range(n_layer)]
 
 
 def block_mask(T: int, window: int | None, documents: Tensor | None, device) -> BlockMask:
-    """A mask for FlexAttention, which skips blocks in which nothing is seen (Dong et al., 2024). documents: (B, T), each position's."""
+    """Returns a mask for FlexAttention, which skips fully masked blocks (Dong et al., 2024). documents: (B, T), the number of each
+    position's document."""
 
     def seen(batch, head, query, key):
         near = sees(query, key, window)
@@ -34,10 +35,10 @@ def block_mask(T: int, window: int | None, documents: Tensor | None, device) -> 
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None, window: int | None = None) -> Tensor:
-    """softmax(q kᵀ / √D) v by the fastest code there is for this device and mask. Never stores the (T, S) scores.
+    """Returns softmax(q kᵀ / √D) v, (B, H, T, D), from the fastest code for this device and mask. Stores no (T, S) scores if T > 1.
 
-    q: (B, H, T, D). k, v: (B, H, S, D). mask: (…, T, S), True where a query may look. Without one: itself and all before it, in the
-    window. This is the one place that chooses attention code by device.
+    q: (B, H, T, D). k, v: (B, H, S, D). mask: (…, T, S), True where a query may look. Without a mask, a query sees itself and
+    everything before it, within the window. Only this function chooses attention code by device.
     """
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask)
@@ -52,15 +53,17 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | 
 
 
 class BlockwiseAttention(torch.autograd.Function):
-    """Causal attention, a block of queries at a time against the keys from the first that its window holds up to the block's
-    end: what lies behind it, or too far back, is never computed. As in FlashAttention-2 (Dao, 2023, algorithms 1 and 2) the
-    softmax weights are not kept for the backward pass but computed again from the log of their normalizer. On a CPU,
-    compiled, it takes 0.5 to 0.8 of the fused kernel's time."""
+    """Causal attention, one block of queries at a time. Skips the blocks of keys that a block of queries can't see: those after it,
+    and those too far back for the window.
+
+    As in FlashAttention-2 (Dao, 2023, algorithms 1 and 2), the backward pass recomputes the softmax weights from the log of their
+    normalizer. On a CPU, compiled, this takes 0.5 to 0.8 times as long as the fused kernel.
+    """
 
     @staticmethod
     def blocks(T: int, window: int | None) -> list[tuple[slice, slice]]:
-        """Of queries, and of the keys that they see, from the beginning of a block."""
-        size = min(256, max(64, T // 2))  # smaller blocks compute less in vain, larger ones make faster products
+        """Returns each block of queries with the keys to multiply it with, which begin where a block begins."""
+        size = min(256, max(64, T // 2))  # smaller blocks waste less work on masked scores, larger ones multiply faster
         starts = range(0, T, size)
         first = [0 if window is None else max(0, start - window + 1) // size * size for start in starts]
         ends = [min(start + size, T) for start in starts]
@@ -68,7 +71,7 @@ class BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def unseen(block: slice, keys: slice, window: int | None, device) -> Tensor:
-        """(block, keys), True where the query may not look."""
+        """Returns (block, keys), True where a query may not look."""
         ones = torch.ones(block.stop - block.start, keys.stop - keys.start, dtype=torch.bool, device=device)
         back = block.start - keys.start
         return ones.triu(back + 1) if window is None else ones.triu(back + 1) | ones.tril(back - window)
@@ -76,7 +79,7 @@ class BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """q, k, v: (B, H, T, D) → (B, H, T, D)."""
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # or each product of a block would copy its part
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # else every product copies its block
         y, log_norm = [], []
         for block, keys in BlockwiseAttention.blocks(q.size(2), window):
             scores = (q[:, :, block] @ k[:, :, keys].transpose(2, 3)).float() / q.size(3) ** 0.5
@@ -92,9 +95,9 @@ class BlockwiseAttention(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         q, k, v, y, log_norm = ctx.saved_tensors
         blocks, dq, dk, dv = BlockwiseAttention.blocks(q.size(2), ctx.window), [], [], []
-        row_sum = (dy.float() * y.float()).sum(-1)[:, :, None]  # Σ of weight · its gradient over a row: (B, H, 1, T)
+        row_sum = (dy.float() * y.float()).sum(-1)[:, :, None]  # Σ over keys of weight · its gradient: (B, H, 1, T)
         for block, keys in blocks:
-            # transposed, (B, H, keys, queries), so that torch.compile does not see the forward pass's scores and keep them
+            # transposed, (B, H, keys, queries): torch.compile would recognize the forward pass's scores and store them
             q_block, k_seen, v_seen, dy_block = q[:, :, block], k[:, :, keys], v[:, :, keys], dy[:, :, block]
             scores = (k_seen @ q_block.transpose(2, 3)).float() / q.size(3) ** 0.5
             unseen = BlockwiseAttention.unseen(block, keys, ctx.window, q.device).t()
@@ -106,7 +109,7 @@ class BlockwiseAttention(torch.autograd.Function):
             dv.append(weights.to(v.dtype) @ dy_block)
 
         def over_queries(parts: list[Tensor]) -> Tensor:
-            """A block of keys is seen by its own queries and by those of later blocks, as far as the window goes."""
+            """Sums the gradients of each block of keys over the blocks of queries that see it: its own and later ones."""
             sums = []
             for own, _ in blocks:
                 seen_by = [

@@ -1,5 +1,5 @@
-"""Keys and values of earlier positions, so that generating a token costs one position. Shapes as in model.py; K heads have
-keys and values."""
+"""A cache of keys and values, so that generating a token computes one position only. Shapes as in model.py; K heads have keys and
+values."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,8 +11,8 @@ from ops.attention import sees
 
 
 def next_positions(idx: Tensor, cache: "KVCache | None", seq_len: int) -> Tensor:
-    """The positions of idx (B, T), after those in the cache: (T,). Advances cache.length.
-    ValueError if they go beyond seq_len or what the cache holds."""
+    """Returns the positions (T,) of idx (B, T), which follow those in the cache. Advances cache.length.
+    ValueError if they go beyond seq_len, or if the cache has no room for them."""
     start = 0 if cache is None else cache.length
     end = start + idx.size(1)
     limit = seq_len if cache is None else min(seq_len, cache.max_len)
@@ -36,10 +36,10 @@ class KVCache:
         self.max_len, self.slack = max_len, slack
         self.length = 0
         self.layers: dict[int, LayerCache] = {}
-        self.document_of: Tensor | None = None  # (B, max_len), of each position
+        self.document_of: Tensor | None = None  # (B, max_len), each position's document number
 
     def layer(self, number: int, positions: Tensor, window: int | None = None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """A function that stores a layer's new keys and values, at these positions (T,), and returns all that they may see."""
+        """Returns a function that stores a layer's new keys and values at positions (T,), and returns all that they may see."""
         if number not in self.layers:
             self.layers[number] = LayerCache(self.room(window), self.is_ring(window), self.slack)
         return partial(self.layers[number].append, positions)
@@ -51,11 +51,11 @@ class KVCache:
         return self.room(window) < self.max_len
 
     def mask(self, positions: Tensor, window: int | None = None) -> Tensor:
-        """(T, S): True where a query at the new positions (T,) may look."""
+        """Returns (T, S), True where a query at the new positions (T,) may look."""
         return sees(positions[:, None], self.positions(positions, window)[None, :], window)
 
     def positions(self, new: Tensor, window: int | None = None) -> Tensor:
-        """(S,): the position of each key that LayerCache.append returns, negative where there is none yet."""
+        """Returns the position (S,) of each key that LayerCache.append returns, negative for an empty slot."""
         room = self.room(window)
         slots = torch.arange(room, device=new.device)
         if self.is_ring(window) and len(new) > self.slack + 1:
@@ -64,15 +64,15 @@ class KVCache:
         return new[-1] - (new[-1] - slots) % room
 
     def documents(self, starts: Tensor, positions: Tensor) -> Tensor:
-        """The document number of each position, (B, max_len). starts: (B, T), True where a document begins at the new positions."""
+        """Returns each position's document number, (B, max_len). starts: (B, T), True where one of the new positions begins a document."""
         if self.document_of is None:
             self.document_of = starts.new_zeros(len(starts), self.max_len, dtype=torch.long)
         before = self.document_of[:, (positions[:1] - 1).clamp(min=0)] * (positions[0] > 0)  # (B, 1)
         return self.document_of.index_copy_(1, positions, before + starts.cumsum(1))
 
     def mark_static(self):
-        """Tells torch.compile that the cache never moves, once every layer has its room. A CUDA graph may only write in place to
-        tensors marked like this."""
+        """Tells torch.compile that the cache never moves. Call it when every layer has its memory: a CUDA graph may only write in
+        place to tensors marked like this."""
         for layer in self.layers.values():
             for x in (layer.keys, layer.values):
                 torch._dynamo.mark_static_address(x)
@@ -84,7 +84,7 @@ class KVCache:
 
 
 class LayerCache:
-    """One layer's keys and values: position p is in slot p modulo room."""
+    """One layer's keys and values. Position p is in slot p modulo room."""
 
     def __init__(self, room: int, is_ring: bool, slack: int):
         self.room, self.is_ring, self.slack = room, is_ring, slack
@@ -92,13 +92,13 @@ class LayerCache:
         self.values: Tensor | None = None
 
     def append(self, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v (B, K, T, D) of the new positions (T,). Returns all that they may see, (B, K, S, D), zeros where there is
-        none yet."""
+        """Stores k and v (B, K, T, D) of the new positions (T,). Returns all keys and values that they may see, (B, K, S, D), with
+        zeros in empty slots."""
         if self.keys is None:
             B, K, _, D = k.shape
             self.keys, self.values = k.new_zeros(B, K, self.room, D), v.new_zeros(B, K, self.room, D)
         seen = self.keys, self.values
-        if self.is_ring and len(positions) > self.slack + 1:  # the last of them take the slots of what the first still see
+        if self.is_ring and len(positions) > self.slack + 1:  # the last new keys overwrite slots that the first new queries still see
             seen = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
             k, v, positions = k[:, :, -self.room :], v[:, :, -self.room :], positions[-self.room :]
         slots = positions % self.room

@@ -1,5 +1,5 @@
-"""Cross entropy for many positions, in chunks, so that their logits are never all in memory. N positions of all sequences together;
-other letters as in model.py."""
+"""Cross entropy in chunks of positions, so that only one chunk's logits are materialized at once. N: the positions of all sequences
+together. Other letters as in model.py."""
 
 from collections.abc import Callable
 
@@ -11,44 +11,44 @@ MAX_LOGITS, MAX_LOGITS_CUDA = 2**26, 2**29  # most logits materialized at once
 
 
 def loss_chunks(n: int, rows: int, kind: str) -> int:
-    """The number of chunks for n positions with `rows` logits each: as few as this kind of device allows, or up to twice as many if
-    that makes them equally long. torch.compile makes slower code for lengths that vary."""
+    """Returns the number of chunks for n positions with `rows` logits each: as few as this kind of device allows, or up to twice as
+    many if all chunks then have one length. torch.compile makes slower code for lengths that vary."""
     fewest = -(-n * rows // (MAX_LOGITS_CUDA if kind == "cuda" else MAX_LOGITS))
     return next((parts for parts in range(fewest, 2 * fewest) if n % parts == 0), fewest)
 
 
 def positions_at_once(x: Tensor, rows: int) -> int:
-    """How many positions of x (N, C) may have their `rows` logits in memory together."""
+    """Returns how many positions of x (N, C), with `rows` logits each, may be materialized at once."""
     return -(-len(x) // loss_chunks(len(x), rows, x.device.type))
 
 
-def in_chunks(whole: Callable, chunk: Callable | None = None) -> Callable:
-    """A loss with whole's arguments and result that computes many positions in chunks.
+def in_chunks(plain: Callable, chunk: Callable | None = None) -> Callable:
+    """Returns a loss that equals plain, but computes many positions in chunks.
 
-    whole: cross entropy of (x (N, C), weight (≥ V, C), targets (N,), V). chunk: chunk_loss, or what torch.compile makes of it.
+    plain: cross entropy of (x (N, C), weight (≥ V, C), targets (N,), V). chunk: chunk_loss, or its compiled version.
     """
 
     def loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
         size = positions_at_once(x, len(weight))
         if size >= len(x):
-            return whole(x, weight, targets, vocab_size)
+            return plain(x, weight, targets, vocab_size)
         return chunked_cross_entropy(x, weight, targets, vocab_size, size, chunk or chunk_loss)
 
     return loss
 
 
 def log_likelihoods(logits: Callable[[Tensor], Tensor], x: Tensor, targets: Tensor) -> Tensor:
-    """The log-likelihood in nats of each target (N,), given the hidden states x (N, C) before it. The softmax is in fp32.
+    """Returns the log-likelihood in nats of each target (N,), given the hidden states x (N, C). The softmax is in fp32.
     logits: (n, C) → (n, V), called with as many positions as fit into a CPU's caches, or a GPU's memory."""
     at_once = 128 if x.device.type == "cpu" else 8192
     chunks = zip(x.split(at_once), targets.split(at_once), strict=True)
-    return torch.cat([-F.cross_entropy(logits(some).float(), theirs, reduction="none") for some, theirs in chunks])
+    return torch.cat([-F.cross_entropy(logits(x_chunk).float(), chunk_targets, reduction="none") for x_chunk, chunk_targets in chunks])
 
 
 def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, chunk_loss) -> Tensor:
-    """cross_entropy(x @ weight.T, targets), a chunk of positions at a time, so that the logits never stand in memory
-    together. x: (N, C); weight: (≥ vocab_size, C), in fp32 also under autocast; targets: (N,), -100 does not count.
-    chunk_loss: the function below, or what torch.compile makes of it."""
+    """Returns cross_entropy(x @ weight.T, targets), computed from `chunk` positions at a time.
+    x: (N, C). weight: (≥ vocab_size, C), in fp32 even under autocast. targets: (N,), -100 is ignored. chunk_loss: the function
+    below, or its compiled version."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
@@ -56,14 +56,16 @@ def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size
 
 
 def chunk_loss(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, dx: Tensor | None, dw: Tensor | None) -> Tensor:
-    """The sum of the cross entropies of n positions, x (n, C), w all rows of the table in x's dtype. Its gradients are written
-    into dx, like x, and added to dw, like the table; None for none. This is compiled, and not the loop that calls it: of a
-    loop torch.compile keeps each turn's part of dw until the end."""
+    """Returns the summed cross entropy of n positions. Writes its gradient into dx and adds it to dw; None: no gradient.
+    x: (n, C). w: all rows of the table, in x's dtype. dx: like x. dw: like the table.
+
+    Compile this function, not the loop that calls it: torch.compile would keep every iteration's part of dw until the loop ends.
+    """
     ids, counts, target = torch.arange(len(w), device=x.device), (targets != -100)[:, None], targets.clamp(min=0)[:, None]
     logits = (x @ w.t()).float().masked_fill(ids >= vocab_size, float("-inf"))
     log_norm = logits.logsumexp(-1, keepdim=True)
     if dx is not None:
-        # not divided by the number of positions yet, which fp16 could not hold, and the sum over them by 256, so that it can
+        # fp16: gradients divided by the number of positions would underflow, so backward() divides; the sum would overflow, hence 256
         dlogits = (((logits - log_norm).exp() - (ids == target).float()) * counts).to(x.dtype)
         dx.copy_(dlogits @ w)
         dw += (dlogits.t() @ (x / 256)).float() * 256
@@ -71,8 +73,8 @@ def chunk_loss(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, dx: Tenso
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradient of a chunk's loss is softmax(logits) - onehot(target), so it is computed in the forward pass, while the
-    logits are there, and only scaled in the backward pass."""
+    """Computes the gradient in the forward pass, while the logits are in memory: it is softmax(logits) - onehot(target).
+    The backward pass only scales it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, chunk_loss, needs_grad: bool) -> Tensor:

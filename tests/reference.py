@@ -1,4 +1,4 @@
-"""GPT-2's forward pass once more, in plain NumPy and float64, from the paper and the released weights' layout alone."""
+"""GPT-2's forward pass in plain NumPy and float64, written from the paper and the layout of the released weights."""
 
 import numpy as np
 
@@ -19,7 +19,7 @@ def gelu(x):
 
 
 def gpt2_logits(weights: dict, ids: list[int], n_layer: int, n_head: int) -> np.ndarray:
-    """weights as Hugging Face stores them, Conv1D (in, out); ids (T,) → logits (T, V). One head and one query at a time."""
+    """ids (T,) → logits (T, V), one head and one query at a time. weights: as Hugging Face stores them, Conv1D (in, out)."""
     w = {name.removeprefix("transformer."): np.asarray(value, dtype=np.float64) for name, value in weights.items()}
     x = np.stack([w["wte.weight"][token] + w["wpe.weight"][position] for position, token in enumerate(ids)])
     size = x.shape[1] // n_head

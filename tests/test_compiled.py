@@ -1,4 +1,4 @@
-"""A compiled training step against the same step run eagerly, and the self-check that every compiled run begins with."""
+"""Compares a compiled training step with the same step run eagerly. Tests the self-check that begins every compiled run."""
 
 import ctypes
 import json
@@ -27,13 +27,13 @@ from training.compiling import compile_blocks
 from variants import VariantConfig, build, build_on_meta
 
 BF16, FP32 = torch.bfloat16, torch.float32
-LARGEST = {BF16: 0.03, FP32: 2e-5}  # ‖compiled - eager‖ / ‖eager‖ of a gradient: three times the rounding we saw
-M_PERTURB, ALL_ONES = -6, 0x100  # of mallopt: malloc fills what it returns with bytes of ones, a NaN in every float format
+LARGEST = {BF16: 0.03, FP32: 2e-5}  # largest ‖compiled - eager‖ / ‖eager‖ of a gradient: three times the rounding we measured
+M_PERTURB, ALL_ONES = -6, 0x100  # for mallopt: malloc fills new memory with 0xff bytes, a NaN in every float format
 
 
 @pytest.fixture
 def poisoned_memory():
-    """Code that reads memory before it writes there gets NaN."""
+    """Fills new memory with NaN, so that a read before a write shows."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc's malloc can fill memory")
     mallopt = ctypes.CDLL(None).mallopt
@@ -47,13 +47,13 @@ def poisoned_memory():
 
 
 def check_parity(shape: VariantConfig, dtype: torch.dtype, batch: int, activation_memory: float = 1.0):
-    """The loss and every parameter's gradient, compiled against eager."""
+    """Compares the loss and every parameter's gradient, compiled and eager."""
     torch.manual_seed(0)
-    torch._dynamo.reset()  # what other tests compiled counts against the limit
+    torch._dynamo.reset()  # else the compiles of other tests count against the limit
     model = build(shape)
     idx = ids_for(shape, batch)
-    idx[:, ::37] = shape.vocab_size - 1  # where documents begin
-    with self_check.first_of_each_kind(model), functorch_config.patch(activation_memory_budget=1.0):  # put back afterwards
+    idx[:, ::37] = shape.vocab_size - 1  # documents begin here
+    with self_check.first_of_each_kind(model), functorch_config.patch(activation_memory_budget=1.0):  # restores the budget afterwards
         loss, expected = gradients(model, idx, dtype)
         compile_blocks(model, activation_memory)
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -61,7 +61,7 @@ def check_parity(shape: VariantConfig, dtype: torch.dtype, batch: int, activatio
     assert compiled == pytest.approx(loss, rel=1e-4 if dtype == BF16 else 1e-6)
     total = sum(g.square().sum() for g in expected.values()).sqrt()
     off = {name: ((found[name] - g).norm() / (g.norm() + 1e-3 * total)).item() for name, g in expected.items()}
-    largest = LARGEST[dtype] if shape.n_expert == 1 else 0.2  # where rounding sends a token to another expert
+    largest = LARGEST[dtype] if shape.n_expert == 1 else 0.2  # rounding may send a token to another expert
     assert {name: x for name, x in off.items() if not x <= largest} == {}
 
 
@@ -74,7 +74,7 @@ def gradients(model: GPT, idx: torch.Tensor, dtype: torch.dtype) -> tuple[float,
 
 
 BATCHES, LENGTHS, HEAD_SIZES = (1, 2, 8), (128, 256, 1024), (16, 32, 64)
-SQUARE = [(BATCHES[i], LENGTHS[j], HEAD_SIZES[(i + j) % 3]) for i in range(3) for j in range(3)]  # each pair of values once
+SQUARE = [(BATCHES[i], LENGTHS[j], HEAD_SIZES[(i + j) % 3]) for i in range(3) for j in range(3)]  # a Latin square: each pair of values once
 DIAGONAL = SQUARE[::4]  # each value once
 STEPS = [
     *((BF16, "flash", *row) for row in SQUARE),
@@ -127,7 +127,7 @@ def test_compiled_token_has_eager_logits_in_bf16(poisoned_memory, variant):
 
 
 def transposed_twice(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two copies that Inductor puts into one kernel: with a single one, GCC inlines the transpose and gets it right."""
+    """Makes two copies, which Inductor puts into one kernel. With a single copy, GCC inlines the transpose and compiles it right."""
     x = x.view(2, 256, 4, 32).transpose(1, 2)
     return x[:, :, :128].transpose(2, 3).contiguous(), x[:, :, 128:].transpose(2, 3).contiguous()
 
@@ -150,7 +150,7 @@ CALL = " -mstringop-strategy=libcall"
     [
         ("g++", None, f"off -DCPU_IS_AVX2{CALL}"),
         ("/usr/bin/x86_64-linux-gnu-g++-13", "fast", f"fast -DCPU_IS_AVX2{CALL}"),
-        ("g++", f"off -DCPU_IS_AVX512{CALL}", f"off -DCPU_IS_AVX2{CALL}"),  # from a parent process on another CPU
+        ("g++", f"off -DCPU_IS_AVX512{CALL}", f"off -DCPU_IS_AVX2{CALL}"),  # inherited from a process on another CPU
         ("clang++", None, "off -DCPU_IS_AVX2"),
         ("clang++-16", f"off{CALL}", "off -DCPU_IS_AVX2"),
         (sys.executable, "off", "off -DCPU_IS_AVX2"),  # no compiler
@@ -161,7 +161,7 @@ def test_compiler_flags(monkeypatch, compiler, before, after):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv(device.FP_CONTRACT, before or "")
     if before is None:
-        monkeypatch.delenv(device.FP_CONTRACT)  # set before, so that it is put back
+        monkeypatch.delenv(device.FP_CONTRACT)  # after setenv above, so that monkeypatch restores it
     monkeypatch.delitem(sys.modules, "torch._inductor.config", raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     device.set_compiler_flags()
@@ -181,7 +181,7 @@ def test_inductor_has_the_flags_if_imported_first():
 
 @ON_X86
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512" or not shutil.which("g++"), reason="needs AVX-512 and g++")
-def test_case_in_compiler_md_is_right_with_the_flag(tmp_path):
+def test_case_in_compiler_md_passes_with_flag(tmp_path):
     (code,) = re.findall(r"```cpp\n(.*?)```", (REPO / "results" / "compiler.md").read_text(), re.DOTALL)
     (tmp_path / "case.cpp").write_text(code)
     command = ["g++", "-O3", "-march=x86-64-v4", device.COPY_BY_CALL, "case.cpp", "-o", "case"]
@@ -191,9 +191,9 @@ def test_case_in_compiler_md_is_right_with_the_flag(tmp_path):
 
 @pytest.mark.slow
 @ON_X86
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a CPU with two lengths of vectors")
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a CPU with two vector lengths")
 def test_one_cache_serves_two_vector_lengths(tmp_path):
-    """A folder that outlives its machine, as one on a shared disk."""
+    """The compile cache may be on a shared disk, and serve machines with different CPUs."""
     code = (
         "import torch, ops; from test_compiled import transposed_twice; x = torch.randn(2, 256, 128).bfloat16()\n"
         "print(all(map(torch.equal, torch.compile(transposed_twice)(x), transposed_twice(x))))"
@@ -210,7 +210,7 @@ def test_one_cache_serves_two_vector_lengths(tmp_path):
 
 @pytest.fixture
 def quick_compile(monkeypatch):
-    monkeypatch.setattr(torch, "compile", torch.compile)  # puts it back afterwards
+    monkeypatch.setattr(torch, "compile", torch.compile)  # so that monkeypatch restores it
     trace_only()
     torch._dynamo.reset()
 
@@ -237,17 +237,17 @@ def damage_rank_1():
 
 
 @pytest.mark.parametrize("shard", [[], ["--shard"]])
-def test_one_rank_that_fails_makes_all_train_eagerly(shards, tmp_path, shard):
+def test_one_failing_rank_makes_all_train_eagerly(shards, tmp_path, shard):
     flags = [*TINY, "--compile", *shard, "--max-steps", 3, "--data-dir", shards, "--out-dir", tmp_path / "run"]
     run = forked(tmp_path, "train", *flags, processes=2, first=damage_rank_1)
     assert run.returncode == 0 and run.stderr.count("self-check failed") == 1
     assert not json.loads((tmp_path / "run" / "run.json").read_text())["launches"][0]["compiled"]
     assert run_train(shards, tmp_path / "plain", "--max-steps", 3) == 0
-    here, there = (read_stream(tmp_path / name, "train") for name in ("run", "plain"))
-    assert [float(x) for x in here.values()] == pytest.approx([float(x) for x in there.values()], abs=1e-5)
+    found, expected = (read_stream(tmp_path / name, "train") for name in ("run", "plain"))
+    assert [float(x) for x in found.values()] == pytest.approx([float(x) for x in expected.values()], abs=1e-5)
 
 
-def test_self_check_of_right_code_changes_nothing(quick_compile, shards, tmp_path, capsys):
+def test_passed_self_check_changes_nothing(quick_compile, shards, tmp_path, capsys):
     for name, flag in (("checked", "--self-check"), ("unchecked", "--no-self-check")):
         assert run_train(shards, tmp_path / name, "--compile", flag, "--max-steps", 3) == 0
     assert "self-check" not in capsys.readouterr().err
@@ -255,14 +255,14 @@ def test_self_check_of_right_code_changes_nothing(quick_compile, shards, tmp_pat
     assert read_stream(tmp_path / "checked", "train") == read_stream(tmp_path / "unchecked", "train")
 
 
-def test_no_self_check_skips_it(quick_compile, monkeypatch, shards, tmp_path, capsys):
+def test_no_self_check_flag_skips_it(quick_compile, monkeypatch, shards, tmp_path, capsys):
     damage_compiled_gelu(monkeypatch, 1.3)
     assert run_train(shards, tmp_path / "run", "--compile", "--no-self-check", "--max-steps", 1) == 0
     assert "self-check" not in capsys.readouterr().err
 
 
-def test_self_check_names_what_went_wrong_first(quick_compile):
-    """A gradient that is wrong in one place is wrong in all that comes after it, going backward."""
+def test_self_check_names_the_first_wrong_value(quick_compile):
+    """A wrong gradient makes all later ones of the backward pass wrong too."""
     model = build(VariantConfig(97, 32, 3, 2, 32))
     compile_blocks(model)
     idx = ids_for(model.config)
@@ -270,7 +270,7 @@ def test_self_check_names_what_went_wrong_first(quick_compile):
     def loss():
         return model(idx, idx)[1]
 
-    loss().backward()  # gradients from before don't count
+    loss().backward()  # the check must ignore earlier gradients
     assert self_check.mismatches(model, loss, loss, FP32) == {}
 
     def wrong(x):

@@ -1,4 +1,4 @@
-"""model.py against Hugging Face's GPT2LMHeadModel, a NumPy forward pass, published parameter counts and plain formulas."""
+"""Compares model.py with Hugging Face's GPT2LMHeadModel, a NumPy forward pass, published parameter counts and plain formulas."""
 
 import json
 import os
@@ -24,12 +24,12 @@ from ops.loss import chunk_loss, chunked_cross_entropy, loss_chunks
 from training.optimizer import decay_groups
 from variants import adapt, build, flops_per_token, scoring_copy, set_attention
 
-# vocabulary, positions, layers, heads, channels: padded and not, heads of odd size, one layer, one head
+# vocabulary, positions, layers, heads, channels; with and without padding, with odd head sizes, one layer, one head
 SHAPES = [(97, 24, 2, 2, 16), (128, 16, 1, 1, 8), (257, 40, 3, 4, 64), (1000, 33, 2, 3, 33)]
 
 
 def random_hf(vocab_size, n_positions, n_layer, n_head, n_embd, seed=0) -> GPT2LMHeadModel:
-    """Large random weights everywhere, biases and norms too, so that no term of the formula can hide, nor the kind of GELU."""
+    """Builds a model with large random weights everywhere, so that every term shows, and so does the kind of GELU."""
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -73,12 +73,12 @@ def test_logits_loss_and_gradients_equal_hugging_face(tmp_path, shape, attention
     theirs = {name: p.grad for name, p in hf.named_parameters()}
     for name, p in model.named_parameters():
         ours = p.grad[: shape[0]] if name == "transformer.wte.weight" else p.grad
-        theirs_here = theirs[name].t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else theirs[name]
-        assert (ours - theirs_here).abs().max() <= 1e-5, name
+        expected = theirs[name].t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else theirs[name]
+        assert (ours - expected).abs().max() <= 1e-5, name
 
 
 @pytest.mark.parametrize("attention", ["flash", "manual"])
-def test_logits_equal_a_forward_pass_in_numpy(attention):
+def test_logits_equal_numpy(attention):
     torch.manual_seed(0)
     model = GPT(GPTConfig(61, 12, 2, 2, 24, attention))
     for p in model.parameters():
@@ -90,20 +90,20 @@ def test_logits_equal_a_forward_pass_in_numpy(attention):
     assert abs(model(idx)[0][0].detach().numpy() - expected).max() <= 1e-4
 
 
-def test_manual_attention_equals_flash_and_the_formula():
+def test_manual_attention_equals_flash_and_formula():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 7, 5, dtype=torch.float64).unbind()
     scores = (q @ k.transpose(2, 3) / 5**0.5).masked_fill(torch.ones(7, 7).triu(1).bool(), -1e30)
     expected = scores.softmax(-1) @ v
     assert (manual_attention(q, k, v) - expected).abs().max() < 1e-12
     assert (flash_attention(q, k, v) - expected).abs().max() < 1e-12
-    mask = torch.ones(3, 7).tril(4).bool()  # the queries are the last of the positions, as with a cache
+    mask = torch.ones(3, 7).tril(4).bool()  # the queries are the last three positions, as with a cache
     assert (manual_attention(q[:, :, 4:], k, v, mask) - expected[:, :, 4:]).abs().max() < 1e-12
     assert (flash_attention(q[:, :, 4:], k, v, mask) - expected[:, :, 4:]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("T", [1, 64, 65, 200, 513, 1024])  # one block, a short last one, blocks of 64, of half, of 256
-def test_blockwise_attention_equals_the_formula_and_its_gradients(T):
+@pytest.mark.parametrize("T", [1, 64, 65, 200, 513, 1024])  # one block, a short last block, blocks of 64, of T / 2, of 256
+def test_blockwise_attention_equals_formula(T):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3))
     dy = torch.randn(2, 3, T, 8)
@@ -117,7 +117,7 @@ def test_blockwise_attention_equals_the_formula_and_its_gradients(T):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 20, 100])
-def test_the_loss_in_chunks_equals_the_plain_one_and_its_gradients(chunk):
+def test_chunked_loss_equals_plain_loss(chunk):
     torch.manual_seed(0)
     x, weight = torch.randn(50, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
     targets = torch.randint(60, (50,)).index_fill(0, torch.tensor([0, 3, 8, 49]), -100)
@@ -131,8 +131,8 @@ def test_the_loss_in_chunks_equals_the_plain_one_and_its_gradients(chunk):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_loss_in_chunks_keeps_small_gradients_in_low_precision(dtype):
-    """softmax / 4096 positions is too small for fp16: there the plain loss needs a scaler, and this one only for what follows."""
+def test_chunked_loss_keeps_small_gradients_in_low_precision(dtype):
+    """softmax / 4096 positions is too small for fp16. The plain loss needs a gradient scaler for it; the chunked loss does not."""
     torch.manual_seed(0)
     x, weight, targets = torch.randn(4096, 8), torch.randn(500, 8), torch.randint(500, (4096,))
     grads = []
@@ -145,15 +145,15 @@ def test_the_loss_in_chunks_keeps_small_gradients_in_low_precision(dtype):
     assert 0 < (grads[1] - grads[0]).norm() / grads[0].norm() < 0.02
 
 
-def test_the_loss_in_chunks_does_not_overflow_where_the_plain_one_does_not():
-    """fp16 ends at 65,504, and a token's gradient is a sum over all positions."""
+def test_chunked_loss_does_not_overflow_in_fp16():
+    """A token's gradient is a sum over all positions, and fp16 ends at 65,504."""
     x, w = torch.full((4096, 8), 50.0), torch.zeros(64, 8, requires_grad=True)
     with torch.autocast("cpu", torch.float16):
         chunked_cross_entropy(x, w, torch.zeros(4096, dtype=torch.long), 64, 2048, chunk_loss).backward()
     assert (w.grad[0] - -50 * 63 / 64).abs().max() < 0.1
 
 
-def test_many_logits_never_stand_in_memory_together(monkeypatch):
+def test_logits_are_materialized_in_chunks(monkeypatch):
     monkeypatch.setattr("ops.loss.MAX_LOGITS", 1024 * 30)
     torch.manual_seed(0)
     model = build(GPTConfig(1024, 40, 1, 1, 8))
@@ -176,16 +176,16 @@ def test_many_logits_never_stand_in_memory_together(monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 16, 24, 32, 48, 64, 96, 128])
-def test_the_loss_goes_in_parts_of_one_length(batch):
+def test_loss_chunks_have_one_length(batch):
     n, most = batch * 1024, 2**29
     parts = loss_chunks(n, 50304, "cuda")
     assert n % parts == 0 and n // parts * 50304 <= most
-    assert parts <= 2 * -(-n * 50304 // most)  # nor are they smaller than need be
-    assert loss_chunks(65537, 50304, "cuda") == 7  # a prime: six of a length, and the rest
+    assert parts <= 2 * -(-n * 50304 // most)  # not smaller than necessary
+    assert loss_chunks(65537, 50304, "cuda") == 7  # a prime: six equal chunks and the rest
 
 
 @pytest.mark.parametrize("attention", ["flash", "manual"])
-def test_no_logit_depends_on_a_later_input(attention):
+def test_no_logit_depends_on_later_inputs(attention):
     torch.manual_seed(0)
     model = GPT(GPTConfig(50, 10, 2, 2, 16, attention))
     embedded = []
@@ -194,7 +194,7 @@ def test_no_logit_depends_on_a_later_input(attention):
     for t in range(10):
         (grad,) = torch.autograd.grad(logits[0, t].sum(), embedded[0], retain_graph=True)
         assert (grad[0, t + 1 :] == 0).all()
-        assert grad[0, : t + 1].abs().sum(-1).min() > 0  # and it does depend on all earlier ones
+        assert grad[0, : t + 1].abs().sum(-1).min() > 0  # it depends on all earlier ones
 
 
 # ---- size, initial weights, vocabulary ----
@@ -203,7 +203,7 @@ def test_no_logit_depends_on_a_later_input(attention):
 @pytest.mark.parametrize(
     ("name", "published"), [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)]
 )
-def test_parameter_counts_are_the_published_ones(name, published):
+def test_parameter_counts_equal_published_ones(name, published):
     with torch.device("meta"):
         model = GPT(GPTConfig(**SIZES[name]))
         assert model.num_params() == published == GPT2LMHeadModel(GPT2Config(**SIZES[name])).num_parameters()
@@ -224,7 +224,7 @@ def test_initial_weights():
             assert abs(p.mean().item()) < expected / 20, name
 
 
-def test_loss_of_a_new_model_is_that_of_guessing():
+def test_new_model_has_the_loss_of_guessing():
     torch.manual_seed(0)
     model = GPT(GPTConfig(257, 32, 2, 2, 32))
     idx = ids_for(model.config, 8)
@@ -260,7 +260,7 @@ def test_weight_decay_only_on_matrices():
     assert len(decayed["params"]) + len(others["params"]) == len(names)
 
 
-def test_flops_are_six_a_weight_and_the_attention_products():
+def test_flops_are_six_per_weight_plus_attention():
     config = GPTConfig(97, 32, 2, 2, 16)
     per_block = 16 * 48 + 48 + 16 * 16 + 16 + 2 * (4 * 16 * 16) + 64 + 16 + 4 * 16
     weights = 2 * per_block + 2 * 16 + 128 * 16
@@ -268,8 +268,8 @@ def test_flops_are_six_a_weight_and_the_attention_products():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_copy_scoring_copy_computes_the_same(shape):
-    """The parts that scoring_copy replaces against the model that has its weights, in fp32 and in autocast's bf16."""
+def test_scoring_copy_equals_model(shape):
+    """In fp32 and in autocast's bf16."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(*shape)).eval()
     for p in model.parameters():
@@ -282,8 +282,8 @@ def test_the_copy_scoring_copy_computes_the_same(shape):
     assert scored.dtype == torch.bfloat16 and (scored - expected).float().norm() / expected.float().norm() < 0.02
 
 
-def test_the_copy_scoring_copy_is_of_the_weights_there_are(monkeypatch):
-    """In fp32 it takes no memory; it leaves the model as it was, and is asked for anew after a step of training."""
+def test_scoring_copy_uses_current_weights(monkeypatch):
+    """An fp32 copy shares the weights. A copy after a training step has the new weights and leaves the model as it was."""
     model = GPT(GPTConfig(*SHAPES[0])).train()
     idx = ids_for(model.config)
     copy = scoring_copy(model)
@@ -295,11 +295,11 @@ def test_the_copy_scoring_copy_is_of_the_weights_there_are(monkeypatch):
     assert (scored - expected).float().norm() / expected.float().norm() < 0.02
     assert model.training and all(p.requires_grad for p in model.parameters())
 
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # as in PyTorch for a Mac
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # PyTorch for a Mac has no oneDNN
     assert scoring_copy(model) is model
 
 
-def test_too_long_an_input_is_refused():
+def test_too_long_input_is_refused():
     with pytest.raises(ValueError, match="9 positions, but the model sees at most 8"):
         GPT(GPTConfig(97, 8, 1, 1, 8))(torch.zeros(1, 9, dtype=torch.long))
     with pytest.raises(ValueError, match="5 positions, but the cache holds at most 4"):
@@ -307,7 +307,7 @@ def test_too_long_an_input_is_refused():
 
 
 @pytest.mark.parametrize("wrong", [{"n_embd": 10, "n_head": 3}, {"n_layer": 0}, {"attention": "fast"}])
-def test_an_impossible_shape_is_refused(wrong):
+def test_invalid_shape_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GPT(GPTConfig(**wrong))
 
@@ -317,7 +317,7 @@ def test_an_impossible_shape_is_refused(wrong):
 
 @pytest.mark.parametrize("attention", ["flash", "manual"])
 @pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 1, 5], [12], [3, 9]])
-def test_cached_positions_equal_the_full_forward_pass(attention, pieces):
+def test_cached_positions_equal_full_forward_pass(attention, pieces):
     torch.manual_seed(0)
     model = GPT(GPTConfig(97, 12, 2, 2, 16, attention))
     idx = ids_for(model.config)
@@ -343,8 +343,8 @@ def test_saved_model_loads_in_transformers(tmp_path):
     assert (again(idx)[0] - model(idx)[0]).abs().max() == 0
 
 
-def test_the_hubs_own_layout_loads(hf_folder):
-    """OpenAI's release on the hub has names without 'transformer.' and the masks as buffers."""
+def test_openai_layout_of_the_hub_loads(hf_folder):
+    """OpenAI's release on the hub has names without 'transformer.', and stores the masks."""
     hf = GPT.from_pretrained(str(hf_folder))
     state = load_file(hf_folder / "model.safetensors")
     state = {name.removeprefix("transformer."): p for name, p in state.items()}
@@ -361,8 +361,8 @@ def test_weights_in_several_files_load(tmp_path, hf_folder):
     assert all((p == q).all() for p, q in zip(one.parameters(), parts.parameters(), strict=True))
 
 
-def test_the_hubs_names_are_fetched(tmp_path, hf_folder):
-    """GPT.from_pretrained("gpt2") against a hub on localhost that has a smaller model under that name."""
+def test_gpt2_is_fetched_from_the_hub(tmp_path, hf_folder):
+    """Loads GPT.from_pretrained("gpt2") from a hub on localhost, which serves a smaller model under that name."""
     files = {path.name: path.read_bytes() for path in hf_folder.iterdir()}
     code = "import sys; sys.path.insert(0, sys.argv[1]); from model import GPT; print(GPT.from_pretrained('gpt2').num_params())"
     with serve({"openai-community/gpt2": files}) as (url, requests):
@@ -376,7 +376,7 @@ def test_pickled_weights_are_refused(hf_folder, monkeypatch):
     monkeypatch.chdir(hf_folder)
     torch.save({"x": Trap()}, hf_folder / "pytorch_model.bin")
     (hf_folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="pickled weights are not read"):
+    with pytest.raises(ValueError, match="pickled weights can't be loaded"):
         GPT.from_pretrained(str(hf_folder))
     assert not (hf_folder / "fired").exists()
 
@@ -389,14 +389,14 @@ def test_pickled_weights_are_refused(hf_folder, monkeypatch):
         ("n_inner", 7, "n_inner is 7"),
         ("model_type", "llama", "'llama' model"),
         ("n_embd", 32, "config.json says"),
-        ("n_layer", 3, "alone: is it a whole GPT-2"),
-        ("n_layer", 1, "alone: is it a whole GPT-2"),
+        ("n_layer", 3, "only in its config.json: give a complete GPT-2"),
+        ("n_layer", 1, "only in its config.json: give a complete GPT-2"),
         ("n_layer", "2", "n_layer is '2'"),
         ("vocab_size", 90, "config.json says"),
         ("vocab_size", 110, "config.json says"),
     ],
 )
-def test_a_folder_that_is_another_model_is_refused(hf_folder, key, value, message):
+def test_folder_with_another_model_is_refused(hf_folder, key, value, message):
     config = json.loads((hf_folder / "config.json").read_text())
     (hf_folder / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match=message):
@@ -404,9 +404,9 @@ def test_a_folder_that_is_another_model_is_refused(hf_folder, key, value, messag
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
-def test_a_damaged_index_is_refused(hf_folder, index):
+def test_damaged_index_is_refused(hf_folder, index):
     (hf_folder / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ValueError, match=r"index.json is not an index of weights"):
+    with pytest.raises(ValueError, match=r"index.json is not an index of weight files"):
         GPT.from_pretrained(str(hf_folder))
 
 
@@ -414,7 +414,7 @@ def test_quantized_weights_are_refused(hf_folder):
     state = load_file(hf_folder / "model.safetensors")
     state["transformer.wpe.weight"] = state["transformer.wpe.weight"].to(torch.int8)
     save_file(state, hf_folder / "model.safetensors")
-    with pytest.raises(ValueError, match="torch.int8: quantized"):
+    with pytest.raises(ValueError, match="torch.int8, and quantized weights can't be loaded"):
         GPT.from_pretrained(str(hf_folder))
 
 
@@ -425,17 +425,17 @@ def test_damaged_safetensors_are_refused(hf_folder):
         GPT.from_pretrained(str(hf_folder))
 
 
-def test_an_unknown_name_is_refused():
+def test_unknown_name_is_refused():
     with pytest.raises(ValueError, match="no model named 'gpt5'"):
         GPT.from_pretrained("gpt5")
 
 
-def test_a_shortened_model_is_the_same_on_short_sequences():
+def test_shortened_model_equals_original_on_short_sequences():
     torch.manual_seed(0)
     model = GPT(GPTConfig(97, 24, 2, 2, 16))
     idx = ids_for(model.config, length=8)
     before = model(idx)[0]
     adapt(model, replace(model.config, seq_len=8))
     assert (model(idx)[0] == before).all() and model.transformer.wpe.weight.shape == (8, 16)
-    with pytest.raises(ValueError, match="longer than the 8 positions the model has: lower it"):
+    with pytest.raises(ValueError, match="longer than the 8 positions of the model: lower it"):
         adapt(model, replace(model.config, seq_len=9))

@@ -291,7 +291,7 @@ def test_a_model_with_rope_may_be_tuned_on_longer_sequences(shards, tmp_path, ca
         (["--qk-norm", "--n-expert", 2], "qk_norm True does not fit"),
         (
             ["--rope-scaling", "yarn", "--rope-factor", 4],
-            "rope_factor 4 is for sequences of 128, not of 32, since the model was trained on 32",
+            "rope_factor 4 needs seq_len 128, not 32, for a model trained on 32",
         ),
     ):
         assert run_train(shards, tmp_path / "no", "--init-from", tmp_path / "short", *argv) == 2
@@ -596,7 +596,7 @@ def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, messa
             "--muon-lr is -1.0: it must be at least 0; --ema is 1.0: it must be at least 0 and below 1; --decay-ratio is 0.0",
         ),
         (["--window", 0], "window is 0: it must be a whole number of at least 1"),
-        (["--n-embd", 34, "--pos", "rope"], "pos rope turns pairs of channels: n_embd 34 / n_head 2 must be even"),
+        (["--n-embd", 34, "--pos", "rope"], "pos rope rotates pairs of channels: n_embd 34 / n_head 2 must be even"),
         (["--max-steps", 0, "--max-lr", -1, "--keep", -1], "--max-steps is 0: it must be at least 1; --max-lr is -1.0"),
         (["--max-lr", "nan"], "--max-lr is nan"),
         (["--ema", 2, "--micro-batch-size", 7], "below 1; --micro-batch-size 7 × --seq-len 32 × 1 processes does not divide"),

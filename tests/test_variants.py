@@ -1,4 +1,5 @@
-"""variants.py's switches against transformers' Llama, Mistral, Qwen3, Mixtral and GPT-NeoX with copied weights, and plain formulas."""
+"""Compares variants.py's switches with transformers' Llama, Mistral, Qwen3, Mixtral and GPT-NeoX, with copied weights, and with plain
+formulas."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -65,7 +66,7 @@ VARIANTS = {
 
 
 def randomized(seed=0, attention="flash", **switches) -> GPT:
-    """Large random weights everywhere, so that no term can hide."""
+    """Builds a model with large random weights everywhere, so that no term is too small to see."""
     torch.manual_seed(seed)
     model = build(VariantConfig(**SHAPE | dict(attention=attention) | switches))
     for p in model.parameters():
@@ -74,17 +75,18 @@ def randomized(seed=0, attention="flash", **switches) -> GPT:
 
 
 def test_every_switch_is_in_the_table():
-    """A new field of VariantConfig needs a row above, so that every test here covers it."""
+    """A new field of VariantConfig needs a row in VARIANTS: then every test of all variants covers it."""
     assert {f.name for f in SWITCHES} == {name for switches in VARIANTS.values() for name in switches}
 
 
 def test_hugging_face_knows_every_switch():
+    """A new field of VariantConfig needs its default in OFF."""
     assert {f.name: f.default for f in SWITCHES} == OFF
 
 
 @pytest.mark.parametrize("attention", ["flash", "manual"])
 def test_no_switch_is_gpt2_bit_for_bit(attention):
-    """build's fast parts against model.py's plain ones: keys, initial weights, logits, loss and gradients."""
+    """build's fast parts equal model.py's plain ones: keys, initial weights, logits, loss and gradients."""
     built = randomized(attention=attention)
     torch.manual_seed(0)
     plain = GPT(GPTConfig(**SHAPE, attention=attention))
@@ -101,7 +103,7 @@ def test_no_switch_is_gpt2_bit_for_bit(attention):
 
 @pytest.mark.parametrize("attention", ["flash", "manual"])
 def test_variant_classes_equal_gpt2_bit_for_bit(attention):
-    """VariantGPT with no switch on, against model.py."""
+    """VariantGPT with no switch on equals model.py."""
     built = randomized(attention=attention)
     variant = VariantGPT(VariantConfig(**SHAPE, attention=attention))
     variant.load_state_dict(built.state_dict())
@@ -130,7 +132,7 @@ def hugging_face(kind: str, **settings) -> torch.nn.Module:
 
 
 def copy_llama(model: GPT, hf: torch.nn.Module):
-    """The weights of a model with Llama's names."""
+    """Copies the weights of hf, which has Llama's names, into model."""
     theirs, ours = hf.state_dict(), {}
     for layer in range(4):
         a, b = f"model.layers.{layer}.", f"transformer.h.{layer}."
@@ -186,7 +188,7 @@ def copy_llama(model: GPT, hf: torch.nn.Module):
         ),
     ],
 )
-def test_logits_loss_and_gradients_equal_those_of_the_field(kind, settings, switches, attention):
+def test_logits_loss_and_gradients_equal_transformers(kind, settings, switches, attention):
     hf = hugging_face(kind, **settings)
     model = build(VariantConfig(**SHAPE | LLAMA | switches, attention=attention))
     copy_llama(model, hf)
@@ -194,7 +196,7 @@ def test_logits_loss_and_gradients_equal_those_of_the_field(kind, settings, swit
     assert (model(idx)[0] - hf(idx).logits).abs().max() <= 1e-5 * max(1, hf(idx).logits.abs().max())
     loss, hf_loss = model(idx[:, :-1], idx[:, 1:])[1], hf(idx, labels=idx).loss
     assert abs(loss.item() - hf_loss.item()) <= 1e-5
-    if kind != "Mixtral":  # ours has the balance in its gradient
+    if kind != "Mixtral":  # our gradient includes the load-balancing loss
         loss.backward()
         hf_loss.backward()
         for layer in range(4):
@@ -231,11 +233,11 @@ def test_rope_alone_equals_gpt_neox():
     [
         (dict(activation_function="relu2"), dict(mlp="relu2")),
         (dict(activation_function="gelu"), dict(mlp="gelu_exact")),
-        (dict(activation_function="gelu_pytorch_tanh"), {}),  # gelu_new by another name
+        (dict(activation_function="gelu_pytorch_tanh"), {}),  # another name for gelu_new
         (dict(tie_word_embeddings=False), dict(tied_head=False)),
     ],
 )
-def test_gpt2_with_one_change_equals_transformers_with_it(settings, switches):
+def test_gpt2_with_one_change_equals_transformers(settings, switches):
     model = randomized(**switches)
     hf = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=32, n_layer=4, n_head=4, **settings, bos_token_id=0, eos_token_id=0)
@@ -252,7 +254,7 @@ def test_gpt2_with_one_change_equals_transformers_with_it(settings, switches):
 
 
 def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
-    """One sequence (T,) → logits (T, V) of the switches that transformers has no module for, from their papers' formulas."""
+    """One sequence (T,) → logits (T, V), for the switches that transformers does not have, by the formulas of their papers."""
     p, c = model.state_dict(), model.config
     x = p["transformer.wte.weight"][idx] + p["transformer.wpe.weight"][: len(idx)]
     first = None
@@ -282,13 +284,13 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
     "switches",
     [{}, dict(value_residual=True), dict(share_layers=2), dict(value_residual=True, share_layers=4, tied_head=False)],
 )
-def test_logits_equal_the_plain_formula(switches):
+def test_logits_equal_plain_formula(switches):
     model = randomized(**switches)
     idx = ids_for(model.config, batch=1)
     assert (model(idx)[0][0] - reference(model, idx[0])).abs().max() <= 1e-5
 
 
-def test_no_biases_is_biases_of_zero():
+def test_no_bias_equals_zero_bias():
     plain, without = randomized(), build(VariantConfig(**SHAPE, bias=False))
     for name, p in plain.named_parameters():
         if name.endswith("bias"):
@@ -299,7 +301,7 @@ def test_no_biases_is_biases_of_zero():
 
 
 @pytest.mark.parametrize("switches", [{}, dict(rope_scaling="ntk", rope_factor=4.0), dict(rope_scaling="yarn", rope_factor=4.0)])
-def test_rope_depends_on_distance_alone(switches):
+def test_rope_depends_only_on_distance(switches):
     torch.manual_seed(0)
     config = VariantConfig(**SHAPE, pos="rope", **switches)
     q, k = torch.randn(2, 8, dtype=torch.float64)
@@ -320,8 +322,8 @@ def test_rope_depends_on_distance_alone(switches):
 @pytest.mark.parametrize(
     ("scaling", "base", "trained"), [("none", 1e4, 2048), ("linear", 1e4, 2048), ("yarn", 1e4, 2048), ("yarn", 10.0, 676)]
 )
-def test_the_angles_of_a_real_size_equal_llamas(scaling, base, trained):
-    """With a base of 10, yarn's slow end lies beyond the last pair."""
+def test_rope_angles_equal_llama(scaling, base, trained):
+    """With a base of 10, yarn's slow end is beyond the last pair."""
     factor = 1.0 if scaling == "none" else 4.0
     config = VariantConfig(97, 4 * trained, 1, 1, 64, pos="rope", rope_base=base, rope_scaling=scaling, rope_factor=factor)
     how = dict(rope_type=scaling, factor=4.0, original_max_position_embeddings=trained) if scaling != "none" else dict(rope_type="default")
@@ -335,8 +337,8 @@ def test_the_angles_of_a_real_size_equal_llamas(scaling, base, trained):
         assert (ours - hf[0, :, :32]).abs().max() <= 1e-4
 
 
-def test_ntk_keeps_the_fastest_wave_and_stretches_the_slowest_by_the_factor():
-    """bloc97, 2023: the base is chosen so that the slowest pair of channels is slowed by the whole factor."""
+def test_ntk_slows_only_the_slow_pairs():
+    """bloc97, 2023: the new base slows the slowest pair of channels by the whole factor, and the fastest not at all."""
     one = torch.tensor([1])
     plain, ntk = (rotation_of(one, VariantConfig(**SHAPE, pos="rope", **s)) for s in ({}, dict(rope_scaling="ntk", rope_factor=4.0)))
     angles = [torch.atan2(sin, cos)[0] for cos, sin in (plain, ntk)]
@@ -346,8 +348,8 @@ def test_ntk_keeps_the_fastest_wave_and_stretches_the_slowest_by_the_factor():
 
 @pytest.mark.parametrize(("pattern", "reach"), [("S", [4, 4]), ("SL", [4, 11]), ("LS", [4, 11]), ("L", [11, 11])])
 @pytest.mark.parametrize("attention", ["flash", "manual"])
-def test_a_window_sees_exactly_its_window(pattern, reach, attention):
-    """By gradient: what one layer of the model sees, and what all of them do together."""
+def test_queries_see_exactly_their_window(pattern, reach, attention):
+    """The gradient shows which positions one layer sees, and which two layers see together."""
     for n_layer, expected in ((1, 4 if pattern[0] == "S" else 11), (2, 11 if "L" in pattern else 7)):
         torch.manual_seed(0)
         model = build(VariantConfig(50, 11, n_layer, 2, 16, attention, window=4, window_pattern=pattern))
@@ -362,7 +364,7 @@ def test_a_window_sees_exactly_its_window(pattern, reach, attention):
 
 @pytest.mark.parametrize("attention", ["flash", "manual"])
 @pytest.mark.parametrize("window", [None, 5])
-def test_documents_are_as_if_each_were_alone(attention, window):
+def test_documents_do_not_see_each_other(attention, window):
     model = randomized(attention=attention, doc_mask=True, pos="rope", window=window)
     idx = ids_with_documents(model.config)
     logits = model(idx)[0]
@@ -373,7 +375,7 @@ def test_documents_are_as_if_each_were_alone(attention, window):
 
 @pytest.mark.parametrize("window", [1, 3, 64, 70, 200, 1000])
 @pytest.mark.parametrize("T", [65, 513])
-def test_blockwise_attention_with_a_window_equals_the_formula_and_its_gradients(T, window):
+def test_blockwise_attention_with_window_equals_formula(T, window):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
     dy = torch.randn(1, 2, T, 8)
@@ -388,14 +390,15 @@ def test_blockwise_attention_with_a_window_equals_the_formula_and_its_gradients(
 # ---- experts ----
 
 
-def test_load_balancing_loss_is_transformers_and_in_the_gradient_alone():
+def test_load_balancing_equals_transformers_without_changing_the_loss():
     model = randomized(n_expert=4, n_expert_active=2, n_layer=1)
     idx = ids_for(model.config)
     logits = []
     model.transformer.h[0].mlp.router.register_forward_hook(lambda module, args, out: logits.append(out))
     loss = model(idx, idx)[1]
     balance = model.hidden_states_and_balance(idx)[1]
-    assert balance.item() == pytest.approx(load_balancing_loss_func((logits[0],), 4, 2).item() / 2, rel=1e-5)  # per choice, not per token
+    # transformers counts per token, we per choice, two for each token
+    assert balance.item() == pytest.approx(load_balancing_loss_func((logits[0],), 4, 2).item() / 2, rel=1e-5)
     assert loss.item() == pytest.approx(F.cross_entropy(model(idx)[0].flatten(0, 1), idx.flatten()).item(), rel=1e-6)
     plain = replace(model.config, load_balance=0.0)
     (grad,) = torch.autograd.grad(loss, model.transformer.h[0].mlp.router.weight)
@@ -407,7 +410,8 @@ def test_load_balancing_loss_is_transformers_and_in_the_gradient_alone():
 
 
 @pytest.mark.parametrize("active", [1, 2])
-def test_no_token_is_dropped_when_all_choose_the_same_experts(active):
+def test_experts_drop_no_token(active):
+    """Even if the router sends most tokens to the same experts."""
     torch.manual_seed(0)
     moe = MixtureOfExperts(VariantConfig(**SHAPE, n_expert=4, n_expert_active=active))
     for p in moe.parameters():
@@ -425,15 +429,15 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts(active):
     assert balance >= 0.99
 
 
-def test_every_parameter_has_a_gradient_also_in_a_single_layer():
-    """What has none would end a run on several processes."""
+def test_every_parameter_has_gradient_with_one_layer():
+    """Training on several processes fails if a parameter has no gradient."""
     model = randomized(n_layer=1, value_residual=True)
     idx = ids_for(model.config)
     model(idx, idx)[1].backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_parameters_of_experts_active_and_in_all():
+def test_active_and_total_expert_parameters():
     dense, experts = build(VariantConfig(**SHAPE)), build(VariantConfig(**SHAPE, n_expert=8, n_expert_active=2))
     routers = 4 * 8 * 32
     mlps = 4 * 2 * 4 * 32 * 32
@@ -443,22 +447,22 @@ def test_parameters_of_experts_active_and_in_all():
 
 
 def test_parameters_and_flops_by_hand():
-    """Six for each weight at work, as often as it is, and twelve for a channel of each position seen (Chowdhery et al., 2022)."""
+    """Counts six per active weight each time it is used, and twelve per channel and position seen (Chowdhery et al., 2022)."""
     model = build(VariantConfig(**SHAPE, pos="rope", bias=False, norm="rmsnorm", tied_head=False, share_layers=2, n_kv_head=2, window=5,
                           window_pattern="SSSL", n_expert=4, n_expert_active=2, mlp="swiglu"))  # fmt: skip
     attention, router, expert = 32 * (32 + 2 * 16) + 32 * 32, 4 * 32, 3 * 32 * 44
     block = attention + router + 4 * expert + 2 * 32
     assert model.num_params() == 2 * block + 32 + 2 * 97 * 32
     assert model.num_params() - idle_params(model) == 2 * (block - 2 * expert) + 32 + 2 * 97 * 32
-    at_work = 4 * (block - 2 * expert) + 32 + 128 * 32
-    assert flops_per_token(model) == 6 * at_work + 12 * 32 * (5 + 5 + 5 + 24)
+    weights_used = 4 * (block - 2 * expert) + 32 + 128 * 32
+    assert flops_per_token(model) == 6 * weights_used + 12 * 32 * (5 + 5 + 5 + 24)
 
 
 # ---- every variant ----
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_cached_positions_equal_the_full_forward_pass(variant):
+def test_cached_positions_equal_full_forward_pass(variant):
     model = randomized(**VARIANTS[variant])
     idx = ids_with_documents(model.config)
     with torch.no_grad():
@@ -472,8 +476,8 @@ def test_cached_positions_equal_the_full_forward_pass(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_cache_that_was_set_back_forgets(variant):
-    """As speculative decoding does: some positions are tried, the last of them taken back, and others follow."""
+def test_cache_forgets_when_its_length_is_lowered(variant):
+    """Does what speculative decoding does: tries some positions, takes back the last of them, and continues with others."""
     model = randomized(**VARIANTS[variant])
     idx = ids_with_documents(model.config)
     other = idx.flip(0)
@@ -487,7 +491,7 @@ def test_a_cache_that_was_set_back_forgets(variant):
         assert (torch.stack(parts, 1) - model(idx)[0]).abs().max() <= 1e-5
 
 
-def test_a_cache_is_as_large_as_its_heads_and_windows():
+def test_cache_size_follows_heads_and_windows():
     def size(**switches):
         model, cache = build(VariantConfig(**SHAPE, **switches)), KVCache(24)
         model(ids_for(model.config), cache=cache)
@@ -509,7 +513,7 @@ def loss_and_gradients(model: GPT, idx: torch.Tensor) -> tuple[torch.Tensor, lis
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_manual_attention_scoring_copy_and_recomputation_equal_the_plain_way(variant):
+def test_manual_attention_scoring_copy_and_recomputation_equal_plain(variant):
     model = randomized(**VARIANTS[variant])
     idx = ids_with_documents(model.config)
     loss, grads = loss_and_gradients(model, idx)
@@ -527,11 +531,11 @@ def test_manual_attention_scoring_copy_and_recomputation_equal_the_plain_way(var
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["modern", "many at once"])
-def test_compiled_variants_have_the_loss_and_gradients_of_plain_ones(variant):
+def test_compiled_variant_equals_eager(variant):
     model = randomized(**VARIANTS[variant])
     idx = ids_with_documents(model.config)
     loss, grads = loss_and_gradients(model, idx)
-    torch._dynamo.reset()  # what other tests compiled counts against the limit
+    torch._dynamo.reset()  # else the compiles of other tests count against the limit
     compile_blocks(model)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         compiled, compiled_grads = loss_and_gradients(model, idx)
@@ -545,11 +549,11 @@ def test_compiled_variants_have_the_loss_and_gradients_of_plain_ones(variant):
 @pytest.mark.parametrize("attention", ["flash", "manual"])
 @pytest.mark.parametrize("variant", ["window", "pattern", "documents", "documents in windows"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_sees_the_same(variant, attention):
-    """What runs on CUDA, here on the CPU and not fused."""
+def test_flex_attention_sees_the_same_positions(variant, attention):
+    """Runs CUDA's code path on the CPU, unfused."""
     model = randomized(**VARIANTS[variant] | {"attention": attention})
     idx = ids_with_documents(model.config)
-    with torch.no_grad():  # on a CPU it has no gradient
+    with torch.no_grad():  # FlexAttention has no gradient on a CPU
         expected = model(idx)[0]
         model.flex = True
         masks = model.masks(idx, None, torch.arange(24), None).values()
@@ -557,17 +561,17 @@ def test_flex_attention_sees_the_same(variant, attention):
         assert (model(idx)[0] - expected).abs().max() <= 1e-5
 
 
-def test_flex_attention_leaves_out_the_blocks_in_which_nothing_is_seen():
-    """Blocks are of 128 positions; what the CPU computes does not tell which are left out."""
+def test_flex_attention_skips_fully_masked_blocks():
+    """Compares the block masks, in blocks of 128 positions: the CPU's results would not show which blocks it skips."""
     starts = torch.zeros(2, 512, dtype=torch.long)
     starts[0, [100, 400]] = starts[1, 256] = 1
     documents = starts.cumsum(1)
-    for window, of in ((100, None), (None, documents), (150, documents)):
+    for window, numbers in ((100, None), (None, documents), (150, documents)):
         seen = causal_mask(512, 512, "cpu", window).expand(2, 1, 512, 512)
-        if of is not None:
-            seen = seen & (of[:, None, :, None] == of[:, None, None, :])
+        if numbers is not None:
+            seen = seen & (numbers[:, None, :, None] == numbers[:, None, None, :])
         blocks = seen.unflatten(3, (4, 128)).unflatten(2, (4, 128)).any(5).any(3)
-        assert (block_mask(512, window, of, "cpu").to_dense().expand(2, 1, 4, 4) == blocks.int()).all()
+        assert (block_mask(512, window, numbers, "cpu").to_dense().expand(2, 1, 4, 4) == blocks.int()).all()
 
 
 # ---- errors ----
@@ -578,10 +582,10 @@ def test_flex_attention_leaves_out_the_blocks_in_which_nothing_is_seen():
     [
         (dict(n_kv_head=3), "n_head 4 is not a multiple of n_kv_head 3"),
         (dict(n_kv_head=0), "n_kv_head is 0"),
-        (dict(n_embd=20, pos="rope"), "pos rope turns pairs of channels: n_embd 20 / n_head 4 must be even"),
+        (dict(n_embd=20, pos="rope"), "pos rope rotates pairs of channels: n_embd 20 / n_head 4 must be even"),
         (dict(window=0), "window is 0"),
-        (dict(window_pattern="SL"), "window_pattern SL is for a window, which is None"),
-        (dict(rope_base=500.0), "rope_base 500.0 is for pos rope"),
+        (dict(window_pattern="SL"), "window_pattern SL needs a window, which is None"),
+        (dict(rope_base=500.0), "rope_base 500.0 needs pos rope, not learned"),
         (dict(rope_base=1.0, pos="rope"), "rope_base is 1.0: it must be from 2"),
         (dict(rope_factor=1e308, pos="rope", rope_scaling="ntk"), "rope_factor is 1e\\+308: it must be from 1"),
         (dict(n_expert=10_000), "n_expert is 10000: it must be at most 1024"),
@@ -589,9 +593,9 @@ def test_flex_attention_leaves_out_the_blocks_in_which_nothing_is_seen():
         (dict(window_pattern=""), "window_pattern is ''"),
         (dict(n_expert=2, n_expert_active=3), "n_expert_active 3 is more than n_expert 2"),
         (dict(share_layers=3), "n_layer 4 is not a multiple of share_layers 3"),
-        (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling yarn is for pos rope"),
-        (dict(rope_scaling="yarn", pos="rope"), "give both or none"),
-        (dict(rope_factor=2.0, pos="rope"), "give both or none"),
+        (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling yarn needs pos rope, not learned"),
+        (dict(rope_scaling="yarn", pos="rope"), "set both or neither"),
+        (dict(rope_factor=2.0, pos="rope"), "set both or neither"),
         (dict(rope_base=0.5), "rope_base is 0.5"),
         (dict(load_balance=float("nan")), "load_balance is nan"),
         (dict(pos="alibi"), "pos is 'alibi': choose learned or rope"),
@@ -599,7 +603,7 @@ def test_flex_attention_leaves_out_the_blocks_in_which_nothing_is_seen():
         (dict(window=2.5), "window is 2.5"),
     ],
 )
-def test_a_combination_that_makes_no_sense_is_refused(switches, message):
+def test_invalid_combination_is_refused(switches, message):
     with pytest.raises(ValueError, match=message):
         build(VariantConfig(**SHAPE | switches))
 
@@ -618,7 +622,7 @@ YARN, LINEAR = (dict(rope_scaling=scaling, rope_factor=3.0) for scaling in ("yar
         ("LlamaForCausalLM", LLAMA | dict(n_kv_head=2, tied_head=True, rope_base=500.0, share_layers=2)),
         ("LlamaForCausalLM", LLAMA | dict(n_kv_head=1, rope_base=10.0) | YARN),
         ("LlamaForCausalLM", LLAMA | LINEAR),
-        ("GPT2LMHeadModel", dict(n_kv_head=4, window=24, window_pattern="SL")),  # as GPT-2 has it
+        ("GPT2LMHeadModel", dict(n_kv_head=4, window=24, window_pattern="SL")),  # the same as GPT-2: no window is shorter than seq_len
         ("MistralForCausalLM", LLAMA | dict(window=5, n_kv_head=2)),
         ("Qwen3ForCausalLM", LLAMA | dict(qk_norm=True, n_kv_head=2, rope_base=500.0)),
         ("Qwen3ForCausalLM", LLAMA | dict(qk_norm=True, window=5, window_pattern="SSL", tied_head=True)),
@@ -626,7 +630,7 @@ YARN, LINEAR = (dict(rope_scaling=scaling, rope_factor=3.0) for scaling in ("yar
         ("MixtralForCausalLM", LLAMA | dict(n_expert=5, n_expert_active=2, window=5)),
     ],
 )
-def test_a_saved_variant_is_an_architecture_of_transformers(tmp_path, kind, switches):
+def test_saved_variant_loads_in_transformers(tmp_path, kind, switches):
     model = randomized(**switches).eval()
     model.save_pretrained(tmp_path)
     hf, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
@@ -639,26 +643,23 @@ def test_a_saved_variant_is_an_architecture_of_transformers(tmp_path, kind, swit
 
 
 @pytest.mark.parametrize(
-    ("switches", "why"),
+    ("switches", "message"),
     [
-        (dict(pos="rope", bias=False), "GPTNeoX, the nearest, differs in bias False; keep it"),
-        (dict(qk_norm=True), "GPT2, the nearest, differs in qk_norm True"),
-        (LLAMA | dict(n_expert=2, n_expert_active=1), "Mixtral, the nearest, differs in n_expert_active 1"),
-        (LLAMA | dict(window=5, window_pattern="SL"), "Mistral, the nearest, differs in window_pattern SL"),
-        (dict(pos="rope", rope_scaling="ntk", rope_factor=2.0), "GPTNeoX, the nearest, differs in rope_scaling ntk"),
-        (
-            dict(doc_mask=True, value_residual=True),
-            "differs in doc_mask True, value_residual True; keep it",
-        ),
+        (dict(pos="rope", bias=False), "the nearest, GPTNeoX, differs in bias False\\): keep it"),
+        (dict(qk_norm=True), "the nearest, GPT2, differs in qk_norm True"),
+        (LLAMA | dict(n_expert=2, n_expert_active=1), "the nearest, Mixtral, differs in n_expert_active 1"),
+        (LLAMA | dict(window=5, window_pattern="SL"), "the nearest, Mistral, differs in window_pattern SL"),
+        (dict(pos="rope", rope_scaling="ntk", rope_factor=2.0), "the nearest, GPTNeoX, differs in rope_scaling ntk"),
+        (dict(doc_mask=True, value_residual=True), "differs in doc_mask True, value_residual True\\): keep it"),
     ],
 )
-def test_a_variant_is_not_saved_as_what_it_is_not(tmp_path, switches, why):
-    with pytest.raises(ValueError, match=why):
+def test_unsupported_variant_is_not_saved(tmp_path, switches, message):
+    with pytest.raises(ValueError, match=message):
         build(VariantConfig(**SHAPE | switches)).save_pretrained(tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
-def test_all_faults_are_named_at_once():
+def test_all_errors_are_listed_at_once():
     errors = VariantConfig(
         **SHAPE | dict(n_kv_head=3, n_expert_active=3, window_pattern="", window=0, rope_factor=2.0, load_balance=torch.inf)
     ).errors()
