@@ -121,7 +121,7 @@ def find_shards(folder: str | Path) -> Shards:
     """Reads the manifest, or lists the files if there is none. ValueError unless both splits have shards."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"no shards: {folder} is a file, give the folder of the shards")
+        raise ValueError(f"no shards: {folder} is a file, give the folder that shards are in")
     if not folder.is_dir():
         raise ValueError(f"no shards: the folder {folder} does not exist; make it: python fineweb.py --out-dir {folder}")
     if (folder / MANIFEST).exists():

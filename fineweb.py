@@ -66,8 +66,7 @@ class PrepareConfig:
     workers: int = 0
     """Threads that tokenize (processes, if gigatoken is not installed); 0 is one per core."""
     part: str = ""
-    """Take one block of the dataset's files: 3/8 is the third of eight. The last part to finish joins them; so does a run without
-    --part."""
+    """Take one block of the dataset's files: 3/8 is the third of eight. The last part joins them all; so does a run without --part."""
     pretokenized: bool = False
     """Download ready .bin shards (kjj0/fineweb10B-gpt2) instead of tokenizing."""
 
@@ -320,8 +319,8 @@ def chunks(documents) -> Iterator[tuple[dict, list[str]]]:
 def tokenized(documents, tokenizer_name: str, workers: int) -> Iterator[tuple[dict, np.ndarray]]:
     """Yields each chunk's state and tokens, in order.
 
-    One worker runs in this thread. More workers are threads if a fast encoder is installed, since it releases the GIL; otherwise
-    they are processes. To bound memory, it prefetches at most 2 · workers chunks.
+    One worker runs in this thread. More workers are threads if there is a fast encoder, since it releases the GIL; otherwise they are
+    processes. To bound memory, it prefetches at most 2 · workers chunks.
     """
     if workers == 1:
         for state, texts in chunks(documents):
@@ -397,7 +396,7 @@ def tokenize_documents(out: Path, config: PrepareConfig):
         return
     documents = open_documents(config, progress["revision"])
     if progress["revision"] not in ("", documents.revision):
-        raise ValueError(f"the files changed after {out} was begun: restore them, or choose another --out-dir")
+        raise ValueError(f"the files changed after the first run into {out}: restore them, or choose another --out-dir")
     if progress["state"] is not None:
         documents.load_state(progress["state"])
     progress["revision"] = documents.revision
