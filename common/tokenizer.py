@@ -1,7 +1,4 @@
-"""Tokenizers: GPT-2's BPE and plain bytes, and fast encoding of many documents.
-
-Every tokenizer's last id is <|endoftext|>.
-"""
+"""GPT-2's BPE and plain bytes, and fast encoding of many documents."""
 
 import base64
 import sys
@@ -19,7 +16,7 @@ VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """<|endoftext|> is the last id of every tokenizer here, and the text '<|endoftext|>' is plain text to encode."""
+    """Encodes text to ids and back. The last id is <|endoftext|>; encode treats the text '<|endoftext|>' as plain text."""
 
     name: str
     vocab_size: int
@@ -36,7 +33,7 @@ class Tokenizer:
 
 @lru_cache
 def get_tokenizer(name: str) -> Tokenizer:
-    """'gpt2' (tiktoken, which fetches the vocabulary once) or 'bytes' (UTF-8, needs nothing)."""
+    """Returns 'gpt2' (tiktoken, downloads the vocabulary once) or 'bytes' (UTF-8, needs no download). ValueError if it can't."""
     if name == "bytes":
         return Tokenizer(
             name,
@@ -62,7 +59,8 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 @lru_cache
 def fast_encode(name: str) -> Callable[[list[str]], list[np.ndarray]] | None:
-    """What get_tokenizer(name).encode makes of each document, many times as fast; None where gigatoken is not installed."""
+    """Returns a function that encodes many documents, much faster than get_tokenizer(name).encode and with the same ids.
+    None if it needs gigatoken and that is not installed."""
     if name == "bytes":
         return lambda texts: [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts]
     try:
@@ -72,24 +70,24 @@ def fast_encode(name: str) -> Callable[[list[str]], list[np.ndarray]] | None:
     import tiktoken
 
     bpe = tiktoken.get_encoding(name)
-    with tempfile.NamedTemporaryFile("wb", suffix=".tiktoken") as file:  # gigatoken reads ranks from a file in tiktoken's format
+    with tempfile.NamedTemporaryFile("wb", suffix=".tiktoken") as file:  # gigatoken reads ranks only from a file
         for rank in range(bpe.eot_token):
             file.write(b"%s %d\n" % (base64.b64encode(bpe.decode_single_token_bytes(rank)), rank))
         file.flush()
         fast = gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer="gpt2")
 
     def encode(texts):
-        rows = fast.encode_batch(texts, parallel=False).layout  # the chunks are what is done in parallel
+        rows = fast.encode_batch(texts, parallel=False).layout  # fineweb.py encodes chunks in parallel
         return np.split(rows.content.data, rows.offsets.data[1:-1])
 
     return encode
 
 
-SAMPLE_CHARS = 2000  # of each chunk, encoded both ways
+SAMPLE_CHARS = 2000  # of each chunk, to compare both encoders
 
 
 def tokenize(tokenizer_name: str, texts: list[str]) -> np.ndarray:
-    """Documents → one uint16 row, <|endoftext|> before each. A chunk's tokens depend on nothing but its text."""
+    """Encodes documents into one row, uint16 (N,), with <|endoftext|> before each. The result depends on the text alone."""
     tokenizer = get_tokenizer(tokenizer_name)
     rows = fast_rows(tokenizer, texts) or [tokenizer.encode(text) for text in texts]
     tokens, filled = np.empty(sum(len(row) + 1 for row in rows), np.uint16), 0
@@ -101,15 +99,16 @@ def tokenize(tokenizer_name: str, texts: list[str]) -> np.ndarray:
 
 
 def fast_rows(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray] | None:
-    """The documents by the fast encoder, held against the plain one on the first characters; None where that must do them."""
+    """Encodes documents with the fast encoder, and checks it against the plain one on the first characters.
+    None if the plain encoder must take over."""
     fast, sample = fast_encode(tokenizer.name), texts[0][:SAMPLE_CHARS]
     if fast is None:
         return None
     try:
         first, *rows = fast([sample, *texts])
-    except TypeError:  # gigatoken takes no half of a surrogate pair
+    except TypeError:  # gigatoken rejects lone surrogates
         return None
     if first.tolist() != tokenizer.encode(sample):
-        print(f"warning: gigatoken and tiktoken differ on {sample[:40]!r}…: tiktoken does this part of the text", file=sys.stderr)
+        print(f"warning: gigatoken and tiktoken differ on {sample[:40]!r}…: using tiktoken for this chunk", file=sys.stderr)
         return None
     return rows

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on localhost: repos at one commit, as much of the protocol as its clients use."""
+"""Fakes the Hugging Face hub on localhost: repos at one commit, and the part of the protocol that its clients use."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 def children(files: dict[str, bytes], folder: str) -> list[dict]:
-    """Files and folders right below a folder of a repo."""
+    """Lists the files and folders directly below a folder of a repo."""
     found = {}
     for path, content in files.items():
         if path.startswith(folder and folder + "/"):
@@ -28,8 +28,11 @@ def lfs(content: bytes) -> dict:
 
 
 class Hub(ThreadingHTTPServer):
-    """repos: 'datasets/owner/name' or, for a model, 'owner/name' → path → content. break_after: every such n-th download is cut short, as
-    by a bad line. fault: asked at each request, 'GET /path'; the (body, status, headers) that it gives are the answer."""
+    """Serves repos: 'datasets/owner/name' (or 'owner/name' for a model) → path → content.
+
+    break_after n cuts every n-th download short, like a bad connection; 0 cuts none. fault gets each request as 'GET /path'.
+    If it returns (body, status, headers), these are the answer.
+    """
 
     def __init__(self, repos: dict[str, dict[str, bytes]], break_after: int, fault: Callable[[str], tuple | None]):
         super().__init__(("127.0.0.1", 0), Request)
@@ -96,7 +99,7 @@ class Request(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(repos: dict[str, dict[str, bytes]], break_after: int = 0, fault: Callable[[str], tuple | None] = lambda request: None):
-    """Yields (url, requests) of a Hub that answers for as long as the block lasts."""
+    """Runs a Hub inside the block and yields (url, requests)."""
     hub = Hub(repos, break_after, fault)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     try:

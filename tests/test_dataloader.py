@@ -1,4 +1,4 @@
-"""The shard format against numpy.load and llm.c's layout, and the stream against counting every token of every epoch."""
+"""Shards must match numpy.load and llm.c's layout; the stream must serve every token of every epoch."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ from dataloader import Shards, TokenStream, differences, find_shards, open_shard
 
 
 def folder_of(tmp_path, sizes):
-    """Shards whose tokens are all different: token i of the row is i."""
+    """Writes shards in which token i of the row is i."""
     row, entries = np.arange(sum(sizes), dtype=np.uint16), []
     for index, part in enumerate(np.split(row, np.cumsum(sizes)[:-1])):
         entries.append(write_shard(tmp_path / f"count_train_{index:06d}.npy", part))
@@ -39,7 +39,7 @@ def llmc_bin(path, tokens, magic=20240520, version=1, count=None):
     shuffle=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_every_token_is_a_target_once_an_epoch(tmp_path_factory, sizes, seq_len, processes, micro_batch, micro_steps, shuffle, seed):
+def test_every_token_is_a_target_once_per_epoch(tmp_path_factory, sizes, seq_len, processes, micro_batch, micro_steps, shuffle, seed):
     total = sum(sizes)
     if total <= seq_len:
         return
@@ -66,7 +66,7 @@ def test_every_token_is_a_target_once_an_epoch(tmp_path_factory, sizes, seq_len,
         assert [row[0] for row in inputs[:per_epoch]] == list(range(0, per_epoch * seq_len, seq_len))
 
 
-def test_a_sequence_runs_on_across_shards(tmp_path):
+def test_sequences_cross_shards(tmp_path):
     stream = TokenStream(folder_of(tmp_path, [5, 2, 1, 10]), "train", 8, shuffle=False)
     x, y = stream.batch([0, 1])
     assert x.dtype == y.dtype == np.int64
@@ -74,7 +74,7 @@ def test_a_sequence_runs_on_across_shards(tmp_path):
     assert y.tolist() == [list(range(1, 9)), list(range(9, 17))]
 
 
-def test_epochs_have_different_orders_and_a_seed_its_own(tmp_path):
+def test_each_epoch_and_seed_has_its_own_order(tmp_path):
     shards = folder_of(tmp_path, [1000])
     first = TokenStream(shards, "train", 10, seed=1)
     orders = [[first.sequence_at(e * 99 + i) for i in range(99)] for e in range(3)]
@@ -89,8 +89,8 @@ def test_permute_is_a_permutation(n, key):
     assert sorted(permute(i, n, key) for i in range(n)) == list(range(n))
 
 
-def test_permute_mixes_well():
-    """Neighbours part: the displacement of a random permutation is n/3 on average, and no place is favoured."""
+def test_permute_looks_random():
+    """A random permutation moves an element by n/3 on average, separates neighbours by n/3, and favours no place."""
     n = 1000
     places = np.array([[permute(i, n, key) for i in range(n)] for key in range(100)])
     assert abs(places - np.arange(n)).mean() == pytest.approx(n / 3, rel=0.03)
@@ -98,28 +98,28 @@ def test_permute_mixes_well():
     assert abs(np.diff(places, axis=1)).mean() == pytest.approx(n / 3, rel=0.03)
 
 
-def test_the_order_of_an_epoch_stays_as_it_was_released():
-    """A resumed run must meet the same order in every later version."""
+def test_epoch_order_never_changes_between_versions():
+    """A run may be resumed by a later version."""
     assert [permute(i, 10, 1337) for i in range(10)] == [3, 6, 2, 0, 4, 9, 8, 1, 5, 7]
 
 
-def test_too_few_tokens_for_a_sequence_are_refused(tmp_path):
+def test_too_few_tokens_for_one_sequence(tmp_path):
     with pytest.raises(ValueError, match=r"8 train tokens, fewer than one sequence of 8 \+ 1"):
         TokenStream(folder_of(tmp_path, [8]), "train", 8)
     assert TokenStream(folder_of(tmp_path, [9]), "train", 8).sequences_per_epoch == 1
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 1), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)])
-def test_a_step_takes_the_same_positions_in_any_world(world_size, micro_batch):
+def test_step_positions_are_independent_of_world_size(world_size, micro_batch):
     parts = [rank_positions(5, 8, micro_batch, rank, world_size) for rank in range(world_size)]
-    assert len({len(part) for part in parts}) == 1  # as many passes on every rank
+    assert len({len(part) for part in parts}) == 1  # every rank has the same number of micro steps
     assert sorted(p for part in parts for positions in part for p in positions) == list(range(40, 48))
 
 
 # ---- shards ----
 
 
-def test_a_shard_is_a_plain_npy_file(tmp_path):
+def test_shard_is_a_plain_npy_file(tmp_path):
     tokens = np.array([50256, 1, 2], dtype=np.uint16)
     entry = write_shard(tmp_path / "x_train_000001.npy", tokens)
     loaded = np.load(tmp_path / "x_train_000001.npy")
@@ -127,7 +127,7 @@ def test_a_shard_is_a_plain_npy_file(tmp_path):
     assert entry["tokens"] == 3 and not list(tmp_path.glob("*.tmp"))
 
 
-def test_folders_of_build_nanogpt_and_llmc_are_read(tmp_path):
+def test_read_shards_of_build_nanogpt_and_llmc(tmp_path):
     np.save(tmp_path / "edufineweb_val_000000.npy", np.arange(20, dtype=np.uint16))
     llmc_bin(tmp_path / "fineweb_train_000001.bin", np.arange(100, 130))
     shards = find_shards(tmp_path)
@@ -137,7 +137,7 @@ def test_folders_of_build_nanogpt_and_llmc_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["my_val_set", "my_train_set"])
-def test_a_prefix_puts_no_shard_into_the_other_split(tmp_path, prefix):
+def test_prefix_does_not_change_the_split(tmp_path, prefix):
     for split in ("val", "train"):
         np.save(tmp_path / f"{prefix}_{split}_000000.npy", np.arange(20, dtype=np.uint16))
     shards = find_shards(tmp_path)
@@ -176,7 +176,7 @@ def flip(path):
         (lambda path: np.save(path, np.zeros(9, dtype=np.uint16)), "has 9 tokens, the manifest says"),
     ],
 )
-def test_a_damaged_shard_is_named(tmp_path, damage, message, monkeypatch):
+def test_damaged_shard_is_named(tmp_path, damage, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shards = find_shards(write_shards(tmp_path, [100, 5003]))
     damage(tmp_path / "tiny_train_000001.npy")
@@ -189,13 +189,13 @@ def test_a_damaged_shard_is_named(tmp_path, damage, message, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "message"), [({"magic": 1}, "magic 20240520"), ({"version": 2}, "version 1"), ({"count": 99}, "promises 1,222 bytes")]
 )
-def test_a_damaged_bin_is_named(tmp_path, kind, message):
+def test_damaged_bin_is_refused(tmp_path, kind, message):
     llmc_bin(tmp_path / "a_train_000001.bin", range(10), **kind)
     with pytest.raises(ValueError, match=message):
         open_shard(tmp_path, {"file": "a_train_000001.bin"})
 
 
-def test_ids_beyond_the_vocabulary_are_named(tmp_path):
+def test_batch_refuses_ids_beyond_the_vocabulary(tmp_path):
     shards = folder_of(tmp_path, [300])
     shards.vocab_size = 257
     stream = TokenStream(shards, "train", 8, shuffle=False)
@@ -204,7 +204,7 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path):
         stream.batch([32])
 
 
-def test_a_folder_without_one_split_is_refused(tmp_path):
+def test_missing_split_or_folder_is_refused(tmp_path):
     np.save(tmp_path / "x_train_000001.npy", np.arange(20, dtype=np.uint16))
     with pytest.raises(ValueError, match="no val shard in"):
         find_shards(tmp_path)
@@ -212,7 +212,7 @@ def test_a_folder_without_one_split_is_refused(tmp_path):
         find_shards(tmp_path / "nowhere")
 
 
-def test_a_broken_manifest_is_refused(tmp_path):
+def test_invalid_manifest_is_refused(tmp_path):
     write_shards(tmp_path, [100, 100])
     manifest = read_json(tmp_path / "manifest.json", "")
     del manifest["shards"]
@@ -224,19 +224,19 @@ def test_a_broken_manifest_is_refused(tmp_path):
         find_shards(tmp_path)
 
 
-def test_what_has_happened_to_a_folder_is_named(tmp_path):
-    """With the manifest's sha256, with those that verify_shards noted, and by sizes alone where neither is there."""
+def test_changes_to_a_folder_are_listed(tmp_path):
+    """Compares by the sha256 of the manifest or of verify_shards, and by sizes alone if both are missing."""
     a, b, c = (find_shards(write_shards(tmp_path / name, [100, 200], seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert differences(a.contents(), b.contents()) == []
     assert differences(a.contents(), c.contents()) == ["tiny_train_000001.npy has changed", "tiny_val_000000.npy has changed"]
     other = dict(reversed(a.contents().items()))
     assert differences(a.contents(), other) == ["the manifest has the shards in another order"]
     (tmp_path / "b" / "manifest.json").unlink()
-    unknown, noted = find_shards(tmp_path / "b"), find_shards(tmp_path / "b")
-    verify_shards(noted)
-    assert unknown.contents() == {name: [size, None] for name, (size, _) in a.contents().items()}
-    assert noted.contents() == a.contents() and differences(unknown.contents(), noted.contents()) == []
-    before = noted.contents()
+    unverified, verified = find_shards(tmp_path / "b"), find_shards(tmp_path / "b")
+    verify_shards(verified)
+    assert unverified.contents() == {name: [size, None] for name, (size, _) in a.contents().items()}
+    assert verified.contents() == a.contents() and differences(unverified.contents(), verified.contents()) == []
+    before = verified.contents()
     flip(tmp_path / "b" / "tiny_train_000001.npy")
     again = find_shards(tmp_path / "b")
     verify_shards(again)
@@ -249,14 +249,14 @@ def test_what_has_happened_to_a_folder_is_named(tmp_path):
     assert "tiny_val_000000.npy has changed" in differences(before, find_shards(tmp_path / "b").contents())
 
 
-def test_ids_beyond_the_vocabulary_are_found_before_training(tmp_path):
+def test_verify_refuses_ids_beyond_the_vocabulary(tmp_path):
     shards = folder_of(tmp_path, [300])
     shards.vocab_size = 257
     with pytest.raises(ValueError, match=r"count_train_000000.npy holds id 299, the vocabulary has 257: .*fineweb.py"):
         verify_shards(shards)
 
 
-def test_the_place_of_a_sequence_is_its_first_token(tmp_path):
+def test_place_names_the_first_token(tmp_path):
     stream = TokenStream(folder_of(tmp_path, [5, 2, 1, 1010]), "train", 8, shuffle=False)
     assert [stream.place(i) for i in (0, 1, 126)] == [
         "count_train_000000.npy from token 0", "count_train_000003.npy from token 0", "count_train_000003.npy from token 1,000"

@@ -1,4 +1,4 @@
-"""Documents to shards: against the plain concatenation of their tokens, through kills, and from a hub on localhost."""
+"""fineweb.py: shards equal the concatenated tokens, also after kills, full disks and failures of a hub on localhost."""
 
 import errno
 import gzip
@@ -41,7 +41,7 @@ def expected(texts, tokenizer="bytes") -> list[int]:
 
 
 def row(folder) -> list[int]:
-    """All tokens of a finished folder, in order."""
+    """Returns all tokens of a complete folder, in order."""
     shards = find_shards(folder)
     verify_shards(shards)
     return np.concatenate([open_shard(folder, entry) for entry in shards.entries]).tolist()
@@ -52,7 +52,7 @@ def bytes_of(folder) -> dict[str, str]:
 
 
 def the_error(text: str) -> str:
-    """The one line of it that is an error."""
+    """Returns the only error line. Fails on a traceback or on several errors."""
     lines = [line for line in text.splitlines() if "error: " in line]
     assert len(lines) == 1 and "Traceback" not in text, text
     return lines[0]
@@ -72,7 +72,7 @@ def corpus(tmp_path):
 # ---- tokenizers ----
 
 
-def test_bytes_are_utf8_and_end_of_text_is_the_last_id():
+def test_bytes_tokenizer_is_utf8_with_eot_last():
     tokenizer = get_tokenizer("bytes")
     assert (tokenizer.vocab_size, tokenizer.eot) == (257, 256)
     assert tokenizer.encode("é\n") == [0xC3, 0xA9, 10]
@@ -81,15 +81,15 @@ def test_bytes_are_utf8_and_end_of_text_is_the_last_id():
     assert tokenizer.encode("\ud800") == [ord("?")]
 
 
-def test_gpt2_ids_are_the_published_ones(gpt2_tokenizer):
-    """The ids of 'Hello, I'm a language model,' as Hugging Face's documentation and build-nanogpt have them."""
+def test_gpt2_ids_match_published_ones(gpt2_tokenizer):
+    """The ids are from Hugging Face's documentation and build-nanogpt."""
     assert gpt2_tokenizer.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
     assert (gpt2_tokenizer.vocab_size, gpt2_tokenizer.eot) == (50257, 50256)
     assert 50256 not in gpt2_tokenizer.encode("<|endoftext|>")
     assert all(gpt2_tokenizer.decode(gpt2_tokenizer.encode(text)) == text for text in TEXTS)
 
 
-def test_a_vocabulary_that_cannot_be_had_is_one_line(tmp_path):
+def test_unavailable_vocabulary_is_a_one_line_error(tmp_path):
     result = script(
         "fineweb.py", "--dataset", "stdlib", "--out-dir", tmp_path / "x",
         TIKTOKEN_CACHE_DIR=tmp_path / "none", HTTPS_PROXY="http://127.0.0.1:9",
@@ -101,7 +101,7 @@ def test_a_vocabulary_that_cannot_be_had_is_one_line(tmp_path):
 # ---- formats ----
 
 
-def test_every_local_format_is_read(tmp_path):
+def test_read_every_local_format(tmp_path):
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
@@ -111,17 +111,17 @@ def test_every_local_format_is_read(tmp_path):
     for name in ("d.txt", "e.md", "f.py"):
         (tmp_path / name).write_text("é\n", encoding="utf-8")
         assert list(read_file(tmp_path / name)) == ["é\n"]
-    broken, read = b'{"text": "caf\xe9 \\ud800"}\n\n{"text": ""}\n{"text": "b"}', ["caf\N{REPLACEMENT CHARACTER} \ud800", "", "b"]
+    malformed, read = b'{"text": "caf\xe9 \\ud800"}\n\n{"text": ""}\n{"text": "b"}', ["caf\N{REPLACEMENT CHARACTER} \ud800", "", "b"]
     (tmp_path / "g.txt").write_bytes(b"caf\xe9")
     assert list(read_file(tmp_path / "g.txt")) == ["caf\N{REPLACEMENT CHARACTER}"]
-    (tmp_path / "h.jsonl").write_bytes(broken)
-    (tmp_path / "i.jsonl.gz").write_bytes(gzip.compress(broken))
+    (tmp_path / "h.jsonl").write_bytes(malformed)
+    (tmp_path / "i.jsonl.gz").write_bytes(gzip.compress(malformed))
     assert list(read_file(tmp_path / "h.jsonl")) == list(read_file(tmp_path / "i.jsonl.gz")) == read
     assert prepare("--dataset", tmp_path / "h.jsonl", "--out-dir", tmp_path / "out") == 0
     assert row(tmp_path / "out") == expected(read)
 
 
-def test_a_folder_is_read_by_name_and_below(tmp_path):
+def test_read_a_folder_recursively_by_name(tmp_path):
     (tmp_path / "in" / "b").mkdir(parents=True)
     for name in ("c.txt", "a.md", "b/x.py", "ignored.png"):
         (tmp_path / "in" / name).write_text(name * 10)
@@ -129,7 +129,7 @@ def test_a_folder_is_read_by_name_and_below(tmp_path):
     assert row(tmp_path / "out") == expected(name * 10 for name in ("a.md", "b/x.py", "c.txt"))
 
 
-def test_stdlib_is_the_running_pythons():
+def test_stdlib_is_this_python_without_site_packages():
     files = fineweb.stdlib_files()
     assert files == fineweb.stdlib_files() and files != sorted(files)
     assert json.__file__ in map(str, files) and not any("site-packages" in str(path) for path in files)
@@ -140,7 +140,7 @@ def test_stdlib_is_the_running_pythons():
 
 
 @pytest.mark.parametrize("size", [100, 1000, 1777, 2000, 10**6])
-def test_shards_are_the_documents_tokens_in_order(tmp_path, corpus, size):
+def test_shards_equal_the_concatenated_tokens(tmp_path, corpus, size):
     tokens = expected(TEXTS)
     assert prepare("--dataset", corpus, "--out-dir", tmp_path / "out", "--shard-size", size) == 0
     assert row(tmp_path / "out") == tokens
@@ -150,7 +150,7 @@ def test_shards_are_the_documents_tokens_in_order(tmp_path, corpus, size):
     names = [shard["file"] for shard in manifest["shards"]]
     assert names == [f"corpus_{'train' if i else 'val'}_{i:06d}.npy" for i in range(len(names))] and len(names) > 1
     if len(tokens) >= 2 * size:
-        assert set(sizes[:-1]) == {size}  # as build-nanogpt cuts them
+        assert set(sizes[:-1]) == {size}  # as build-nanogpt does
     else:
         assert sizes[0] == len(tokens) // 10
     assert (manifest["tokenizer"], manifest["vocab_size"]) == ("bytes", 257)
@@ -163,7 +163,7 @@ def test_max_tokens_is_exact(tmp_path, corpus, limit):
     assert row(tmp_path / "out") == expected(TEXTS)[:limit]
 
 
-def test_workers_change_nothing(tmp_path, corpus, monkeypatch):
+def test_workers_do_not_change_the_bytes(tmp_path, corpus, monkeypatch):
     prepare("--dataset", corpus, "--out-dir", tmp_path / "one", "--shard-size", 500)
     monkeypatch.setattr(fineweb, "CHUNK_CHARS", 100)
     prepare("--dataset", corpus, "--out-dir", tmp_path / "chunks", "--shard-size", 500)
@@ -172,7 +172,7 @@ def test_workers_change_nothing(tmp_path, corpus, monkeypatch):
     )
     assert result.returncode == 0, result.stderr
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "chunks") == bytes_of(tmp_path / "three")
-    # processes, as where gigatoken is not installed
+    # without gigatoken, workers are processes
     code = "import fineweb; from common import tokenizer; fineweb.fast_encode = tokenizer.fast_encode = lambda name: None; fineweb.main()"
     argv = ["--dataset", corpus, "--out-dir", tmp_path / "spawned", "--shard-size", "500", "--tokenizer", "bytes", "--workers", "2"]
     result = subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=REPO, capture_output=True, text=True)
@@ -187,7 +187,7 @@ HARD = [
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
-def test_the_fast_encoder_gives_the_plain_ones_ids(name, gpt2_tokenizer):
+def test_fast_encoder_matches_the_plain_one(name, gpt2_tokenizer):
     pytest.importorskip("gigatoken")
     texts = [*HARD, *TEXTS, *(path.read_text() for path in sorted(REPO.glob("*.py")))]
     rng = random.Random(0)
@@ -195,49 +195,49 @@ def test_the_fast_encoder_gives_the_plain_ones_ids(name, gpt2_tokenizer):
     tokenizer = get_tokenizer(name)
     expected = [id for text in texts for id in (tokenizer.eot, *tokenizer.encode(text))]
     assert tokenizers.tokenize(name, texts).tolist() == expected
-    whole = [text for text in texts if "\ud800" not in text]
-    fast = tokenizers.fast_encode(name)(whole)
-    assert [row.tolist() for row in fast] == [tokenizer.encode(text) for text in whole]
+    valid = [text for text in texts if "\ud800" not in text]
+    fast = tokenizers.fast_encode(name)(valid)
+    assert [row.tolist() for row in fast] == [tokenizer.encode(text) for text in valid]
 
 
-def test_where_the_fast_encoder_differs_the_plain_one_does_the_part(monkeypatch, capsys):
+def test_plain_encoder_takes_over_if_they_differ(monkeypatch, capsys):
     plain = tokenizers.tokenize("bytes", TEXTS)
     monkeypatch.setattr(tokenizers, "fast_encode", lambda name: lambda texts: [np.zeros(3, np.uint8)] * len(texts))
     assert (tokenizers.tokenize("bytes", TEXTS) == plain).all()
     assert "warning: gigatoken and tiktoken differ on" in capsys.readouterr().err
 
 
-def test_one_document_longer_than_many_shards(tmp_path):
+def test_one_document_fills_many_shards(tmp_path):
     (tmp_path / "long.txt").write_text("abcdefghij" * 500)
     assert prepare("--dataset", tmp_path / "long.txt", "--out-dir", tmp_path / "out", "--shard-size", 300) == 0
     assert row(tmp_path / "out") == expected(["abcdefghij" * 500])
 
 
-def test_prep_in_gpt2s_vocabulary(tmp_path, corpus, gpt2_tokenizer):
+def test_tokenize_with_gpt2s_vocabulary(tmp_path, corpus, gpt2_tokenizer):
     assert prepare("--dataset", corpus, "--out-dir", tmp_path / "out", "--tokenizer", "gpt2", "--shard-size", 200) == 0
     assert row(tmp_path / "out") == expected(TEXTS, "gpt2")
 
 
-def test_a_prep_killed_at_any_point_ends_with_the_same_bytes(tmp_path):
-    """SIGKILL within a millisecond or so of a random write, ten times, then one launch that gets through."""
+def test_killed_at_random_writes_gives_same_bytes(tmp_path):
+    """SIGKILL stops ten launches within about a millisecond of a random write. The last launch completes."""
     generator = random.Random(0)
     lines = [json.dumps({"text": "".join(generator.choices("abcdé ", k=generator.randrange(60_000)))}) for _ in range(600)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     argv = ["fineweb", "--dataset", tmp_path / "in.jsonl", "--shard-size", 700_000, "--tokenizer", "bytes", "--workers", 2, "--out-dir"]
-    assert forked(tmp_path, *argv, tmp_path / "whole").returncode == 0
+    assert forked(tmp_path, *argv, tmp_path / "complete").returncode == 0
     killed = tmp_path / "killed"
     for _ in range(10):
         kill = partial(kill_at_write, killed, generator.randint(2, 12), generator.choice([0, 0.0005, 0.002]))
         assert forked(tmp_path, *argv, killed, first=kill).returncode == -signal.SIGKILL
     assert len(list(killed.glob("*.npy"))) > 3
     assert forked(tmp_path, *argv, killed).returncode == 0
-    assert bytes_of(tmp_path / "whole") == bytes_of(killed)
+    assert bytes_of(tmp_path / "complete") == bytes_of(killed)
 
 
-def test_every_resume_point_ends_with_the_same_bytes(tmp_path, corpus, monkeypatch):
-    """The same without chance: each launch is stopped right after it has recorded its first new shards."""
+def test_resume_from_every_point_gives_same_bytes(tmp_path, corpus, monkeypatch):
+    """Deterministic version: each launch stops right after it records its first new shards."""
     argv = ["--dataset", corpus, "--shard-size", 150]
-    prepare(*argv, "--out-dir", tmp_path / "whole")
+    prepare(*argv, "--out-dir", tmp_path / "complete")
     monkeypatch.setattr(fineweb, "CHUNK_CHARS", 70)
     write_json = fineweb.write_json
 
@@ -253,30 +253,30 @@ def test_every_resume_point_ends_with_the_same_bytes(tmp_path, corpus, monkeypat
         if prepare(*argv, "--out-dir", tmp_path / "stopped") == 0:
             break
     assert launches > 3
-    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "stopped")
+    assert bytes_of(tmp_path / "complete") == bytes_of(tmp_path / "stopped")
 
 
-def test_a_finished_prep_is_left_alone(tmp_path, corpus, capsys):
+def test_complete_folder_is_left_alone(tmp_path, corpus, capsys):
     argv = ["--dataset", corpus, "--out-dir", tmp_path / "out"]
     prepare(*argv)
     before = bytes_of(tmp_path / "out")
-    assert prepare(*argv) == 0 and "complete already" in capsys.readouterr().out
+    assert prepare(*argv) == 0 and "already complete" in capsys.readouterr().out
     assert bytes_of(tmp_path / "out") == before
     assert prepare(*argv, "--shard-size", 77) == 2 and "other settings" in capsys.readouterr().err
 
 
-def test_files_that_were_added_after_a_prep_are_noticed(tmp_path, corpus, capsys):
+def test_changed_input_files_are_detected(tmp_path, corpus, capsys):
     docs = shutil.copy(corpus, tmp_path / "copy.jsonl")
     argv = ["--dataset", docs, "--out-dir", tmp_path / "out"]
     prepare(*argv)
     with open(docs, "a") as file:
         file.write('{"text": "one more"}\n')
-    assert prepare(*argv) == 2 and "the files have changed" in capsys.readouterr().err
-    os.unlink(docs)  # the text may go once the shards are there
+    assert prepare(*argv) == 2 and "the files changed since" in capsys.readouterr().err
+    os.unlink(docs)  # complete shards don't need the text
     assert prepare(*argv) == 0
 
 
-def test_a_corpus_too_small_leaves_nothing_behind(tmp_path, capsys):
+def test_too_small_corpus_leaves_no_files(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("")
     argv = ["--dataset", tmp_path / "a.txt", "--out-dir", tmp_path / "out"]
     assert prepare(*argv) == 2 and "give more text" in capsys.readouterr().err
@@ -288,10 +288,10 @@ def test_a_corpus_too_small_leaves_nothing_behind(tmp_path, capsys):
     ("files", "argv", "message"),
     [
         ({}, ["--dataset", "nowhere/at/all"], "not found"),
-        ({}, ["--dataset", "{}"], "has no .parquet"),
-        ({"a.pdf": b"x"}, ["--dataset", "{}/a.pdf"], "files are read"),
+        ({}, ["--dataset", "{}"], "contains no .parquet"),
+        ({"a.pdf": b"x"}, ["--dataset", "{}/a.pdf"], "give a folder, or a file that ends in .parquet"),
         ({"a.txt": b""}, ["--dataset", "{}/a.txt"], "not enough tokens"),
-        ({"a.jsonl": b'{"text": "x"}\n{"txt": 1}\n'}, ["--dataset", "{}/a.jsonl"], "line 2: a document without a field 'text'"),
+        ({"a.jsonl": b'{"text": "x"}\n{"txt": 1}\n'}, ["--dataset", "{}/a.jsonl"], "line 2: the field 'text' is missing or not a string"),
         ({"a.jsonl": b"not json"}, ["--dataset", "{}/a.jsonl"], "line 1"),
         ({"a.jsonl": b"[" * 200_000}, ["--dataset", "{}/a.jsonl"], "line 1"),
         ({}, ["--dataset"], "--dataset has no value"),
@@ -299,17 +299,17 @@ def test_a_corpus_too_small_leaves_nothing_behind(tmp_path, capsys):
         ({"a.jsonl": b'["text"]'}, ["--dataset", "{}/a.jsonl"], "line 1"),
         ({"a.jsonl": b'{"text": ["x", {"y": 1}]}'}, ["--dataset", "{}/a.jsonl"], "line 1"),
         ({"a.jsonl": b'[{"text": "x"}, {"text": "y"}]'}, ["--dataset", "{}/a.jsonl"], "line 1"),
-        ({"a.jsonl.gz": gzip.compress(b'{"text": "x"}\n' * 9)[:-9]}, ["--dataset", "{}/a.jsonl.gz"], "is not whole"),
+        ({"a.jsonl.gz": gzip.compress(b'{"text": "x"}\n' * 9)[:-9]}, ["--dataset", "{}/a.jsonl.gz"], "is truncated or damaged"),
         ({"a.jsonl": b'{"text": 5}'}, ["--dataset", "{}/a.jsonl"], "line 1"),
         ({"a.jsonl": b'{"text": "x"}\n\n{"text": null}'}, ["--dataset", "{}/a.jsonl"], "line 3"),
-        ({}, ["--dataset", "/dev/zero"], "files are read"),
+        ({}, ["--dataset", "/dev/zero"], "give a folder, or a file that ends in .parquet"),
         ({"a.jsonl.gz": b"not gzip"}, ["--dataset", "{}/a.jsonl.gz"], "a.jsonl.gz"),
-        ({"a.parquet": b"PAR1"}, ["--dataset", "{}/a.parquet"], "can't be read as parquet"),
+        ({"a.parquet": b"PAR1"}, ["--dataset", "{}/a.parquet"], "a.parquet as parquet with a column 'text'"),
         ({"a.txt": b"hello"}, ["--dataset", "{}/a.txt", "--shard-size", "0"], "--shard-size is 0: it must be at least 1"),
         ({"a.txt": b"hello", "out/a_train_000001.npy": b""}, ["--dataset", "{}/a.txt"], "shards that this command did not make"),
     ],
 )
-def test_what_cannot_be_prepared_is_one_line(tmp_path, capsys, files, argv, message):
+def test_bad_input_is_a_one_line_error(tmp_path, capsys, files, argv, message):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -318,7 +318,7 @@ def test_what_cannot_be_prepared_is_one_line(tmp_path, capsys, files, argv, mess
     assert len(error) == 1 and message in error[0]
 
 
-def test_a_parquet_file_without_text_is_named(tmp_path, capsys):
+def test_parquet_without_text_column_is_named(tmp_path, capsys):
     pq.write_table(pa.table({"content": ["x"]}), tmp_path / "a.parquet")
     assert prepare("--dataset", tmp_path / "a.parquet", "--out-dir", tmp_path / "out") == 2
     assert "column 'text'" in capsys.readouterr().err
@@ -329,7 +329,7 @@ def test_a_parquet_file_without_text_is_named(tmp_path, capsys):
 
 @pytest.fixture
 def files(tmp_path):
-    """TEXTS again, over five files of several kinds; one of them has no document."""
+    """Returns a folder with TEXTS in five parquet files, one of them empty."""
     folder = tmp_path / "in"
     folder.mkdir()
     for index, (first, last) in enumerate(itertools.pairwise([0, 9, 20, 20, 31, len(TEXTS)])):
@@ -338,7 +338,7 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize(("parts", "size"), [(1, 300), (2, 300), (3, 10**6), (5, 77)])
-def test_parts_hold_what_one_prep_holds_in_the_same_order(tmp_path, files, capsys, parts, size):
+def test_joined_parts_equal_a_run_without_parts(tmp_path, files, capsys, parts, size):
     out, argv = tmp_path / "out", ["--dataset", files, "--shard-size", size, "--out-dir"]
     numbers = random.Random(parts).sample(range(1, parts + 1), parts)
     for number in numbers[:-1]:
@@ -350,7 +350,7 @@ def test_parts_hold_what_one_prep_holds_in_the_same_order(tmp_path, files, capsy
     names = [shard["file"] for shard in manifest["shards"]]
     assert names == [f"in_{'train' if i else 'val'}_{i:06d}.npy" for i in range(len(names))]
     assert sorted(path.name for path in out.iterdir()) == sorted([".lock", "manifest.json", *names])
-    bounds = {1: [0, 41], 2: [0, 20, 41], 3: [0, 9, 20, 41], 5: [0, 9, 20, 20, 31, 41]}[parts]  # of TEXTS, between the parts
+    bounds = {1: [0, 41], 2: [0, 20, 41], 3: [0, 9, 20, 41], 5: [0, 9, 20, 20, 31, 41]}[parts]  # of the parts, in TEXTS
     first, *others = [len(expected(TEXTS[start:stop])) for start, stop in itertools.pairwise(bounds)]
     val = size if first >= 2 * size else first // 10
     sizes = [min(size, total - start) for total in (first - val, *others) for start in range(0, total, size)]
@@ -359,14 +359,14 @@ def test_parts_hold_what_one_prep_holds_in_the_same_order(tmp_path, files, capsy
     plain = read_json(tmp_path / "plain" / "manifest.json", "")
     assert {key: plain[key] for key in plain if key != "shards"} == {key: manifest[key] for key in manifest if key != "shards"}
     before = bytes_of(out)
-    shutil.rmtree(files)  # nothing is read again
+    shutil.rmtree(files)  # the documents are not read again
     for again in ([], ["--part", f"1/{parts}"]):
-        assert prepare(*argv, out, *again) == 0 and "complete already" in capsys.readouterr().out
+        assert prepare(*argv, out, *again) == 0 and "already complete" in capsys.readouterr().out
     assert bytes_of(out) == before
 
 
 @pytest.mark.parametrize("limit", [300, 1001])
-def test_each_part_takes_its_share_of_max_tokens(tmp_path, files, limit):
+def test_parts_divide_max_tokens(tmp_path, files, limit):
     out = tmp_path / "out"
     for number in (1, 2):
         assert prepare("--dataset", files, "--out-dir", out, "--max-tokens", limit, "--part", f"{number}/2") == 0
@@ -374,7 +374,7 @@ def test_each_part_takes_its_share_of_max_tokens(tmp_path, files, limit):
     assert row(out) == expected(TEXTS[:20])[:half] + expected(TEXTS[20:])[: limit - half]
 
 
-def test_a_resumed_prep_opens_no_file_that_it_is_through_with(tmp_path, files, monkeypatch):
+def test_resume_opens_no_finished_file(tmp_path, files, monkeypatch):
     opened, read = [], fineweb.read_file
     monkeypatch.setattr(fineweb, "read_file", lambda path: opened.append(path.name) or read(path))
     documents = fineweb.LocalDocuments(sorted(files.iterdir()))
@@ -384,22 +384,22 @@ def test_a_resumed_prep_opens_no_file_that_it_is_through_with(tmp_path, files, m
         again.load_state(json.loads(json.dumps(state)))
         assert list(again) == TEXTS[number:]
         assert opened[0] == f"{0 if number <= 9 else 1 if number <= 20 else 3 if number <= 31 else 4}.parquet"
-        again.load_state({"documents": number})  # as it was before there were parts
+        again.load_state({"documents": number})  # the format before --part existed
         again.file = 0
         assert list(again) == TEXTS[number:]
 
 
 @pytest.mark.slow
-def test_a_part_killed_at_any_write_ends_with_the_same_bytes(tmp_path, files):
-    """SIGKILL at a write while it makes its shards, joins all, or tidies up; then the same command again."""
+def test_part_killed_at_any_write_gives_same_bytes(tmp_path, files):
+    """SIGKILL hits while it makes shards, joins the parts or cleans up. Then the same command runs again."""
     argv = ["fineweb", "--dataset", files, "--tokenizer", "bytes", "--workers", 1, "--shard-size", 150]
 
     def make(out, **how):
         return forked(tmp_path, *argv, "--out-dir", out, "--part", "1/2", **how).returncode
 
     assert prepare("--dataset", files, "--shard-size", 150, "--out-dir", tmp_path / "second", "--part", "2/2") == 0
-    shutil.copytree(tmp_path / "second", tmp_path / "whole")
-    assert make(tmp_path / "whole") == 0
+    shutil.copytree(tmp_path / "second", tmp_path / "complete")
+    assert make(tmp_path / "complete") == 0
     kills = 0
     for number in itertools.count(3, 11):
         out = tmp_path / f"killed-{number}"
@@ -409,13 +409,13 @@ def test_a_part_killed_at_any_write_ends_with_the_same_bytes(tmp_path, files):
             break
         kills += 1
         assert status == -signal.SIGKILL and make(out) == 0
-        assert bytes_of(tmp_path / "whole") == bytes_of(out)
+        assert bytes_of(tmp_path / "complete") == bytes_of(out)
     assert kills > 5
 
 
 @pytest.mark.slow
-def test_parts_that_run_at_once_do_not_disturb_each_other(tmp_path, fineweb_edu):
-    """From the hub, one of them stopped in the middle of a file before; whichever ends last joins them."""
+def test_parallel_parts_from_the_hub_are_joined(tmp_path, fineweb_edu):
+    """One part resumes in the middle of a file. Whichever part ends last joins them."""
     out = tmp_path / "out"
 
     def start(number, **how):
@@ -432,49 +432,49 @@ def test_parts_that_run_at_once_do_not_disturb_each_other(tmp_path, fineweb_edu)
         result = from_hub(url, tmp_path, "--out-dir", tmp_path / "other", "--part", "4/4")
     assert row(out) == expected(TEXTS[:39])
     assert read_json(out / "manifest.json", "")["revision"] == SHA and not list(out.glob("part-*"))
-    assert result.returncode == 2 and "--part 4/4 of 3 files: make at most 3 parts" in the_error(result.stderr)
+    assert result.returncode == 2 and "--part 4/4 is too fine, the dataset has 3 files: make at most 3 parts" in the_error(result.stderr)
 
 
-def test_one_part_is_made_by_one_process(tmp_path, files, capsys):
+def test_only_one_process_may_make_a_part(tmp_path, files, capsys):
     argv = ["--dataset", files, "--out-dir", tmp_path / "out", "--part"]
     with lock_folder(tmp_path / "out" / "part-2-of-2"):
         assert prepare(*argv, "2/2") == 2 and "another process is writing into" in the_error(capsys.readouterr().err)
         assert prepare(*argv, "1/2") == 0
 
 
-def test_parts_that_do_not_belong_together_are_one_line(tmp_path, files, capsys):
-    """And nothing is moved: mended as the line says, they are joined."""
+def test_mismatched_parts_are_refused_and_nothing_moves(tmp_path, files, capsys):
+    """After the fix that the message names, the parts are joined."""
     out = tmp_path / "out"
     argv = ["--dataset", files, "--shard-size", 300, "--out-dir", out]
     second, foreign = out / "part-2-of-2", out / "in_train_000001.npy"
 
-    def refused(message, *more):
+    def check_refused(message, *more):
         before = bytes_of_tree(out)
         assert prepare(*argv, *more) == 2
         assert message in the_error(capsys.readouterr().err)
         assert bytes_of_tree(out) == before
 
     assert prepare(*argv, "--part", "1/2") == 0
-    refused("still lacks part-2-of-2: make them with --part, or copy their folders there; then the same command")
-    refused("holds parts of 2 and of 3: delete all folders of the ones or the others", "--part", "1/3")
+    check_refused("still lacks part-2-of-2: make them with --part or copy their folders there, then run the same command")
+    check_refused("mixes parts of 2 and of 3: move one kind elsewhere", "--part", "1/3")
     prepare(*argv, "--shard-size", 200, "--part", "2/2")
     capsys.readouterr()
-    refused("part-2-of-2 was made with other settings: give the same, or delete it and make that part again")
+    check_refused("part-2-of-2 was made with other settings: use the same, or move it away and make that part again")
     shutil.rmtree(second)
     (files / "5.txt").write_text("one more file")
     prepare(*argv, "--part", "2/2")
     capsys.readouterr()
-    refused("delete it and make that part again of the same", "--part", "2/2")
+    check_refused("move one away and make it again from the same data", "--part", "2/2")
     (files / "5.txt").unlink()
     shutil.rmtree(second)
     foreign.parent.mkdir(exist_ok=True)
     foreign.write_bytes(b"someone's")
     prepare(*argv, "--part", "2/2")
     capsys.readouterr()
-    refused("in_train_000001.npy is in the way of")
+    check_refused("in_train_000001.npy is in the way of")
     foreign.unlink()
     shutil.move(second / "in_train_000001.npy", tmp_path / "elsewhere")
-    refused("in_train_000001.npy is missing: copy it back")
+    check_refused("in_train_000001.npy is missing: copy it back")
     shutil.move(tmp_path / "elsewhere", second / "in_train_000001.npy")
     assert prepare(*argv) == 0
     assert row(out) == expected(TEXTS)
@@ -490,29 +490,27 @@ def bytes_of_tree(folder) -> dict[str, bytes]:
         (["--part", "0/2"], "--part is 0/2: give it as 3/8"),
         (["--part", "3/2", "--shard-size", "0"], "--shard-size is 0: it must be at least 1; --part is 3/2"),
         (["--part", "x"], "--part is x"),
-        (["--part", "6/6"], "--part 6/6 of 5 files: make at most 5 parts"),
-        (["--part", "1/2", "--pretokenized"], "leave it out, or --pretokenized"),
+        (["--part", "6/6"], "--part 6/6 is too fine, the dataset has 5 files: make at most 5 parts"),
+        (["--part", "1/2", "--pretokenized"], "does not work with --pretokenized: leave one of them out"),
     ],
 )
-def test_a_part_that_can_not_be_is_one_line(tmp_path, files, capsys, argv, message):
+def test_invalid_part_is_a_one_line_error(tmp_path, files, capsys, argv, message):
     assert prepare("--dataset", files, "--out-dir", tmp_path / "out", *argv) == 2
     assert message in the_error(capsys.readouterr().err)
 
 
-def test_a_part_beside_an_unfinished_prep_is_refused(tmp_path, files, capsys):
+def test_part_in_an_unfinished_folder_is_refused(tmp_path, files, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "progress.json").write_text("{}")
     assert prepare("--dataset", files, "--out-dir", tmp_path / "out", "--part", "1/2") == 2
-    assert "holds an unfinished prep without --part" in the_error(capsys.readouterr().err)
+    assert "has an unfinished run without --part" in the_error(capsys.readouterr().err)
 
 
-def test_training_waits_for_the_parts_to_be_joined(tmp_path, files, capsys):
+def test_training_needs_joined_parts(tmp_path, files, capsys):
     argv = ["--dataset", files, "--shard-size", 300, "--out-dir", tmp_path / "out", "--part"]
     prepare(*argv, "1/2")
     assert run_train(tmp_path / "out", tmp_path / "log") == 2
-    assert "holds parts that were not joined: give the fineweb.py command that made one again, without --part" in the_error(
-        capsys.readouterr().err
-    )
+    assert "has parts that are not joined yet: run the same fineweb.py command without --part" in the_error(capsys.readouterr().err)
     prepare(*argv, "2/2")
     assert run_train(tmp_path / "out", tmp_path / "log", "--max-steps", 2, "--val-tokens", 64) == 0
 
@@ -522,7 +520,7 @@ def test_training_waits_for_the_parts_to_be_joined(tmp_path, files, capsys):
 
 @contextmanager
 def disk_of(room: int):
-    """No file can grow beyond so many bytes."""
+    """Limits each file to `room` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     try:
         yield
@@ -531,21 +529,21 @@ def disk_of(room: int):
 
 
 @pytest.mark.parametrize("room", [50, 1000, 4000, 4127])  # a progress file has some 900 bytes, a shard 4128
-def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(tmp_path, capsys, corpus, room):
+def test_full_disk_then_run_again(tmp_path, capsys, corpus, room):
     argv = ["--dataset", corpus, "--shard-size", 2000, "--out-dir"]
-    assert prepare(*argv, tmp_path / "whole") == 0
+    assert prepare(*argv, tmp_path / "complete") == 0
     with disk_of(room):
         assert prepare(*argv, tmp_path / "full") == 1
     assert "MB free, a token takes two bytes: free some space and give the command again" in the_error(capsys.readouterr().err)
     assert not [path for path in (tmp_path / "full").glob("*") if path.suffix in (".npy", ".tmp")]
     assert prepare(*argv, tmp_path / "full") == 0
-    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "full")
+    assert bytes_of(tmp_path / "complete") == bytes_of(tmp_path / "full")
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_a_disk_that_fills_at_any_write(tmp_path, monkeypatch, capsys, corpus, name):
+def test_disk_full_at_any_write_then_run_again(tmp_path, monkeypatch, capsys, corpus, name):
     argv = ["--dataset", corpus, "--shard-size", 1000, "--out-dir"]
-    assert prepare(*argv, tmp_path / "whole") == 0
+    assert prepare(*argv, tmp_path / "complete") == 0
     real = getattr(os, name)
     for number in itertools.count(1):
         left = [number]
@@ -564,22 +562,22 @@ def test_a_disk_that_fills_at_any_write(tmp_path, monkeypatch, capsys, corpus, n
             break
         assert status == 1 and "free some space" in the_error(capsys.readouterr().err)
         assert prepare(*argv, tmp_path / str(number)) == 0
-        assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / str(number))
+        assert bytes_of(tmp_path / "complete") == bytes_of(tmp_path / str(number))
     assert number > 8
 
 
-def test_a_disk_too_full_for_what_is_fetched_is_not_the_networks_fault(monkeypatch):
-    def full(*args, **how):
+def test_full_disk_while_downloading_is_not_retried(monkeypatch):
+    def disk_full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def no_sleep(seconds):
-        raise AssertionError("it waits")
+        raise AssertionError("retried")
 
-    monkeypatch.setattr("tiktoken.get_encoding", full)
+    monkeypatch.setattr("tiktoken.get_encoding", disk_full)
     monkeypatch.setattr(fineweb.time, "sleep", no_sleep)
     monkeypatch.setattr(fineweb.HubDocuments, "__init__", lambda self: setattr(self, "repo", "x/y"))
     documents = fineweb.HubDocuments()
-    documents.dataset = map(full, [1])
+    documents.dataset = map(disk_full, [1])
     for fetch in (lambda: get_tokenizer.__wrapped__("gpt2"), lambda: next(iter(documents))):
         with pytest.raises(OSError, match="No space left"):
             fetch()
@@ -598,7 +596,7 @@ CARD = (
 
 @pytest.fixture
 def fineweb_edu(tmp_path) -> dict[str, bytes]:
-    """The layout of FineWeb-Edu: a card that names the sample's files, text among other columns, many row groups."""
+    """Returns a repo like FineWeb-Edu: a card that lists the sample's files, several columns and many row groups."""
     files = {"README.md": CARD}
     for index in range(3):
         path = tmp_path / "part.parquet"
@@ -613,7 +611,7 @@ def from_hub(url, tmp_path, *argv, **how):
     return forked(tmp_path, "fineweb", "--tokenizer", "bytes", "--workers", 1, *argv, **env | how)
 
 
-def test_the_hubs_dataset_is_streamed_and_its_commit_recorded(tmp_path, fineweb_edu):
+def test_stream_from_hub_and_record_commit(tmp_path, fineweb_edu):
     out = tmp_path / "out"
     with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}) as (url, requests):
         result = from_hub(url, tmp_path, "--out-dir", out, "--shard-size", 500)
@@ -624,15 +622,15 @@ def test_the_hubs_dataset_is_streamed_and_its_commit_recorded(tmp_path, fineweb_
     assert not any("resolve/main" in request for request in requests)
 
 
-def test_dropped_connections_are_tried_again(tmp_path, fineweb_edu):
+def test_dropped_connections_are_retried(tmp_path, fineweb_edu):
     with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}, break_after=4) as (url, _):
         result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--shard-size", 500)
     assert result.returncode == 0, result.stderr
     assert row(tmp_path / "out") == expected(TEXTS[:39])
 
 
-def tell_sleeps():
-    """Says on stderr how long this process would have waited, and does not."""
+def print_sleeps():
+    """Prints each sleep to stderr instead of sleeping."""
     time.sleep = lambda seconds: print("waits", int(seconds), file=sys.stderr)
 
 
@@ -646,23 +644,23 @@ def pretokenized(tmp_path) -> dict[str, bytes]:
     return files
 
 
-def test_a_busy_hub_is_waited_for(tmp_path, fineweb_edu, pretokenized):
-    """Whatever is asked for is refused three times: with 429, with and without a time to come again, and with 503."""
+def test_busy_hub_is_retried(tmp_path, fineweb_edu, pretokenized):
+    """The hub refuses each request three times: with 429, with and without Retry-After, and with 503."""
     repos = {"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu, "datasets/kjj0/fineweb10B-gpt2": pretokenized}
     refusals = [(b"", 503, {}), (b"", 429, {}), (b"", 429, {"Retry-After": "77"})]
     left = {}
     with serve(repos, fault=lambda request: (left.setdefault(request, refusals.copy()) or [None]).pop()) as (url, _):
-        result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--shard-size", 500, first=tell_sleeps)
+        result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--shard-size", 500, first=print_sleeps)
         assert result.returncode == 0 and "waits 78\n" in result.stderr, result.stderr
         assert row(tmp_path / "out") == expected(TEXTS[:39])
-        result = from_hub(url, tmp_path, "--pretokenized", "--out-dir", tmp_path / "bins", "--max-tokens", 50_000, first=tell_sleeps)
+        result = from_hub(url, tmp_path, "--pretokenized", "--out-dir", tmp_path / "bins", "--max-tokens", 50_000, first=print_sleeps)
         assert result.returncode == 0 and "waits 78\n" in result.stderr, result.stderr
     assert bins(tmp_path / "bins").items() <= pretokenized.items()
     row(tmp_path / "bins")
 
 
 @pytest.mark.parametrize("argv", [pytest.param(["--shard-size", 400], marks=pytest.mark.slow), ["--pretokenized"]])
-def test_a_hub_that_stays_busy_is_one_line_and_the_same_command_goes_on(tmp_path, fineweb_edu, pretokenized, argv):
+def test_hub_busy_for_long_then_run_again(tmp_path, fineweb_edu, pretokenized, argv):
     repos = {"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu, "datasets/kjj0/fineweb10B-gpt2": pretokenized}
     answers = []
 
@@ -670,31 +668,31 @@ def test_a_hub_that_stays_busy_is_one_line_and_the_same_command_goes_on(tmp_path
         return (b"", 429, {}) if request.endswith(("001_00000.parquet", "_000007.bin")) and not answers else None
 
     with serve(repos, fault=fault) as (url, requests):
-        result = from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "out", first=few_documents_at_once)
-        assert result.returncode == 2 and ", 9 times: give the command again later to go on" in the_error(result.stderr)
+        result = from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "out", first=small_chunks_few_retries)
+        assert result.returncode == 2 and " after 9 attempts: run the same command again later" in the_error(result.stderr)
         assert (
             len(read_json(tmp_path / "out" / "progress.json", "")["shards"]) > 1 or (tmp_path / "out" / "fineweb_train_000006.bin").exists()
         )
         answers.append(True)
         requests.clear()
-        assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "out", first=few_documents_at_once).returncode == 0
+        assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "out", first=small_chunks_few_retries).returncode == 0
         assert not any(request.endswith("000006.bin") for request in requests)
-        assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "whole").returncode == 0
+        assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "complete").returncode == 0
     shutil.rmtree(tmp_path / "out" / ".cache", ignore_errors=True)
-    shutil.rmtree(tmp_path / "whole" / ".cache", ignore_errors=True)
-    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "out")
+    shutil.rmtree(tmp_path / "complete" / ".cache", ignore_errors=True)
+    assert bytes_of(tmp_path / "complete") == bytes_of(tmp_path / "out")
 
 
-def few_documents_at_once():
+def small_chunks_few_retries():
     import datasets
 
     datasets.config.STREAMING_READ_MAX_RETRIES = 2
     fineweb.CHUNK_CHARS = 60
-    tell_sleeps()
+    print_sleeps()
 
 
-def test_a_hub_that_says_nothing_is_asked_again(tmp_path, fineweb_edu):
-    """A file that hangs once is had in the end; where the first question hangs, it is over."""
+def test_hanging_hub_times_out_and_is_retried(tmp_path, fineweb_edu):
+    """A file that hangs once is downloaded at the second try. A hanging dataset lookup ends the run."""
     over, asked = threading.Event(), set()
 
     def hang(request):
@@ -702,7 +700,7 @@ def test_a_hub_that_says_nothing_is_asked_again(tmp_path, fineweb_edu):
             asked.add(request)
             over.wait(20)
 
-    how = {"HF_HUB_DOWNLOAD_TIMEOUT": 1, "first": no_patience, "timeout": 15}
+    how = {"HF_HUB_DOWNLOAD_TIMEOUT": 1, "first": short_timeout, "timeout": 15}
     with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}, fault=hang) as (url, _):
         result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", **how)
         assert result.returncode == 0, result.stderr
@@ -714,9 +712,9 @@ def test_a_hub_that_says_nothing_is_asked_again(tmp_path, fineweb_edu):
     assert row(tmp_path / "out") == expected(TEXTS[:39]) and len(asked) == 2
 
 
-def no_patience():
+def short_timeout():
     fineweb.HUB_TIMEOUT = 1
-    tell_sleeps()
+    print_sleeps()
 
 
 def stop_after_two_shards():
@@ -730,8 +728,8 @@ def stop_after_two_shards():
     fineweb.CHUNK_CHARS, fineweb.write_json = 60, stop
 
 
-def test_a_connection_that_stays_away_for_a_while(monkeypatch):
-    """The hub's dataset fails once in the middle, then fails to open twice; no document is lost or doubled."""
+def test_lost_connection_drops_or_doubles_no_document(monkeypatch):
+    """The dataset fails once in the middle, then fails to open twice."""
     opened = []
 
     class Dataset:
@@ -766,7 +764,7 @@ def test_a_connection_that_stays_away_for_a_while(monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self"), reason="looks the worker up in /proc")
-def test_workers_go_with_their_parent(tmp_path):
+def test_workers_exit_with_their_parent(tmp_path):
     (tmp_path / "parent.py").write_text(
         f"import sys, time, multiprocessing\nsys.path.insert(0, {str(REPO)!r})\nimport fineweb\n"
         "def work():\n    fineweb.begin_worker()\n    time.sleep(60)\n"
@@ -787,10 +785,10 @@ def test_workers_go_with_their_parent(tmp_path):
     assert not outlived
 
 
-def test_a_streamed_prep_goes_on_at_the_same_commit(tmp_path, fineweb_edu, monkeypatch):
+def test_resume_streams_the_same_commit(tmp_path, fineweb_edu, monkeypatch):
     with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}) as (url, requests):
         argv = ["--shard-size", 400]
-        assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "whole").returncode == 0
+        assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "complete").returncode == 0
         assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "stopped", first=stop_after_two_shards).returncode == 9
         progress = read_json(tmp_path / "stopped" / "progress.json", "")
         assert progress["revision"] == SHA and len(progress["shards"]) == 2
@@ -798,15 +796,15 @@ def test_a_streamed_prep_goes_on_at_the_same_commit(tmp_path, fineweb_edu, monke
         result = from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "stopped")
         assert result.returncode == 0, result.stderr
         assert any(f"revision/{SHA}" in request for request in requests) and "GET /api/datasets/HuggingFaceFW/fineweb-edu" not in requests
-    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "stopped")
+    assert bytes_of(tmp_path / "complete") == bytes_of(tmp_path / "stopped")
 
 
-def test_a_dataset_the_hub_does_not_have_is_one_line(tmp_path, fineweb_edu):
+def test_unknown_dataset_is_a_one_line_error(tmp_path, fineweb_edu):
     with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}) as (url, _):
         result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--dataset", "no/such")
         assert (
             result.returncode == 2
-            and "no/such here, and it could not be found on the hub" in result.stderr
+            and "no/such is no local path, and looking it up on the hub failed" in result.stderr
             and "Traceback" not in result.stderr
         )
         result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--revision", "v9")
@@ -816,14 +814,14 @@ def test_a_dataset_the_hub_does_not_have_is_one_line(tmp_path, fineweb_edu):
 
 
 @pytest.mark.parametrize(("recorded", "kept"), [("abc", "abc"), ("files-abc", "")])
-def test_a_recorded_commit_outlives_a_kill_before_the_first_shard(tmp_path, recorded, kept):
+def test_kill_before_first_shard_keeps_the_commit(tmp_path, recorded, kept):
     config = fineweb.PrepareConfig(dataset=("owner/name",), out_dir=str(tmp_path))
     progress = fineweb.resume_point(tmp_path, config)
     fineweb.write_json(tmp_path / "progress.json", progress | {"revision": recorded})
     assert fineweb.resume_point(tmp_path, config)["revision"] == kept
 
 
-def test_pretokenized_shards_are_fetched(tmp_path, pretokenized):
+def test_download_pretokenized_shards(tmp_path, pretokenized):
     with serve({"datasets/kjj0/fineweb10B-gpt2": pretokenized}) as (url, _):
         result = from_hub(url, tmp_path, "--pretokenized", "--out-dir", tmp_path / "out", "--max-tokens", 20_001)
     assert result.returncode == 0, result.stderr
@@ -835,11 +833,11 @@ def test_pretokenized_shards_are_fetched(tmp_path, pretokenized):
     assert row(tmp_path / "out") == [*range(20_000), *range(1, 20_001), *range(2, 20_002)]
 
 
-def test_a_download_killed_at_any_point_ends_with_the_same_bytes(tmp_path, pretokenized):
+def test_killed_download_gives_same_bytes(tmp_path, pretokenized):
     generator, out = random.Random(0), tmp_path / "out"
     with serve({"datasets/kjj0/fineweb10B-gpt2": pretokenized}) as (url, _):
         argv = (url, tmp_path, "--pretokenized", "--out-dir", out)
-        kill = partial(kill_at_write, out / ".cache" / "huggingface" / "download", 6)  # after its locks, at a file half there
+        kill = partial(kill_at_write, out / ".cache" / "huggingface" / "download", 6)  # after the locks, in the middle of a file
         assert from_hub(*argv, first=kill).returncode == -signal.SIGKILL and list(out.rglob("*.incomplete"))
         for _ in range(9):
             kill = partial(kill_at_write, out, generator.randint(2, 36), generator.choice([0, 0.0005, 0.002]))
@@ -860,8 +858,8 @@ BAD = "fineweb_train_000003.bin"
 ETAG = {"ETag": '"x"', "X-Repo-Commit": SHA}
 
 
-def test_what_is_no_shard_is_named_and_fetched_again(tmp_path, pretokenized):
-    """As the hub delivers it for a while; and one that was whole and, by the disk's doing, is not any more."""
+def test_damaged_download_is_named_and_fetched_again(tmp_path, pretokenized):
+    """The hub delivers bad files for a while. At last, a good file is damaged on disk."""
     out, content = tmp_path / "out", pretokenized[BAD]
     answers = {
         "is damaged (its header is not": (b"<html>", 200, ETAG),
@@ -879,17 +877,17 @@ def test_what_is_no_shard_is_named_and_fetched_again(tmp_path, pretokenized):
             if answer is None:
                 damaged, before = out / "fineweb_train_000001.bin", (out / "fineweb_train_000001.bin").stat()
                 os.truncate(damaged, 5000)
-                os.utime(damaged, ns=(before.st_atime_ns, before.st_mtime_ns))  # by a change that shows the client fetches anew
+                os.utime(damaged, ns=(before.st_atime_ns, before.st_mtime_ns))  # a new mtime would make the client download it again
             result = from_hub(*argv)
             error = the_error(result.stderr)
             assert result.returncode == 2 and message in error and (BAD if answer else "000001.bin") in error, error
-            assert "give the command again to" in error and not (out / BAD).exists()
+            assert "run the same command again" in error and not (out / BAD).exists()
         assert not (out / "fineweb_train_000001.bin").exists()
         assert from_hub(*argv).returncode == 0
     assert bins(out) == pretokenized
 
 
-def test_a_download_that_fills_the_disk(tmp_path, pretokenized):
+def test_download_fills_the_disk_then_run_again(tmp_path, pretokenized):
     out = tmp_path / "out"
     with serve({"datasets/kjj0/fineweb10B-gpt2": pretokenized}) as (url, _):
         argv = (url, tmp_path, "--pretokenized", "--out-dir", out)
