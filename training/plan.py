@@ -65,8 +65,8 @@ def report(config: TrainConfig) -> str:
         step = step_on(config, config.gpus, config.shard, name, dtype=dtype)
         what = "weights and gradients" if config.shard else "gradients"
         lines.append(
-            f"a step takes {step.seconds * 1e3:.1f} ms at {ASSUMED_MFU:.0%} MFU, {(step.seconds - step.compute) * 1e3:.1f} ms of it waiting "
-            f"for other GPUs' {what}"
+            f"a step takes {step.seconds * 1e3:.1f} ms at {ASSUMED_MFU:.0%} MFU, of which "
+            f"{(step.seconds - step.compute) * 1e3:.1f} ms wait for other GPUs' {what}"
         )
     return "\n".join(lines)
 
