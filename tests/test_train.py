@@ -585,7 +585,7 @@ def test_mismatch_with_init_from_is_named(shards, tmp_path, capsys, argv, messag
     [
         (["--data-dir", "nowhere"], "the folder nowhere does not exist; make it: python fineweb.py --out-dir nowhere"),
         (["--data-dir", __file__], "test_train.py is a file, give the folder that shards are in"),
-        (["--hellaswag-file", "nowhere", "--hellaswag-every", 5], "--hellaswag-file nowhere does not exist: pass HellaSwag's"),
+        (["--hellaswag-file", "nowhere", "--hellaswag-every", 5], "--hellaswag-file nowhere is not a file: pass HellaSwag's"),
         (["--micro-batch-size", 3], "--micro-batch-size 2 does"),
         (["--total-batch-tokens", 100], "--total-batch-tokens 128 can be divided"),
         (["--n-head", 5], "n_embd 32 is not a multiple of n_head 5"),

@@ -60,7 +60,7 @@ def check_hellaswag(config: TrainConfig):
     custom = config.hellaswag_every and config.hellaswag_file != TrainConfig.hellaswag_file
     if custom and not Path(config.hellaswag_file).is_file():
         raise ValueError(
-            f"--hellaswag-file {config.hellaswag_file} does not exist: pass HellaSwag's {TrainConfig.hellaswag_file}, or leave it out"
+            f"--hellaswag-file {config.hellaswag_file} is not a file: pass HellaSwag's {TrainConfig.hellaswag_file}, or leave it out"
         )
 
 

@@ -43,7 +43,7 @@ class TrainConfig:
     max_lr: float = 6e-4
     """AdamW's learning rate at the end of the warmup."""
     min_lr_ratio: float = 0.1
-    """The learning rate at the end of the schedule, as a fraction of --max-lr."""
+    """The learning rate at the end of the schedule, as a fraction of the largest."""
     warmup_steps: int = 715
     """Steps of linear warmup. 715 × 524,288 tokens are GPT-3's 375 M (Brown et al., 2020, appendix B)."""
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -53,7 +53,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon (Jordan et al., 2024) updates the blocks' matrices, except routers; AdamW updates the rest."""
     muon_lr: float = 0.02
-    """Muon's learning rate at the end of the warmup. It fits all widths."""
+    """Muon's learning rate at the end of the warmup. Works for all widths."""
     muon_momentum: float = 0.95
     """Muon's momentum. Short runs learn faster with less."""
     weight_decay: float = 0.1

@@ -41,8 +41,8 @@ def locate_nonfinite(trainer, step: int, losses) -> str:
     """Names the sequences that make a step's loss or gradient not finite. Each rank repeats its part of the step and names its own."""
     can_repeat = not trainer.sharded  # a rank without all weights can't repeat its part alone
     by_rank = trainer.world.gather(nonfinite_positions(trainer, step) if can_repeat else [])
-    again = any(by_rank)
-    if not again:  # name all sequences of the ranks with a bad loss, or of all ranks if only the gradient was bad
+    reproduced = any(by_rank)
+    if not reproduced:  # name all sequences of the ranks with a bad loss, or of all ranks if only the gradient was bad
         bad = [not math.isfinite(loss) for loss in losses]
         by_rank = [[p for part in trainer.positions(step, r) for p in part] if bad[r] or not any(bad) else [] for r in range(len(losses))]
     text = ""
@@ -50,7 +50,7 @@ def locate_nonfinite(trainer, step: int, losses) -> str:
         if positions:
             more = f" and {len(positions) - 4} more" if positions[4:] else ""
             text += f"; sequences of rank {rank}: {', '.join(map(trainer.train_stream.place, positions[:4]))}{more}"
-    return text if again or not can_repeat else f"{text}; recomputed, everything is finite: the hardware may be at fault"
+    return text if reproduced or not can_repeat else f"{text}; recomputed, everything is finite: the hardware may be at fault"
 
 
 def nonfinite_positions(trainer, step: int) -> list[int]:

@@ -79,13 +79,13 @@ def temporary_bytes(config: TrainConfig, setting: Setting, model: GPT) -> dict[s
     compiled_copies = shape.share_layers * (config.activation_memory == 1 or shape.n_expert > 1)
     cast = matrix_params(model) * (compiled_copies if compiled else 1) * (not shard or kind == "cpu")
     copies = (e * (cast + model.lm_head.weight.numel())) if e < 4 else 0
-    whole = block_bytes(shape, setting)
-    kept = 4 * shape.n_embd + config.activation_memory * (whole - 4 * shape.n_embd)  # at least a block's input
+    per_token = block_bytes(shape, setting)
+    kept = 4 * shape.n_embd + config.activation_memory * (per_token - 4 * shape.n_embd)  # at least a block's input
     if compiled and config.activation_memory < 1:
-        kept = min(kept, whole - cheap_bytes(shape, setting))
+        kept = min(kept, per_token - cheap_bytes(shape, setting))
     norm = (8 if shape.norm == "rmsnorm" else 4) * shape.n_embd  # the final norm is never compiled
     backward = backward_bytes(shape, tokens, count(model.transformer.h[0]), setting)
-    recomputed = tokens * (whole - kept)
+    recomputed = tokens * (per_token - kept)
     return {
         "copies in 16 bits": copies,
         "activations": tokens * (shape.n_layer * kept + norm + e * shape.n_embd + 16),  # ids and targets: 8 bytes each

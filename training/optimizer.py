@@ -82,9 +82,9 @@ class MuonAndAdamW:
         matrices.sort(key=lambda p: -p.numel())  # ranks take turns, largest first: all get about the same work
         self.matrices, taken = matrices, set(matrices)
         rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in decay_groups(model, weight_decay)]
-        self.whole = [nn.Parameter(without_storage(p)) for p in matrices] if sharded else matrices
+        self.gathered = [nn.Parameter(without_storage(p)) for p in matrices] if sharded else matrices
         muon = torch.optim.Muon if dtype == torch.bfloat16 else MuonInFull
-        self.muon = muon(self.whole, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
+        self.muon = muon(self.gathered, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
         self.adamw = adamw(rest, lr)
 
     @property
@@ -100,20 +100,20 @@ class MuonAndAdamW:
     @torch.no_grad()
     def step(self):
         self.adamw.step()
-        for i, (p, whole) in enumerate(zip(self.matrices, self.whole, strict=True)):
+        for i, (p, gathered) in enumerate(zip(self.matrices, self.gathered, strict=True)):
             if self.sharded:
                 weight, grad = p.full_tensor(), p.grad.full_tensor()
                 if self.is_mine(i):
-                    whole.data, whole.grad = weight, grad
+                    gathered.data, gathered.grad = weight, grad
             elif not self.is_mine(i):
                 p.grad = None  # torch.optim.Muon skips it
         self.muon.step()
         if self.sharded:
-            for i, (p, whole) in enumerate(zip(self.matrices, self.whole, strict=True)):
-                weight = whole.data if self.is_mine(i) else torch.empty(p.shape, device=p.device)
+            for i, (p, gathered) in enumerate(zip(self.matrices, self.gathered, strict=True)):
+                weight = gathered.data if self.is_mine(i) else torch.empty(p.shape, device=p.device)
                 self.world.broadcast([weight], lambda _, i=i: self.owner(i))
                 p.copy_(sharding.slice_like(p, weight))
-                whole.data, whole.grad = without_storage(p), None
+                gathered.data, gathered.grad = without_storage(p), None
         else:
             self.world.broadcast([p.data for p in self.matrices], self.owner)
 
@@ -124,7 +124,7 @@ class MuonAndAdamW:
 
     def state_dict(self) -> dict:
         """Returns the state of all ranks. To be called on all ranks."""
-        momenta = [self.muon.state[p].get("momentum_buffer", torch.zeros(p.shape, device=p.device)) for p in self.whole]
+        momenta = [self.muon.state[p].get("momentum_buffer", torch.zeros(p.shape, device=p.device)) for p in self.gathered]
         self.world.broadcast(momenta, self.owner)
         state = {i: {"momentum_buffer": momentum} for i, momentum in enumerate(momenta)}
         return {"muon": self.muon.state_dict() | {"state": state}, "adamw": self.adamw.state_dict()}
