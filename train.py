@@ -1,11 +1,11 @@
 """Trains a GPT.
 
-    python train.py --preset quickstart                           # a laptop, 3 minutes, no data to fetch
+    python train.py --preset quickstart                           # a laptop, 3 minutes, no download
     torchrun --standalone --nproc_per_node=8 train.py             # GPT-2 (124M) on the shards that fineweb.py made
     torchrun --standalone --nproc_per_node=8 train.py --resume    # from the newest checkpoint, with the run's settings
 
-At step s, s updates are done. The train loss of step s is that of its batch, before the update. Validation, HellaSwag, samples and
-checkpoints of step s come before its update too, and once more at the end.
+Step s begins after s updates. Its evaluations, its checkpoint and its train loss come before its own update. The end of the run
+evaluates and saves once more.
 """
 
 import json
@@ -39,7 +39,7 @@ from training.trainer import Trainer
 
 
 def train(config: TrainConfig, world: DistContext):
-    """The run: evaluate, save, update, until max_steps or a signal."""
+    """Runs the training: evaluate, save, update, until max_steps or a signal."""
     log, trainer, checkpoints, start = set_up(config, world)
     if start > config.max_steps or (start == config.max_steps and checkpoints.val_loss is not None):
         log.progress(f"{config.out_dir} finished already, at step {start}: raise --max-steps to continue")
@@ -81,11 +81,11 @@ def train(config: TrainConfig, world: DistContext):
 
 
 def replay(config: TrainConfig, world: DistContext):
-    """Repeats the steps from the last checkpoint before --replay-step up to that one, and changes nothing on disk."""
+    """Recomputes the steps from the last checkpoint before --replay-step up to that step. Changes nothing on disk."""
     logged = world.on_main(lambda: logged_loss(Path(config.out_dir), config.replay_step))
     log, trainer, _, start = set_up(config, world)
     checks.check_compiled(trainer, start, log)
-    log.progress(f"steps {start} to {config.replay_step}, from {f'the checkpoint of step {start}' if start else 'the beginning'}")
+    log.progress(f"recomputing steps {start} to {config.replay_step} from {f'the checkpoint of step {start}' if start else 'the start'}")
     for step in range(start, config.replay_step + 1):
         update = trainer.update(step)
     for rank, loss in enumerate(update.losses):
@@ -97,13 +97,13 @@ def replay(config: TrainConfig, world: DistContext):
     elif logged == update.loss or not (math.isfinite(logged) or math.isfinite(update.loss)):
         log.result("the same as in the log")
     else:
-        same = f"the same bits need the same world size, micro batch, hardware, code and torch: see {run_json.RUN}"
+        same = f"equal bits need the same world size, micro batch, hardware, code and torch: see {run_json.RUN}"
         log.result(f"in the log: {logged!r}; {same}")
         sys.exit(1)
 
 
 def logged_loss(out_dir: Path, step: int) -> float | None:
-    """A step's loss in metrics.jsonl, every bit of it; nan if it was not finite, None if the step is missing."""
+    """Returns a step's exact loss from metrics.jsonl; nan if it was not finite, None if the step is missing."""
     loss = None
     path = out_dir / "metrics.jsonl"
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
@@ -114,10 +114,10 @@ def logged_loss(out_dir: Path, step: int) -> float | None:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C end a run in order: it finishes the step, gives up an evaluation, and saves everything.
+    """On SIGTERM or Ctrl-C, the run finishes its step or cancels its evaluation, saves everything and exits.
 
-    If there is nothing to save yet, as while the first step compiles, the run ends at once. So it does at a second signal, unless
-    that comes within a second: torchrun passes on a signal that the scheduler also sent to the processes.
+    It exits at once if there is nothing to save yet (the first step compiles), or at a second signal. A second signal within one
+    second of the first doesn't count: torchrun forwards a signal that the scheduler has also sent to its processes.
     """
 
     def __init__(self):
@@ -136,7 +136,7 @@ class StopSignal:
 
 
 def find_data(config: TrainConfig) -> Shards:
-    """The shards of --data-dir. The quickstart makes its own at the first start."""
+    """Returns the shards of --data-dir. The quickstart's first start makes its own."""
     own = config.preset == "quickstart" and config.data_dir == PRESETS["quickstart"].data_dir
     if own and not Path(config.data_dir, MANIFEST).exists():
         fineweb.prepare(fineweb.PrepareConfig(dataset=("stdlib",), tokenizer="bytes", out_dir=config.data_dir, workers=1))
@@ -144,7 +144,7 @@ def find_data(config: TrainConfig) -> Shards:
 
 
 def set_up(config: TrainConfig, world: DistContext) -> tuple[Log, Trainer, Checkpoints, int]:
-    """Checks everything and builds or loads the model. The last value returned is the step to begin at."""
+    """Checks everything, then builds or loads the model. Returns log, trainer, checkpoints and the first step."""
     log, out_dir = Log(config, world), Path(config.out_dir)
     if config.replay_step is None:
         world.on_main(lambda: checkpoint.recover_interrupted_save(out_dir))
@@ -168,8 +168,8 @@ def set_up(config: TrainConfig, world: DistContext) -> tuple[Log, Trainer, Check
         model = variants.build(config.model)
     compiled = config.compile and device.can_compile(world.device)
     if config.compile and not compiled:
-        without = "without torch.compile" + (" and with all activations kept" if 0 < config.activation_memory < 1 else "")
-        log.progress(f"warning: running {without}: it can't be used here on {world.device.type} (CPU: install g++)")
+        without = "without torch.compile" + (", keeping all activations" if 0 < config.activation_memory < 1 else "")
+        log.progress(f"warning: running {without}: it does not work here on {world.device.type} (CPU: install g++)")
     trainer = Trainer(config, world, model, shards, compiled, load_teacher(config))
     checkpoints = Checkpoints(trainer)
     if step is not None:
@@ -185,13 +185,13 @@ def load_teacher(config: TrainConfig):
 
 
 def describe(trainer: Trainer) -> str:
-    """One line about the run, before its first step."""
+    """Describes the run in one line, before its first step."""
     config, world, model = trainer.config, trainer.world, trainer.model
     active = f" ({model.num_params() - variants.idle_params(model):,} of them active)" if config.model.n_expert > 1 else ""
     return (
         f"{model.num_params():,} parameters{active}, {str(trainer.dtype)[6:]} on {world.size} × {world.device.type}; a step is "
         f"{config.total_batch_tokens:,} tokens, {config.grad_accum_steps(world.size)} passes of {config.micro_batch_size} × "
-        f"{config.model.seq_len} a process; an epoch is {trainer.train_stream.sequences_per_epoch * config.model.seq_len:,} tokens"
+        f"{config.model.seq_len} per process; an epoch is {trainer.train_stream.sequences_per_epoch * config.model.seq_len:,} tokens"
     )
 
 
@@ -203,7 +203,7 @@ def validated_config() -> TrainConfig:
 
 def main():
     with cli.one_line_errors():
-        given = flags.parse_flags()  # a flag that does not exist ends every process here
+        given = flags.parse_flags()  # an unknown flag ends every process here
         if given.plan:
             print(report(flags.parse_config()))
             return

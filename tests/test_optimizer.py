@@ -1,4 +1,4 @@
-"""optimizer.py against torch's own optimizers, schedulers and averages."""
+"""training/optimizer.py matches PyTorch's optimizers, schedulers and averages."""
 
 from shutil import copy
 
@@ -27,7 +27,7 @@ def follow_torch(make, name: str, *settings):
         theirs.step()
 
 
-def test_the_learning_rate_is_torchs_warmup_and_cosine():
+def test_cosine_schedule_matches_torch():
     follow_torch(
         lambda o: SequentialLR(o, [LinearLR(o, 0.1, 1.0, total_iters=9), CosineAnnealingLR(o, T_max=50, eta_min=0.1)], milestones=[10]),
         "cosine", 60, 10, 0.1, 0.2,
@@ -35,20 +35,20 @@ def test_the_learning_rate_is_torchs_warmup_and_cosine():
     assert schedule("cosine", 60, 60, 10, 0.1, 0.2) == pytest.approx(0.1)
 
 
-def test_the_learning_rate_is_torchs_warmup_plateau_and_fall():
+def test_wsd_schedule_matches_torch():
     follow_torch(
         lambda o: SequentialLR(o, [LinearLR(o, 0.1, 1.0, total_iters=9), LinearLR(o, 1.0, 0.1, total_iters=12)], milestones=[48]),
         "wsd", 60, 10, 0.1, 0.2,
     )  # fmt: skip
     assert schedule("wsd", 60, 60, 10, 0.1, 0.2) == pytest.approx(0.1)
-    late = [schedule("wsd", step, 100, 90, 0.0, 0.5) for step in (89, 90, 95)]  # the fall begins after the warmup
+    late = [schedule("wsd", step, 100, 90, 0.0, 0.5) for step in (89, 90, 95)]  # the decay starts after the warmup
     assert late == pytest.approx([1.0, 1.0, 0.5])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("switches", [{}, dict(n_expert=3, n_expert_active=2, value_residual=True, tied_head=False, qk_norm=True)])
-def test_muon_is_torchs_for_the_matrices_and_adamw_for_the_rest(switches, dtype, monkeypatch):
-    if dtype == torch.float32:  # torch's, had it no rounding
+def test_muon_and_adamw_match_torchs(switches, dtype, monkeypatch):
+    if dtype == torch.float32:  # torch's Muon without its rounding
         monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.clone())
     models = []
     for ours in (True, False):
@@ -77,10 +77,10 @@ def test_muon_is_torchs_for_the_matrices_and_adamw_for_the_rest(switches, dtype,
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_an_update_of_muon_is_nearly_orthogonal(dtype):
-    """Jordan et al., 2024: singular values of about 1, times lr · √(rows / columns) where there are more rows."""
+def test_muons_update_is_nearly_orthogonal(dtype):
+    """Jordan et al., 2024: singular values of about 1, times lr · √(rows / columns) if the matrix has more rows than columns."""
     torch.manual_seed(0)
-    model = build(VariantConfig(97, 16, 1, 2, 16, norm="rmsnorm"))  # after layernorm, whose mean is 0, the gradient has a rank too few
+    model = build(VariantConfig(97, 16, 1, 2, 16, norm="rmsnorm"))  # LayerNorm makes the mean 0, so the gradient would lose a rank
     weight = model.transformer.h[0].mlp.c_fc.weight  # (64, 16)
     before, idx = weight.detach().clone(), ids_for(model.config, batch=64)
     optimizer = MuonAndAdamW(model, 1e-2, 0.5, 0.95, 0.0, ALONE, dtype=dtype)
@@ -90,7 +90,7 @@ def test_an_update_of_muon_is_nearly_orthogonal(dtype):
     assert singular[0] < 1.4 and singular[-1] > 0.2
 
 
-def test_each_process_does_a_fair_share_of_the_matrices_and_no_more():
+def test_ranks_split_muons_work_equally():
     shares = []
     for rank in range(4):
         torch.manual_seed(0)
@@ -106,12 +106,12 @@ def test_each_process_does_a_fair_share_of_the_matrices_and_no_more():
     assert sorted(i for share in shares for i in share) == list(range(16))
 
 
-def test_the_average_is_torchs():
+def test_weight_average_matches_torchs():
     torch.manual_seed(0)
     model = build(VariantConfig(97, 16, 1, 2, 16))
     average = AverageWeights(model, 0.9)
     theirs = AveragedModel(model, avg_fn=lambda mean, p, n: mean + (1 - min(0.9, (1 + n) / (10 + n))) * (p - mean))
-    theirs.update_parameters(model)  # its first is a copy
+    theirs.update_parameters(model)  # its first update copies
     for _ in range(20):
         with torch.no_grad():
             for p in model.parameters():
@@ -132,25 +132,25 @@ FLAGS = ["--optimizer", "muon", "--muon-lr", 0.02, "--schedule", "wsd", "--ema",
 
 @pytest.fixture(scope="module")
 def with_muon(shards, tmp_path_factory):
-    """20 steps of Muon, with an average, undisturbed."""
+    """An uninterrupted run of 20 steps with Muon and averaged weights."""
     folder = tmp_path_factory.mktemp("muon") / "run"
     assert run_train(shards, folder, *FLAGS) == 0
     return folder
 
 
-def test_muon_shared_out_over_processes_takes_the_same_steps(with_muon, shards, tmp_path):
+def test_muon_on_two_ranks_takes_the_same_steps(with_muon, shards, tmp_path):
     assert forked(tmp_path, "train", *TINY, *FLAGS, "--data-dir", shards, "--out-dir", tmp_path / "run", processes=2).returncode == 0
     losses = ([float(loss) for loss in read_stream(folder, "train").values()] for folder in (tmp_path / "run", with_muon))
     assert next(losses) == pytest.approx(next(losses), abs=1e-5)
     one, other = (checkpoint.load_training(folder, 20)[1]["optimizer"]["muon"]["state"] for folder in (with_muon, tmp_path / "run"))
     assert len(one) == len(other) == 8
-    for i in one:  # the momentum of every matrix, whichever process has it
-        here, there = one[i]["momentum_buffer"], other[i]["momentum_buffer"]
-        assert here.norm() > 0 and (here - there).norm() <= 1e-4 * here.norm()
+    for i in one:  # the checkpoint has the momentum of every matrix, from all ranks
+        a, b = one[i]["momentum_buffer"], other[i]["momentum_buffer"]
+        assert a.norm() > 0 and (a - b).norm() <= 1e-4 * a.norm()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_with_muon_and_an_average_resumes_exactly(with_muon, shards, tmp_path, processes):
+def test_resume_is_exact_with_muon_and_ema(with_muon, shards, tmp_path, processes):
     for path in with_muon.iterdir():
         if "20" not in path.name:
             copy(path, tmp_path)
@@ -162,15 +162,15 @@ def test_a_run_with_muon_and_an_average_resumes_exactly(with_muon, shards, tmp_p
     assert model["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
 
 
-def test_the_average_is_what_is_validated_and_saved(with_muon):
+def test_averaged_weights_are_validated_and_saved(with_muon):
     model, state = checkpoint.load_training(with_muon, 20)
     average = checkpoint.load_model(with_muon / "model_00020.pt")[0]
     weights = build(VariantConfig(**model["config"]))
     checkpoint.load_weights(weights, state["weights"], with_muon)
     assert max((p - q).abs().max() for p, q in zip(average.parameters(), weights.parameters(), strict=True)) > 1e-3
     stream = TokenStream(find_shards(read_run(with_muon).data_dir), "val", 32, shuffle=False)
-    there = stream.sequences_per_epoch
-    x, y = map(torch.from_numpy, stream.batch([i * there // 20 for i in range(20)]))
+    available = stream.sequences_per_epoch
+    x, y = map(torch.from_numpy, stream.batch([i * available // 20 for i in range(20)]))
     with torch.no_grad():
         assert model["val_loss"] == pytest.approx(average(x, y)[1].item(), abs=1e-5)
         assert model["val_loss"] != pytest.approx(weights(x, y)[1].item(), abs=1e-4)

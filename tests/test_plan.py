@@ -1,4 +1,4 @@
-"""Sizes against published figures; the memory estimate against what a step really allocates; scaling against published runs."""
+"""Sizes and scaling match published figures. The memory estimate matches what a step allocates."""
 
 import json
 import re
@@ -28,7 +28,7 @@ from variants import VariantConfig, build, build_on_meta, flops_per_token
 # ---- sizes ----
 
 
-# Brown et al., 2020: table 2.1's layers, width, batch in tokens and learning rate; table D.1's parameters in millions and its FLOPs
+# Brown et al., 2020. Layers, width, batch in tokens and learning rate: table 2.1. Parameters in millions and FLOPs: table D.1
 @pytest.mark.parametrize(
     ("name", "n_layer", "n_embd", "batch", "max_lr", "millions", "flops"),
     [
@@ -38,20 +38,20 @@ from variants import VariantConfig, build, build_on_meta, flops_per_token
         ("gpt3-1b", 24, 2048, 1e6, 2.0e-4, 1320, 2.38e21),
     ],
 )
-def test_the_gpt3_presets_are_the_published_ones(name, n_layer, n_embd, batch, max_lr, millions, flops):
+def test_gpt3_presets_match_the_paper(name, n_layer, n_embd, batch, max_lr, millions, flops):
     config = PRESETS[name]
     assert (config.model.n_layer, config.model.n_embd, config.model.seq_len, config.max_lr) == (n_layer, n_embd, 2048, max_lr)
     assert config.total_batch_tokens == pytest.approx(batch, rel=0.05)
     assert config.total_batch_tokens * config.warmup_steps == pytest.approx(375e6, rel=2e-3)
     assert config.total_batch_tokens * config.max_steps == pytest.approx(10e9, rel=1e-4)
     params = build_on_meta(config.model).num_params()
-    assert params == pytest.approx(millions * 1e6, rel=0.004)  # rounded to three digits there
+    assert params == pytest.approx(millions * 1e6, rel=0.004)  # the paper rounds to three digits
     assert 6 * params * 300e9 == pytest.approx(flops, rel=0.006)
 
 
-def test_flops_are_those_of_nanogpts_notebook():
-    """transformer_sizing.ipynb counts, for one sequence, 874,944,921,600 in the matrix products and 879,894,724,608 by PaLM's formula
-    over all 124,337,664 parameters. Ours leaves the position table out and has the rows in that pad the vocabulary."""
+def test_flops_match_nanogpts_notebook():
+    """transformer_sizing.ipynb, for one sequence: 874,944,921,600 by counting matrix products, 879,894,724,608 by PaLM's formula with all
+    124,337,664 parameters. We don't count the position table, but we count the rows that pad the vocabulary."""
     config = VariantConfig(bias=False)
     model = build_on_meta(config)
     assert model.num_params() == 124_337_664
@@ -78,7 +78,7 @@ SWITCHES = {
 
 
 def saved_bytes(gpt: GPT, idx: torch.Tensor) -> int:
-    """Of all storages but the weights' own that autograd keeps for the backward pass of the trunk."""
+    """Bytes that autograd keeps for the backward pass of hidden_states, without the weights."""
     kept, own = {}, {p.untyped_storage().data_ptr() for p in gpt.parameters()}
 
     def pack(x):
@@ -101,18 +101,18 @@ def kept_by_estimate(shape: VariantConfig, setting: Setting, batch: int, **flags
     config = TrainConfig(model=shape, micro_batch_size=batch, total_batch_tokens=batch * shape.seq_len, **flags)
     gpt = build_on_meta(shape)
     parts = memory(config, setting, gpt).parts
-    head = setting.e * (gpt.lm_head.weight.numel() + batch * shape.seq_len * shape.n_embd)  # of the loss, not of the trunk
-    return parts["activations"] + parts["copies for the products"] - (head if setting.e < 4 else 4 * batch * shape.seq_len * shape.n_embd)
+    head = setting.e * (gpt.lm_head.weight.numel() + batch * shape.seq_len * shape.n_embd)  # the loss needs it, hidden_states doesn't
+    return parts["activations"] + parts["copies in 16 bits"] - (head if setting.e < 4 else 4 * batch * shape.seq_len * shape.n_embd)
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_what_an_eager_fp32_forward_pass_keeps(name):
+def test_kept_bytes_of_eager_fp32_forward(name):
     shape = small(**SWITCHES[name])
     kept = saved_bytes(build(shape), torch.randint(1000, (8, 128)))
     assert kept_by_estimate(shape, Setting("cpu", 4, compiled=False), 8) == pytest.approx(kept, rel=0.05)
 
 
-def test_what_recomputation_keeps():
+def test_kept_bytes_with_recomputation():
     shape, gpt = small(), build(small())
     recompute_activations(gpt)
     kept = saved_bytes(gpt, torch.randint(1000, (8, 128)))
@@ -123,10 +123,10 @@ def test_what_recomputation_keeps():
 @pytest.mark.parametrize(
     ("name", "activation_memory"), [*((name, share) for name in SWITCHES for share in (1.0, 0.9)), ("gpt2", 0.5), ("gpt2", 0.0)]
 )
-def test_what_a_compiled_bf16_forward_pass_keeps(name, activation_memory):
+def test_kept_bytes_of_compiled_bf16_forward(name, activation_memory):
     torch._dynamo.reset()
     shape, gpt = small(**SWITCHES[name]), build(small(**SWITCHES[name]))
-    with functorch_config.patch(activation_memory_budget=1.0):  # put back afterwards
+    with functorch_config.patch(activation_memory_budget=1.0):  # restores the budget
         compile_blocks(gpt, activation_memory)
         with torch.autocast("cpu", torch.bfloat16):
             kept = saved_bytes(gpt, torch.randint(1000, (8, 128)))
@@ -135,7 +135,7 @@ def test_what_a_compiled_bf16_forward_pass_keeps(name, activation_memory):
 
 
 def products_of_backward(activation_memory: float) -> int:
-    """How many matrix products torch.compile's partition leaves to the backward pass of a block."""
+    """Counts the matrix products in the backward pass of a compiled block."""
     torch._dynamo.reset()
     counts = []
 
@@ -152,12 +152,12 @@ def products_of_backward(activation_memory: float) -> int:
     return counts[1]
 
 
-def test_a_little_less_activation_memory_computes_no_matrix_product_again():
+def test_activation_memory_0_9_recomputes_no_matrix_product():
     assert products_of_backward(0.9) == products_of_backward(1.0) < products_of_backward(0.0)
 
 
 def allocated_peak(step) -> int:
-    """Bytes by which PyTorch's allocator grows at most while step runs."""
+    """Peak growth, in bytes, of PyTorch's allocator while step runs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -171,8 +171,8 @@ def allocated_peak(step) -> int:
 @pytest.mark.parametrize(
     ("passes", "max_logits", "activation_memory"), [(1, 2**26, 1.0), (2, 2**26, 1.0), (1, 2**18, 1.0), (1, 2**26, 0.0)]
 )
-def test_the_peak_of_an_eager_step(monkeypatch, passes, max_logits, activation_memory):
-    """With and without accumulation, with the loss whole and in chunks, with everything kept and computed again."""
+def test_peak_of_eager_step(monkeypatch, passes, max_logits, activation_memory):
+    """With and without accumulation, with the loss in one piece and in chunks, with activations kept and recomputed."""
     monkeypatch.setattr("ops.loss.MAX_LOGITS", max_logits)
     shape = small(n_embd=128)
     gpt, idx = build(shape), torch.randint(1000, (8, 128))
@@ -185,33 +185,33 @@ def test_the_peak_of_an_eager_step(monkeypatch, passes, max_logits, activation_m
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step()  # makes AdamW's moments
+    step()  # allocates AdamW's moments
     measured = allocated_peak(step) + 12 * sum(p.numel() for p in gpt.parameters())
     config = TrainConfig(model=shape, micro_batch_size=8, total_batch_tokens=passes * 8 * 128, activation_memory=activation_memory)
     assert memory(config, Setting("cpu", 4, compiled=False), build_on_meta(shape)).peak == pytest.approx(measured, rel=0.1)
 
 
-def test_sharding_divides_the_state():
+def test_sharding_divides_weights_gradients_and_optimizer():
     config = replace(PRESETS["gpt2-xl"], micro_batch_size=1)
     gpt = build_on_meta(config.model)
     whole, shared = (memory(config, Setting(world_size=8, shard=shard), gpt).parts for shard in (False, True))
     assert all(shared[part] * 8 == whole[part] for part in ("weights", "gradients", "optimizer"))
-    assert whole["whole blocks"] == 0 and shared["activations"] == whole["activations"]
+    assert whole["gathered blocks"] == 0 and shared["activations"] == whole["activations"]
 
 
 # ---- the plan of a run ----
 
 
-def test_a_plan_is_printed_without_shards(capsys, tmp_path):
+def test_plan_needs_no_shards(capsys, tmp_path):
     out = tmp_path / "none"
     assert run_main(train.main, "--plan", "--gpus", 8, "--price", 3, "--data-dir", out, "--out-dir", out) == 0
     text = capsys.readouterr().out
     assert "124,439,808 parameters, 8 × H100, bfloat16, compiled" in text and "0.75 hours" in text and "18.02 $" in text
-    assert "assumed MFU of 40%" in text and "fits; the largest that does: --micro-batch-size 64" in text and not out.exists()
+    assert "assumed MFU of 40%" in text and "fits; the largest that fits: --micro-batch-size 64" in text and not out.exists()
 
 
-def test_a_plan_knows_what_a_card_multiplies_in(capsys):
-    """NVIDIA's data sheets: TF32 at half of bf16's rate since the A100; a V100 has neither, 125 TFLOP/s in fp16 and 15.7 in fp32."""
+def test_plan_knows_each_cards_dtypes(capsys):
+    """NVIDIA's data sheets: since the A100, TF32 runs at half of bf16's rate. A V100 has neither: 125 TFLOP/s in fp16, 15.7 in fp32."""
     hours = {}
     names = {("A100", "auto"): "bfloat16", ("A100", "fp32"): "float32", ("V100", "auto"): "float16", ("V100", "fp32"): "float32"}
     for (gpu, dtype), named in names.items():
@@ -228,24 +228,24 @@ def test_a_plan_knows_what_a_card_multiplies_in(capsys):
     ("flags", "says"),
     [
         (["--gpus", "3"], "does not divide --total-batch-tokens"),
-        (["--preset", "gpt2-xl", "--gpu", "L4"], "one sequence at a time takes"),
+        (["--preset", "gpt2-xl", "--gpu", "L4"], "a micro batch of 1 needs"),
         (["--device", "cpu", "--dtype", "fp32", "--no-compile"], "pass --rate"),
         (["--shard", "--gpus", "8", "--dtype", "fp16"], "--shard does not scale the loss, which fp16 needs: choose --dtype bf16"),
         (["--shard", "--gpus", "8", "--gpu", "V100"], "--shard does not scale the loss, which fp16 needs: choose --dtype bf16"),
         (["--preset", "gpt2-xl", "--gpu", "L4", "--shard"], "or --activation-memory 0, or more --gpus"),
-        (["--teacher", "gpt2-xl"], "--teacher can't be planned for: leave it out"),
-        (["--device", "mps"], "--device mps can't be planned for: give cuda with a --gpu, or cpu"),
+        (["--teacher", "gpt2-xl"], "--plan does not support --teacher: leave it out"),
+        (["--device", "mps"], "--plan does not support --device mps: use cuda with a --gpu, or cpu"),
         (["--total-batch-tokens", 2**50, "--n-layer", 10**5], "n_layer is 100000: it must be at most 1000; --total-batch-tokens is"),
         (["--gpus", "0", "--price", "-1"], "--price is -1.0: it must be at least 0; --gpus is 0: it must be at least 1"),
     ],
 )
-def test_what_can_not_be_planned_is_said_in_one_line(flags, says, capsys):
+def test_impossible_plan_is_one_line(flags, says, capsys):
     assert run_main(train.main, "--plan", *flags) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
 
 
-def test_the_rate_is_the_measured_one_where_there_is_one(tmp_path, shards, capsys):
+def test_plan_uses_the_measured_rate(tmp_path, shards, capsys):
     out, flags = tmp_path / "run", ["--device", "cpu", "--dtype", "fp32", "--no-compile", "--data-dir", shards]
     shape = ["--n-layer", 1, "--n-head", 1, "--n-embd", 16, "--seq-len", 32, "--total-batch-tokens", 64, "--micro-batch-size", 2]
     never = ["--val-tokens", 64, "--hellaswag-every", 0, "--sample-every", 0, "--checkpoint-every", 0, "--warmup-steps", 1]
@@ -253,10 +253,10 @@ def test_the_rate_is_the_measured_one_where_there_is_one(tmp_path, shards, capsy
     assert run_main(train.main, *command, "--max-steps", 4) == 0
     capsys.readouterr()
     assert run_main(train.main, "--resume", "--plan", "--out-dir", out) == 0
-    assert "tokens/s, as the run in" in capsys.readouterr().out
+    assert "tokens/s, measured by the run in" in capsys.readouterr().out
     assert run_main(train.main, "--resume", "--plan", "--out-dir", out, "--rate", 7) == 0
-    assert "7 tokens/s, as given by --rate" in capsys.readouterr().out
-    for other in (["--optimizer", "muon"], ["--ema", 0.9], ["--micro-batch-size", 1]):  # another pace
+    assert "7 tokens/s, from --rate" in capsys.readouterr().out
+    for other in (["--optimizer", "muon"], ["--ema", 0.9], ["--micro-batch-size", 1]):  # settings that change the speed
         assert run_main(train.main, *command, "--plan", *other) == 2
         assert "unknown CPU throughput" in capsys.readouterr().err
     run = json.loads((out / "run.json").read_text())
@@ -264,10 +264,10 @@ def test_the_rate_is_the_measured_one_where_there_is_one(tmp_path, shards, capsy
         (out / "run.json").write_text(json.dumps(run | {"launches": [run["launches"][0] | {"device": card}]}))
         assert run_main(train.main, "--resume", "--plan", "--out-dir", out) == 2
         error = capsys.readouterr().err
-        assert ("unknown CPU throughput" if card else "run.json has no launch as train.py writes it") in error
+        assert ("unknown CPU throughput" if card else "run.json is damaged: restore it") in error
 
 
-def test_the_largest_micro_batch_divides_and_fits():
+def test_largest_micro_batch_divides_and_fits():
     config = replace(PRESETS["gpt2"], total_batch_tokens=360 * 1024)
     gpt, setting = build_on_meta(config.model), Setting()
     needs = {b: memory(replace(config, micro_batch_size=b), setting, gpt).peak for b in range(1, 361) if 360 % b == 0}
@@ -279,8 +279,8 @@ def test_the_largest_micro_batch_divides_and_fits():
 # ---- scaling ----
 
 
-def test_a_ring_sends_what_a_brute_force_count_says():
-    """An all-reduce in a ring, done: in each turn each GPU passes a part of its numbers on to the next, which at first adds its own."""
+def test_ring_sends_what_a_simulation_counts():
+    """Simulates a ring all-reduce. In each turn, each GPU sends one part to the next GPU, which adds its own in the first n - 1 turns."""
     for n in (2, 5, 8):
         ours = [list(map(float, np.random.default_rng(gpu).integers(9, size=n))) for gpu in range(n)]
         sums, sent, turns = [sum(column) for column in zip(*ours, strict=True)], 0, 0
@@ -294,9 +294,9 @@ def test_a_ring_sends_what_a_brute_force_count_says():
     assert Cluster(8).ring == 450e9 and Cluster(64).ring == 400e9
 
 
-def test_a_step_of_ddp_by_hand():
-    """100 M parameters, 40 M of them last, on 2 GPUs of a node: 10 buckets of 24 MB at 24e6 / 450e9 s and 15.2 us of latency each, of
-    which the backward pass, 2/3 ms, hides all but a part; and then 160 MB."""
+def test_ddp_step_by_hand():
+    """100 M parameters on 2 GPUs of a node, 40 M of them in the last bucket. The other 10 buckets of 24 MB take 24e6 / 450e9 s plus
+    15.2 us of latency each; the backward pass (2/3 ms) hides most of it. The last bucket sends 160 MB."""
     step = ddp_step(1e-3, 1, 100_000_000, 40_000_000, Cluster(2))
     bucket, last = 15.2e-6 + 24e6 / 450e9, 15.2e-6 + 160e6 / 450e9
     assert step.communication == pytest.approx(10 * bucket + last)
@@ -304,9 +304,9 @@ def test_a_step_of_ddp_by_hand():
     assert step.sent == 400e6 and step.efficiency == pytest.approx(1 / 1.38942, rel=1e-4)
 
 
-def test_fsdp_is_near_torchtitans_figures():
-    """benchmarks/llama3_h100_202412: Llama 3.1 8B, 2 × 8192 tokens a GPU, 400 Gb/s a GPU, compiled: 6,667 tokens/s a GPU on 8, 6,514 on
-    128. From the first the second is calculated; weights are gathered in bf16, the two tables of 128,256 × 4,096 too."""
+def test_fsdp_matches_torchtitans_figures():
+    """benchmarks/llama3_h100_202412: Llama 3.1 8B, compiled, 2 × 8192 tokens and 400 Gb/s per GPU. 6,667 tokens/s per GPU on 8 GPUs,
+    6,514 on 128: we compute the second from the first. Weights travel in bf16, also the two tables of 128,256 × 4,096."""
     alone = 2 * 8192 / 6667
     few, many = (fsdp_step(alone, 1, 8_030_261_248, 2 * 128_256 * 4096, 32, Cluster(n), e_rest=2) for n in (8, 128))
     assert 6667 * few.seconds / many.seconds == pytest.approx(6514, rel=0.03)

@@ -1,4 +1,4 @@
-"""What holds for every script: importing does nothing, --help is quick, flags have two spellings, unknown ones are refused."""
+"""Rules for all scripts: imports have no side effects, --help is quick, flags have two spellings, unknown flags exit with 2."""
 
 import importlib
 import math
@@ -32,7 +32,7 @@ SCRIPTS = [
 ]
 COMMANDS = [*SCRIPTS[:-1], "lab.scaling ladder", "lab.scaling fit", "lab.scaling plan"]
 
-# what others made is imported first; after that every file opened, address looked up and process begun counts
+# imports third-party modules first; after that, every opened file, looked-up address and started process counts
 IMPORT_QUIETLY = """
 import ast, os, sys
 from pathlib import Path
@@ -64,7 +64,7 @@ assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized(
 """
 
 
-def test_importing_does_nothing(tmp_path):
+def test_imports_have_no_side_effects(tmp_path):
     result = subprocess.run([sys.executable, "-c", IMPORT_QUIETLY, str(REPO)], capture_output=True, text=True, cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
@@ -78,7 +78,7 @@ def answers_quickly(name: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_answers_in_two_seconds(name):
-    """On a machine so busy or slow that torch alone takes more than 1.3 s, the script may take half as long again; once in four tries."""
+    """One of four tries must pass. If the machine is so slow that torch alone takes more than 1.3 s, the limit is 1.5 times that."""
     assert any(answers_quickly(name) for _ in range(4))
 
 
@@ -95,7 +95,7 @@ def test_help_documents_every_flag(command, capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_unknown_flag_exits_with_2(command):
+def test_unknown_flag_exits_with_2(command):
     name, *words = command.split()
     assert run_main(importlib.import_module(name).main, *words, "--no-such-flag") == 2
 
@@ -122,12 +122,12 @@ def test_hours_in_the_docs_follow_from_flops():
         assert not rent or int(price) == round(expected * float(rent))
 
 
-def test_what_would_control_a_terminal_is_a_box():
+def test_control_characters_print_as_boxes():
     assert cli.printable("a\x1b[2J\x07\r\x00\nb\tü\x9b") == "a�[2J���\nb\tü�"
 
 
 @pytest.mark.parametrize("name", ["lab.compare", "lab.sweep", "lab.scaling", "fineweb"])
-def test_what_can_go_on_says_so_at_ctrl_c(name, monkeypatch, capsys):
+def test_ctrl_c_names_the_way_to_continue(name, monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -137,16 +137,16 @@ def test_what_can_go_on_says_so_at_ctrl_c(name, monkeypatch, capsys):
     assert capsys.readouterr().err == "\nstopped by Ctrl-C: give the same command again to go on\n"
 
 
-def test_whole_numbers_may_have_an_exponent(capsys):
+def test_integer_flags_accept_exponents(capsys):
     assert cli.parse(TrainConfig, ["--max-steps", "2e3"]).max_steps == 2000
-    assert cli.parse(TrainConfig, ["--seed", "123456789012345678"]).seed == 123456789012345678  # more digits than a float has
+    assert cli.parse(TrainConfig, ["--seed", "123456789012345678"]).seed == 123456789012345678  # more digits than a float holds
     for wrong in ("1.5", "1e-1", "inf", "nan", "many"):
         with pytest.raises(SystemExit):
             cli.parse(TrainConfig, ["--max-steps", wrong])
         assert f"--max-steps: {wrong} is no whole number" in capsys.readouterr().err
 
 
-def test_both_spellings_of_a_flag():
+def test_flags_have_two_spellings():
     a = parse_config(["--micro-batch-size", "7", "--out-dir", "nowhere"])
     b = parse_config(["--micro_batch_size", "7", "--out_dir", "nowhere"])
     assert a == b and a.micro_batch_size == 7

@@ -1,4 +1,4 @@
-"""--tracker: what the three of them have afterwards is what metrics.jsonl has; nothing of theirs ends a run."""
+"""--tracker: each tracker gets the numbers of metrics.jsonl, and its errors never end a run."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def in_wandb(folder, name) -> dict[int, float]:
 
 
 def in_leveldb(log: bytes):
-    """The records of LevelDB's log format, which W&B's files have after seven bytes: blocks of 32 KiB, in them parts of records
+    """Yields the records of LevelDB's log format, which W&B's files have after seven bytes: blocks of 32 KiB with parts of records, each
     with a checksum, a length and a type."""
     at, record = 7, b""
     while at + 7 <= len(log):
@@ -72,7 +72,7 @@ def set_environment(**names):
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "trackio", pytest.param("wandb", marks=pytest.mark.slow)])
-def test_a_run_and_its_resume_are_one_run_there(shards, tmp_path, kind):
+def test_tracker_shows_a_resume_as_one_run(shards, tmp_path, kind):
     first = partial(set_environment, WANDB_MODE="offline", TRACKIO_DIR=str(tmp_path / "trackio"))
     found = {"tensorboard": in_tensorboard, "trackio": in_trackio, "wandb": in_wandb}[kind]
     flags = ["--out-dir", tmp_path, "--tracker", kind]
@@ -87,8 +87,8 @@ def test_a_run_and_its_resume_are_one_run_there(shards, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_for_the_run(shards, tmp_path):
-    """W&B's own process gets the signal too."""
+def test_ctrl_c_saves_a_tracked_run(shards, tmp_path):
+    """W&B's own process also gets the signal."""
     env = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path, "--tracker", "wandb", "--max-steps", 100_000]
     command = [sys.executable, REPO / "train.py", *argv]
@@ -97,13 +97,13 @@ def test_ctrl_c_is_for_the_run(shards, tmp_path):
         assert process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT and "all saved" in said and "Traceback" not in said
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT and "all saved" in err and "Traceback" not in err
     assert in_wandb(tmp_path, "loss") == pytest.approx(losses(tmp_path))
 
 
 class Broken:
-    """A tracker that fails at a place."""
+    """A tracker that raises an error in the method `where`."""
 
     where = ""
 
@@ -123,24 +123,24 @@ class Broken:
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
-def test_what_fails_there_is_one_warning(shards, tmp_path, monkeypatch, capsys, where):
+def test_failing_tracker_is_one_warning(shards, tmp_path, monkeypatch, capsys, where):
     monkeypatch.setitem(tracker.SINKS, "wandb", type("Sink", (Broken,), {"where": where}))
     assert run_train(shards, tmp_path, "--tracker", "wandb") == 0
     out, err = capsys.readouterr()
-    assert err.count("warning: going on without wandb: the server is gone\n") == err.count("warning") == 1
+    assert err.count("warning: continuing without wandb: the server is gone\n") == err.count("warning") == 1
     assert "chatter" not in out and len(losses(tmp_path)) == 20
 
 
-def test_what_is_not_installed_says_how(shards, tmp_path, monkeypatch, capsys):
+def test_missing_tracker_names_pip_install(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "trackio", None)
     assert run_train(shards, tmp_path, "--tracker", "trackio") == 0
     assert ": pip install trackio\n" in capsys.readouterr().err
 
 
-def test_only_finite_numbers_are_sent(monkeypatch):
+def test_tracker_gets_only_finite_numbers(monkeypatch):
     sent = []
     sink = type("Sink", (Broken,), {"log": lambda self, step, numbers: sent.append((step, numbers))})
     monkeypatch.setitem(tracker.SINKS, "wandb", sink)
-    there = tracker.Tracker("wandb", "log", "id", {}, 0, print)
-    there.log(3, {"loss": float("nan"), "lr": 0.5, "mfu": None, "skipped": "rank 0's loss is nan", "tokens": 7, "grad_norm": float("inf")})
+    wandb = tracker.Tracker("wandb", "log", "id", {}, 0, print)
+    wandb.log(3, {"loss": float("nan"), "lr": 0.5, "mfu": None, "skipped": "rank 0's loss is nan", "tokens": 7, "grad_norm": float("inf")})
     assert sent == [(3, {"lr": 0.5, "tokens": 7})]

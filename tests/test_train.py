@@ -1,4 +1,4 @@
-"""The run: the same losses whatever the processes and the micro batch, an exact resume, and every way a user can err."""
+"""train.py: the same losses for any world size and micro batch, exact resume, and one line for every mistake."""
 
 import fcntl
 import json
@@ -47,19 +47,19 @@ def assert_same_weights(a: dict, b: dict):
         assert torch.equal(a[name], b[name]), name
 
 
-# ---- what a run leaves behind ----
+# ---- a run's files ----
 
 
 @pytest.fixture(scope="module")
 def finished(shards, tmp_path_factory):
-    """An undisturbed run of 20 steps."""
+    """The folder of an uninterrupted run of 20 steps."""
     out_dir = tmp_path_factory.mktemp("runs") / "finished"
     torch.set_num_threads(1)
     assert run_train(shards, out_dir, "--checkpoint-every", 5, "--keep", 2) == 0
     return out_dir
 
 
-def test_a_run_leaves_log_metrics_checkpoints_and_plot(finished):
+def test_run_writes_log_metrics_checkpoints_and_plot(finished):
     assert {path.name for path in finished.iterdir()} == {
         ".lock", "run.json", "log.txt", "metrics.jsonl", "log_plot.png",
         *(path.name for step in (15, 20) for path in checkpoint.files_of(finished, step)),
@@ -72,7 +72,7 @@ def test_a_run_leaves_log_metrics_checkpoints_and_plot(finished):
     assert f"{content['val_loss']:.6f}" == read_stream(finished, "val")[20]
 
 
-def test_metrics_carry_everything(finished):
+def test_metrics_jsonl_has_everything(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     row = next(row for row in rows if row["step"] == 7 and "loss" in row)
     assert {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes", "tokens", "seconds", "epoch"} < set(row)
@@ -82,7 +82,7 @@ def test_metrics_carry_everything(finished):
     assert row["epoch"] == pytest.approx(7 * 256 / (8020 // 32 * 32))
 
 
-def test_a_run_can_be_repeated_from_its_folder(finished, shards, tmp_path):
+def test_same_settings_give_the_same_run(finished, shards, tmp_path):
     run = json.loads((finished / "run.json").read_text())
     assert run["config"]["model"]["n_embd"] == 32 and run["config"]["resume"] is False
     launch = run["launches"][0]
@@ -92,11 +92,11 @@ def test_a_run_can_be_repeated_from_its_folder(finished, shards, tmp_path):
     assert_same_weights(final_weights(tmp_path / "again"), final_weights(finished))
 
 
-def test_on_a_terminal_the_progress_line_stays_in_its_place(shards, tmp_path, monkeypatch, capsys):
+def test_progress_is_a_bar_on_a_terminal(shards, tmp_path, monkeypatch, capsys):
     controller, terminal = os.openpty()
     with open(terminal, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        assert not cli.on_a_screen()  # no size is known: nothing can stay in its place
+        assert not cli.on_a_screen()  # a terminal of unknown size can't show a bar
         termios.tcsetwinsize(terminal, (24, 150))
         assert cli.on_a_screen()
         assert run_train(shards, tmp_path / "run") == 0
@@ -105,7 +105,7 @@ def test_on_a_terminal_the_progress_line_stays_in_its_place(shards, tmp_path, mo
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["step 0", "step 10", "step 20"]
 
 
-def test_the_screen_shows_results_on_stdout_and_progress_on_stderr(shards, tmp_path, capsys):
+def test_results_on_stdout_and_progress_on_stderr(shards, tmp_path, capsys):
     assert run_train(shards, tmp_path / "run") == 0
     out, err = capsys.readouterr()
     assert re.fullmatch(r"(step \d+: val loss \d\.\d{4}\n){3}", out)
@@ -113,11 +113,11 @@ def test_the_screen_shows_results_on_stdout_and_progress_on_stderr(shards, tmp_p
     assert re.search(line, err)
 
 
-# ---- the formulas ----
+# ---- formulas ----
 
 
-def test_the_update_is_the_plain_formula(finished, shards):
-    """Three steps by hand: the whole batch at once, torch's AdamW unfused, the clip written out."""
+def test_update_matches_the_plain_formula(finished, shards):
+    """Three steps by hand: the whole batch in one pass, PyTorch's unfused AdamW, clipping written out."""
     torch.manual_seed(1337)
     model = build(VariantConfig(257, 32, 2, 2, 32))
     stream = TokenStream(find_shards(shards), "train", 32)
@@ -138,7 +138,7 @@ def test_the_update_is_the_plain_formula(finished, shards):
         optimizer.step()
 
 
-def test_validation_is_the_mean_over_spread_sequences(finished, shards):
+def test_validation_averages_evenly_spread_sequences(finished, shards):
     """20 of the val shard's 31 sequences: 0, 1, 3, 4, 6, …"""
     torch.manual_seed(1337)
     model = build(VariantConfig(257, 32, 2, 2, 32))
@@ -150,7 +150,7 @@ def test_validation_is_the_mean_over_spread_sequences(finished, shards):
     assert float(read_stream(finished, "val")[0]) == pytest.approx(loss.item(), abs=2e-6)
 
 
-# ---- the same whatever the processes and the micro batch ----
+# ---- any world size and micro batch ----
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def fifty_steps(shards, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("processes", "micro_batch"), [(1, 1), (1, 2), (1, 4), (2, 4), (4, 1)])
-def test_losses_do_not_depend_on_processes_or_micro_batch(fifty_steps, shards, tmp_path, processes, micro_batch):
+def test_losses_agree_across_world_sizes_and_micro_batches(fifty_steps, shards, tmp_path, processes, micro_batch):
     argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--max-steps", 50, "--micro-batch-size", micro_batch]
     if processes == 1:
         assert run_main(train.main, *argv) == 0
@@ -170,12 +170,12 @@ def test_losses_do_not_depend_on_processes_or_micro_batch(fifty_steps, shards, t
         result = forked(tmp_path, "train", *argv, processes=processes)
         assert result.returncode == 0, result.stderr
     for stream, count in (("train", 50), ("val", 6)):
-        here, there = read_stream(tmp_path / "run", stream), read_stream(fifty_steps, stream)
-        assert here.keys() == there.keys() and len(here) == count
-        assert max(abs(float(here[step]) - float(there[step])) for step in here) <= 1e-5
+        losses, expected = read_stream(tmp_path / "run", stream), read_stream(fifty_steps, stream)
+        assert losses.keys() == expected.keys() and len(losses) == count
+        assert max(abs(float(losses[step]) - float(expected[step])) for step in losses) <= 1e-5
 
 
-# ---- what a run may be made of ----
+# ---- teachers and variants ----
 
 
 @pytest.fixture(scope="module")
@@ -186,18 +186,18 @@ def teacher(shards, tmp_path_factory):
 
 
 @pytest.mark.parametrize("max_logits", [2**26, 3000])
-def test_a_student_follows_the_plain_formula_of_distillation(teacher, shards, tmp_path, monkeypatch, max_logits):
-    """(1 - w) · cross entropy + w · KL(teacher ‖ student), Hinton et al., 2015; the loss in the log is the cross entropy. Also where
-    the logits never stand in memory together."""
+def test_distillation_matches_the_plain_formula(teacher, shards, tmp_path, monkeypatch, max_logits):
+    """(1 - w) · cross entropy + w · KL(teacher ‖ student), Hinton et al., 2015, also when the logits are computed part by part. The log
+    has the cross entropy alone."""
     monkeypatch.setattr("ops.loss.MAX_LOGITS", max_logits)
     rows, divergence_of = [], distillation.divergence
     monkeypatch.setattr(distillation, "divergence", lambda logits, expected: rows.append(logits.numel()) or divergence_of(logits, expected))
     argv = ["--teacher", teacher, "--teacher-weight", 0.7, "--max-steps", 1, "--warmup-steps", 0, "--grad-clip", 0]
     assert run_train(shards, tmp_path / "run", *argv) == 0
     torch.manual_seed(1337)
-    student, master = build(VariantConfig(257, 32, 2, 2, 32)), checkpoint.load_model(teacher)[0]
+    student, expert = build(VariantConfig(257, 32, 2, 2, 32)), checkpoint.load_model(teacher)[0]
     x, y = map(torch.from_numpy, TokenStream(find_shards(shards), "train", 32).batch(range(8)))
-    log_p, q = student(x)[0].log_softmax(-1), master(x)[0].softmax(-1)
+    log_p, q = student(x)[0].log_softmax(-1), expert(x)[0].softmax(-1)
     text = -log_p.gather(2, y[..., None]).mean()
     divergence = (q * (q.log() - log_p)).sum(-1).mean()
     (0.3 * text + 0.7 * divergence).backward()
@@ -207,7 +207,7 @@ def test_a_student_follows_the_plain_formula_of_distillation(teacher, shards, tm
     assert row["grad_norm"] == pytest.approx(sum((p.grad**2).sum() for p in student.parameters()).item() ** 0.5, rel=1e-4)
 
 
-def test_a_teacher_stays_the_same_when_its_run_goes_on(teacher, shards, tmp_path):
+def test_teacher_stays_fixed_when_its_run_resumes(teacher, shards, tmp_path):
     shutil.copytree(teacher, tmp_path / "teacher")
     assert run_train(shards, tmp_path / "run", "--teacher", tmp_path / "teacher") == 0
     assert run_main(train.main, "--resume", "--out-dir", tmp_path / "teacher", "--max-steps", 60) == 0
@@ -216,8 +216,8 @@ def test_a_teacher_stays_the_same_when_its_run_goes_on(teacher, shards, tmp_path
     assert run_main(train.main, *again, tmp_path / "teacher") == 0 and run_main(train.main, *again, teacher) == 2
 
 
-def test_a_teacher_of_experts_leaves_their_balance_as_it_is(teacher, shards):
-    """With the text's share in the gradient at 0 the router still learns to be fair."""
+def test_distillation_keeps_the_experts_load_balance(teacher, shards):
+    """Even with --teacher-weight 1, the router gets the gradient of the load balance."""
     config = parse_flags([*TINY, "--data-dir", str(shards), "--n-expert", "4", "--teacher", str(teacher), "--teacher-weight", "1"])
     world = DistContext(torch.device("cpu"))
     grads = []
@@ -232,15 +232,15 @@ def test_a_teacher_of_experts_leaves_their_balance_as_it_is(teacher, shards):
     assert (grads[0] - grads[1] - 0.01 * of_balance).abs().max() <= 1e-7
 
 
-def test_a_teacher_that_reads_something_else_is_refused(teacher, shards, tmp_path, capsys):
+def test_unsuitable_teacher_is_refused(teacher, shards, tmp_path, capsys):
     hf = random_hf(97, 64, 1, 2, 16)
     hf.save_pretrained(tmp_path / "hf")
     for argv, message in (
         (
             ["--teacher", tmp_path / "hf"],
-            "has a vocabulary of 97 and 64 positions, the run 257 and 32: choose one with the same",
+            "has 97 ids and 64 positions, the run has 257 and 32: choose a teacher with the same",
         ),
-        (["--teacher", teacher, "--seq-len", 64], "has a vocabulary of 257 and 32 positions, the run 257 and 64"),
+        (["--teacher", teacher, "--seq-len", 64], "has 257 ids and 32 positions, the run has 257 and 64"),
         (["--teacher", tmp_path / "none"], "no model named"),
     ):
         assert run_train(shards, tmp_path / "run", *argv) == 2
@@ -251,12 +251,12 @@ def test_a_teacher_that_reads_something_else_is_refused(teacher, shards, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_documents_are_kept_apart_only_where_their_beginnings_are_known(tmp_path, capsys):
+def test_doc_mask_needs_known_document_starts(tmp_path, capsys):
     shards = write_shards(tmp_path / "shards", [1000, 5000])
     manifest = json.loads((shards / "manifest.json").read_text())
     (shards / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "characters"}))
     assert run_train(shards, tmp_path / "run", "--doc-mask") == 2
-    assert "--doc-mask needs to know where documents end; with the tokenizer 'characters' it can't" in capsys.readouterr().err
+    assert "--doc-mask can't tell where documents end with the tokenizer 'characters'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_documents_are_kept_apart_only_where_their_beginnings_are_known(tmp_path
         ["--share-layers", 2, "--no-bias", "--norm", "rmsnorm", "--no-tied-head", "--qk-norm"],
     ],
 )
-def test_a_variant_trains_on_two_processes_and_is_loaded_again(argv, shards, tmp_path, capsys):
+def test_variant_trains_on_two_ranks_and_loads(argv, shards, tmp_path, capsys):
     assert run_train(shards, tmp_path / "one", *argv, "--activation-memory", 0) == 0
     assert ("of them active" in capsys.readouterr().err) == ("--n-expert" in argv)
     assert forked(tmp_path, "train", *TINY, *argv, "--data-dir", shards, "--out-dir", tmp_path / "two", processes=2).returncode == 0
@@ -279,7 +279,7 @@ def test_a_variant_trains_on_two_processes_and_is_loaded_again(argv, shards, tmp
     assert run_main(sample.main, "-m", tmp_path / "one", "-d", "cpu", "--max-new-tokens", 40) == 0
 
 
-def test_a_model_with_rope_may_be_tuned_on_longer_sequences(shards, tmp_path, capsys):
+def test_rope_model_fine_tunes_on_longer_sequences(shards, tmp_path, capsys):
     assert run_train(shards, tmp_path / "short", "--pos", "rope", "--val-every", 0) == 0
     argv = ["--init-from", tmp_path / "short", "--seq-len", 128, "--rope-scaling", "yarn", "--rope-factor", 4, "--micro-batch-size", 1]
     assert run_train(shards, tmp_path / "long", *argv) == 0
@@ -302,8 +302,8 @@ def test_a_model_with_rope_may_be_tuned_on_longer_sequences(shards, tmp_path, ca
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_ten_and_ten_steps_are_twenty(finished, shards, tmp_path, processes):
-    """Bit for bit: the losses of every step and the final weights."""
+def test_resume_is_exact_to_the_bit(finished, shards, tmp_path, processes):
+    """10 steps + resume = 20 steps: every loss, the final weights and the optimizer state."""
 
     def launch(out_dir, *argv):
         argv = [*argv, "--out-dir", out_dir]
@@ -314,11 +314,11 @@ def test_ten_and_ten_steps_are_twenty(finished, shards, tmp_path, processes):
         return 0
 
     start = [*TINY, "--data-dir", shards]
-    whole = finished
+    reference = finished
     if processes == 2:
-        whole = tmp_path / "whole"
-        assert launch(whole, *start) == 0
-    # the schedule is that of 20 steps from the start: the run is stopped by a checkpoint's end, not by a shorter plan
+        reference = tmp_path / "reference"
+        assert launch(reference, *start) == 0
+    # undo steps 10 to 19 of a complete run: one with --max-steps 10 would have another schedule
     assert launch(tmp_path / "parts", *start, "--checkpoint-every", 10) == 0
     for path in checkpoint.files_of(tmp_path / "parts", 20):
         path.unlink()
@@ -326,17 +326,17 @@ def test_ten_and_ten_steps_are_twenty(finished, shards, tmp_path, processes):
     kept = [line for line in log.read_text().splitlines() if int(line.split()[0]) < 10]
     log.write_text("\n".join(kept) + "\n")
     assert launch(tmp_path / "parts", "--resume") == 0
-    assert read_stream(tmp_path / "parts", "train") == read_stream(whole, "train")
-    assert read_stream(tmp_path / "parts", "val") == read_stream(whole, "val")
-    assert_same_weights(final_weights(tmp_path / "parts"), final_weights(whole))
+    assert read_stream(tmp_path / "parts", "train") == read_stream(reference, "train")
+    assert read_stream(tmp_path / "parts", "val") == read_stream(reference, "val")
+    assert_same_weights(final_weights(tmp_path / "parts"), final_weights(reference))
     state, other = (
-        torch.load(folder / "state_00020.pt", weights_only=True)["optimizer"]["state"] for folder in (whole, tmp_path / "parts")
+        torch.load(folder / "state_00020.pt", weights_only=True)["optimizer"]["state"] for folder in (reference, tmp_path / "parts")
     )
     assert all(torch.equal(state[i][key], other[i][key]) for i in state for key in state[i])
 
 
 def slow_steps(seconds: float = 0.1):
-    """Each update takes so much longer."""
+    """Makes each update this much slower."""
     plain = train.Trainer.update
 
     def update(self, *args, **how):
@@ -347,8 +347,7 @@ def slow_steps(seconds: float = 0.1):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on_exactly(finished, shards, tmp_path, number):
-    """20 steps equal some + a signal + the rest."""
+def test_signal_saves_and_resume_is_exact(finished, shards, tmp_path, number):
     run = Forked(tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", first=slow_steps)
     while not (tmp_path / "run" / "log.txt").exists() or not read_stream(tmp_path / "run", "train"):
         assert run.processes[0].is_alive()
@@ -365,19 +364,19 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(finished, shards, tmp_path, 
     assert [launch["step"] for launch in run["launches"]] == [0, step]
 
 
-def test_resume_with_another_world_and_micro_batch(finished, shards, tmp_path):
+def test_resume_with_another_world_size_and_micro_batch(finished, shards, tmp_path):
     assert run_train(shards, tmp_path / "run", "--checkpoint-every", 10) == 0
     for path in checkpoint.files_of(tmp_path / "run", 20):
         path.unlink()
     argv = ["--resume", "--out-dir", tmp_path / "run", "--micro-batch-size", 2, "--sample-every", 5]
     result = forked(tmp_path, "train", *argv, processes=2)
     assert result.returncode == 0, result.stderr
-    here, there = read_stream(tmp_path / "run", "train"), read_stream(finished, "train")
-    assert max(abs(float(here[step]) - float(there[step])) for step in there) <= 1e-5
+    losses, expected = read_stream(tmp_path / "run", "train"), read_stream(finished, "train")
+    assert max(abs(float(losses[step]) - float(expected[step])) for step in expected) <= 1e-5
     assert "sample: " in result.stdout
 
 
-def test_more_steps_after_the_end(shards, tmp_path, capsys):
+def test_resume_with_more_steps_after_the_end(shards, tmp_path, capsys):
     assert run_train(shards, tmp_path / "run", "--max-steps", 4) == 0
     assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run") == 0
     assert "finished already, at step 4: raise --max-steps" in capsys.readouterr().err
@@ -385,11 +384,11 @@ def test_more_steps_after_the_end(shards, tmp_path, capsys):
     assert list(read_stream(tmp_path / "run", "train")) == list(range(6))
     before = (tmp_path / "run" / "run.json").read_text()
     assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run", "--max-steps", 5) == 0
-    assert (tmp_path / "run" / "run.json").read_text() == before  # a launch that does nothing changes no plan
+    assert (tmp_path / "run" / "run.json").read_text() == before  # a launch that trains nothing records nothing
 
 
-def test_a_log_is_never_truncated(shards, tmp_path):
-    """build-nanogpt empties its log at every start."""
+def test_resume_appends_to_the_log(shards, tmp_path):
+    """build-nanogpt empties its log at each start."""
     assert run_train(shards, tmp_path / "run", "--max-steps", 2) == 0
     before = (tmp_path / "run" / "log.txt").read_text()
     assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run", "--max-steps", 3) == 0
@@ -409,7 +408,7 @@ def test_a_log_is_never_truncated(shards, tmp_path):
         (["--data-dir", "OTHER"], "tiny_train_000003.npy has changed"),
     ],
 )
-def test_what_may_not_change_on_resume_is_named(finished, tmp_path, capsys, argv, message):
+def test_resume_names_forbidden_changes(finished, tmp_path, capsys, argv, message):
     other = write_shards(tmp_path / "other", [1000, 5003, 17, 3001], seed=9)
     argv = [other if word == "OTHER" else word for word in argv]
     before = (finished / "run.json").read_text()
@@ -417,10 +416,10 @@ def test_what_may_not_change_on_resume_is_named(finished, tmp_path, capsys, argv
     assert message in capsys.readouterr().err and (finished / "run.json").read_text() == before
 
 
-# ---- beside training ----
+# ---- HellaSwag, samples, compilation, precision ----
 
 
-def test_hellaswag_and_samples_in_the_run(shards, tmp_path, capsys):
+def test_hellaswag_and_samples_during_a_run(shards, tmp_path, capsys):
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(12)))
     argv = ["--hellaswag-every", 10, "--hellaswag-file", tasks, "--sample-every", 10, "--sample-prompt", "the ca"]
@@ -439,14 +438,14 @@ def test_hellaswag_and_samples_in_the_run(shards, tmp_path, capsys):
     assert evaluate(model, tokenizer, make_tasks(12), DistContext(torch.device("cpu")))[0]["acc_norm"] == row["hellaswag_acc_norm"]
 
 
-def test_hellaswag_that_can_not_be_read_is_a_warning(shards, tmp_path, capsys):
+def test_unreadable_hellaswag_file_is_a_warning(shards, tmp_path, capsys):
     (tmp_path / "odd.jsonl").write_text("<html>")
     assert run_train(shards, tmp_path / "run", "--max-steps", 2, "--hellaswag-every", 1, "--hellaswag-file", tmp_path / "odd.jsonl") == 0
     assert "warning: no HellaSwag in this run" in capsys.readouterr().err
     assert read_stream(tmp_path / "run", "hella") == {}
 
 
-def test_a_warning_on_two_processes_is_said_once_and_both_go_on(shards, tmp_path):
+def test_two_ranks_warn_once_and_continue(shards, tmp_path):
     (tmp_path / "odd.jsonl").write_text("<html>")
     argv = ["--max-steps", 2, "--hellaswag-every", 1, "--hellaswag-file", tmp_path / "odd.jsonl"]
     result = forked(tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", *argv, processes=2)
@@ -456,24 +455,24 @@ def test_a_warning_on_two_processes_is_said_once_and_both_go_on(shards, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
-def test_compile_together_with_everything_else(fifty_steps, shards, tmp_path, processes):
+def test_compiled_run_with_hellaswag_and_samples(fifty_steps, shards, tmp_path, processes):
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(6)))
     argv = ["--max-steps", 50, "--hellaswag-every", 25, "--hellaswag-file", tasks, "--sample-every", 25]
     argv = ["train.py", *TINY, "--compile", "--data-dir", shards, "--out-dir", tmp_path / "run", *argv]
     result = script(*argv, processes=processes, timeout=400, TORCH_LOGS="recompiles")
     assert result.returncode == 0, result.stderr
-    assert "size mismatch" not in result.stderr  # HellaSwag's and the samples' shapes compile nothing anew
-    here, there = read_stream(tmp_path / "run", "train"), read_stream(fifty_steps, "train")
-    assert max(abs(float(here[step]) - float(there[step])) for step in there) <= 1e-3
+    assert "size mismatch" not in result.stderr  # shapes of HellaSwag and samples recompile nothing
+    losses, expected = read_stream(tmp_path / "run", "train"), read_stream(fifty_steps, "train")
+    assert max(abs(float(losses[step]) - float(expected[step])) for step in expected) <= 1e-3
     assert list(read_stream(tmp_path / "run", "hella")) == [0, 25, 50] and result.stdout.count("sample: ") == 12
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_low_precision_trains_as_fp32_does(finished, shards, tmp_path, dtype):
+def test_bf16_and_fp16_train_like_fp32(finished, shards, tmp_path, dtype):
     assert run_train(shards, tmp_path / "run", "--dtype", dtype, "--attention", "manual") == 0
-    here, there = read_stream(tmp_path / "run", "train"), read_stream(finished, "train")
-    difference = max(abs(float(here[step]) - float(there[step])) for step in there)
+    losses, expected = read_stream(tmp_path / "run", "train"), read_stream(finished, "train")
+    difference = max(abs(float(losses[step]) - float(expected[step])) for step in expected)
     assert 0 < difference < 0.05
     scaler = torch.load(tmp_path / "run" / "state_00020.pt", weights_only=True)["scaler"]
     assert bool(scaler) == (dtype == "fp16")
@@ -481,17 +480,17 @@ def test_low_precision_trains_as_fp32_does(finished, shards, tmp_path, dtype):
     assert all(p.dtype == torch.float32 for p in weights.values())
 
 
-def test_a_run_in_fp32_resumes_in_fp16_and_back(shards, tmp_path):
+def test_resume_from_fp32_in_fp16_and_back(shards, tmp_path):
     assert run_train(shards, tmp_path / "run", "--max-steps", 4) == 0
     for steps, dtype in ((8, "fp16"), (12, "fp16"), (14, "fp32")):
         assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run", "--max-steps", steps, "--dtype", dtype) == 0
     state = torch.load(tmp_path / "run" / "state_00012.pt", weights_only=True)
-    assert state["scaler"]["_growth_tracker"] == 8  # counted on over the resume
+    assert state["scaler"]["_growth_tracker"] == 8  # the resume continued the count
     seconds = [json.loads(line)["seconds"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert seconds == sorted(seconds) and seconds[-1] > 0  # the clock too
+    assert seconds == sorted(seconds) and seconds[-1] > 0  # the clock continued too
 
 
-def test_dtype_and_device_are_chosen_by_what_there_is(monkeypatch):
+def test_auto_dtype_fits_the_hardware(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     assert device.pick_dtype("auto", cpu) == torch.bfloat16
@@ -504,7 +503,7 @@ def test_dtype_and_device_are_chosen_by_what_there_is(monkeypatch):
     assert device.pick_dtype("fp16", cpu) == torch.float16
 
 
-def test_mfu_is_the_share_of_the_data_sheets_peak(monkeypatch):
+def test_peak_flops_match_the_data_sheets(monkeypatch):
     names = {
         "NVIDIA H200": 989e12,
         "NVIDIA H100 PCIe": 756e12,
@@ -523,10 +522,10 @@ def test_mfu_is_the_share_of_the_data_sheets_peak(monkeypatch):
 # ---- fine-tuning ----
 
 
-def test_fine_tuning_starts_from_the_given_weights(shards, tmp_path):
+def test_fine_tuning_starts_from_loaded_weights(shards, tmp_path):
     hf = random_hf(257, 48, 2, 2, 32)
     hf.save_pretrained(tmp_path / "hf")
-    tiny = TINY[6:]  # without the shape, which is the checkpoint's
+    tiny = TINY[6:]  # the checkpoint sets the shape
     argv = [*tiny, "--data-dir", shards, "--init-from", tmp_path / "hf", "--seq-len", 32, "--out-dir", tmp_path / "tuned", "--max-steps", 3]
     assert run_main(train.main, *argv) == 0
     stream = TokenStream(find_shards(shards), "train", 32)
@@ -538,8 +537,8 @@ def test_fine_tuning_starts_from_the_given_weights(shards, tmp_path):
     assert float(read_stream(tmp_path / "again", "val")[0]) == pytest.approx(float(read_stream(tmp_path / "tuned", "val")[3]), abs=1e-5)
 
 
-def test_the_commit_of_the_hubs_weights_is_recorded_and_held(shards, tmp_path):
-    """Also when the run goes on before its first checkpoint, and the hub's main is another one by then."""
+def test_resume_uses_the_recorded_hub_commit(shards, tmp_path):
+    """Even if the run has no checkpoint yet and the hub's main has moved."""
     from hub import SHA, serve
 
     random_hf(257, 48, 2, 2, 32).save_pretrained(tmp_path / "hf")
@@ -556,7 +555,7 @@ def test_the_commit_of_the_hubs_weights_is_recorded_and_held(shards, tmp_path):
         result = forked(tmp_path, "train", "--resume", "--out-dir", run, HF_ENDPOINT=url, **env | {"HF_HOME": tmp_path / "empty"})
         assert result.returncode == 0, result.stderr
         assert requests and not any("main" in request for request in requests)
-    result = forked(tmp_path, "train", "--resume", "--out-dir", run, "--init-revision", "main")  # as torchrun's restart says it again
+    result = forked(tmp_path, "train", "--resume", "--out-dir", run, "--init-revision", "main")  # a torchrun restart repeats the flag
     assert result.returncode == 0 and "finished already" in result.stderr
 
 
@@ -565,10 +564,10 @@ def test_the_commit_of_the_hubs_weights_is_recorded_and_held(shards, tmp_path):
     [
         (["--n-layer", 3], "n_layer 3 does not fit"),
         (["--seq-len", 64], "64 is longer than the 48 positions"),
-        (["--data-dir", "GPT2"], "the model's vocabulary is 257, that of the shards"),
+        (["--data-dir", "GPT2"], "the model has 257 ids, the shards in"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, message):
+def test_mismatch_with_init_from_is_named(shards, tmp_path, capsys, argv, message):
     random_hf(257, 48, 2, 2, 32).save_pretrained(tmp_path / "hf")
     gpt2 = write_shards(tmp_path / "gpt2", [1000, 5003])
     (gpt2 / "manifest.json").unlink()
@@ -586,7 +585,7 @@ def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, messa
     [
         (["--data-dir", "nowhere"], "the folder nowhere does not exist; make it: python fineweb.py --out-dir nowhere"),
         (["--data-dir", __file__], "test_train.py is a file, give the folder that shards are in"),
-        (["--hellaswag-file", "nowhere", "--hellaswag-every", 5], "--hellaswag-file nowhere is no file: give HellaSwag's"),
+        (["--hellaswag-file", "nowhere", "--hellaswag-every", 5], "--hellaswag-file nowhere is not a file: pass HellaSwag's"),
         (["--micro-batch-size", 3], "--micro-batch-size 2 does"),
         (["--total-batch-tokens", 100], "--total-batch-tokens 128 can be divided"),
         (["--n-head", 5], "n_embd 32 is not a multiple of n_head 5"),
@@ -603,18 +602,18 @@ def test_weights_that_do_not_fit_are_named(shards, tmp_path, capsys, argv, messa
         (["--max-steps", 10**21], "it must be at most 1,000,000,000"),
         (["--timeout-minutes", 1e12], "it must be at most 1,000,000"),
         (["--activation-memory", 2], "--activation-memory is 2.0: it must be from 0 to 1"),
-        (["--activation-memory", 0.5], "needs a compiled run: give --compile, or 0 or 1"),
+        (["--activation-memory", 0.5], "needs a compiled run: pass --compile, or use 0 or 1"),
         (["--device", "cuda"], "--device cuda: this machine has none"),
         (["--init-from", "gpt5"], "no model named 'gpt5'"),
         (["--init-from", "none.pt"], "no checkpoint none.pt"),
-        (["--vocab-size", 300], "the model's vocabulary is 300, that of the shards"),
+        (["--vocab-size", 300], "the model has 300 ids, the shards in"),
         (["--n-embd", 400_000], "choose a smaller --n-layer or --n-embd"),
         (["--seq-len", 8192, "--total-batch-tokens", 32768], "fewer than one sequence of 8192"),
         (["--resume"], "there is no run in"),
         (["--replay-step", 3], "there is no run in"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(shards, tmp_path, capsys, monkeypatch, argv, message):
+def test_mistake_is_one_line_and_writes_nothing(shards, tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     if torch.cuda.is_available() and "cuda" in argv:
         pytest.skip("this machine has CUDA")
@@ -625,9 +624,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(shards, tmp_path, capsys, monk
 
 
 @pytest.mark.parametrize("switches", [{}, {"tied_head": False}, {"n_expert": 4}, {"share_layers": 2}, {"n_kv_head": 1}])
-def test_what_can_not_fit_is_refused_by_the_bytes_of_its_weights(monkeypatch, switches):
-    """4 bytes each for a weight, its gradient and AdamW's two moments, of which --shard divides all but the first, while there are no
-    gradients; Muon has one moment for a matrix, which processes share always."""
+def test_model_too_large_for_memory_is_refused(monkeypatch, switches):
+    """4 bytes each for a weight, its gradient and AdamW's two moments. --shard divides them, but evaluations need all weights and no
+    gradients. Muon has one moment per matrix, always divided over the ranks."""
     config = TrainConfig(model=VariantConfig(**switches))
     model = build_on_meta(config.model)
     params = sum(p.numel() for p in model.parameters())
@@ -649,14 +648,14 @@ def test_what_can_not_fit_is_refused_by_the_bytes_of_its_weights(monkeypatch, sw
             checks.check_memory(replace(config, **settings), world)
 
 
-def test_a_file_in_place_of_the_runs_folder_is_said(shards, tmp_path, capsys):
+def test_out_dir_that_is_a_file_is_refused(shards, tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
     assert run_train(shards, tmp_path / "run") == 2
     assert "run': it is a file, give a folder\n" in capsys.readouterr().err and (tmp_path / "run").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["run.json", "log.txt", "config.json", "model_00005.pt"])
-def test_what_a_run_or_a_model_left_is_not_overwritten(shards, tmp_path, capsys, name):
+def test_files_of_a_run_or_model_are_kept(shards, tmp_path, capsys, name):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("{}")
     assert run_train(shards, tmp_path / "run") == 2
@@ -664,8 +663,8 @@ def test_what_a_run_or_a_model_left_is_not_overwritten(shards, tmp_path, capsys,
 
 
 @pytest.mark.parametrize("where", ["first update", "update", "validation", "HellaSwag", "validation at the end", "samples at the end"])
-def test_a_signal_wherever_it_comes_loses_nothing(finished, shards, tmp_path, monkeypatch, capfd, where):
-    """An evaluation is given up there and then; the next launch makes up for it, also at the end of the run."""
+def test_signal_at_any_moment_loses_nothing(finished, shards, tmp_path, monkeypatch, capfd, where):
+    """A signal cancels an evaluation. The next launch runs it, also at the end of the run."""
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(3)))
     argv = ["--val-every", 10, "--hellaswag-every", 10, "--hellaswag-file", tasks, "--sample-every", 10, "--sample-prompt", "a"]
@@ -700,7 +699,7 @@ def test_a_signal_wherever_it_comes_loses_nothing(finished, shards, tmp_path, mo
 
 
 def signal_rank_1(path: str):
-    """SIGTERM to the second process alone, as its second call of the function begins."""
+    """Sends SIGTERM to rank 1 alone, at the start of its second call of this function."""
     owner, function = pkgutil.resolve_name(path.rpartition(".")[0]), path.rpartition(".")[2]
     plain, calls = getattr(owner, function), []
 
@@ -716,8 +715,8 @@ def signal_rank_1(path: str):
 @pytest.mark.parametrize(
     "path", ["training.evaluation.validate", pytest.param("training.evaluation.Evaluation.hellaswag", marks=pytest.mark.slow)]
 )
-def test_a_signal_to_one_process_ends_the_evaluation_of_all(shards, tmp_path, path):
-    """The second of two gets it, the first is told; the run goes on from there."""
+def test_signal_to_one_rank_cancels_evaluation_on_all(shards, tmp_path, path):
+    """Rank 1 gets the signal and rank 0 learns of it. The run resumes from there."""
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(3)))
     argv = ["--val-every", 10, "--hellaswag-every", 10, "--hellaswag-file", tmp_path / "tasks.jsonl", "--checkpoint-every", 0]
     run, first = tmp_path / "run", partial(signal_rank_1, path)
@@ -728,7 +727,7 @@ def test_a_signal_to_one_process_ends_the_evaluation_of_all(shards, tmp_path, pa
     assert list(read_stream(run, "hella")) == list(read_stream(run, "val")) == [0, 10, 20]
 
 
-def test_a_second_signal_ends_at_once_unless_it_is_the_first_one_passed_on(monkeypatch):
+def test_second_signal_after_a_second_exits_at_once(monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     stop = train.StopSignal()
     stop.unsaved = True
@@ -741,7 +740,7 @@ def test_a_second_signal_ends_at_once_unless_it_is_the_first_one_passed_on(monke
 
 
 @pytest.mark.parametrize("part", [{"data": "abc"}, {"launches": 5}])
-def test_a_run_json_of_another_shape_is_one_line(finished, tmp_path, capsys, part):
+def test_unknown_run_json_is_one_line(finished, tmp_path, capsys, part):
     shutil.copytree(finished, tmp_path / "run")
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps(run | part))
@@ -749,7 +748,7 @@ def test_a_run_json_of_another_shape_is_one_line(finished, tmp_path, capsys, par
     assert "was written by another version of train.py" in capsys.readouterr().err
 
 
-def test_an_existing_run_is_not_overwritten(finished, shards, capsys):
+def test_existing_run_is_not_overwritten(finished, shards, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
     assert run_train(shards, finished) == 2
     assert "already: add --resume" in capsys.readouterr().err
@@ -757,14 +756,14 @@ def test_an_existing_run_is_not_overwritten(finished, shards, capsys):
 
 
 @pytest.mark.slow
-def test_a_mistake_under_torchrun_names_the_remedy(shards, tmp_path):
+def test_mistake_under_torchrun_names_the_remedy(shards, tmp_path):
     argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--micro-batch-size", 8]
     result = script("train.py", *argv, processes=2)
     assert result.returncode != 0
     assert "--micro-batch-size 4 does" in result.stderr and 'Traceback (most recent call last):\n  File "' + str(REPO) not in result.stderr
 
 
-def test_no_shards_is_said_within_five_seconds(tmp_path):
+def test_missing_shards_are_named_within_five_seconds(tmp_path):
     began = time.monotonic()
     result = subprocess.run([sys.executable, REPO / "train.py"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "python fineweb.py" in result.stderr and len(result.stderr.splitlines()) == 1
@@ -772,7 +771,7 @@ def test_no_shards_is_said_within_five_seconds(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_two_launches_in_one_folder_are_refused(shards, tmp_path, processes):
+def test_second_launch_in_a_folder_is_refused(shards, tmp_path, processes):
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -791,14 +790,14 @@ def test_two_launches_in_one_folder_are_refused(shards, tmp_path, processes):
         (["--sample-every", 1, "--sample-prompt", "a"], "warning: no samples at step 1: the model's logits are not finite"),
     ],
 )
-def test_a_run_that_diverges_ends_unsaved(shards, tmp_path, capsys, argv, message):
-    """At such a learning rate the first update already puts every weight out of range."""
+def test_diverged_run_ends_unsaved(shards, tmp_path, capsys, argv, message):
+    """At this learning rate, the first update makes every weight overflow."""
     assert run_train(shards, tmp_path / "run", "--max-lr", 1e30, "--warmup-steps", 0, "--grad-clip", 0, *argv) == 1
     assert message in capsys.readouterr().err and not list((tmp_path / "run").glob("model_*"))
 
 
-def test_a_run_outlives_the_reader_of_its_results(shards, tmp_path):
-    """As after `train.py … | head -n 1`; and a terminal that can't show a letter does not end a run."""
+def test_run_survives_closed_stdout_and_ascii_terminal(shards, tmp_path):
+    """As in `train.py … | head -n 1`, on a terminal that can't show é."""
     command = [sys.executable, REPO / "train.py", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--val-every", 1]
     command += ["--sample-every", 1, "--sample-prompt", "é"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
@@ -809,7 +808,7 @@ def test_a_run_outlives_the_reader_of_its_results(shards, tmp_path):
     assert list(read_stream(tmp_path / "run", "val")) == list(range(21))
 
 
-def test_a_damaged_shard_ends_the_run_before_it_trains(shards, tmp_path, capsys):
+def test_damaged_shard_ends_the_run_before_training(shards, tmp_path, capsys):
     copy = shutil.copytree(shards, tmp_path / "shards")
     path = copy / "tiny_train_000003.npy"
     data = bytearray(path.read_bytes())
@@ -819,17 +818,17 @@ def test_a_damaged_shard_ends_the_run_before_it_trains(shards, tmp_path, capsys)
     assert "tiny_train_000003.npy is damaged" in capsys.readouterr().err
 
 
-def test_flags_that_do_nothing_are_warned_of(shards, tmp_path, capsys):
+def test_warns_of_flags_without_effect(shards, tmp_path, capsys):
     argv = ["--muon-lr", 0.1, "--decay-ratio", 0.5, "--teacher-weight", 0.2, "--load-balance", 0.1, "--gpus", 8]
     argv += ["--min-lr-ratio", 2, "--init-revision", "main"]
     assert run_train(shards, tmp_path / "run", "--max-steps", 2, *argv) == 0
     warned = re.findall("^warning: (.*)", capsys.readouterr().err, re.M)
     assert warned == [
-        "--warmup-steps 3 is not below --max-steps: the learning rate never comes to --max-lr",
-        "--min-lr-ratio 2.0 is above 1: the learning rate rises to the end", "--init-revision does nothing without --init-from",
-        "--muon-lr does nothing without --optimizer muon", "--decay-ratio does nothing without --schedule wsd",
-        "--teacher-weight does nothing without --teacher", "--load-balance does nothing without --n-expert",
-        "--gpus does nothing without --plan",
+        "--warmup-steps 3 is not below --max-steps: the learning rate never reaches --max-lr",
+        "--min-lr-ratio 2.0 is above 1: the learning rate rises until the end", "--init-revision has no effect without --init-from",
+        "--muon-lr has no effect without --optimizer muon", "--decay-ratio has no effect without --schedule wsd",
+        "--teacher-weight has no effect without --teacher", "--load-balance has no effect without --n-expert",
+        "--gpus has no effect without --plan",
     ]  # fmt: skip
     used = ["--optimizer", "muon", "--muon-lr", 0.1, "--schedule", "wsd", "--decay-ratio", 0.5, "--n-expert", 2, "--load-balance", 0.1]
     assert warnings(parse_flags(list(map(str, used)))) == []
@@ -837,13 +836,13 @@ def test_flags_that_do_nothing_are_warned_of(shards, tmp_path, capsys):
     assert warnings(parse_flags(["--preset", "modern", "--optimizer", "adamw", "--schedule", "cosine"])) == []
 
 
-def test_a_preset_whose_shape_gives_way_to_the_given_weights_says_so(shards, tmp_path, capsys):
+def test_warns_if_init_from_overrides_the_preset(shards, tmp_path, capsys):
     random_hf(257, 48, 3, 2, 32).save_pretrained(tmp_path / "hf")
     argv = ["--preset", "quickstart", *TINY[6:], "--seq-len", 24, "--total-batch-tokens", 192, "--max-steps", 4]
     assert run_main(train.main, *argv, "--data-dir", shards, "--init-from", tmp_path / "hf", "--out-dir", tmp_path / "run") == 0
     warned = re.findall("^warning: (.*)", capsys.readouterr().err, re.M)
-    given_way = "--n-layer, --n-embd, --attention"  # a flag says the length
-    assert warned == [f"of --init-from {tmp_path / 'hf'}, and not of --preset quickstart, the run has {given_way}"]
+    # not --seq-len: it was passed as a flag
+    assert warned == [f"--init-from {tmp_path / 'hf'} overrides --preset quickstart: --n-layer, --n-embd, --attention"]
     gpt2 = parse_flags(["--preset", "gpt3-125m", "--init-from", "gpt2"], VariantConfig())
     assert "--seq-len" in overridden_preset(gpt2, VariantConfig())[0] and overridden_preset(parse_flags([]), VariantConfig(n_layer=3)) == []
 
@@ -851,7 +850,7 @@ def test_a_preset_whose_shape_gives_way_to_the_given_weights_says_so(shards, tmp
 # ---- presets ----
 
 
-def test_presets_are_defaults_that_flags_override():
+def test_flags_override_presets():
     config = parse_config(["--preset", "gpt2-xl", "--n-layer", "2", "--out-dir", "nowhere"])
     assert (config.model.n_layer, config.model.n_embd, config.max_lr) == (2, 1600, 2e-4)
     default = parse_config(["--out-dir", "nowhere"])

@@ -1,4 +1,4 @@
-"""Everything about a run that can be checked before its first step. Each check raises a ValueError that names the remedy."""
+"""Checks a run before its first step. Each check raises a ValueError that names the remedy."""
 
 import math
 import os
@@ -24,7 +24,7 @@ from variants import build_on_meta
 
 
 def check_data(config: TrainConfig, shards: Shards) -> Shards:
-    """Returns the shards if none is damaged and, on resume, they are those that the run began with."""
+    """Returns the shards. ValueError if one is damaged or, on resume, differs from those at the run's start."""
     if config.verify_shards:
         verify_shards(shards)
     if config.resume:
@@ -32,8 +32,8 @@ def check_data(config: TrainConfig, shards: Shards) -> Shards:
         if changed := differences(before, shards.contents()):
             more = f" and {len(changed) - 3} more" if changed[3:] else ""
             raise ValueError(
-                f"--data-dir {config.data_dir} is not what the run in {config.out_dir} began with: {', '.join(changed[:3])}{more}; "
-                "bring the shards back as they were, or begin a new run in another --out-dir"
+                f"--data-dir {config.data_dir} differs from the data of the run in {config.out_dir}: {', '.join(changed[:3])}{more}; "
+                "restore the shards, or start a new run in another --out-dir"
             )
     return shards
 
@@ -56,46 +56,46 @@ def check_dtype(config: TrainConfig, world: DistContext):
 
 
 def check_hellaswag(config: TrainConfig):
-    """The default file is downloaded, and may be missing. A file given by name must exist."""
-    named = config.hellaswag_every and config.hellaswag_file != TrainConfig.hellaswag_file
-    if named and not Path(config.hellaswag_file).is_file():
+    """ValueError if a file named by flag is missing. The default file is downloaded, so it may be missing."""
+    custom = config.hellaswag_every and config.hellaswag_file != TrainConfig.hellaswag_file
+    if custom and not Path(config.hellaswag_file).is_file():
         raise ValueError(
-            f"--hellaswag-file {config.hellaswag_file} is no file: give HellaSwag's {TrainConfig.hellaswag_file}, or leave it out"
+            f"--hellaswag-file {config.hellaswag_file} is not a file: pass HellaSwag's {TrainConfig.hellaswag_file}, or leave it out"
         )
 
 
 def fit_vocabulary(config: TrainConfig, shards: Shards):
-    """Gives a new model the shards' vocabulary. A model with weights, or with a vocabulary by flag, must have it already."""
+    """Gives a new model the shards' vocabulary. ValueError if loaded weights or --vocab-size have another one."""
     ours, theirs = config.model.vocab_size, shards.vocab_size
     given = config.resume or config.init_from or ours != PRESETS[config.preset].model.vocab_size
     if given and ours != theirs:
-        remedy = "leave --vocab-size out, or make shards with the tokenizer that the model has"
-        raise ValueError(f"the model's vocabulary is {ours}, that of the shards in {config.data_dir} {theirs}: {remedy}")
+        remedy = "leave --vocab-size out, or make shards with the model's tokenizer"
+        raise ValueError(f"the model has {ours} ids, the shards in {config.data_dir} have {theirs}: {remedy}")
     if config.model.doc_mask and shards.tokenizer not in VOCAB_SIZES:
-        raise ValueError(f"--doc-mask needs to know where documents end; with the tokenizer {shards.tokenizer!r} it can't: leave it out")
+        raise ValueError(f"--doc-mask can't tell where documents end with the tokenizer {shards.tokenizer!r}: leave it out")
     config.model = replace(config.model, vocab_size=theirs)
 
 
 def check_teacher(config: TrainConfig):
-    """The teacher must read what the student reads."""
+    """ValueError if the teacher's vocabulary differs, or if it reads shorter sequences than the student."""
     ours, theirs = config.model, checkpoint.load_config(config.teacher)
     if theirs.vocab_size != ours.vocab_size or theirs.seq_len < ours.seq_len:
         raise ValueError(
-            f"--teacher {config.teacher} has a vocabulary of {theirs.vocab_size} and {theirs.seq_len} positions, the run {ours.vocab_size} "
-            f"and {ours.seq_len}: choose one with the same vocabulary and as many positions"
+            f"--teacher {config.teacher} has {theirs.vocab_size} ids and {theirs.seq_len} positions, the run has {ours.vocab_size} and "
+            f"{ours.seq_len}: choose a teacher with the same vocabulary and at least as many positions"
         )
 
 
 def check_memory(config: TrainConfig, world: DistContext):
-    """Weights, gradients and optimizer of a process must fit."""
+    """ValueError if a process's weights, gradients and optimizer state don't fit into memory."""
     model, shard = build_on_meta(config.model), config.shard and world.size > 1
     parts = memory(config, Setting(world.device.type, 4, False, world.size, shard), model).parts
     need = sum(parts[name] for name in ("weights", "gradients", "optimizer", "average of the weights"))
-    if shard:  # a process has all weights before sharding, and in every evaluation, when there are no gradients
+    if shard:  # each process holds all weights before sharding and in evaluations, when it has no gradients
         need += 4 * sum(p.numel() for p in model.parameters()) - parts["gradients"]
     if need > (have := device.total_memory(world.device)):
         raise ValueError(
-            f"weights, gradients and optimizer of this model need {need / 1e9:.1f} GB, {world.device.type} has {have / 1e9:.1f} GB: choose "
+            f"this model's weights, gradients and optimizer need {need / 1e9:.1f} GB, {world.device.type} has {have / 1e9:.1f} GB: choose "
             f"a smaller --n-layer{', --n-expert' if config.model.n_expert > 1 else ''} or --n-embd, or --shard it over more processes"
         )
 
@@ -114,7 +114,7 @@ def check_compiled(trainer: Trainer, step: int, log: Log):
         trainer.dtype,
         trainer.teacher,
     )
-    wrong = max(trainer.world.gather(found), key=len)  # of the rank with the most
+    wrong = max(trainer.world.gather(found), key=len)  # of the rank with the most mismatches
     if wrong:
         first, error = next(iter(wrong.items()))
         how = f"differs from eager by {error:.0%}" if math.isfinite(error) else "is not finite"

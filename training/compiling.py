@@ -11,22 +11,21 @@ from variants import MixtureOfExperts, VariantGPT, by_expert
 
 
 def compile_blocks(model: GPT, activation_memory: float = 1.0):
-    """Compiles a model for training and validation: one graph for all blocks, which are alike, and one for the loss. This takes less than
-    half the time of compiling the whole model.
+    """Compiles a model for training and validation: one graph that all blocks use, and one for the loss. This takes less than half the
+    time of compiling the whole model.
 
-    activation_memory: the share of the activations that this process keeps for the backward pass. torch.compile picks what to
-    recompute by cost.
+    activation_memory: the fraction of the activations to keep for the backward pass. torch.compile recomputes the cheapest.
     """
     from torch._functorch import config
 
     config.activation_memory_budget = activation_memory
-    torch._dynamo.config.recompile_limit = 64  # kinds of blocks: first or not, with a window or not, of model or teacher
+    torch._dynamo.config.recompile_limit = 64  # blocks differ: first or not, with a window or not, of model or teacher
     for block in model.transformer.h:
         if isinstance(block.mlp, MixtureOfExperts):  # shapes vary from step to step
             block.mlp.by_expert = torch.compiler.disable(by_expert)
         block.compile()
     model.loss = in_chunks(torch.compile(cross_entropy), torch.compile(chunk_loss))
-    if isinstance(model, VariantGPT):  # FlexAttention's code is for heads of at least 16 channels
+    if isinstance(model, VariantGPT):  # FlexAttention needs heads with at least 16 channels
         model.flex = model.lm_head.weight.device.type == "cuda" and model.config.n_embd // model.config.n_head >= 16
 
 
@@ -40,7 +39,7 @@ def undo_compile(model: GPT):
 
 
 def recompute_activations(model: GPT, on: bool = True):
-    """Keeps only each block's input for the backward pass, which runs the block again (Chen et al., 2016). For eager training."""
+    """Keeps only each block's input for the backward pass, which recomputes the block (Chen et al., 2016). For eager training."""
     for block in model.transformer.h:
         if on:
             block.forward = partial(recomputed, type(block).forward.__get__(block))

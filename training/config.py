@@ -1,4 +1,4 @@
-"""The settings of a training run: every flag of train.py, its checks, and what a resumed run may change."""
+"""Every flag of train.py, the checks of its value, and which flags may change on resume."""
 
 import math
 from dataclasses import dataclass, field
@@ -19,118 +19,118 @@ class TrainConfig:
     preset: Literal[
         "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3-125m", "gpt3-350m", "gpt3-760m", "gpt3-1b", "modern"
     ] = "gpt2"
-    """Defaults for all other flags; a flag beside it wins."""
+    """Sets the defaults of all other flags. A flag you pass overrides it."""
     data_dir: str = "edu_fineweb10B"
-    """Folder of shards from fineweb.py, or build-nanogpt's, or llm.c's .bin."""
+    """Folder of shards: from fineweb.py or build-nanogpt, or llm.c's .bin files."""
     out_dir: str = "log"
-    """The run's folder: log, metrics, checkpoints, plot."""
+    """Folder for the run's log, metrics, checkpoints and plot."""
     resume: bool = False
-    """Go on from the newest whole checkpoint of --out-dir, with that run's settings. torchrun's own restarts do so unasked."""
+    """Resume the run in --out-dir from its newest complete checkpoint, with its settings. torchrun's restarts do this by themselves."""
     replay_step: int | None = None
-    """Do this step of the run in --out-dir again, from the checkpoint before it, compare its loss with the log, and end."""
+    """Recompute this step of the run in --out-dir, from the checkpoint before it, and compare its loss with the log. Saves nothing."""
     init_from: str = ""
-    """Start from these weights (gpt2, gpt2-medium, …, a Hugging Face folder, a checkpoint) instead of random ones."""
+    """Start from these weights instead of random ones: gpt2, gpt2-medium, …, a Hugging Face folder or a checkpoint."""
     init_revision: str = ""
-    """Branch, tag or commit on the hub of --init-from gpt2, …; the commit it resolves to is recorded and kept."""
+    """Branch, tag or commit on the hub for --init-from gpt2, …. The run records the commit and resumes with it."""
     model: tyro.conf.OmitArgPrefixes[VariantConfig] = field(default_factory=VariantConfig)
 
     max_steps: int = 19073
-    """Updates in the whole run, 19,073 × 524,288 tokens being 10 B. The schedule ends here, also when a resumed run moves it."""
+    """Updates in the whole run; 19,073 × 524,288 tokens are 10 B. The schedule ends here too, even if a resume changes it."""
     total_batch_tokens: int = 524288
-    """Tokens of an update, over all processes; gradients are accumulated to reach it."""
+    """Tokens per update, over all processes. Gradients accumulate until it is reached."""
     micro_batch_size: int = 64
-    """Sequences a process puts through the model at a time: lower it when memory runs out; but for experts only rounding changes."""
+    """Sequences per forward pass of a process. Lower it if memory runs out: only rounding changes (and the balance of experts)."""
     max_lr: float = 6e-4
     """AdamW's learning rate at the end of the warmup."""
     min_lr_ratio: float = 0.1
-    """The schedule ends at this fraction of it."""
+    """The learning rate at the end of the schedule, as a fraction of the largest."""
     warmup_steps: int = 715
-    """Steps of linear warmup; 715 × 524,288 tokens are GPT-3's 375 M (Brown et al., 2020, appendix B)."""
+    """Steps of linear warmup. 715 × 524,288 tokens are GPT-3's 375 M (Brown et al., 2020, appendix B)."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """What follows the warmup: a cosine, or the whole rate until a fall in a line at the end (Hu et al., 2024)."""
+    """After the warmup: cosine decay, or wsd, a constant rate with a linear decay at the end (Hu et al., 2024)."""
     decay_ratio: float = 0.2
-    """Share of --max-steps in which wsd falls."""
+    """Length of wsd's decay, as a fraction of --max-steps."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: for the blocks' matrices but routers (Jordan et al., 2024), AdamW for all else."""
+    """muon (Jordan et al., 2024) updates the blocks' matrices, except routers; AdamW updates the rest."""
     muon_lr: float = 0.02
-    """Muon's learning rate at the end of the warmup, the same for all widths."""
+    """Muon's learning rate at the end of the warmup. Works for all widths."""
     muon_momentum: float = 0.95
-    """Muon's momentum; short runs learn faster with less."""
+    """Muon's momentum. Short runs learn faster with less."""
     weight_decay: float = 0.1
-    """Decoupled (Loshchilov & Hutter, 2019), on tensors of 2 or more dimensions only."""
+    """Decoupled weight decay (Loshchilov & Hutter, 2019), only on tensors with 2 or more dimensions."""
     grad_clip: float = 1.0
-    """Largest norm of an update's gradient; 0 does not clip."""
+    """Clip an update's gradient to this norm. 0: no clipping."""
     max_bad_steps: int = 10
-    """End the run when so many updates in a row were skipped; one whose loss or gradient is not finite always is."""
+    """End the run after this many skipped updates in a row. An update with a nan or inf loss or gradient is always skipped."""
     skip_spikes: float = 0.0
-    """Skip an update whose loss is so many standard deviations above the mean of the last 128; 0 skips none. OLMo takes 6."""
+    """Skip an update if its loss is this many standard deviations above the mean of the last 128. 0: never; OLMo uses 6."""
     shuffle: bool = True
-    """Take the sequences of an epoch in a seeded random order; --no-shuffle takes them as they lie in the shards."""
+    """Read an epoch's sequences in a seeded random order. --no-shuffle reads them in the shards' order."""
     ema: float = 0.0
-    """Validate, score, sample and save the weights' moving average with this decay, as 0.999; 0: the weights themselves."""
+    """Validate, score, sample and save a moving average of the weights with this decay, such as 0.999. 0: the weights themselves."""
     teacher: str = ""
-    """Learn from this model's predictions too (a checkpoint, a run's folder, a Hugging Face folder, gpt2, …)."""
+    """Also learn from this model's predictions: a checkpoint, a run's folder, a Hugging Face folder, gpt2, …."""
     teacher_weight: float = 0.5
-    """Their share in the gradient; the loss that is shown is always that of the text alone."""
+    """The teacher's share of the gradient. The reported loss is always that of the text alone."""
     seed: int = 1337
-    """Seed of the initial weights, the order of the data and the samples."""
+    """Seed for the initial weights, the order of the data and the samples."""
 
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Precision of the matrix products; auto is bf16 where the hardware has it, else fp16 on CUDA and fp32 elsewhere."""
+    """Precision of matrix products. auto: bf16 if the hardware has it, else fp16 on CUDA and fp32 elsewhere."""
     compile: bool = True
     """torch.compile the training step and validation."""
     self_check: bool = True
-    """Before a compiled run's first step, compare its loss and gradients with eager code's; train without compiling if they differ."""
+    """Before the first step, compare compiled with eager loss and gradients. If they differ, train without torch.compile."""
     activation_memory: float = 1.0
-    """Share of what the backward pass needs that is kept for it; the rest is computed again. Without --compile 0 or 1."""
+    """Fraction of the activations to keep for the backward pass, which recomputes the rest. With --no-compile only 0 or 1."""
     shard: bool = False
-    """Divide weights, gradients and optimizer over the processes (FSDP2), for models that are too large for one."""
+    """Shard weights, gradients and optimizer state over the processes (FSDP2). For models too large for one GPU."""
     verify_shards: bool = True
-    """Compare the shards' sha256 with the manifest's, and their ids with the vocabulary, before the start."""
+    """Before the start, check the shards' sha256 against the manifest and their ids against the vocabulary."""
 
     val_every: int = 250
-    """Steps between validations; here and below, 0 is never. The end of a run always validates and saves."""
+    """Steps between validations. 0, here and below, turns it off; the end of a run always validates and saves."""
     val_tokens: int = 10_485_760
-    """Tokens of a validation, spread evenly over the val split and the same ones each time."""
+    """Tokens per validation, spread evenly over the val split. Always the same ones."""
     hellaswag_every: int = 250
     """Steps between HellaSwag evaluations."""
     hellaswag_file: str = "hellaswag_val.jsonl"
-    """HellaSwag's tasks; the default is downloaded when it is not there."""
+    """HellaSwag's tasks. The default file is downloaded if it is missing."""
     sample_every: int = 250
     """Steps between samples."""
     sample_prompt: str = "Hello, I'm a language model,"
-    """Text that the samples continue."""
+    """Prompt that the samples continue."""
     sample_tokens: int = 64
-    """Tokens to add to it."""
+    """Tokens to generate per sample."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 3
-    """Newest whole checkpoints to keep; 0 keeps all."""
+    """Keep this many of the newest complete checkpoints. 0: keep all."""
     on_save_error: Literal["continue", "stop"] = "continue"
-    """When a checkpoint can't be saved, as on a full disk: train on and try the next one, or end the run."""
+    """If a checkpoint can't be saved (full disk): continue training and try the next one, or stop the run."""
     tracker: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
-    """Show the metrics there too; it has to be installed. What goes wrong with it never ends the run."""
+    """Also send the metrics there; install it first. Its errors never end the run."""
     plan: bool = False
-    """Print what the run would take, memory by part, hours and cost, and end; nothing is allocated and no shards are needed."""
+    """Print the run's memory by part, hours and cost, then exit. Allocates nothing and needs no shards."""
     gpu: Literal[tuple(CARDS)] = "H100"
-    """For --plan: the kind of GPU, with the most memory that it is sold with; with --device cpu it is this machine's CPU."""
+    """For --plan: the GPU, with the most memory it is sold with. With --device cpu: this machine's CPU instead."""
     gpus: int = 1
-    """For --plan: how many of them."""
+    """For --plan: number of GPUs."""
     price: float = 0.0
-    """For --plan: of a GPU and hour, in $."""
+    """For --plan: price per GPU and hour, in $."""
     rate: float = 0.0
-    """For --plan: tokens a second of all GPUs; 0: that of the run in --out-dir on this GPU, or else 40 % of the peak."""
+    """For --plan: tokens per second, all GPUs together. 0: as the run in --out-dir measured on this GPU, or else 40 % of the peak."""
     timeout_minutes: float = 10.0
-    """How long the processes wait for one that hangs before all of them end; longer than one verifies the shards alone."""
+    """If a process hangs, all exit after this many minutes. Must be longer than one process needs to verify the shards."""
 
     def grad_accum_steps(self, world_size: int) -> int:
-        """Forward and backward passes of a process in one update."""
+        """Forward and backward passes per process and update."""
         return self.total_batch_tokens // (self.micro_batch_size * self.model.seq_len * world_size)
 
     def validate(self, world_size: int):
-        """ValueError with all errors at once."""
+        """Raises one ValueError that lists all errors."""
         errors = self.model.errors()
         errors += cli.at_least(
             1, self, "max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens", "max_bad_steps"
@@ -146,7 +146,7 @@ class TrainConfig:
         if not 0 <= self.activation_memory <= 1:
             errors.append(f"--activation-memory is {self.activation_memory}: it must be from 0 to 1")
         elif 0 < self.activation_memory < 1 and not self.compile:
-            errors.append("--activation-memory between 0 and 1 needs a compiled run: give --compile, or 0 or 1")
+            errors.append("--activation-memory between 0 and 1 needs a compiled run: pass --compile, or use 0 or 1")
         for name in ("ema", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 errors.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be at least 0 and below 1")
@@ -166,7 +166,7 @@ class TrainConfig:
         raise_errors(errors)
 
     def batch_error(self, world_size: int) -> str:
-        """Says that the batch does not divide, and the nearest that does."""
+        """The message for a batch that does not divide, with the nearest that does."""
         sequences, rest = divmod(self.total_batch_tokens, self.model.seq_len * world_size)
         if sequences and not rest:
             fits = max(b for b in range(1, min(sequences, self.micro_batch_size) + 1) if sequences % b == 0)
@@ -180,7 +180,7 @@ class TrainConfig:
         )
 
 
-# what a resumed run may change; all else decides the model, the data or the global batch
+# flags that may change on resume; all others decide the model, the data or the global batch
 MAY_CHANGE = {
     "replay_step", "data_dir", "max_steps", "max_bad_steps", "skip_spikes", "micro_batch_size", "attention", "device", "dtype",
     "compile", "self_check", "activation_memory", "shard", "verify_shards", "val_every", "val_tokens", "hellaswag_every",

@@ -1,4 +1,4 @@
-"""What a run measures besides training: validation, HellaSwag and samples."""
+"""Validation, HellaSwag and samples during a run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from training.trainer import Trainer
 
 
 class Evaluation:
-    """Runs evaluations when they are due. Validation always works; the files that HellaSwag and samples need may be missing."""
+    """Runs evaluations when they are due. Skips HellaSwag or samples with a warning if their files are missing."""
 
     def __init__(self, trainer: Trainer, log: Log, stopped: Callable[[], bool]):
         self.trainer, self.log, self.stopped = trainer, log, stopped
@@ -34,7 +34,7 @@ class Evaluation:
         return self.world.on_main(lambda: hellaswag.load_tasks(self.config.hellaswag_file))
 
     def or_warn(self, what: str, get):
-        """Returns get(), or None with a warning if it fails: the run continues without."""
+        """Returns get(). If it fails, warns and returns None: the run continues without it."""
         try:
             return get()
         except (ValueError, OSError) as e:
@@ -42,20 +42,20 @@ class Evaluation:
             return None
 
     def due(self, step: int) -> bool:
-        """Whether run would do anything at this step."""
+        """Whether run() has anything to do at this step."""
         every = self.config.val_every, self.config.hellaswag_every, self.config.sample_every
         return step == self.config.max_steps or any(is_due(each, step) for each in every)
 
     def run(self, step: int) -> float | None:
-        """Evaluates whatever is due at this step; at the end of the run, everything that is not switched off. Returns the validation
-        loss, or None if it was not due. Raises Stopped on all processes if a signal comes."""
+        """Runs the evaluations that are due; at the end of the run, all that are on. Returns the validation loss, or None if it was not
+        due. Raises Stopped on all processes if a signal comes."""
         config, end, val_loss = self.config, step == self.config.max_steps, None
         if end or is_due(config.val_every, step):
             val_loss = validate(self.trainer, self.stopped)
             self.log.stop_if_diverged(f"the validation loss of step {step}", val_loss)
             self.log.value(step, "val", val_loss, {"val_loss": val_loss, **axes(self.trainer, step)})
             self.log.result(f"step {step}: val loss {val_loss:.4f}")
-        with torch.compiler.set_stance("force_eager"):  # shapes vary all the time
+        with torch.compiler.set_stance("force_eager"):  # shapes vary: compiling each would take too long
             if self.tasks and (end or is_due(config.hellaswag_every, step)):
                 self.or_warn(f"HellaSwag at step {step}", lambda: self.hellaswag(step))
             if self.tokenizer and config.sample_every and (end or is_due(config.sample_every, step)):
@@ -92,18 +92,18 @@ def is_due(every: int, step: int) -> bool:
 
 @torch.no_grad()
 def validate(trainer: Trainer, stopped: Callable[[], bool] = lambda: False) -> float:
-    """Mean loss over val_tokens spread evenly over the val split. The same tokens for any world size and micro batch.
+    """Returns the mean loss over val_tokens, spread evenly over the val split. The same tokens for any world size and micro batch.
     stopped: called before each batch; if it returns True on any process, all raise Stopped."""
     config, world, stream = trainer.config, trainer.world, trainer.val_stream
-    B, T, there = config.micro_batch_size, config.model.seq_len, stream.sequences_per_epoch
-    count = max(1, min(there, config.val_tokens // T))
-    mine = [i * there // count for i in range(world.rank, count, world.size)]
+    B, T, available = config.micro_batch_size, config.model.seq_len, stream.sequences_per_epoch
+    count = max(1, min(available, config.val_tokens // T))
+    mine = [i * available // count for i in range(world.rank, count, world.size)]
     total = 0.0
     for start in range(0, len(mine), B):
         if stopped():
             break
         positions = mine[start : start + B]
-        x, y = stream.batch(positions + [0] * (B - len(positions)))  # always (B, T): nothing is recompiled
+        x, y = stream.batch(positions + [0] * (B - len(positions)))  # always (B, T), so that nothing recompiles
         y[len(positions) :] = -100
         total += trainer.validation_loss((x, y)).item() * len(positions)
     return sum(world.gather_unless(stopped(), total)) / count

@@ -1,4 +1,4 @@
-"""Settings of a launch: flags over the defaults of a preset, of the weights to start from, or of the run to resume."""
+"""Settings of a launch: flags override the defaults, which come from a preset, from --init-from or from the run to resume."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +16,14 @@ from variants import NOT_IN_WEIGHTS, VariantConfig
 
 @dataclass
 class PresetFlag:
-    """The one flag that decides the defaults of the others."""
+    """The flag that sets the defaults of all others."""
 
     preset: str = TrainConfig.preset
 
 
 def parse_config(argv: list[str] | None = None) -> TrainConfig:
-    """Flags over the defaults of a preset, of the weights to start from, or of the run to go on with. ValueError when
-    they do not fit it, or would overwrite a run."""
+    """Returns the settings: flags override the preset, the weights to start from, or the run to resume.
+    ValueError if a flag contradicts these weights or this run, or if the run would overwrite another."""
     config = parse_flags(argv)
     out_dir = Path(config.out_dir)
     if config.plan and not (config.resume or config.init_from):
@@ -34,50 +34,50 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         config.teacher = recorded_teacher(config.teacher, previous.teacher)
         raise_if_changed(previous, config, MAY_CHANGE, f"the run in {out_dir}")
     elif not config.plan and holds_a_run(out_dir):
-        raise ValueError(f"{out_dir} holds a run or a model already: add --resume to go on with it, or choose another --out-dir")
+        raise ValueError(f"{out_dir} holds a run or a model already: add --resume to continue it, or choose another --out-dir")
     elif config.init_from:
         shape = checkpoint.load_config(config.init_from, config.init_revision)
         config = parse_flags(argv, shape)
         config.init_revision = checkpoint.hub_commit(config.init_from, config.init_revision)
         raise_if_changed(shape, config.model, NOT_IN_WEIGHTS, config.init_from)
-    if config.teacher and not config.resume:  # a folder's newest checkpoint may be another one when the run goes on
+    if config.teacher and not config.resume:  # the teacher's folder may have a newer checkpoint by the time this run resumes
         config.teacher = str(checkpoint.checkpoint_file(config.teacher) or config.teacher)
     return config
 
 
 def holds_a_run(out_dir: Path) -> bool:
-    """Whether a run, or a model, would be overwritten there."""
+    """Whether a run in this folder would overwrite a run or a model."""
     return any((out_dir / name).exists() for name in ("run.json", "log.txt", "config.json")) or any(out_dir.glob("model*"))
 
 
 def parse_flags(argv: list[str] | None = None, model: VariantConfig | None = None) -> TrainConfig:
-    """Flags over the defaults of a preset, and over a model's shape where one is given."""
+    """Returns the settings: flags override the preset, and the model's shape if one is passed."""
     first, _ = tyro.cli(PresetFlag, args=argv, return_unknown_args=True, add_help=False)
-    preset = PRESETS.get(first.preset, PRESETS["gpt2"])  # a wrong name is for the full parser to refuse
+    preset = PRESETS.get(first.preset, PRESETS["gpt2"])  # the full parser rejects a wrong name
     return cli.parse(TrainConfig, argv, replace(preset, model=model or preset.model), "train.py")
 
 
 def recorded_teacher(given: str, recorded: str) -> str:
-    """The teacher that a run began with, where the same one is given: a folder stands for the checkpoint in it that it had then."""
+    """Returns the recorded teacher if `given` is it or the folder it is in, else `given`. The run recorded one checkpoint of the folder."""
     return recorded if given and recorded and Path(given) in (Path(recorded), Path(recorded).parent) else given
 
 
 def raise_if_changed(before, now, allowed: set[str], source: str, remedy: str = "leave its flag out"):
-    """ValueError for all fields that differ and may not."""
+    """Raises one ValueError for all fields that differ and are not allowed to."""
     old, new = ({**vars(config), **vars(getattr(config, "model", config))} for config in (before, now))
     changed = [name for name in old if name not in allowed | {"model"} and old[name] != new[name]]
     raise_errors([f"{name} {new[name]!r} does not fit {source}, which has {old[name]!r}: {remedy}" for name in changed])
 
 
 def warnings(config: TrainConfig) -> list[str]:
-    """What can be run but is hardly meant: flags that do nothing beside the others, a line each."""
+    """Settings that are valid, but probably not intended, such as flags without effect. One line each."""
     lines = []
     if config.warmup_steps >= config.max_steps:
-        lines.append(f"--warmup-steps {config.warmup_steps} is not below --max-steps: the learning rate never comes to --max-lr")
+        lines.append(f"--warmup-steps {config.warmup_steps} is not below --max-steps: the learning rate never reaches --max-lr")
     if config.min_lr_ratio > 1:
-        lines.append(f"--min-lr-ratio {config.min_lr_ratio} is above 1: the learning rate rises to the end")
+        lines.append(f"--min-lr-ratio {config.min_lr_ratio} is above 1: the learning rate rises until the end")
     if config.init_revision and not config.init_from:
-        lines.append("--init-revision does nothing without --init-from")
+        lines.append("--init-revision has no effect without --init-from")
     usual = PRESETS[config.preset]
     ours, theirs = ({**vars(c), **vars(c.model)} for c in (config, usual))
     differ = [name for name in ours if ours[name] != theirs[name]]
@@ -85,18 +85,18 @@ def warnings(config: TrainConfig) -> list[str]:
         "--optimizer muon": [] if config.optimizer == "muon" else ["muon_lr", "muon_momentum"],
         "--schedule wsd": [] if config.schedule == "wsd" else ["decay_ratio"],
         "--teacher": [] if config.teacher else ["teacher_weight"],
-        "--n-expert": [] if config.model.n_expert > 1 or config.init_from else ["load_balance"],  # it may have come with the weights
-        "--plan": ["gpu", "gpus", "price", "rate"],  # in which nothing is trained
+        "--n-expert": [] if config.model.n_expert > 1 or config.init_from else ["load_balance"],  # the weights may have set it
+        "--plan": ["gpu", "gpus", "price", "rate"],  # --plan returns before this
     }
     for other, names in idle.items():
-        lines += [f"{cli.flag(name)} does nothing without {other}" for name in names if name in differ]
+        lines += [f"{cli.flag(name)} has no effect without {other}" for name in names if name in differ]
     return lines
 
 
 def overridden_preset(config: TrainConfig, shape: VariantConfig) -> list[str]:
-    """A line that names the fields of the preset's model that --init-from overrides, if any."""
+    """Names the flags of the preset's model that --init-from overrides, in one line. [] if there are none."""
     usual = vars(PRESETS[config.preset].model)
     names = [name for name, kept in vars(shape).items() if usual[name] != kept == getattr(config.model, name) and name != "vocab_size"]
     if not names or config.preset == TrainConfig.preset:
         return []
-    return [f"of --init-from {config.init_from}, and not of --preset {config.preset}, the run has {', '.join(map(cli.flag, names))}"]
+    return [f"--init-from {config.init_from} overrides --preset {config.preset}: {', '.join(map(cli.flag, names))}"]

@@ -6,7 +6,7 @@ from collections import deque
 
 import torch
 
-SPIKE_WINDOW = 128  # losses that --skip-spikes compares with; it needs half of them before it judges (as in OLMo-core)
+SPIKE_WINDOW = 128  # number of recent losses that --skip-spikes uses; it starts once it has half of them (as in OLMo-core)
 
 
 class Guard:
@@ -27,7 +27,7 @@ class Guard:
 
     def skip_reason(self, losses, mean: float, norm: float) -> str:
         bad = [f"rank {rank}'s loss is {loss}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        # in fp16 the scaler skips a gradient out of range by itself, as long as its scale can go lower
+        # in fp16 the scaler itself skips a gradient that overflows, as long as it can lower its scale
         if not bad and not math.isfinite(norm) and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
             bad = [f"the gradient's norm is {norm}"]
         if not bad and self.skip_spikes and len(self.recent_losses) >= SPIKE_WINDOW // 2:
@@ -41,8 +41,8 @@ def locate_nonfinite(trainer, step: int, losses) -> str:
     """Names the sequences that make a step's loss or gradient not finite. Each rank repeats its part of the step and names its own."""
     can_repeat = not trainer.sharded  # a rank without all weights can't repeat its part alone
     by_rank = trainer.world.gather(nonfinite_positions(trainer, step) if can_repeat else [])
-    again = any(by_rank)
-    if not again:  # name all sequences of the ranks with such a loss; if only the gradient was bad, of all ranks
+    reproduced = any(by_rank)
+    if not reproduced:  # name all sequences of the ranks with a bad loss, or of all ranks if only the gradient was bad
         bad = [not math.isfinite(loss) for loss in losses]
         by_rank = [[p for part in trainer.positions(step, r) for p in part] if bad[r] or not any(bad) else [] for r in range(len(losses))]
     text = ""
@@ -50,11 +50,11 @@ def locate_nonfinite(trainer, step: int, losses) -> str:
         if positions:
             more = f" and {len(positions) - 4} more" if positions[4:] else ""
             text += f"; sequences of rank {rank}: {', '.join(map(trainer.train_stream.place, positions[:4]))}{more}"
-    return text if again or not can_repeat else f"{text}; repeated, everything is finite: the hardware may be at fault"
+    return text if reproduced or not can_repeat else f"{text}; recomputed, everything is finite: the hardware may be at fault"
 
 
 def nonfinite_positions(trainer, step: int) -> list[int]:
-    """The positions of this rank's part of a step whose loss is not finite, else the first micro batch whose gradient is not."""
+    """Returns this rank's positions whose loss is not finite, else those of the first micro batch whose gradient is not."""
     for positions in trainer.positions(step, trainer.world.rank):
         loss = trainer.loss(trainer.model, positions)
         if not math.isfinite(loss.item()):
@@ -69,7 +69,7 @@ def nonfinite_positions(trainer, step: int) -> list[int]:
 
 
 def largest_weight(trainer) -> float:
-    """The largest absolute value of any weight on any process; nan or inf if one is."""
+    """Returns the largest absolute weight over all processes; nan or inf if any weight is."""
     mine = [p.to_local() if trainer.sharded else p for p in trainer.model.parameters()]
     largest = torch.stack([p.detach().abs().max() for p in mine if p.numel()]).max()
     return torch.tensor(trainer.world.rows(largest[None])).max().item()

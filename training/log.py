@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: log.txt, metrics.jsonl, results on stdout and progress on stderr."""
+"""Writes a run's log.txt and metrics.jsonl, its results to stdout and its progress to stderr."""
 
 import json
 import math
@@ -28,7 +28,7 @@ class Log:
         self.recent = deque(maxlen=20)  # seconds of the last steps
         self.shown = -math.inf  # time of the last progress line
         self.bar = None  # on a terminal, progress is a bar
-        self.unwritten = {"log.txt": "", "metrics.jsonl": ""}  # lines that a full disk has not taken yet
+        self.unwritten = {"log.txt": "", "metrics.jsonl": ""}  # lines that a full disk didn't accept yet
 
     def track(self, run_id: str, step: int):
         if self.config.tracker != "none":
@@ -77,23 +77,23 @@ class Log:
                 self.bar.write(text, file=stream)  # above the bar
             else:
                 print(text, file=stream, flush=True)
-        except OSError:  # the reader has gone, or the disk is full: the run continues, and its log has the results
+        except OSError:  # the reader is gone or the disk is full: the log files have the results
             cli.drop(stream)
 
     def stop_if_diverged(self, what: str, number: float):
-        """Ends the run on all ranks, with nothing saved, if a loss or a weight is not finite."""
+        """Ends the run on all ranks without saving, if a loss or a weight is not finite."""
         if not math.isfinite(number):
-            self.progress(f"error: {what} is {number}: begin again with a lower --max-lr, in another --out-dir")
+            self.progress(f"error: {what} is {number}: start again with a lower --max-lr, in another --out-dir")
             sys.exit(1)
 
     def skipped(self, step: int, why: str, in_a_row: int):
-        """Reports a skipped update. After too many in a row, ends the run on all ranks with nothing saved."""
+        """Reports a skipped update. After too many in a row, ends the run on all ranks without saving."""
         limit, out_dir = self.config.max_bad_steps, self.config.out_dir
         self.progress(f"warning: step {step} changes no weight ({in_a_row} in a row, {limit} end the run): {why}")
         if in_a_row >= limit:
             self.progress(
-                f"error: {in_a_row} updates in a row were skipped: begin again with a lower --max-lr in another --out-dir, or see what "
-                f"--replay-step {step} --out-dir {out_dir} shows; --resume with a higher --max-bad-steps continues from the last checkpoint"
+                f"error: {in_a_row} updates in a row were skipped: start again with a lower --max-lr in another --out-dir, or look into it "
+                f"with --replay-step {step} --out-dir {out_dir}; --resume with a higher --max-bad-steps continues from the last checkpoint"
             )
             sys.exit(1)
 
@@ -122,14 +122,14 @@ class Log:
 
 
 def axes(trainer: Trainer, step: int) -> dict:
-    """What a value of this step can be plotted over."""
+    """Returns the x axes for plots, at this step."""
     tokens = step * trainer.config.total_batch_tokens
     epoch = tokens / (trainer.train_stream.sequences_per_epoch * trainer.config.model.seq_len)
     return {"tokens": tokens, "seconds": trainer.seconds, "epoch": epoch, "flops": tokens * flops_per_token(trainer.model)}
 
 
 def step_metrics(trainer: Trainer, step: int, update: Update, seconds: float) -> dict:
-    """A step's line of metrics.jsonl. mfu: the share of the cards' peak, None if that is unknown."""
+    """Returns a step's line of metrics.jsonl. mfu: fraction of the cards' peak, None if the peak is unknown."""
     rate = trainer.config.total_batch_tokens / seconds
     peak = device.peak_flops(trainer.device, trainer.dtype)
     return {

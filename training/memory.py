@@ -1,6 +1,6 @@
-"""How much memory a training step takes, by calculation.
+"""Estimates the memory of a training step, before anything is allocated.
 
-Letters as in model.py; N tokens of a micro batch, e bytes of a number in the dtype of the matrix products.
+Letters as in model.py. e: bytes per number in the dtype of the matrix products.
 """
 
 import math
@@ -13,46 +13,46 @@ from ops.loss import loss_chunks
 from training.config import TrainConfig
 from variants import VariantConfig
 
-CUDA_ITSELF = 1e9  # bytes for the context, the libraries and what the allocator can't use: they differ by card and version
+CUDA_ITSELF = 1e9  # bytes of context, libraries and fragmentation; the real number differs by card and version
 
 
 class Setting(NamedTuple):
-    """What a run's memory depends on beside its flags."""
+    """The hardware and world size that a run's memory depends on."""
 
     kind: str = "cuda"  # or cpu
     e: int = 2  # bytes
     compiled: bool = True
     world_size: int = 1
-    shard: bool = False  # parameters, gradients and optimizer divided among the processes
+    shard: bool = False  # --shard: parameters, gradients and optimizer state are sharded
 
 
 class Memory(NamedTuple):
-    """Bytes of one process."""
+    """Bytes per process."""
 
     parts: dict[str, float]
     peak: float
 
 
 def memory(config: TrainConfig, setting: Setting, model: GPT) -> Memory:
-    """The parts of a training step, and its peak. Gradients are there all the time if they are accumulated or in DDP's buckets, which need
-    nothing besides; else they replace the activations, block by block."""
-    staying, passing = staying_bytes(config, setting, model), passing_bytes(config, setting, model)
+    """Returns the parts of a training step and its peak. Accumulated gradients, and those in DDP's buckets, are there all the time. Others
+    replace the activations, block by block. DDP's buckets need no extra memory."""
+    persistent, temporary = persistent_bytes(config, setting, model), temporary_bytes(config, setting, model)
     accumulated = config.grad_accum_steps(setting.world_size) > 1 or (setting.world_size > 1 and not setting.shard)
-    gradients, at_once = staying["gradients"], sum(passing.values())
-    fixed = sum(staying.values()) - gradients
-    peak = fixed + (gradients + at_once if accumulated else max(gradients, at_once))
-    # an evaluation has all weights besides the process's part, and one more block while they are put together
+    gradients, per_pass = persistent["gradients"], sum(temporary.values())
+    fixed = sum(persistent.values()) - gradients
+    peak = fixed + (gradients + per_pass if accumulated else max(gradients, per_pass))
+    # with --shard, an evaluation also needs all weights, and one more block while they are gathered
     params, block = count(model), count(model.transformer.h[0])
-    evaluation = fixed - staying["whole blocks"] + 4 * (params + block) if setting.shard else 0
-    return Memory(staying | passing, max(peak, evaluation))
+    evaluation = fixed - persistent["gathered blocks"] + 4 * (params + block) if setting.shard else 0
+    return Memory(persistent | temporary, max(peak, evaluation))
 
 
 def count(module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def staying_bytes(config: TrainConfig, setting: Setting, model: GPT) -> dict[str, float]:
-    """What is there from step to step."""
+def persistent_bytes(config: TrainConfig, setting: Setting, model: GPT) -> dict[str, float]:
+    """Bytes that stay allocated from step to step."""
     params, matrices = count(model), matrix_params(model)
     processes = setting.world_size if setting.shard else 1
     muon = config.optimizer == "muon"
@@ -61,57 +61,57 @@ def staying_bytes(config: TrainConfig, setting: Setting, model: GPT) -> dict[str
         "gradients": 4 * params / processes,
         "optimizer": (8 * (params - matrices) / processes + 4 * matrices / setting.world_size) if muon else 8 * params / processes,
         "average of the weights": 4 * params / processes if config.ema else 0,
-        # the next block arrives while one is computed, whose gradient is whole until it is divided; the rest stays whole
-        "whole blocks": 4 * (3 * count(model.transformer.h[0]) + params - count(model.transformer.h)) if setting.shard else 0,
+        # one block is computed and has its whole gradient, the next one is prefetched; embeddings and head stay gathered
+        "gathered blocks": 4 * (3 * count(model.transformer.h[0]) + params - count(model.transformer.h)) if setting.shard else 0,
     }
 
 
 def matrix_params(model: GPT) -> int:
-    return sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)  # a router, which is not Muon's, is small
+    return sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)  # with the routers, which are small
 
 
-def passing_bytes(config: TrainConfig, setting: Setting, model: GPT) -> dict[str, float]:
-    """What a forward and backward pass takes and gives back."""
+def temporary_bytes(config: TrainConfig, setting: Setting, model: GPT) -> dict[str, float]:
+    """Bytes that a forward and backward pass allocates and frees again."""
     shape, (kind, e, compiled, _, shard) = config.model, setting
     tokens = config.micro_batch_size * shape.seq_len
-    # every compiled block makes its own copies, also of shared weights, and drops them unless all activations are kept (experts' it
-    # keeps); autocast keeps one; sharded weights reach a GPU in that dtype already
-    of_each = shape.share_layers * (config.activation_memory == 1 or shape.n_expert > 1)
-    cast = matrix_params(model) * (of_each if compiled else 1) * (not shard or kind == "cpu")
+    # a compiled block copies its weights, also shared ones. It keeps the copies only if it keeps all activations or has experts.
+    # Autocast keeps one copy. On a GPU, sharded weights arrive in this dtype.
+    compiled_copies = shape.share_layers * (config.activation_memory == 1 or shape.n_expert > 1)
+    cast = matrix_params(model) * (compiled_copies if compiled else 1) * (not shard or kind == "cpu")
     copies = (e * (cast + model.lm_head.weight.numel())) if e < 4 else 0
-    whole = block_bytes(shape, setting)
-    kept = 4 * shape.n_embd + config.activation_memory * (whole - 4 * shape.n_embd)  # at least a block's input
+    per_token = block_bytes(shape, setting)
+    kept = 4 * shape.n_embd + config.activation_memory * (per_token - 4 * shape.n_embd)  # at least a block's input
     if compiled and config.activation_memory < 1:
-        kept = min(kept, whole - cheap_bytes(shape, setting))
-    norm = (8 if shape.norm == "rmsnorm" else 4) * shape.n_embd  # the last one, which is never compiled
-    again = tokens * (whole - kept)
-    block = count(model.transformer.h[0])
+        kept = min(kept, per_token - cheap_bytes(shape, setting))
+    norm = (8 if shape.norm == "rmsnorm" else 4) * shape.n_embd  # the final norm is never compiled
+    backward = backward_bytes(shape, tokens, count(model.transformer.h[0]), setting)
+    recomputed = tokens * (per_token - kept)
     return {
-        "copies for the products": copies,
-        "activations": tokens * (shape.n_layer * kept + norm + e * shape.n_embd + 16),  # ids and targets have 8 bytes
-        "loss, or a block's backward pass": max(loss_bytes(shape, tokens, setting), again + backward_bytes(shape, tokens, block, setting)),
+        "copies in 16 bits": copies,
+        "activations": tokens * (shape.n_layer * kept + norm + e * shape.n_embd + 16),  # ids and targets: 8 bytes each
+        "loss, or a block's backward pass": max(loss_bytes(shape, tokens, setting), recomputed + backward),
     }
 
 
 def block_bytes(shape: VariantConfig, setting: Setting) -> float:
-    """What the backward pass of one block keeps of a token: without torch.compile what autograd saves, with it what
-    torch.compile's partition of the graph keeps, which computes norms, rotations and the like again."""
+    """Bytes per token that one block keeps for its backward pass. Eager: what autograd saves. Compiled: what torch.compile's partition
+    keeps; it recomputes norms, rotations and the like."""
     kind, e, compiled, *_ = setting
     C, H, T = shape.n_embd, shape.n_head, shape.seq_len
     kv = C // H * shape.kv_heads
     inner = shape.n_inner * shape.n_expert_active
     hidden = e * inner * (3 if shape.mlp == "swiglu" else 2)  # before and after the activation
     manual = shape.attention == "manual"
-    # the softmax under CUDA's autocast is in fp32, and without torch.compile its copy for the product is kept too
+    # CUDA's autocast runs softmax in fp32; eager code also keeps its copy for the matrix product
     scores = H * T * (e if kind != "cuda" or e == 4 else 4 if compiled else 4 + e)
     if compiled:
-        residual = 4 * C + 4 * e * C  # the stream in fp32; out of both norms, into and out of attention's projection
-        attention = 3 * e * C + (scores if manual else e * C * (kind == "cpu") + 4 * H)  # on CUDA its output is not laid out anew
+        residual = 4 * C + 4 * e * C  # the stream in fp32; outputs of both norms, input and output of attention's projection
+        attention = 3 * e * C + (scores if manual else e * C * (kind == "cpu") + 4 * H)  # on CUDA, attention's output needs no new layout
         attention += e * (C + 2 * kv) * shape.qk_norm + e * kv * shape.value_residual
         experts = 4 * C - e * C + 2 * e * C * shape.n_expert_active
     else:
         residual = 8 * C + 3 * e * C + 8 * C * (shape.norm == "rmsnorm")
-        unused = shape.qk_norm and shape.value_residual and e < 4  # then all of q, k and v were copied
+        unused = shape.qk_norm and shape.value_residual and e < 4  # q, k and v are all copied then
         attention = 3 * e * C + scores if manual else e * (C + 2 * kv) * (not unused) + 4 * H
         attention += 2 * e * C * (kv < C) + e * (C + kv) * (shape.pos == "rope") + e * kv * shape.value_residual
         attention += (C + kv) * (e + (8 if e < 4 else 4)) * shape.qk_norm
@@ -122,19 +122,19 @@ def block_bytes(shape: VariantConfig, setting: Setting) -> float:
 
 
 def cheap_bytes(shape: VariantConfig, setting: Setting) -> float:
-    """What torch.compile's partition of a block stops keeping of a token as soon as --activation-memory is below 1: what is
-    computed again without a matrix product."""
+    """Bytes per token that a compiled block stops keeping as soon as --activation-memory is below 1: what it can recompute without a
+    matrix product."""
     kind, e, *_ = setting
     C, kv = shape.n_embd, shape.n_embd // shape.n_head * shape.kv_heads
     norms = 2 * C + 2 * kv * shape.qk_norm
-    if shape.n_expert > 1:  # which are not compiled
+    if shape.n_expert > 1:  # experts are not compiled
         return e * norms
     laid_out = C * (kind == "cpu" and shape.attention == "flash" and kv == C)  # attention's output
     return e * (norms + laid_out + shape.n_inner)
 
 
 def backward_bytes(shape: VariantConfig, tokens: int, block: int, setting: Setting) -> float:
-    """What the backward pass of a block takes for itself: the gradients of its weights, of the stream and of its widest part."""
+    """Bytes that a block's backward pass allocates: gradients of its weights, of the stream and of its widest activations."""
     kind, e, compiled, *_ = setting
     inner = shape.n_inner * shape.n_expert_active
     mlp = e * inner * (3 if shape.mlp == "swiglu" else 2)
@@ -144,7 +144,7 @@ def backward_bytes(shape: VariantConfig, tokens: int, block: int, setting: Setti
 
 
 def loss_bytes(shape: VariantConfig, tokens: int, setting: Setting) -> float:
-    """What the loss takes beside its input: logits and their gradients, of a chunk where there are many, and the gradient of the head."""
+    """Bytes that the loss adds to its input: the head's gradient, and logits with their gradients (of one chunk if there are many)."""
     kind, e, compiled, *_ = setting
     V, C = shape.padded_vocab_size, shape.n_embd
     chunks = loss_chunks(tokens, V, kind)
@@ -155,7 +155,7 @@ def loss_bytes(shape: VariantConfig, tokens: int, setting: Setting) -> float:
 
 
 def largest_micro_batch(config: TrainConfig, setting: Setting, model: GPT, available: float) -> int | None:
-    """The largest that divides the batch and fits into so many bytes; None when not even 1 does."""
+    """Returns the largest micro batch that divides the batch and fits into `available` bytes; None if not even 1 fits."""
     sequences = config.total_batch_tokens // (config.model.seq_len * setting.world_size)
     small = [b for b in range(1, math.isqrt(sequences) + 1) if sequences % b == 0]
     divisors = sorted({*small, *(sequences // b for b in small)}, reverse=True)

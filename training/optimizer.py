@@ -1,4 +1,4 @@
-"""What changes the weights: AdamW, or Muon for the matrices; the learning rate's schedule; the average of the weights."""
+"""AdamW, Muon, the learning rate's schedule and the moving average of the weights."""
 
 import math
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ def adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups for an optimizer: tensors of 2 or more dimensions decay; biases and norms do not."""
+    """Splits the parameters into two groups: tensors with 2 or more dimensions decay, biases and norms don't."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
@@ -26,8 +26,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class MuonInFull(torch.optim.Muon):
-    """torch.optim.Muon without its rounding to bfloat16, for runs that are not in it: hardware that lacks it takes many
-    times as long for such products (results/README.md), and a step's last bits would hang on how many processes share the work."""
+    """torch.optim.Muon without its rounding to bfloat16. For runs in another precision: hardware without bf16 is many times slower at
+    such products (results/muon.md), and a step's last bits would depend on the world size."""
 
     @torch.no_grad()
     def step(self):
@@ -47,10 +47,10 @@ class MuonInFull(torch.optim.Muon):
 
 
 def orthogonal(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
-    """U V^T of a matrix's singular value decomposition U S V^T, its singular values not 1 but near it: each step of the
-    Newton-Schulz iteration makes a s + b s^3 + c s^5 of every one, s (Jordan et al., 2024). (rows, columns) → the same."""
+    """Makes a matrix nearly orthogonal: (rows, columns) → the same. The Newton-Schulz iteration (Jordan et al., 2024) keeps U and V of the
+    decomposition U S V^T. Each step maps every singular value s to a s + b s^3 + c s^5, which brings it near 1."""
     a, b, c = coefficients
-    x = matrix if matrix.size(0) <= matrix.size(1) else matrix.T  # the smaller square
+    x = matrix if matrix.size(0) <= matrix.size(1) else matrix.T  # x @ x.T is then the smaller square
     x = x / x.norm().clamp(min=eps)
     for _ in range(steps):
         square = x @ x.T
@@ -61,10 +61,9 @@ def orthogonal(matrix: torch.Tensor, coefficients: tuple[float, float, float], s
 class MuonAndAdamW:
     """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for embeddings, head, routers, norms and scales.
 
-    Muon's update is the gradient's momentum made orthogonal, which costs more than all else in an optimizer's step, so that
-    each process does it for its share of the matrices, of which it alone has the momentum, and sends the others the result.
-    Where the matrices are divided over the processes, each puts those of its share together first. Behaves as one optimizer,
-    also for a GradScaler.
+    Muon makes the gradient's momentum orthogonal. That is the expensive part of its step, so the ranks split the work: each rank
+    updates its own matrices, keeps only their momentum, and broadcasts the new weights. With --shard, a rank first gathers its
+    matrices from all ranks. Has the interface of one optimizer, as a GradScaler needs.
     """
 
     def __init__(
@@ -80,12 +79,12 @@ class MuonAndAdamW:
     ):
         self.world, self.sharded = world, sharded
         matrices = [p for name, p in model.transformer.h.named_parameters() if p.dim() == 2 and "router" not in name]
-        matrices.sort(key=lambda p: -p.numel())  # dealt out in turns, so that all shares cost about the same
+        matrices.sort(key=lambda p: -p.numel())  # ranks take turns, largest first: all get about the same work
         self.matrices, taken = matrices, set(matrices)
         rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in decay_groups(model, weight_decay)]
-        self.whole = [nn.Parameter(without_storage(p)) for p in matrices] if sharded else matrices
+        self.gathered = [nn.Parameter(without_storage(p)) for p in matrices] if sharded else matrices
         muon = torch.optim.Muon if dtype == torch.bfloat16 else MuonInFull
-        self.muon = muon(self.whole, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
+        self.muon = muon(self.gathered, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
         self.adamw = adamw(rest, lr)
 
     @property
@@ -101,20 +100,20 @@ class MuonAndAdamW:
     @torch.no_grad()
     def step(self):
         self.adamw.step()
-        for i, (p, whole) in enumerate(zip(self.matrices, self.whole, strict=True)):
+        for i, (p, gathered) in enumerate(zip(self.matrices, self.gathered, strict=True)):
             if self.sharded:
                 weight, grad = p.full_tensor(), p.grad.full_tensor()
                 if self.is_mine(i):
-                    whole.data, whole.grad = weight, grad
+                    gathered.data, gathered.grad = weight, grad
             elif not self.is_mine(i):
-                p.grad = None  # torch.optim.Muon passes over it
+                p.grad = None  # torch.optim.Muon skips it
         self.muon.step()
         if self.sharded:
-            for i, (p, whole) in enumerate(zip(self.matrices, self.whole, strict=True)):
-                weight = whole.data if self.is_mine(i) else torch.empty(p.shape, device=p.device)
+            for i, (p, gathered) in enumerate(zip(self.matrices, self.gathered, strict=True)):
+                weight = gathered.data if self.is_mine(i) else torch.empty(p.shape, device=p.device)
                 self.world.broadcast([weight], lambda _, i=i: self.owner(i))
                 p.copy_(sharding.slice_like(p, weight))
-                whole.data, whole.grad = without_storage(p), None
+                gathered.data, gathered.grad = without_storage(p), None
         else:
             self.world.broadcast([p.data for p in self.matrices], self.owner)
 
@@ -124,45 +123,45 @@ class MuonAndAdamW:
         self.adamw.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
-        """Of all processes' shares; to be called on all of them."""
-        momenta = [self.muon.state[p].get("momentum_buffer", torch.zeros(p.shape, device=p.device)) for p in self.whole]
+        """Returns the state of all ranks. To be called on all ranks."""
+        momenta = [self.muon.state[p].get("momentum_buffer", torch.zeros(p.shape, device=p.device)) for p in self.gathered]
         self.world.broadcast(momenta, self.owner)
         state = {i: {"momentum_buffer": momentum} for i, momentum in enumerate(momenta)}
         return {"muon": self.muon.state_dict() | {"state": state}, "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict):
-        mine = {i: its for i, its in state["muon"]["state"].items() if self.is_mine(i)}
+        mine = {i: buffers for i, buffers in state["muon"]["state"].items() if self.is_mine(i)}
         self.muon.load_state_dict(state["muon"] | {"state": mine})
         self.adamw.load_state_dict(state["adamw"])
 
 
 def without_storage(p: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape on the same device that takes no memory."""
+    """Returns a tensor with this shape and device that takes no memory."""
     return torch.zeros((), device=p.device).expand(p.shape)
 
 
 def schedule(name: str, step: int, max_steps: int, warmup_steps: int, min_ratio: float, decay_ratio: float) -> float:
-    """The learning rate at a step, as a share of the largest: linear warmup, then 'cosine': half a wave down to min_ratio at
-    max_steps; or 'wsd': all of it until the last decay_ratio of the steps, in which it falls in a line (Hu et al., 2024)."""
+    """Returns a step's learning rate, as a fraction of the largest. After a linear warmup, 'cosine' falls along half a wave to min_ratio at
+    max_steps. 'wsd' stays at 1 and falls linearly to min_ratio in the last decay_ratio of the steps (Hu et al., 2024)."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if name == "wsd":
-        fall = max(1, min(round(max_steps * decay_ratio), max_steps - warmup_steps))
-        return min_ratio + (1 - min_ratio) * min(1.0, (max_steps - step) / fall)
+        decay_steps = max(1, min(round(max_steps * decay_ratio), max_steps - warmup_steps))
+        return min_ratio + (1 - min_ratio) * min(1.0, (max_steps - step) / decay_steps)
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class AverageWeights:
-    """The exponential moving average of a model's weights over its updates (Polyak & Juditsky, 1992): decay · average + (1 - decay) ·
-    weights, with a smaller decay at first, so that a short run forgets its initial weights too (as TensorFlow has it)."""
+    """Exponential moving average of a model's weights (Polyak & Juditsky, 1992): decay · average + (1 - decay) · weights after each
+    update. The decay is smaller at first, as in TensorFlow: a short run forgets its initial weights too."""
 
     def __init__(self, model: GPT, decay: float):
         self.weights, self.decay = list(model.parameters()), decay
         self.restart(0)
 
     def restart(self, updates: int):
-        """The average after so many updates is what the model's weights are now."""
+        """Sets the average to the model's weights, as if after this many updates."""
         self.updates, self.average = updates, [p.detach().clone() for p in self.weights]
 
     @torch.no_grad()
@@ -173,7 +172,7 @@ class AverageWeights:
 
     @contextmanager
     def in_place(self):
-        """The model has the average as its weights."""
+        """Inside this block, the model's weights are the average."""
         self.swap()
         try:
             yield

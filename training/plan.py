@@ -1,4 +1,4 @@
-"""What a run takes, on paper: memory by part, hours and cost, before anything is allocated. train.py --plan prints it."""
+"""train.py --plan: estimates a run's memory by part, hours and cost. Allocates nothing."""
 
 import statistics
 from dataclasses import asdict, replace
@@ -17,38 +17,38 @@ from training.sharding import reject_fp16
 from training.step_time import step_on
 from variants import build_on_meta, flops_per_token
 
-# what decides how fast a model trains on a card
+# the settings that decide how fast a card trains
 PACE = "model dtype compile micro_batch_size activation_memory optimizer teacher ema shard".split()
 
 
 def measured_rate(config: TrainConfig, name: str) -> float | None:
-    """Tokens a second and process of the run in --out-dir, when that was this model on such a card (or CPU) with the same settings;
-    the median of its steps but the first, in which it is compiled."""
+    """Returns the run's tokens per second and process, if the run in --out-dir trained this model on such a card (or CPU) with the
+    same settings, else None. The median over all steps except the first, which compiles."""
     path = Path(config.out_dir, RUN)
     if not path.exists():
         return None
     launch, settings = last_launch(read_json(path, RUN_REMEDY), None), asdict(config)
     cpu = device.describe(torch.device("cpu"))
     try:
-        there = "cpu" if launch["device"] == cpu else device.card_of(launch["device"])
-        if there != name or any(launch["config"].get(name) != settings[name] for name in PACE):
+        card = "cpu" if launch["device"] == cpu else device.card_of(launch["device"])
+        if card != name or any(launch["config"].get(name) != settings[name] for name in PACE):
             return None
         speeds = read_metrics(path.with_name("metrics.jsonl"), ["tokens_per_second"])["tokens_per_second"]
         rates = [speed for step, speed in speeds.items() if step > launch["step"]]
         return statistics.median(rates) / launch["world_size"] if rates else None
     except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} has no launch as train.py writes it: {RUN_REMEDY}") from e
+        raise ValueError(f"{path} is damaged: {RUN_REMEDY}") from e
 
 
 def report(config: TrainConfig) -> str:
-    """What train.py --plan prints. ValueError if the model can't fit, or nothing says how fast it is."""
+    """Returns what train.py --plan prints. ValueError if the model can't fit, or its speed is unknown."""
     name, dtype, setting, available = hardware(config)
     model = build_on_meta(config.model)
     need, fits = memory(config, setting, model), largest_micro_batch(config, setting, model, available)
     if fits is None:
         least = memory(replace(config, micro_batch_size=1), setting, model).peak
         raise ValueError(
-            f"one sequence at a time takes {least / 1e9:.1f} GB, {name} has {available / 1e9:.1f} GB for it: choose a larger --gpu, a "
+            f"a micro batch of 1 needs {least / 1e9:.1f} GB, but {name} has only {available / 1e9:.1f} GB: choose a larger --gpu, a "
             f"smaller model or --seq-len{', or --activation-memory 0' * (config.activation_memory > 0)}"
             f", or {'--shard with ' * (not config.shard)}more --gpus"
         )
@@ -56,8 +56,8 @@ def report(config: TrainConfig) -> str:
     lines = [f"{model.num_params():,} parameters, {config.gpus} × {name}, {str(dtype)[6:]}, {compiled}compiled", ""]
     lines += [f"{part:<34}{size / 1e9:8.2f} GB" for part, size in need.parts.items() if size]
     lines += [
-        f"{f'at most, --micro-batch-size {config.micro_batch_size}':<34}{need.peak / 1e9:8.2f} GB of {available / 1e9:.1f}: "
-        f"{'fits' if need.peak <= available else 'does not fit'}; the largest that does: --micro-batch-size {fits}",
+        f"{f'peak, --micro-batch-size {config.micro_batch_size}':<34}{need.peak / 1e9:8.2f} GB of {available / 1e9:.1f}: "
+        f"{'fits' if need.peak <= available else 'does not fit'}; the largest that fits: --micro-batch-size {fits}",
         "",
     ]
     lines += cost(config, name, dtype, flops_per_token(model))
@@ -65,22 +65,22 @@ def report(config: TrainConfig) -> str:
         step = step_on(config, config.gpus, config.shard, name, dtype=dtype)
         what = "weights and gradients" if config.shard else "gradients"
         lines.append(
-            f"of a step of {step.seconds * 1e3:.1f} ms at {ASSUMED_MFU:.0%} MFU it waits {(step.seconds - step.compute) * 1e3:.1f} ms for "
-            f"the {what} of the others"
+            f"a step takes {step.seconds * 1e3:.1f} ms at {ASSUMED_MFU:.0%} MFU, of which "
+            f"{(step.seconds - step.compute) * 1e3:.1f} ms wait for other GPUs' {what}"
         )
     return "\n".join(lines)
 
 
 def hardware(config: TrainConfig) -> tuple[str, torch.dtype, Setting, float]:
-    """The card's name or 'cpu', the dtype, what memory depends on, and the bytes that a process may use."""
+    """Returns the card's name or 'cpu', the dtype, the setting for memory(), and the bytes available to a process."""
     config.validate(config.gpus)
     if config.device not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"--device {config.device} can't be planned for: give cuda with a --gpu, or cpu")
+        raise ValueError(f"--plan does not support --device {config.device}: use cuda with a --gpu, or cpu")
     if config.teacher:
-        raise ValueError("--teacher can't be planned for: leave it out; its weights and its forward pass come on top")
+        raise ValueError("--plan does not support --teacher: leave it out, and allow for its weights and forward pass")
     cpu, on_cpu = torch.device("cpu"), config.device == "cpu"
     name = "cpu" if on_cpu else config.gpu
-    auto = config.dtype == "auto" and not on_cpu  # this machine need not have such a card
+    auto = config.dtype == "auto" and not on_cpu  # this machine may not have such a card
     dtype = device.pick_dtype(("fp16" if name == "V100" else "bf16") if auto else config.dtype, cpu)
     compiled = config.compile and (not on_cpu or device.can_compile(cpu))
     setting = Setting("cpu" if on_cpu else "cuda", dtype.itemsize, compiled, config.gpus, config.shard and config.gpus > 1)
@@ -92,7 +92,7 @@ def hardware(config: TrainConfig) -> tuple[str, torch.dtype, Setting, float]:
 
 
 def cost(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) -> list[str]:
-    """The lines about time and money."""
+    """The plan's lines about time and money."""
     rate, source = rate_of(config, name, dtype, flops)
     total = config.max_steps * config.total_batch_tokens
     hours = total / rate / 3600
@@ -102,16 +102,16 @@ def cost(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) -> li
         f"operations: {hours:,.2f} hours",
     ]
     if config.price:
-        lines.append(f"{hours * config.gpus * config.price:,.2f} $ at {config.price:g} $ a GPU and hour")
+        lines.append(f"{hours * config.gpus * config.price:,.2f} $ at {config.price:g} $ per GPU and hour")
     return lines
 
 
 def rate_of(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) -> tuple[float, str]:
-    """Tokens a second of all processes, and where that comes from."""
+    """Returns tokens per second of all processes, and the source of this number."""
     if config.rate:
-        return config.rate, "as given by --rate"
+        return config.rate, "from --rate"
     if measured := measured_rate(config, name):
-        return measured * config.gpus, f"as the run in {config.out_dir} has it, a process"
+        return measured * config.gpus, f"measured by the run in {config.out_dir}"
     if name == "cpu":
         raise ValueError("unknown CPU throughput: pass --rate, or the --out-dir of a run of this model")
-    return config.gpus * ASSUMED_MFU * device.peak_of(name, dtype) / flops, f"by an assumed MFU of {ASSUMED_MFU:.0%}: not measured"
+    return config.gpus * ASSUMED_MFU * device.peak_of(name, dtype) / flops, f"from an assumed MFU of {ASSUMED_MFU:.0%}, not measured"

@@ -1,4 +1,4 @@
-"""run.json: a run's settings, its data, and what each launch of it ran on."""
+"""run.json: a run's settings, its data, and the hardware and software of each launch."""
 
 import os
 import platform
@@ -19,11 +19,11 @@ from training.trainer import Trainer
 from variants import VariantConfig
 
 RUN = "run.json"
-RUN_REMEDY = "bring it back from a copy, or choose another --out-dir"
+RUN_REMEDY = "restore it from a copy, or choose another --out-dir"
 
 
 def read_run(out_dir: Path, step: int | None = None) -> TrainConfig:
-    """The settings of the run in a folder: of its last launch, or of the one that a step was last done by."""
+    """Reads the settings of the run in a folder: those of its last launch, or of the last launch that did this step."""
     path = out_dir / RUN
     if not path.exists():
         raise ValueError(f"there is no run in {out_dir}; check --out-dir, or start one without --resume")
@@ -38,14 +38,14 @@ def read_run(out_dir: Path, step: int | None = None) -> TrainConfig:
 
 
 def last_launch(run: dict, step: int | None) -> dict:
-    """run.json's last launch, or the last that did a step; {} where there is none."""
+    """Returns run.json's last launch, or the last one that did this step; {} if there is none."""
     launches = run.get("launches")
     launches = [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
     return ([launch for launch in launches if step is None or launch.get("step", 0) <= step] or [{}])[-1]
 
 
 def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, step: int, torchruns: list[str]) -> str:
-    """run.json: settings, data, and what each launch of the run ran on. Returns the run's id."""
+    """Adds this launch to run.json, with its settings, hardware and software. Returns the run's id."""
     path = Path(config.out_dir, RUN)
     size = plot_log.size_of(trainer.model.num_params()) if trainer.shards.tokenizer == "gpt2" else "none"
     before = {"id": secrets.token_hex(4), "size": size, "data": trainer.shards.contents(), "launches": []}
@@ -70,7 +70,7 @@ def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, ste
 
 
 def git_commit() -> str:
-    """The commit of this code, with a '+' if files differ from it; '' without git."""
+    """Returns the commit of this code, with a '+' if files differ from it; '' without git."""
 
     def git(*words):
         return subprocess.run(["git", "-C", str(Path(__file__).parent.parent), *words], capture_output=True, text=True, check=True).stdout
@@ -82,14 +82,14 @@ def git_commit() -> str:
 
 
 def is_restart(out_dir: Path) -> bool:
-    """Whether torchrun starts this process again, to go on with what it began here itself. Its own count of restarts leaves out
-    those for a host that came back."""
+    """Whether torchrun restarts this process, in a run that the same torchrun started. We don't use torchrun's own count of restarts:
+    it misses a restart after a host came back."""
     if torchrun_id() == "" or not (out_dir / RUN).exists():
         return False
     return torchrun_id() in last_launch(read_json(out_dir / RUN, RUN_REMEDY), None).get("torchrun", [])
 
 
 def torchrun_id() -> str:
-    """What tells one torchrun from another and is the same for all that it restarts, its own temporary folder; '' without torchrun."""
+    """Identifies this torchrun, the same after its restarts: host and torchrun's temporary folder. '' without torchrun."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # folder/attempt_0/0/error.json
     return f"{platform.node()} {Path(error_file).parents[2]}" if error_file else ""

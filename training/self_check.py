@@ -1,7 +1,7 @@
 """Compares compiled with eager training once, before the first step of a compiled run.
 
-Compilers have bugs. GCC 12 made most of the gradients of attention garbage on one kind of CPU (results/compiler.md). The loss was
-finite, nothing raised an error, and training was only worse.
+Compilers have bugs. On one kind of CPU, GCC 12 turned most gradients of attention into garbage (results/compiler.md). The loss stayed
+finite and nothing raised an error: training just got worse.
 """
 
 import math
@@ -16,8 +16,8 @@ from torch import Tensor
 from model import GPT
 from training.compiling import recompute_activations
 
-# ‖compiled - eager‖ / ‖eager‖ at most. Rounding reaches 1e-6 in fp32 on a CPU (1e-3 in CUDA's TF32) and 0.01 in 16 bits. With experts
-# it reached 0.07, because rounding sends some tokens to another expert. The wrong kernels we saw reached 0.5.
+# largest accepted ‖compiled - eager‖ / ‖eager‖. Rounding alone reaches 1e-6 in fp32 on a CPU (1e-3 in CUDA's TF32), 0.01 in 16 bits,
+# and 0.07 with experts, because it sends some tokens to another expert. The wrong kernels we saw reached 0.5.
 TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.05, torch.float16: 0.05}
 EXPERTS_TOLERANCE = 0.3
 
@@ -25,12 +25,12 @@ EXPERTS_TOLERANCE = 0.3
 def mismatches(
     model: GPT, loss: Callable[[], Tensor], validate: Callable[[], Tensor] | None, dtype: torch.dtype, teacher: GPT | None = None
 ) -> dict[str, float]:
-    """Returns {name: ‖compiled - eager‖ / ‖eager‖} for all that is above the dtype's tolerance (a loss: a tenth of it). Losses come
-    first, then gradients from the last layer to the first. Returns {} if eager itself is not finite.
+    """Returns {name: ‖compiled - eager‖ / ‖eager‖} for each error above the dtype's tolerance (losses: above a tenth of it). Losses
+    come first, then gradients from the last layer to the first. Returns {} if eager itself is not finite.
 
-    loss: a micro batch's loss with the model, and its teacher if it has one (scalar). validate: the same as validation computes
-    it; None where validation isn't compiled. Compiles what the first step would compile. Layers of one kind share their code, so
-    only enough first layers run to cover each kind. Clears all gradients.
+    loss: computes a micro batch's loss (scalar), with the teacher if there is one. validate: computes it as validation does; None if
+    validation isn't compiled. Compiles what the first step would compile. Layers of one kind share their code, so only the first
+    layers run, enough to cover each kind. Clears all gradients.
     """
     model.zero_grad(set_to_none=True)
     with first_of_each_kind(model):
@@ -50,7 +50,7 @@ def mismatches(
     for name in reversed(eager_grads):
         groups[re.sub(r"\.\d+$", "", name)].append(name)
     total = torch.stack([g.norm() for g in eager_grads.values()]).norm().item()
-    gradients = {  # one that is nearly 0 is mostly rounding
+    gradients = {  # a gradient near 0 is mostly rounding
         f"gradient of {group}": relative_error([compiled_grads[n] for n in names], [eager_grads[n] for n in names], 1e-3 * total)
         for group, names in groups.items()
     }
@@ -59,7 +59,7 @@ def mismatches(
 
 @contextmanager
 def first_of_each_kind(model: GPT):
-    """Inside this block, the model runs only its first layers: enough to cover each kind. The first layer is a kind of its own."""
+    """Inside this block, the model runs only its first layers, enough to cover each kind. The first layer is its own kind."""
     config, blocks = model.config, model.transformer.h
     n_layer, kinds = config.n_layer, [(layer == 0, window) for layer, window in enumerate(config.windows)]
     config.n_layer = 1 + max(map(kinds.index, kinds))
@@ -72,8 +72,8 @@ def first_of_each_kind(model: GPT):
 
 @contextmanager
 def eager(*models: GPT):
-    """Inside this block, models run eagerly and save memory: they recompute activations, and skip FlexAttention, which stores all scores
-    when it isn't compiled."""
+    """Inside this block, models run eagerly. They save memory: they recompute activations and don't use FlexAttention, which stores all
+    scores if it isn't compiled."""
     flex = [model for model in models if getattr(model, "flex", False)]
     for model in models:
         model.flex = False
@@ -90,19 +90,19 @@ def eager(*models: GPT):
 def loss_and_gradients(model: GPT, loss: Callable[[], Tensor], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad(set_to_none=True)
     value = loss()
-    (value * (1024 if dtype == torch.float16 else 1)).backward()  # or the smallest gradients would be 0 in fp16
+    (value * (1024 if dtype == torch.float16 else 1)).backward()  # else the smallest gradients underflow in fp16
     gradients = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return value.detach(), gradients
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's shard of a tensor under --shard, else the tensor."""
+    """Returns this rank's slice of a sharded tensor, else the tensor."""
     return x.to_local() if hasattr(x, "to_local") else x
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor], least: float = 0.0) -> float:
-    """‖found - expected‖ / (‖expected‖ + least), of all tensors together; inf where something is not finite."""
+    """Returns ‖found - expected‖ / (‖expected‖ + least) over all tensors; inf if anything is not finite."""
     off = torch.stack([(x.float() - y.float()).norm() for x, y in zip(found, expected, strict=True)]).norm()
     size = torch.stack([y.float().norm() for y in expected]).norm() + least
     return (off / size.clamp(min=1e-30)).nan_to_num(nan=math.inf, posinf=math.inf).item()

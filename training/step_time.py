@@ -1,4 +1,4 @@
-"""How long a step takes on many GPUs, by calculation."""
+"""Estimates how long a step takes on many GPUs."""
 
 import math
 from typing import NamedTuple
@@ -12,8 +12,9 @@ from variants import build_on_meta, flops_per_token
 
 
 class Cluster(NamedTuple):
-    """GPUs and the links between them, bytes a second in each direction: 8 to a node as in a DGX H100 (NVLink 900 GB/s both ways
-    together, a network card of 400 Gb/s for each GPU). Latencies, in seconds: NCCL's own for its cost model (src/graph/tuning.cc)."""
+    """GPUs and their links, in bytes per second and direction. The defaults are those of a DGX H100: 8 GPUs per node, NVLink with
+    900 GB/s in both directions together, one 400 Gb/s network card per GPU. Latencies, in seconds, are those of NCCL's cost model
+    (src/graph/tuning.cc)."""
 
     n: int
     node: int = 8
@@ -29,19 +30,19 @@ class Cluster(NamedTuple):
 
     @property
     def ring(self) -> float:
-        """Bytes a second through each GPU of a ring: between nodes all network cards of a node work, each for a ring of its own."""
+        """Bytes per second through each GPU of a ring. Between nodes, each of a node's network cards serves its own ring."""
         inside = min(self.n, self.node)
         return self.nvlink if self.nodes == 1 else min(self.nvlink, inside * self.network)
 
     def gather(self, size: float) -> float:
-        """Seconds of an all-gather to, or a reduce-scatter of, size bytes, in a ring."""
+        """Seconds for an all-gather to, or a reduce-scatter of, `size` bytes in a ring."""
         if self.n == 1:
             return 0.0
         far = self.nodes if self.nodes > 1 else 0
         return self.call + (self.n - 1 - far) * self.hop + far * self.far_hop + self.sent(size) / self.ring
 
     def reduce(self, size: float) -> float:
-        """Seconds of an all-reduce: twice the above in bytes; in a ring, or in a tree where its latency is less."""
+        """Seconds for an all-reduce of `size` bytes. Sends twice as much as gather, with the latency of a ring or a tree: the lower."""
         if self.n == 1:
             return 0.0
         far = 2 * self.nodes if self.nodes > 1 else 0
@@ -50,12 +51,12 @@ class Cluster(NamedTuple):
         return self.call + min(ring, tree) + 2 * self.sent(size) / self.ring
 
     def sent(self, size: float) -> float:
-        """Bytes that each GPU sends in one turn of the ring."""
+        """Bytes that each GPU sends in one round of the ring."""
         return (self.n - 1) / self.n * size
 
 
 class Step(NamedTuple):
-    """A step of one GPU: seconds of its own work, of communication, and of both as far as they do not overlap; bytes it sends."""
+    """A step on one GPU: seconds of compute, of communication, and in total (they overlap); bytes sent."""
 
     compute: float
     communication: float
@@ -64,16 +65,16 @@ class Step(NamedTuple):
 
     @property
     def efficiency(self) -> float:
-        """The share of the time in which it works, of what one GPU without others would have."""
+        """The fraction of a step that is compute: 1 for a single GPU."""
         return self.compute / self.seconds
 
 
-BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at a time
+BUCKET = 25 * 2**20  # bytes of gradients in one of DDP's buckets
 
 
 def ddp_step(compute: float, passes: int, params: int, last: int, cluster: Cluster) -> Step:
-    """Gradients in fp32, summed once a step over all GPUs while the last pass goes backward, two thirds of its time; the last bucket,
-    with the token table in it, is full only at the end. compute: seconds of a step's work. last: parameters of that bucket."""
+    """A step with DDP. It sums fp32 gradients over all GPUs once, during the backward part of the last pass (two thirds of its time). The
+    last bucket holds the token table and overlaps with nothing. compute: seconds per step. last: parameters in the last bucket."""
     buckets = math.ceil(4 * (params - last) / BUCKET)
     overlapped = buckets * cluster.reduce(4 * (params - last) / max(1, buckets))
     end = cluster.reduce(4 * last)
@@ -82,9 +83,9 @@ def ddp_step(compute: float, passes: int, params: int, last: int, cluster: Clust
 
 
 def fsdp_step(compute: float, passes: int, params: int, rest: int, blocks: int, cluster: Cluster, e: int = 2, e_rest: int = 4) -> Step:
-    """Each pass gathers each block's weights, of e bytes, once forward (a third of the time) and once backward, while the block before is
-    computed, and divides its gradients, in fp32; embeddings and head, the rest of the parameters, of e_rest bytes, are gathered once. What
-    is first gathered and last divided waits."""
+    """A step with FSDP. Each pass gathers every block's weights (e bytes each) forward (a third of the time) and backward, one block ahead,
+    and scatters fp32 gradients. The rest, embeddings and head (e_rest bytes each), is gathered once. The first gather and the last scatter
+    overlap with nothing."""
     part = (params - rest) / blocks
     gather, scatter = cluster.gather(e * part), cluster.gather(4 * part)
     ends = cluster.gather(e_rest * rest) + cluster.gather(4 * rest)
@@ -96,8 +97,8 @@ def fsdp_step(compute: float, passes: int, params: int, rest: int, blocks: int, 
 
 
 def step_on(config: TrainConfig, n: int, shard: bool, gpu: str, weak: bool = False, dtype: torch.dtype = torch.bfloat16) -> Step:
-    """A step of a preset on n GPUs at the assumed MFU. The batch is the preset's, of which each GPU takes its share, or with weak a
-    micro batch for each GPU. dtype: of the matrix products."""
+    """A step of these settings on n GPUs at the assumed MFU. The GPUs split the batch; with weak, each takes one micro batch. dtype: of
+    the matrix products."""
     model = build_on_meta(config.model)
     sequences = config.micro_batch_size if weak else config.total_batch_tokens // config.model.seq_len // n
     passes = max(1, sequences // config.micro_batch_size)

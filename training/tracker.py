@@ -1,4 +1,4 @@
-"""--tracker: a run's metrics on Weights & Biases, Trackio or TensorBoard, beside its own log."""
+"""--tracker: sends a run's metrics to Weights & Biases, Trackio or TensorBoard too."""
 
 import importlib
 import math
@@ -13,10 +13,10 @@ PROJECT = "gpt2"
 
 
 class Tracker:
-    """What a user watches a run with. Whatever goes wrong with it is one warning, and the run goes on without it.
+    """Sends metrics to one tracker. After any error it warns once and stops sending; the run continues.
 
-    run_id: the same for all launches of a run, so that they are one run there too. step: where this launch begins. warn: is
-    told what went wrong.
+    run_id: the same for all launches of a run, so the tracker shows them as one run. step: this launch's first step. warn: called
+    with the warning.
     """
 
     def __init__(self, kind: str, out_dir: str, run_id: str, config: dict, step: int, warn: Callable[[str], None]):
@@ -36,27 +36,27 @@ class Tracker:
         try:
             with redirect_stdout(sys.stderr):  # stdout is for the run's results
                 return call()
-        except Exception as e:  # of another project's code nothing is known
+        except Exception as e:  # another project's code may raise anything
             self.sink, why = None, " ".join(str(e).split())
             remedy = f": pip install {self.kind}" if isinstance(e, ImportError) else ""
-            self.warn(f"warning: going on without {self.kind}: {why or type(e).__name__}{remedy}")
+            self.warn(f"warning: continuing without {self.kind}: {why or type(e).__name__}{remedy}")
 
 
 class WandbSink:
-    """wandb login, WANDB_MODE=offline, WANDB_PROJECT and the like are honoured."""
+    """Weights & Biases. Uses your `wandb login` and variables such as WANDB_MODE=offline and WANDB_PROJECT."""
 
     def __init__(self, out_dir: Path, run_id: str, config: dict, step: int):
         wandb = importlib.import_module("wandb")
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=os.environ.get("WANDB_NAME", out_dir.resolve().name),
-            id=os.environ.get("WANDB_RUN_ID", run_id),  # which an agent of a sweep gives it
+            id=os.environ.get("WANDB_RUN_ID", run_id),  # W&B's sweeps set it
             resume="allow",
             dir=os.environ.get("WANDB_DIR", str(out_dir)),
             config=config,
             settings=wandb.Settings(console="off"),
         )
-        # W&B's own steps only ever rise, and it drops what a run that went on from an earlier checkpoint does again
+        # by W&B's own step counter, which never goes back, it would drop the steps that a resume recomputes
         self.run.define_metric("*", step_metric="step")
 
     def log(self, step: int, numbers: dict):
@@ -67,7 +67,7 @@ class WandbSink:
 
 
 class TrackioSink:
-    """Kept in TRACKIO_DIR and shown by `trackio show`; TRACKIO_SPACE_ID and the like are honoured."""
+    """Trackio: writes to TRACKIO_DIR; `trackio show` shows it. Uses variables such as TRACKIO_SPACE_ID."""
 
     def __init__(self, out_dir: Path, run_id: str, config: dict, step: int):
         self.trackio: ModuleType = importlib.import_module("trackio")
@@ -81,11 +81,11 @@ class TrackioSink:
 
 
 class TensorBoardSink:
-    """Files for `tensorboard --logdir` in the run's folder."""
+    """TensorBoard: writes files for `tensorboard --logdir` into the run's folder."""
 
     def __init__(self, out_dir: Path, run_id: str, config: dict, step: int):
         tensorboard = importlib.import_module("torch.utils.tensorboard")
-        self.writer = tensorboard.SummaryWriter(str(out_dir / "tensorboard"), purge_step=step)  # hides what is done again
+        self.writer = tensorboard.SummaryWriter(str(out_dir / "tensorboard"), purge_step=step)  # hides the steps that a resume recomputes
         self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()), step)
 
     def log(self, step: int, numbers: dict):

@@ -1,4 +1,4 @@
-"""The model, its data and its updates: one training step."""
+"""One training step: the model, its data and its updates."""
 
 import math
 from contextlib import contextmanager, nullcontext
@@ -87,12 +87,12 @@ class Trainer:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def positions(self, step: int, rank: int) -> list[range]:
-        """The positions of the stream that a rank takes in a step, one range per micro step."""
+        """Returns the stream positions that a rank trains on in a step, one range per micro step."""
         config = self.config
         return rank_positions(step, config.total_batch_tokens // config.model.seq_len, config.micro_batch_size, rank, self.world.size)
 
     def update(self, step: int, stop: bool = False) -> Update:
-        """Does one optimizer step, or none if any rank's loss or gradient forbids it. stop: whether this rank asks to stop."""
+        """Does one optimizer step, or skips it if any rank's loss or gradient is bad. stop: whether this rank asks to stop."""
         mine = self.positions(step, self.world.rank)
         loss = torch.zeros((), device=self.device)
         for positions in mine:
@@ -107,7 +107,7 @@ class Trainer:
         norm = norm.full_tensor() if self.sharded else norm
         # the only sync of a step: every rank's numbers, so that all ranks decide alike
         losses, norms, stops = zip(*self.world.rows(torch.stack([loss, norm, loss.new_tensor(float(stop))])), strict=True)
-        norm = next((n for n in norms if not math.isfinite(n)), norms[0])  # usually they are equal
+        norm = next((n for n in norms if not math.isfinite(n)), norms[0])  # all equal, unless one is not finite
         mean = sum(losses) / len(losses)
         skipped = self.guard.judge(losses, mean, norm)
         if not skipped:
@@ -127,25 +127,25 @@ class Trainer:
             self.average.update()
 
     def schedule(self, step: int) -> float:
-        """The learning rate of a step, as a share of the largest."""
+        """Returns a step's learning rate, as a fraction of the largest."""
         c = self.config
         return optimizer.schedule(c.schedule, step, c.max_steps, c.warmup_steps, c.min_lr_ratio, c.decay_ratio)
 
     def loss(self, model, positions) -> Tensor:
-        """The loss of one micro batch. model: self.model, or self.parallel around it."""
+        """Returns the loss of one micro batch. model: self.model, or self.parallel, which wraps it."""
         x, y = to_device(self.train_stream.batch(positions), self.device)
         with self.autocast(), distillation_loss(self.model, self.teacher, x, self.config.teacher_weight) if self.teacher else nullcontext():
             return model(x, y)[1]
 
     def validation_loss(self, batch) -> Tensor:
-        """Cross entropy of the text, without the teacher, of self.evaluated."""
+        """Returns the cross entropy of self.evaluated on a batch, without the teacher."""
         x, y = to_device(batch, self.device)
         with self.autocast():
             return self.evaluated(x, y)[1]
 
     @contextmanager
     def evaluated_weights(self):
-        """Inside this block, self.evaluated has the weights that are validated and saved, all of them on every process."""
+        """Inside this block, self.evaluated has the weights to validate and save, complete on every process."""
         averaged = self.average.in_place() if self.average else nullcontext()
         with averaged, sharding.whole(self.model, self.evaluated) if self.sharded else nullcontext():
             yield
