@@ -353,7 +353,7 @@ def report(config: FitConfig, points: list[Point]) -> dict:
     """Returns the fit, its intervals and its predictions, also for the held-out points."""
     points = sorted(points, key=lambda p: p.flops)
     if config.hold_out >= len(points):
-        raise ValueError(f"--hold-out {config.hold_out} leaves no run of {len(points)} to fit: lower it")
+        raise ValueError(f"--hold-out {config.hold_out} leaves none of {len(points)} runs to fit: lower it")
     seen, held_out = points[: len(points) - config.hold_out], points[len(points) - config.hold_out :]
     law, theta = fit(seen)
     for name, exponent in (("size", law.alpha), ("tokens", law.beta)):
