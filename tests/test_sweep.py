@@ -193,7 +193,7 @@ def test_stopped_sweep_resumes(shards, tmp_path):
             assert steps == list(range(300))  # each resumed in its own folder, and no step ran twice
     third = subprocess.run(command, capture_output=True, text=True)
     assert third.stdout == again.stdout
-    other = subprocess.run([*command[:2], "max_lr=1,2", *command[3:]], capture_output=True, text=True)
+    other = subprocess.run([*command[:3], "max_lr=1,2", *command[4:]], capture_output=True, text=True)
     assert other.returncode == 2 and "run that one, or choose another --out-dir" in other.stderr
     (tmp_path / "sweep" / "sweep.db").write_bytes(b"x" * 5000)
     damaged = subprocess.run(command, capture_output=True, text=True)
