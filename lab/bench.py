@@ -1,12 +1,12 @@
-"""How fast is it? Training, generation, scoring, tokenizing, loading and saving, each beside a peer in the same run.
+"""Measures speed and memory: training, generation, scoring, tokenizing, loading and saving, each beside a peer.
 
-    python -m lab.bench                                          # GPT-2 (124M) on whatever there is
-    python -m lab.bench --what train --micro-batch-size 4        # the training step alone
+    python -m lab.bench                                          # GPT-2 (124M) on the best device here
+    python -m lab.bench --what train --micro-batch-size 4        # only the training step
     python -m lab.bench --device cuda --micro-batch-size 32 --json > bench.json
 
-The peers are what a user would take instead: Hugging Face transformers (compiled too, with the same fused AdamW), tiktoken
-document by document, a shard read whole, torch.save. Each side is a process of its own, so that its peak memory is its own, and they
-take turns, so that a machine whose speed drifts is fair to both: a ratio is the median over the rounds.
+The peers are what you would use instead: Hugging Face transformers (compiled too, with the same fused AdamW), tiktoken on one document
+at a time, a whole shard read into memory, torch.save. Each side runs in its own process, which gives its own peak memory. The sides
+take turns, so a machine whose speed drifts treats both alike. A ratio is the median over the rounds.
 """
 
 import hashlib
@@ -49,41 +49,41 @@ from variants import VariantConfig, build
 
 @dataclass
 class BenchConfig:
-    """Time this repository's work and its peers'."""
+    """Time this repository beside its peers."""
 
     what: tuple[Literal["train", "recompute", "generate", "score", "tokenize", "load", "save"], ...] = (
         "train", "recompute", "generate", "score", "tokenize", "load", "save"
     )  # fmt: skip
-    """What to time; recompute: training with less memory, beside our own that keeps everything."""
+    """What to time. recompute: training in less memory, beside our training that keeps all activations."""
     model: tyro.conf.OmitArgPrefixes[VariantConfig] = field(default_factory=VariantConfig)
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Precision of the matrix products."""
     compile: bool = True
-    """torch.compile the training step, on both sides, and our step of a token."""
+    """torch.compile the training step of both sides, and our generation."""
     rounds: int = 5
-    """Turns that each side takes, after two that do not count."""
+    """Timed rounds of each side, after two to warm up."""
     micro_batch_size: int = 1
-    """Sequences of a pass through the model in training."""
+    """Training: sequences per pass through the model."""
     passes: int = 1
-    """Passes of a training step, whose gradients are accumulated."""
+    """Training: passes per step. Their gradients are accumulated."""
     activation_memory: float = 0.9
-    """For recompute: the share of the activations that is kept, as train.py has it; without --compile none is."""
+    """recompute: the fraction of activations to keep, as in train.py. Without --compile it keeps none."""
     new_tokens: int = 128
-    """Tokens to generate, greedily, after a prompt of 16."""
+    """Tokens to generate greedily, after a prompt of 16 tokens."""
     num_samples: int = 1
     """Sequences to generate at a time."""
     tasks: int = 16
     """HellaSwag tasks to score, completion style."""
     hellaswag_file: str = hellaswag.HellaSwagConfig.file
-    """The file they are taken from, evenly."""
+    """Their file. The tasks are spread evenly over it."""
     dataset: tuple[str, ...] = ("stdlib",)
-    """Text to tokenize, as fineweb.py takes it."""
+    """Text to tokenize: what fineweb.py takes as --dataset."""
     megabytes: int = 30
-    """How much of it."""
+    """Megabytes of text to tokenize."""
     shard_tokens: int = 100_000_000
-    """Tokens of the shard to open."""
+    """Tokens in the shard to load."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -92,12 +92,13 @@ class BenchConfig:
         return self.micro_batch_size * self.model.seq_len * self.passes
 
 
-# ---- the two sides of each work: set up, then a function that does one round and returns the amount of work and its answer,
-# or, where that takes time that is not the work's, a function that gives the answer ----
+# ---- the two sides of each task ----
+# A side sets up and returns a function that does one round. It returns the amount of work and its answer. If the answer takes
+# time that should not count, it returns a function for it.
 
 
 class Bench:
-    """What the sides of a work share: the settings, and a folder with the inputs."""
+    """Settings and inputs that both sides share."""
 
     def __init__(self, config: BenchConfig, folder: Path):
         self.config, self.folder = config, folder
@@ -154,7 +155,7 @@ def train_peer(bench: Bench):
 
 
 def hugging_face(config: VariantConfig):
-    """A transformers model of the same shape."""
+    """Returns a transformers model of the same shape, with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
@@ -184,11 +185,11 @@ def generate_peer(bench: Bench):
     config = bench.config
     model = GPT2LMHeadModel.from_pretrained(bench.folder / "model", dtype=bench.dtype).to(bench.device).eval()
     idx = prompt(config).to(bench.device)
-    how = dict(do_sample=False, use_cache=True, min_new_tokens=config.new_tokens, max_new_tokens=config.new_tokens, pad_token_id=0)
+    options = dict(do_sample=False, use_cache=True, min_new_tokens=config.new_tokens, max_new_tokens=config.new_tokens, pad_token_id=0)
 
     def run(number):
         with torch.no_grad():
-            ids = model.generate(idx, attention_mask=torch.ones_like(idx), **how)
+            ids = model.generate(idx, attention_mask=torch.ones_like(idx), **options)
         return config.num_samples * config.new_tokens, ids.tolist()
 
     return run
@@ -210,7 +211,7 @@ def score_ours(bench: Bench):
 
 
 def score_peer(bench: Bench):
-    """A task at a time: four padded rows, all their logits, the ending's mean loss."""
+    """Scores one task at a time: four padded rows, all their logits, the mean loss of each ending."""
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(bench.folder / "model").to(bench.device).eval()
@@ -242,13 +243,13 @@ def tokenize_ours(bench: Bench):
     def run(number):
         out = bench.folder / f"ours{number}"
         fineweb.prepare(fineweb.PrepareConfig(dataset=(str(bench.folder / "text.parquet"),), out_dir=str(out)))
-        return bench.config.megabytes, lambda: tokens_of(out)
+        return bench.config.megabytes, lambda: hash_tokens(out)
 
     return run
 
 
 def tokenize_peer(bench: Bench):
-    """A document at a time through tiktoken, in one process."""
+    """Tokenizes one document at a time with tiktoken, in one process."""
     import pyarrow.parquet
     import tiktoken
 
@@ -260,13 +261,13 @@ def tokenize_peer(bench: Bench):
         texts = pyarrow.parquet.read_table(bench.folder / "text.parquet").column("text").to_pylist()
         rows = [np.array([encoding.eot_token, *encoding.encode_ordinary(text)], dtype=np.uint16) for text in texts]
         np.save(out / "text_train_000000.npy", np.concatenate(rows))
-        return bench.config.megabytes, lambda: tokens_of(out)
+        return bench.config.megabytes, lambda: hash_tokens(out)
 
     return run
 
 
-def tokens_of(folder: Path) -> str:
-    """What stands for the tokens of a folder, in order."""
+def hash_tokens(folder: Path) -> str:
+    """Returns the sha256 of all tokens in a folder of shards, in order."""
     tokens = [np.load(path) for path in sorted(folder.glob("*.npy"), key=lambda path: path.stem[-6:])]
     return hashlib.sha256(np.concatenate(tokens).tobytes()).hexdigest()
 
@@ -280,7 +281,7 @@ def load_ours(bench: Bench):
 
 
 def load_peer(bench: Bench):
-    """build-nanogpt's way: the whole shard, as int64."""
+    """Loads like build-nanogpt: the whole shard, as int64."""
 
     def run(number):
         tokens = torch.from_numpy(np.load(bench.folder / "shards" / "bench_train_000001.npy").astype(np.int64))
@@ -290,7 +291,7 @@ def load_peer(bench: Bench):
 
 
 def save_ours(bench: Bench):
-    """How long training stands still for a checkpoint: on an accelerator for the copy, on a CPU until it is on the disk."""
+    """Times how long a checkpoint blocks training: on an accelerator for the copy, on a CPU until it is on the disk."""
     trainer = trainer_of(bench)
     trainer.update(0)
     checkpoints = Checkpoints(trainer)
@@ -304,7 +305,7 @@ def save_ours(bench: Bench):
 
 
 def save_peer(bench: Bench):
-    """The same tensors by torch.save: no checksum, and no wait for the disk."""
+    """Saves the same tensors with torch.save: no checksum, no wait for the disk."""
     trainer = trainer_of(bench)
     trainer.update(0)
 
@@ -319,7 +320,7 @@ def saved_megabytes(trainer: Trainer) -> float:
     return 12 * trainer.model.num_params() / 1e6  # weights and AdamW's two moments, in fp32
 
 
-# what is counted, both sides, the peer's name, and whether their answers must be the same
+# unit, our side, the peer, the peer's name, whether both must give the same answers
 WORK = {
     "train": ("tokens/s", train_ours, train_peer, "transformers", False),
     "recompute": ("tokens/s", train_in_less_memory, train_ours, "all kept", False),
@@ -329,15 +330,15 @@ WORK = {
     "load": ("1/s", load_ours, load_peer, "read whole", True),
     "save": ("MB/s", save_ours, save_peer, "torch.save", False),
 }
-WARMUP = 2  # rounds that do not count: the first compiles, the second fills the allocator's caches
+WARMUP = 2  # rounds to warm up: the first compiles, the second fills the allocator's caches
 
 
-# ---- taking turns ----
+# ---- the rounds ----
 
 
 def side(connection, setup, config: BenchConfig, folder: Path):
-    """A process: sets up, then does a round whenever it is told to and sends (amount, seconds, answer, bytes)."""
-    sys.stdout = sys.stderr  # the table alone goes to stdout
+    """Runs one side in its process. Sets up, then answers each round's number with (amount, seconds, answer, bytes)."""
+    sys.stdout = sys.stderr  # only the table goes to stdout
     before = hardware.peak_memory(torch.device("cpu"))
     bench = Bench(config, folder)
     torch.manual_seed(0)
@@ -356,21 +357,21 @@ def side(connection, setup, config: BenchConfig, folder: Path):
 
 
 class Side:
-    """The other end of a side's process."""
+    """Starts a side's process and asks it for rounds."""
 
     def __init__(self, setup, config: BenchConfig, folder: Path):
         spawn = multiprocessing.get_context("spawn")
         self.connection, theirs = spawn.Pipe()
         self.process = spawn.Process(target=side, args=(theirs, setup, config, folder), daemon=True)
         self.process.start()
-        theirs.close()  # so that the process's end is noticed
+        theirs.close()  # recv then raises EOFError if the process dies
 
     def round(self, number: int):
         try:
             self.connection.send(number)
             result = self.connection.recv()
         except (EOFError, ConnectionError):
-            raise ValueError("a side's process was killed, by want of memory as a rule: try a smaller model or batch") from None
+            raise ValueError("a benchmark process was killed, probably out of memory: try a smaller model or batch") from None
         if isinstance(result, Exception):
             raise result
         return result
@@ -381,7 +382,7 @@ class Side:
 
 
 def compare(what: str, config: BenchConfig, folder: Path) -> dict:
-    """A row of the table: both sides in turn, the first to go alternating."""
+    """Times both sides in turns and returns a row of the table. The side that goes first alternates."""
     unit, ours, peer, name, same_answers = WORK[what]
     sides = [Side(ours, config, folder), Side(peer, config, folder)]
     rounds = []
@@ -410,7 +411,7 @@ def compare(what: str, config: BenchConfig, folder: Path) -> dict:
 
 
 def make_inputs(config: BenchConfig, folder: Path):
-    """Random shards, random weights large enough that no two logits are alike, and real text."""
+    """Writes random shards, a random model and real text. The weights are large, so that no two logits tie."""
     rng = np.random.default_rng(0)
     if {"train", "recompute", "load", "save"} & set(config.what):
         size = config.shard_tokens if "load" in config.what else 2_000_000
@@ -438,25 +439,25 @@ def make_inputs(config: BenchConfig, folder: Path):
             if size >= config.megabytes * 1e6:
                 break
         if size < config.megabytes * 1e6:
-            raise ValueError(f"--dataset has {size / 1e6:.0f} MB only: lower --megabytes")
+            raise ValueError(f"--dataset has only {size / 1e6:.0f} MB: lower --megabytes")
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "text.parquet")
 
 
 def environment(config: BenchConfig) -> dict:
-    where = hardware.pick_device(config.device)
+    device = hardware.pick_device(config.device)
     return {
         "command": sys.argv,
         "commit": git_commit(),
-        "machine": hardware.describe(where),
+        "machine": hardware.describe(device),
         "threads": torch.get_num_threads(),
-        "dtype": str(hardware.pick_dtype(config.dtype, where))[6:],
+        "dtype": str(hardware.pick_dtype(config.dtype, device))[6:],
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "tiktoken")},
     }
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, a line a work."""
+    """Returns a Markdown table with a line per task."""
     lines = ["| work | ours | peer | ratio | memory, ours | memory, peer | |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in rows:
         note = {True: "the same answers", False: "OTHER ANSWERS", None: ""}[row.get("same_answers")]
@@ -474,11 +475,11 @@ def errors_of(config: BenchConfig) -> list[str]:
     if not 0 <= config.activation_memory <= 1:
         errors.append(f"--activation-memory is {config.activation_memory}: it must be from 0 to 1")
     if not config.what:
-        errors.append("--what has no value: give some of " + ", ".join(WORK))
+        errors.append("--what has no value: choose from " + ", ".join(WORK))
     if "generate" in config.what and 16 + config.new_tokens > config.model.seq_len:
-        errors.append(f"a prompt of 16 and --new-tokens {config.new_tokens} are more than --seq-len {config.model.seq_len}")
+        errors.append(f"a prompt of 16 and --new-tokens {config.new_tokens} exceed --seq-len {config.model.seq_len}: lower --new-tokens")
     if not 50257 <= config.model.vocab_size <= 65536:
-        errors.append(f"--vocab-size is {config.model.vocab_size}: it must be 50257, GPT-2's, to 65536, what a shard can hold")
+        errors.append(f"--vocab-size is {config.model.vocab_size}: it must be from 50257 (GPT-2) to 65536 (a shard's limit)")
     if find_spec("transformers") is None:
         errors.append("the peers are not installed: pip install -r requirements-dev.txt")
     return errors
@@ -488,15 +489,15 @@ def main():
     with cli.one_line_errors():
         config = cli.parse(BenchConfig)
         raise_errors(errors_of(config))
-        where = environment(config)
+        machine = environment(config)
         with tempfile.TemporaryDirectory() as folder:
             make_inputs(config, Path(folder))
             rows = [compare(what, config, Path(folder)) for what in config.what]
         if config.json:
-            print(json.dumps({**where, "rows": rows}, indent=1))
+            print(json.dumps({**machine, "rows": rows}, indent=1))
         else:
             print(table(rows))
-            print("\n" + ", ".join(f"{key} {value}" for key, value in where.items() if key != "command"))
+            print("\n" + ", ".join(f"{key} {value}" for key, value in machine.items() if key != "command"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How presets scale over many GPUs, by calculation: a table and a picture.
+"""Calculates how presets scale to many GPUs: prints a table and draws a plot.
 
 python -m lab.cluster --presets gpt2 gpt2-xl
 """
@@ -16,30 +16,30 @@ from training.step_time import Step, step_on
 
 @dataclass
 class ScaleConfig:
-    """How presets scale over many GPUs by calculation: a table on stdout, and a picture."""
+    """Calculate how presets scale to many GPUs. Prints a table and draws a plot."""
 
     presets: tuple[str, ...] = ("gpt2", "gpt2-xl", "gpt3-1b")
-    """Presets of train.py; each keeps its batch, and has no more GPUs than sequences in it."""
+    """Presets of train.py. A batch of fixed size gets at most one GPU per sequence."""
     gpu: Literal[tuple(device.CARDS)] = "H100"
-    """The kind of GPU; the links are those of Cluster."""
+    """The kind of GPU. The links between them are fixed: see Cluster in training/step_time.py."""
     out: str = "results/scale.png"
-    """Where the picture goes."""
+    """File of the plot: .png, .svg or .pdf."""
 
 
 COUNTS = [2**i for i in range(13)]  # 1 to 4096 GPUs
 
 
 def limit(steps: dict[int, Step]) -> str:
-    """From how many GPUs on the efficiency is below 90 %."""
+    """Returns the number of GPUs from which the efficiency is below 90 %."""
     return next((f"{n}" for n, step in steps.items() if step.efficiency < 0.9), f"not up to {max(steps)}")
 
 
 def scale(config: ScaleConfig) -> tuple[str, dict[str, dict[int, Step]]]:
-    """The table, and a step for each kind of scaling and number of GPUs."""
+    """Returns the table, and the curves: name → number of GPUs → step. ValueError for an unknown preset or file type."""
     wrong = [name for name in config.presets if name not in PRESETS]
-    errors = [f"--presets {' '.join(wrong)}: choose of {', '.join(PRESETS)}"] if wrong or not config.presets else []
+    errors = [f"--presets {' '.join(wrong)}: choose from {', '.join(PRESETS)}"] if wrong or not config.presets else []
     if Path(config.out).suffix not in (".png", ".svg", ".pdf"):
-        errors.append(f"--out {config.out}: give a .png, .svg or .pdf")
+        errors.append(f"--out {config.out}: give a .png, .svg or .pdf file")
     raise_errors(errors)
     lines = [
         "| preset | batch | | GPUs | compute, ms | communication, ms | sent by each, MB | step, ms | efficiency | below 90 % from |",
@@ -50,7 +50,7 @@ def scale(config: ScaleConfig) -> tuple[str, dict[str, dict[int, Step]]]:
         run = PRESETS[name]
         most = COUNTS[-1] if weak else run.total_batch_tokens // run.model.seq_len
         steps = {n: step_on(run, n, shard, config.gpu, weak) for n in COUNTS if n <= most}
-        batch = f"{run.micro_batch_size * run.model.seq_len:,} a GPU" if weak else f"{run.total_batch_tokens:,}"
+        batch = f"{run.micro_batch_size * run.model.seq_len:,} per GPU" if weak else f"{run.total_batch_tokens:,}"
         kind = "FSDP" if shard else "DDP"
         curves[f"{name}, {kind}, {batch}"] = steps
         lines += [
@@ -71,7 +71,7 @@ def draw(curves: dict[str, dict[int, Step]], out: Path):
     figure, axes = plt.subplots(figsize=(8, 5))
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(curve.split(",")[0] for curve in curves))}
     for name, steps in curves.items():
-        look = dict(ls="--" if "a GPU" in name else "-", marker="o" if "DDP" in name else "x", color=colors[name.split(",")[0]])
+        look = dict(ls="--" if "per GPU" in name else "-", marker="o" if "DDP" in name else "x", color=colors[name.split(",")[0]])
         axes.plot(steps.keys(), [step.efficiency for step in steps.values()], markersize=4, label=name, **look)
     axes.axhline(0.9, color="gray", lw=0.8)
     axes.set(xscale="log", xlabel="GPUs", ylabel="efficiency, calculated", xticks=COUNTS, xticklabels=COUNTS, ylim=(0, 1.02))

@@ -1,7 +1,7 @@
-"""Ideas at equal tokens: trains each variant with several seeds, in turns, and prints one table.
+"""Compares ideas at equal tokens: trains each variant with several seeds, in turns, and prints one table.
 
 python -m lab.compare "plain=" "rope=--pos rope" --flags="--preset quickstart"
-python -m lab.compare --suite modern --data-dir webdocs_bytes    # preset modern against gpt2, each with its own rates
+python -m lab.compare --suite modern --data-dir webdocs_bytes    # preset modern against gpt2, each with its own learning rates
 """
 
 import json
@@ -45,50 +45,50 @@ class CompareConfig:
     """Train variants and compare them."""
 
     variants: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """NAME=FLAGS of train.py, each in quotes; the first is what the others are compared with."""
+    """NAME=FLAGS of train.py, each in quotes. The others are compared with the first."""
     flags: str = ""
-    """Flags of train.py for all of them, in quotes and after an equals sign."""
+    """Flags of train.py for all variants. Write --flags="…", with the equals sign."""
     suite: Literal["none", "switches", "without", "modern", "rates", "experts", "teacher", "length"] = "none"
-    """A comparison that is there ready-made, of small models that two CPU cores train in minutes each."""
+    """A ready-made comparison of small models. Two CPU cores train each in minutes."""
     data_dir: str = "webdocs_bytes"
-    """Shards for a suite, of bytes."""
+    """Byte shards for a suite."""
     out_dir: str = "log/compare"
-    """Has a folder for each run. What has finished there is not done again, what was stopped goes on."""
+    """Gets a folder for each run. Finished runs in it are kept, stopped runs resume."""
     seeds: int = 3
-    """Runs of each variant, with the seeds 1, 2, …"""
+    """Runs of each variant, with seeds 1, 2, …"""
     workers: int = 1
-    """Runs at a time; with more than one, the speeds in their logs are not to be compared: see --time-steps."""
+    """Runs at a time. More than 1 disturbs the logged speeds: measure them with --time-steps."""
     time_steps: int = 0
-    """Afterwards do so many steps of each variant in turns, for the speeds, with all of them in memory; 0: what the runs' logs say."""
+    """At the end, time this many steps of each variant, in turns, with all models in memory. 0: take the speeds from the logs."""
     json: bool = False
     """Print JSON instead of a table."""
 
     def validate(self):
-        """ValueError with all errors at once."""
+        """Raises ValueError with all errors at once."""
         errors = cli.at_least(1, self, "seeds", "workers") + cli.at_least(0, self, "time_steps")
         if (self.suite == "none") == (not self.variants):
-            errors.append('give variants, as "plain=" "rope=--pos rope" --flags="--preset quickstart", or a --suite')
+            errors.append('give either variants, such as "plain=" "rope=--pos rope" --flags="--preset quickstart", or --suite')
         folders = [folder_of("", variant.split("=")[0], 1) for variant in self.variants]
-        errors += [f"{variant!r} is no NAME=FLAGS" for variant in self.variants if "=" not in variant or not variant.split("=")[0]]
+        errors += [f"{variant!r} is not NAME=FLAGS" for variant in self.variants if "=" not in variant or not variant.split("=")[0]]
         if len(set(folders)) < len(folders):
-            errors.append(f"two variants have the same name for a folder: {', '.join(str(folder.parent) for folder in folders)}")
+            errors.append(f"two variants would share a folder, rename one: {', '.join(str(folder.parent) for folder in folders)}")
         if self.suite == "teacher" and self.workers > 1:
-            errors.append("the teacher must have finished before its students begin: leave --workers out")
+            errors.append("the teacher must finish before its students start: leave out --workers")
         raise_errors(errors)
 
 
-# 0.9 M parameters that see 1.6 M bytes in 800 steps
+# 0.9 M parameters, 1.6 M bytes in 800 steps
 SMALL = (
     "--n-layer 4 --n-head 4 --n-embd 128 --seq-len 256 --vocab-size 257 --total-batch-tokens 2048 --micro-batch-size 8 --warmup-steps 40 "
     "--max-steps 800 --val-every 0 --val-tokens 262144 --hellaswag-every 0 --sample-every 0 --checkpoint-every 0 --keep 1"
 )
-# the suite rates looks for better ones
+# --suite rates searches for these learning rates and momenta
 ADAMW = "--preset gpt2 --max-lr 4e-3 --min-lr-ratio 0.02"
 MODERN = "--preset modern --muon-momentum 0.85"
-ROPE = f"{ADAMW} --pos rope"  # by 800 steps GPT-2's own positions have hardly begun to tell
-# variants of the same name are the same runs, which suites in the same --out-dir share
+ROPE = f"{ADAMW} --pos rope"  # GPT-2's learned positions have hardly begun to work by step 800
+# a name always means the same run: suites with the same --out-dir share it
 SUITES = {
-    "switches": {  # each alone, beside rope
+    "switches": {  # each switch alone, on top of rope
         "gpt2": ADAMW,
         "rope": ROPE,
         "rope, 2 KV heads": f"{ROPE} --n-kv-head 2",
@@ -111,7 +111,7 @@ SUITES = {
         "rope, muon": f"{ROPE} --optimizer muon",
         "modern": MODERN,
     },
-    "without": {  # each left out
+    "without": {  # modern with one part left out or replaced
         "modern, 400 steps": f"{MODERN} --max-steps 400",
         **{
             f"modern, 400 steps, {name}": f"{MODERN} --max-steps 400 {flags}"
@@ -139,7 +139,7 @@ SUITES = {
         "gpt2, 4000 steps": f"{ADAMW} --max-steps 4000 --warmup-steps 100",
         **{f"modern, {steps} steps": f"{MODERN} --max-steps {steps}" for steps in (400, 500, 640)},
     },
-    "experts": {  # all with as many active parameters but for the router's
+    "experts": {  # all have the same number of active parameters, the router aside
         "rope": ROPE,
         "rope, 4 experts, 1 at work": f"{ROPE} --n-expert 4",
         "rope, 4 experts, 2 at work": f"{ROPE} --n-expert 4 --n-expert-active 2",
@@ -159,19 +159,20 @@ SUITES = {
 
 # ---- the runs ----
 
-CHANGES_NO_NUMBER = {"verify_shards", "timeout_minutes", "tracker", "keep", "checkpoint_every", "on_save_error"}
+# settings that change no result
+MAY_DIFFER = {"verify_shards", "timeout_minutes", "tracker", "keep", "checkpoint_every", "on_save_error"}
 SCRIPT = Path(__file__).parent.parent / "train.py"
 
 
 def variants_of(config: CompareConfig) -> dict[str, list[str]]:
-    """Name → flags of train.py, in which {out_dir} and {seed} may stand."""
+    """Returns name → flags of train.py. The flags may contain {out_dir} and {seed}."""
     common, variants = config.flags, dict(variant.split("=", 1) for variant in config.variants)
     if config.suite != "none":
         common, variants = f"{SMALL} --data-dir {shlex.quote(config.data_dir)} {common}", SUITES[config.suite]
-    words = {name: split(f"{common} {flags}") for name, flags in variants.items()}  # a variant's own flags come later and win
-    own = ("--seed", "--out-dir", "--out_dir")
-    odd = [name for name, its in words.items() if any(word.split("=")[0] in own for word in its)]
-    raise_errors([f"{name}: each run has its own --seed and --out-dir: leave them out" for name in odd])
+    words = {name: split(f"{common} {flags}") for name, flags in variants.items()}  # a variant's own flags come last and win
+    reserved = ("--seed", "--out-dir", "--out_dir")
+    wrong = [name for name, flags in words.items() if any(word.split("=")[0] in reserved for word in flags)]
+    raise_errors([f"{name}: lab.compare sets --seed and --out-dir for each run: leave them out" for name in wrong])
     return words
 
 
@@ -179,7 +180,7 @@ def split(flags: str) -> list[str]:
     try:
         return shlex.split(flags)
     except ValueError as e:
-        raise ValueError(f"{e}: a quote in the flags has no second one") from e
+        raise ValueError(f"{e}: check the quotes and backslashes in the flags") from e
 
 
 def folder_of(out_dir: str, name: str, seed: int) -> Path:
@@ -199,59 +200,59 @@ class Run(NamedTuple):
     folder: Path
 
     def config(self) -> TrainConfig:
-        """What its flags say. Exits 2 on an unknown one, ValueError names the variant whose settings can't be."""
+        """Parses and checks the flags. Exits 2 on an unknown flag. ValueError names the variant if its settings are invalid."""
         try:
             config = parse_flags(self.argv())
         except SystemExit:
-            print(f"error: the flags of {self.name!r} are not train.py's: mend them", file=sys.stderr)
+            print(f"error: train.py rejects the flags of {self.name!r}: correct them", file=sys.stderr)
             raise
-        if config.init_from:  # whose weights decide the shape
+        if config.init_from:  # its weights decide the shape
             config = parse_flags(self.argv(), checkpoint.load_config(config.init_from, config.init_revision))
         try:
             config.validate(1)
             if config.plan or config.replay_step is not None or "--resume" in self.flags:
-                raise ValueError("--plan, --replay-step and --resume begin no run: leave them out")
+                raise ValueError("--plan, --replay-step and --resume start no new run: leave them out")
         except ValueError as e:
             raise ValueError(f"{self.name}: {e}") from e
         return config
 
     def argv(self, resume: bool = False) -> list[str]:
-        """train.py's command line, for its beginning or to go on with it."""
+        """Returns train.py's command line, to start the run or to resume it."""
         return [*(["--resume"] if resume else self.flags), "--out-dir", str(self.folder)]
 
     def state(self) -> Literal["new", "begun", "finished"]:
-        """ValueError where its folder has a run with other flags."""
+        """Says how far the run got. ValueError if its folder has a run with other flags."""
         if not (self.folder / RUN).exists():
             return "new"
-        wanted, there = self.config(), read_run(self.folder)
-        # the shards', the hub's
-        wanted.model.vocab_size, wanted.init_revision = there.model.vocab_size, there.init_revision
-        wanted.teacher = recorded_teacher(wanted.teacher, there.teacher)
+        wanted, recorded = self.config(), read_run(self.folder)
+        # the shards and the hub decide these, not the flags
+        wanted.model.vocab_size, wanted.init_revision = recorded.model.vocab_size, recorded.init_revision
+        wanted.teacher = recorded_teacher(wanted.teacher, recorded.teacher)
         try:
-            raise_if_changed(there, wanted, CHANGES_NO_NUMBER, str(self.folder))
+            raise_if_changed(recorded, wanted, MAY_DIFFER, str(self.folder))
         except ValueError as e:
-            raise ValueError(f"{self.name}: {e}; or remove that folder, or choose another --out-dir") from e
-        return "finished" if last_checkpoint(self.folder).get("step") == there.max_steps else "begun"
+            raise ValueError(f"{self.name}: {e}, or choose another --out-dir") from e
+        return "finished" if last_checkpoint(self.folder).get("step") == recorded.max_steps else "begun"
 
 
 def last_checkpoint(folder: Path) -> dict:
-    """The newest one; {} where there is none or it was not validated."""
+    """Loads the newest checkpoint. Returns {} if there is none, or if it has no validation loss yet."""
     file = checkpoint.checkpoint_file(str(folder))
     content = checkpoint.load_torch(file) if file else {}
     return content if content.get("val_loss") is not None else {}
 
 
 def run_all(runs: list[Run], workers: int):
-    """Trains those that have not finished yet."""
-    where = os.path.commonpath([run.folder for run in runs])  # each has its log there
+    """Trains or resumes the runs that have not finished yet."""
+    folder = os.path.commonpath([run.folder for run in runs])
     runs, running = [run for run in runs if run.state() != "finished"], []
     pool = ThreadPoolExecutor(workers)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         done = pool.map(lambda run: train_one(run, running), runs)
-        for _ in cli.bar(done, total=len(runs), desc=f"runs in {where}", unit="run", disable=not runs):
+        for _ in cli.bar(done, total=len(runs), desc=f"runs in {folder}", unit="run", disable=not runs):
             pass
-    finally:  # after an error or a signal no other run begins, and those that are under way save and end
+    finally:  # on an error or a signal, start no more runs; the running ones save and exit
         pool.shutdown(wait=False, cancel_futures=True)
         for process in running:
             process.terminate()
@@ -259,25 +260,25 @@ def run_all(runs: list[Run], workers: int):
 
 
 def train_one(run: Run, running: list[subprocess.Popen]):
-    """ValueError with what train.py said when it fails."""
+    """Trains or resumes one run. ValueError with train.py's last message if it fails."""
     argv = run.argv(resume=run.state() == "begun")
     process = launch(argv)
     running.append(process)
-    said = [line for line in process.communicate()[1].splitlines() if line.strip()] or ["nothing"]
+    messages = [line for line in process.communicate()[1].splitlines() if line.strip()] or ["no message"]
     running.remove(process)
     if process.returncode:
-        raise ValueError(f"{run.name}: train.py {shlex.join(argv)} ended with {process.returncode}: {said[-1]}")
+        raise ValueError(f"{run.name}: train.py {shlex.join(argv)} exited with {process.returncode}: {messages[-1]}")
 
 
 def launch(argv: list[str]) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
 
 
-# ---- what came of them ----
+# ---- the results ----
 
 
 def measure(folder: Path) -> dict:
-    """One finished run."""
+    """Returns the numbers of a finished run. Loss in nats per token, memory and cache in bytes."""
     config = read_run(folder)
     metrics = read_metrics(folder / "metrics.jsonl", ["tokens_per_second", "memory_bytes", "seconds"])
     rates = list(metrics["tokens_per_second"].values())
@@ -286,7 +287,7 @@ def measure(folder: Path) -> dict:
         "tokens": config.max_steps * config.total_batch_tokens,
         "val_loss": last_checkpoint(folder)["val_loss"],
         "seconds": max(metrics["seconds"].values()),
-        "tokens_per_second": statistics.median(rates[len(rates) // 2 :]),  # compiled by then
+        "tokens_per_second": statistics.median(rates[len(rates) // 2 :]),  # it has compiled by then
         "memory_bytes": max(metrics["memory_bytes"].values()),
         "params": model.num_params(),
         "active_params": model.num_params() - idle_params(model),
@@ -295,34 +296,37 @@ def measure(folder: Path) -> dict:
 
 
 def speeds_in_turns(folders: list[Path], steps: int, turn: int = 5) -> list[float]:
-    """Tokens a second of the runs' training steps, the median of so many, all in this process and in turns of a few steps: a
-    machine whose speed drifts is fair to all. What device.set_malloc says for the last compiled one holds for all of them, which
-    tells where variants differ in --compile or --activation-memory."""
+    """Measures the training speed of each run: tokens per second, from its median step.
+
+    All runs take turns of a few steps in this process, so a machine whose speed drifts treats them alike. The last compiled run's
+    device.set_malloc applies to all. That matters if variants differ in --compile or --activation-memory.
+    """
     trainers, seconds = [], [[] for _ in folders]
     for folder in folders:
         config = read_run(folder)
-        where = pick_device(config.device)
-        compiled, teacher = config.compile and can_compile(where), load_teacher(config) if config.teacher else None
-        trainers.append(Trainer(config, DistContext(where), build(config.model), find_shards(config.data_dir), compiled, teacher))
-    torch._dynamo.config.recompile_limit = 10**6  # each variant is compiled anew
-    turns = range(0, turn + steps, turn)  # the first compiles and does not count
+        device = pick_device(config.device)
+        compiled, teacher = config.compile and can_compile(device), load_teacher(config) if config.teacher else None
+        trainers.append(Trainer(config, DistContext(device), build(config.model), find_shards(config.data_dir), compiled, teacher))
+    torch._dynamo.config.recompile_limit = 10**6  # every variant compiles its own code
+    turns = range(0, turn + steps, turn)  # the first turn compiles and does not count
     for start in cli.bar(turns, desc="steps in turns", unit="turn"):
-        for trainer, its in zip(trainers, seconds, strict=True):
+        for trainer, times in zip(trainers, seconds, strict=True):
             for step in range(start, start + turn):
                 began = time.perf_counter()
-                trainer.update(step % trainer.config.max_steps)  # no rate is for later steps
-                its.append(time.perf_counter() - began)
-    return [t.config.total_batch_tokens / statistics.median(its[turn : turn + steps]) for t, its in zip(trainers, seconds, strict=True)]
+                trainer.update(step % trainer.config.max_steps)  # the schedule ends at max_steps
+                times.append(time.perf_counter() - began)
+    medians = [statistics.median(times[turn : turn + steps]) for times in seconds]
+    return [trainer.config.total_batch_tokens / median for trainer, median in zip(trainers, medians, strict=True)]
 
 
 def cache_bytes(config: VariantConfig) -> int:
-    """What the KV cache of one sequence of seq_len positions takes in fp32."""
+    """Returns the bytes of the KV cache for one sequence of seq_len positions in fp32."""
     cache = KVCache(config.seq_len)
     return sum(2 * config.kv_heads * config.n_embd // config.n_head * cache.room(window) * 4 for window in config.windows)
 
 
 def summary(runs: dict[str, list[dict]]) -> list[dict]:
-    """A row for each variant: means over its seeds, and the median ratio of its speed to the first variant's, seed by seed."""
+    """Returns a row per variant: means over its seeds, and its speed relative to the first variant (median over seeds)."""
     first = next(iter(runs.values()))
     rows = []
     for name, seeds in runs.items():
@@ -359,17 +363,22 @@ def show(rows: list[dict], seeds: int) -> str:
 
 
 def amount_for(loss: float, amounts: list[float], losses: list[float]) -> float | None:
-    """The tokens, or seconds, with which a series of runs comes to a loss: on a straight line between the two runs around it, the
-    amount drawn as its logarithm. None where the series does not go around it."""
+    """Interpolates the tokens (or seconds) that a series of runs needs to reach a loss.
+
+    Linear in the loss and in log(amount), between the two runs around that loss. None if no two runs are around it.
+    """
     for i in range(1, len(amounts)):
         if losses[i - 1] > loss >= losses[i]:
-            share = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
-            return math.exp((1 - share) * math.log(amounts[i - 1]) + share * math.log(amounts[i]))
+            fraction = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
+            return math.exp((1 - fraction) * math.log(amounts[i - 1]) + fraction * math.log(amounts[i]))
     return None
 
 
 def tokens_to_the_same_loss(runs: dict[str, list[dict]]) -> str:
-    """How many times fewer tokens, and seconds, the other runs, a series of growing length, need for the first variant's loss."""
+    """Says how many times fewer tokens and seconds the other variants need to reach the first variant's loss.
+
+    The other variants are one recipe at growing lengths.
+    """
     first, *series = runs.values()
     lines = []
     for unit in ("tokens", "seconds"):
@@ -377,28 +386,31 @@ def tokens_to_the_same_loss(runs: dict[str, list[dict]]) -> str:
         for seed, one in enumerate(first):
             amount = amount_for(one["val_loss"], [runs[seed][unit] for runs in series], [runs[seed]["val_loss"] for runs in series])
             if amount is None:
-                return "the series does not come to the first variant's loss, or its shortest run is past it: choose other lengths"
+                return "the series does not reach the first variant's loss, or its shortest run already beats it: choose other lengths"
             ratios.append(one[unit] / amount)
         each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
         lines.append(f"× fewer {unit} to the first variant's loss, seed by seed: {each}; mean {statistics.fmean(ratios):.2f}")
     return "\n".join(lines)
 
 
-# ---- longer than in training ----
+# ---- sequences longer than in training ----
 
 
 @torch.no_grad()
 def loss_by_position(model: GPT, stream: TokenStream, sequences: int) -> torch.Tensor:
-    """(T,): the mean loss at each position, over sequences spread evenly over the stream."""
-    there, total = stream.sequences_per_epoch, 0.0
+    """Returns the mean loss at each position (T,), in nats per token, over sequences spread evenly over the stream."""
+    available, total = stream.sequences_per_epoch, 0.0
     for i in range(sequences):
-        x, y = map(torch.from_numpy, stream.batch([i * there // sequences]))
+        x, y = map(torch.from_numpy, stream.batch([i * available // sequences]))
         total = total + F.cross_entropy(model(x)[0][0].float(), y[0], reduction="none")
     return total / sequences
 
 
 def stretched(folder: Path, times: int, scaling: str) -> GPT:
-    """A run's model for sequences so many times as long as it was trained on. A learned table gets rows as they were before training."""
+    """Returns a run's model for sequences `times` as long as in training.
+
+    New rows of a learned position table keep their random initialization.
+    """
     model = checkpoint.load_model(str(folder))[0]
     c = model.config
     longer = replace(c, seq_len=times * c.seq_len, rope_scaling=scaling, rope_factor=float(times) if scaling != "none" else 1.0)
@@ -413,7 +425,7 @@ def stretched(folder: Path, times: int, scaling: str) -> GPT:
 
 
 def extrapolate(config: CompareConfig, times: int = 4, sequences: int = 64) -> list[dict]:
-    """Loss by position up to `times` the length of training, for learned positions and for rope as it is and scaled."""
+    """Measures loss by position up to `times` the training length: learned positions, plain rope, scaled rope."""
     curves = []
     learned, rope = SUITES["length"]
     for name, scaling in ((learned, "none"), (rope, "none"), (rope, "linear"), (rope, "ntk"), (rope, "yarn")):
@@ -427,7 +439,7 @@ def extrapolate(config: CompareConfig, times: int = 4, sequences: int = 64) -> l
 
 
 def show_curves(curves: list[dict], parts: int = 4) -> str:
-    """The mean loss in each of so many parts of the sequence."""
+    """Returns a Markdown table: the mean loss in each of `parts` equal parts of the sequence."""
     length = len(curves[0]["loss"]) // parts
     head = " | ".join(f"{i * length} to {(i + 1) * length - 1}" for i in range(parts))
     lines = [f"| positions | {head} |", "| --- " * (parts + 1) + "|"]
@@ -446,7 +458,7 @@ def plot_curves(curves: list[dict], trained: int, out: Path):
         bins = torch.tensor(curve["loss"]).view(-1, 16).mean(1)
         axes.plot([16 * i + 8 for i in range(len(bins))], bins, label=curve["variant"])
     axes.axvline(trained, color="gray", linestyle="--", label="length in training")
-    axes.set(xlabel="position", ylabel="cross entropy, nats a token, mean of 16 positions", title="Longer than in training")
+    axes.set(xlabel="position", ylabel="cross entropy, nats per token, mean of 16 positions", title="Longer than in training")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out, dpi=110)
@@ -457,16 +469,16 @@ def main():
         config = cli.parse(CompareConfig)
         config.validate()
         variants, seeds = variants_of(config), range(1, config.seeds + 1)
-        # a seed of each variant before the next seed, so that a machine whose speed drifts is fair to all
+        # every variant with seed 1, then with seed 2, …: a machine whose speed drifts treats them alike
         jobs = [run_of(config, name, flags, seed) for seed in seeds for name, flags in variants.items()]
         for run in jobs[: len(variants)]:
-            find_data(run.config())  # once, and not by two runs at a time
+            find_data(run.config())  # make missing shards now: two runs must not make them at once
         run_all(jobs, config.workers)
         runs = {name: [measure(run.folder) for run in jobs if run.name == name] for name in variants}
         if config.time_steps:
             speeds = speeds_in_turns([run.folder for run in jobs[: len(variants)]], config.time_steps)
-            for its, speed in zip(runs.values(), speeds, strict=True):
-                its[:] = [one | {"tokens_per_second": speed} for one in its]
+            for seed_runs, speed in zip(runs.values(), speeds, strict=True):
+                seed_runs[:] = [one | {"tokens_per_second": speed} for one in seed_runs]
         found, text = {"variants": summary(runs)}, []
         text.append(show(found["variants"], config.seeds))
         if config.suite == "modern":

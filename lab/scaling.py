@@ -1,10 +1,10 @@
-"""Scaling laws from one's own runs: what does more compute buy, and how is it spent best?
+"""Fits scaling laws to your own runs: what does more compute buy, and how should you spend it?
 
     python -m lab.scaling ladder --data-dir edu_fineweb10B      # trains models of several sizes on several amounts of tokens
-    python -m lab.scaling fit                                   # L(N, D) through them, and the picture
-    python -m lab.scaling plan --dollars 100 --gpu H100 --price 3    # the size and the tokens that a budget is best spent on
+    python -m lab.scaling fit                                   # fits L(N, D) to their losses and plots it
+    python -m lab.scaling plan --dollars 100 --gpu H100 --price 3    # the best size and number of tokens for a budget
 
-N is the number of all parameters, D that of training tokens, C = 6 N D floating point operations (Kaplan et al., 2020).
+N counts all parameters, D counts training tokens, C = 6 N D counts floating point operations (Kaplan et al., 2020).
 """
 
 import csv
@@ -36,88 +36,88 @@ LAW = "law.json"
 
 @dataclass
 class LadderConfig:
-    """Train a ladder: a model of each size on each amount of tokens. What has finished is not done again."""
+    """Train a ladder: a model of each size for each token count. Finished runs are kept, stopped runs resume."""
 
     data_dir: str
-    """Shards. Those of bytes make the smallest models, 0.2 to 10 M parameters with the default sizes."""
+    """Folder of shards. Byte shards give the smallest models: 0.2 to 10 M parameters with the default sizes."""
     sizes: tuple[str, ...] = ("4x64", "4x96", "6x128", "7x192", "8x320")
-    """LAYERSxWIDTH each; a head has 32 channels."""
+    """LAYERSxWIDTH of each size. A head has 32 channels."""
     tokens: tuple[float, ...] = (2e5, 4e5, 8e5, 1.6e6)
-    """Tokens to train on, as 1e6; rounded to whole steps."""
+    """Token counts to train on, such as 1e6. Rounded to whole steps."""
     out_dir: str = "log/scaling"
-    """Has a folder for each run. Another ladder command with the same settings adds to it."""
+    """Gets a folder for each run. A later ladder with the same settings adds runs to it."""
     flags: str = "--preset modern --muon-momentum 0.85 --seq-len 256 --total-batch-tokens 2048 --micro-batch-size 8 --val-tokens 262144"
-    """Other flags of train.py, the same for all runs, in quotes and after an equals sign."""
+    """Other flags of train.py for all runs. Write --flags="…", with the equals sign."""
     warmup_ratio: float = 0.05
-    """Share of a run's steps in which the learning rate rises."""
+    """Fraction of a run's steps that warm up the learning rate."""
     workers: int = 1
     """Runs at a time."""
 
     def validate(self):
-        """ValueError with all errors at once."""
+        """Raises ValueError with all errors at once."""
         errors = cli.at_least(1, self, "workers")
-        errors += [f"--sizes {size}: give LAYERSxWIDTH, as 6x128, the width a multiple of 32" for size in self.sizes if not shape_of(size)]
+        errors += [f"--sizes {size}: give LAYERSxWIDTH, WIDTH a multiple of 32" for size in self.sizes if not shape_of(size)]
         errors += [f"--tokens {tokens:g}: it must be at least 1" for tokens in self.tokens if not 1 <= tokens < math.inf]
         if not 0 <= self.warmup_ratio <= 1:
             errors.append(f"--warmup-ratio is {self.warmup_ratio}: it must be from 0 to 1")
         if not self.sizes or not self.tokens:
-            errors.append("give at least one of --sizes and of --tokens")
+            errors.append("give at least one value for --sizes and one for --tokens")
         raise_errors(errors)
 
 
 @dataclass
 class FitConfig:
-    """Fit L(N, D) = E + A / N^alpha + B / D^beta to a ladder, or to points from elsewhere."""
+    """Fit L(N, D) = E + A / N^alpha + B / D^beta to a ladder, or to points from a .csv."""
 
     out_dir: str = "log/scaling"
-    """The ladder's folder; law.json and scaling.png go there."""
+    """The ladder's folder. Gets law.json and scaling.png."""
     points: str = ""
-    """A .csv with the columns params, tokens and loss, instead of a ladder's runs."""
+    """A .csv with the columns params, tokens and loss. Replaces a ladder's runs."""
     hold_out: int = 0
-    """Leave so many of the largest runs out of the fit, and say how well it predicts them."""
+    """Leave this many of the largest runs out of the fit, and show how well it predicts them."""
     bootstraps: int = 200
-    """Fits to points drawn with replacement, for the intervals."""
+    """Fits to resampled points, for the intervals. 0: no intervals."""
     seed: int = 1337
-    """Of that drawing."""
+    """Seed of the resampling."""
     json: bool = False
     """Print JSON instead of tables."""
 
     def validate(self):
-        """ValueError with all errors at once."""
+        """Raises ValueError with all errors at once."""
         errors = cli.at_least(0, self, "hold_out", "bootstraps", "seed")
         if self.points and folders_of(Path(self.out_dir)):
-            errors.append(f"--out-dir {self.out_dir} has a ladder, whose law --points would overwrite: give another")
+            errors.append(f"--out-dir {self.out_dir} has a ladder, and --points would overwrite its law: choose another --out-dir")
         raise_errors(errors)
 
 
 @dataclass
 class PlanConfig:
-    """Name the size and the tokens that a budget is best spent on."""
+    """Find the best model size and number of tokens for a budget."""
 
     flops: float = 0.0
-    """The budget: floating point operations, as 1e19,"""
+    """The budget in floating point operations, such as 1e19. Give this, --gpu-hours or --dollars."""
     gpu_hours: float = 0.0
-    """or hours of one --gpu,"""
+    """The budget in hours of one --gpu."""
     dollars: float = 0.0
-    """or dollars, at --price."""
+    """The budget in dollars. Needs --price."""
     gpu: Literal[tuple(CARDS)] = "H100"
-    """What hours and dollars pay for."""
+    """The kind of GPU that hours and dollars pay for."""
     price: float = 0.0
-    """Dollars an hour of one --gpu."""
+    """Dollars per hour of one --gpu. 0: print no cost."""
     mfu: float = ASSUMED_MFU
-    """The share of its peak that 6 N D comes to; train.py's mfu has attention's operations in it too."""
+    """Fraction of the GPU's peak, counting 6 N D operations. train.py's mfu also counts attention's."""
     law: str = "besiroglu"
-    """besiroglu, hoffmann or kaplan (published), or the law.json that fit wrote."""
+    """A published law (besiroglu, hoffmann or kaplan), or the law.json from lab.scaling fit."""
     json: bool = False
     """Print JSON instead of a table."""
 
     def validate(self):
-        """ValueError with all errors at once."""
+        """Raises ValueError with all errors at once."""
         errors = cli.at_least(0, self, "flops", "gpu_hours", "dollars", "price")
         if sum(x > 0 for x in (self.flops, self.gpu_hours, self.dollars)) != 1:
             errors.append("give one budget: --flops 1e19, --gpu-hours 10, or --dollars 100 --price 3")
         if self.dollars > 0 and self.price <= 0:
-            errors.append("--dollars needs --price, in dollars an hour of one --gpu")
+            errors.append("--dollars needs --price: dollars per hour of one --gpu")
         if not 0 < self.mfu <= 1:
             errors.append(f"--mfu is {self.mfu}: it must be above 0 and at most 1")
         raise_errors(errors)
@@ -128,7 +128,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Law:
-    """L(N, D) = E + A / N^alpha + B / D^beta in nats a token (Hoffmann et al., 2022, equation 2)."""
+    """L(N, D) = E + A / N^alpha + B / D^beta in nats per token (Hoffmann et al., 2022, equation 2)."""
 
     E: float
     A: float
@@ -140,32 +140,33 @@ class Law:
         return self.E + self.A * n**-self.alpha + self.B * d**-self.beta
 
     def best(self, flops: float) -> tuple[float, float]:
-        """N and D of the lowest loss at 6 N D = flops (Hoffmann et al., 2022, equation 4)."""
+        """Returns the N and D with the lowest loss at 6 N D = flops (Hoffmann et al., 2022, equation 4)."""
         g = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         n = g * (flops / 6) ** (self.beta / (self.alpha + self.beta))
         return n, flops / 6 / n
 
     @property
     def exponent(self) -> float:
-        """gamma of L(C) = E + K / C^gamma, the lowest loss for each compute."""
+        """gamma in L(C) = E + K / C^gamma, the lowest loss at each compute."""
         return self.alpha * self.beta / (self.alpha + self.beta)
 
 
 @dataclass(frozen=True)
 class Kaplan:
-    """Kaplan et al., 2020, section 6.1: N and D by compute alone, N without embeddings."""
+    """The law of Kaplan et al., 2020. Its N excludes embeddings."""
 
     def best(self, flops: float) -> tuple[float, float]:
+        """Returns the best N and D for this compute (section 6.1)."""
         n = 1.3e9 * (flops / 8.64e19) ** 0.73  # flops in PF-days
         return n, flops / 6 / n
 
     def loss(self, n, d):
-        """Equation 1.5."""
+        """Returns the loss in nats per token (equation 1.5)."""
         return ((6.4e13 / n) ** (0.076 / 0.103) + 1.8e13 / d) ** 0.103
 
 
 PUBLISHED = {
-    "besiroglu": Law(1.8172, 482.01, 2085.43, 0.3478, 0.3658),  # Besiroglu et al., 2024, Hoffmann's runs fitted anew
+    "besiroglu": Law(1.8172, 482.01, 2085.43, 0.3478, 0.3658),  # Besiroglu et al., 2024, a new fit to Hoffmann's runs
     "hoffmann": Law(1.69, 406.4, 410.7, 0.34, 0.28),  # Hoffmann et al., 2022, appendix D.3
     "kaplan": Kaplan(),
 }
@@ -175,15 +176,17 @@ PUBLISHED = {
 
 
 def shape_of(size: str) -> tuple[int, int] | None:
-    """'6x128' → layers and width."""
+    """Parses '6x128' into layers and width. None if it is invalid."""
     match = re.fullmatch(r"(\d+)x(\d+)", size)
     layers, width = map(int, match.groups()) if match else (0, 0)
     return (layers, width) if layers and width and width % 32 == 0 else None
 
 
 def runs_of(config: LadderConfig) -> list[Run]:
-    """A run for each size and amount of tokens, the cheapest first. The rate of learning falls to its end in each: one that is cut short
-    of a longer run's schedule would be worse than it need be (Hoffmann et al., 2022, appendix B)."""
+    """Returns a run for each size and token count, the cheapest first.
+
+    Each run has its own complete schedule. A longer run, cut short, has a higher loss (Hoffmann et al., 2022, appendix B).
+    """
     common = [*split(config.flags), "--data-dir", config.data_dir]
     batch = Run("--flags", common, Path()).config().total_batch_tokens
     quiet = "--val-every 0 --hellaswag-every 0 --sample-every 0 --checkpoint-every 0 --keep 1".split()
@@ -200,29 +203,29 @@ def runs_of(config: LadderConfig) -> list[Run]:
 
 
 class Point(NamedTuple):
-    """What a run came to."""
+    """The result of a run."""
 
     name: str
     params: int
     tokens: int
-    loss: float  # of validation, nats a token
+    loss: float  # validation, nats per token
 
     @property
     def flops(self) -> float:
         return 6 * self.params * self.tokens
 
 
-# what the runs of a ladder may differ in; that the data are the same is seen by their checksums
+# settings that may differ within a ladder; checksums show whether the data are the same
 RUNGS = MAY_CHANGE - {"dtype", "val_tokens"} | {"n_layer", "n_embd", "n_head", "warmup_steps", "out_dir"}
 
 
 def check_same_settings(folders: list[Path], config: TrainConfig, data: dict[str, list], source: str):
-    """ValueError for the first of these runs that is of another ladder than source, which has this config and these data."""
+    """Raises ValueError for the first run whose settings or data differ from those of the ladder `source`."""
     for folder in folders:
-        remedy = f"move {folder} elsewhere, it is of another ladder"
+        remedy = f"move {folder} elsewhere, it belongs to another ladder"
         raise_if_changed(config, read_run(folder), RUNGS, source, remedy)
         if differences(data_of(folder), data):
-            raise ValueError(f"the data of {folder} are not those of {source}: {remedy}")
+            raise ValueError(f"the data of {folder} differ from those of {source}: {remedy}")
 
 
 def folders_of(out_dir: Path) -> list[Path]:
@@ -234,7 +237,7 @@ def data_of(folder: Path) -> dict[str, list]:
 
 
 def points_of(out_dir: Path) -> list[Point]:
-    """The finished runs in a ladder's folder. ValueError where one is of another ladder."""
+    """Returns the finished runs in a ladder's folder. ValueError if one belongs to another ladder."""
     finished = [folder for folder in folders_of(out_dir) if last_checkpoint(folder).get("step") == read_run(folder).max_steps]
     if not finished:
         raise ValueError(f"no finished run in {out_dir}: train some with python -m lab.scaling ladder --out-dir {out_dir}")
@@ -249,15 +252,15 @@ def points_of(out_dir: Path) -> list[Point]:
 
 
 def read_points(path: Path) -> list[Point]:
-    """A .csv with the columns params, tokens and loss. ValueError names the first line that is none."""
+    """Reads a .csv with the columns params, tokens and loss. ValueError names the first invalid line."""
     points, columns = [], ("params", "tokens", "loss")
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.DictReader(file)
         try:
             if set(columns) - set(rows.fieldnames or ()):
-                raise ValueError(f"{path} must begin with a line that names its columns, {', '.join(columns)} among them, with commas")
+                raise ValueError(f"{path} needs a first line of column names, with commas: {','.join(columns)}")
         except csv.Error as e:
-            raise ValueError(f"{path} is no .csv") from e
+            raise ValueError(f"{path} is not a valid .csv file") from e
         try:
             for row in rows:
                 params, tokens, loss = (float(row[name]) for name in columns)
@@ -267,19 +270,22 @@ def read_points(path: Path) -> list[Point]:
         except (TypeError, ValueError, csv.Error) as e:
             raise ValueError(f"{path}, line {rows.line_num}: params and tokens must be from 1 to 1e30, loss above 0") from e
     if not points:
-        raise ValueError(f"{path} has no points")
+        raise ValueError(f"{path} has no points: add lines with params,tokens,loss")
     return points
 
 
 # ---- the fit ----
 
-FLAT, STEEP = 1e-3, 3.0  # an exponent so small is none, and none is larger
-HUBER = 1e-3  # as in Hoffmann et al., 2022: beyond it an error counts in a line, so that an odd run does little
+FLAT, STEEP = 1e-3, 3.0  # bounds of the exponents; a fit at a bound found no law
+HUBER = 1e-3  # as in Hoffmann et al., 2022: larger errors count linearly, so an outlier changes little
 
 
 def objective(theta: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_loss: np.ndarray) -> tuple[float, np.ndarray]:
-    """The sum of Huber's loss of log L, and its gradient by theta = (log A, log B, log E, alpha, beta) (Hoffmann et al., 2022,
-    equation 3; the sum, not the mean, which ends the search too early: Besiroglu et al., 2024)."""
+    """Returns the Huber loss of log L, summed over the points, and its gradient.
+
+    theta = (log A, log B, log E, alpha, beta) (Hoffmann et al., 2022, equation 3). It is a sum because with a mean the search ends too
+    early (Besiroglu et al., 2024).
+    """
     a, b, e, alpha, beta = theta
     terms = np.stack([a - alpha * log_n, b - beta * log_d, np.full_like(log_n, e)])  # (3, points)
     log_sum = np.logaddexp.reduce(terms)
@@ -290,19 +296,22 @@ def objective(theta: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_loss:
     return value, np.array([*slope.sum(1), -(slope[0] * log_n).sum(), -(slope[1] * log_d).sum()])
 
 
-# what a search begins from: the two terms' logs at the middle of the points, log E, alpha and beta
+# starting points of the search: the logs of both terms at the middle of the points, log E, alpha, beta
 STARTS = list(itertools.product((-2.0, 0.0), (-2.0, 0.0), (-1.0, 0.5), (0.2, 0.5), (0.2, 0.5)))
 
 
 def fit(points: list[Point], starts=STARTS) -> tuple[Law, tuple]:
-    """The law that fits best, of all starts' L-BFGS searches, and where to begin again for points alike. ValueError for too few points."""
+    """Fits the law to the points by L-BFGS, keeping the best result of all starts. Also returns that result as a start for similar points.
+
+    ValueError if there are too few points.
+    """
     minimize = import_minimize()
     if len({p.params for p in points}) < 3 or len({p.tokens for p in points}) < 3 or len(points) < 6:
-        raise ValueError(f"{len(points)} points are too few to fit five numbers: at least 6, of 3 sizes and 3 amounts of tokens")
+        raise ValueError(f"{len(points)} points are too few to fit: give at least 6, with 3 sizes and 3 token counts")
     log_n, log_d, log_loss = np.log([[p.params, p.tokens, p.loss] for p in points]).T
-    # about the middle of the points, a change of alpha is no change of A too: the search takes a tenth of the steps
+    # centered, alpha and A are nearly independent: the search takes a tenth of the steps
     centered = log_n - log_n.mean(), log_d - log_d.mean(), log_loss
-    scaled = 1 / HUBER**2  # the search's tolerances are made for values of about 1
+    scaled = 1 / HUBER**2  # the search's tolerances expect values of about 1
 
     def value(theta):
         value, gradient = objective(theta, *centered)
@@ -316,13 +325,13 @@ def fit(points: list[Point], starts=STARTS) -> tuple[Law, tuple]:
 
 
 def bootstrap(points: list[Point], theta: tuple, count: int, seed: int) -> list[Law]:
-    """Fits to points drawn with replacement (Efron, 1979), each searched from the fit to all."""
+    """Fits laws to points drawn with replacement (Efron, 1979). Each search starts from the fit to all points."""
     rng, laws = np.random.default_rng(seed), []
     while len(laws) < count:
         drawn = [points[i] for i in rng.integers(len(points), size=len(points))]
         try:
             laws.append(fit(drawn, [theta])[0])
-        except ValueError:  # too few sizes among those drawn
+        except ValueError:  # the draw has too few sizes
             continue
     return laws
 
@@ -331,17 +340,17 @@ def import_minimize():
     try:
         from scipy.optimize import minimize
     except ImportError as e:
-        raise ValueError("fitting needs SciPy: pip install scipy") from e
+        raise ValueError("lab.scaling fit needs SciPy: pip install scipy") from e
     return minimize
 
 
 def interval(values: list[float]) -> list[float]:
-    """The middle 80 %, as Hoffmann et al. give it."""
+    """Returns the ends of the middle 80 %, as Hoffmann et al. report it."""
     return [float(x) for x in np.quantile(values, [0.1, 0.9])] if values else []
 
 
 def report(config: FitConfig, points: list[Point]) -> dict:
-    """The fit, its intervals, and what it says of the points that it did not see."""
+    """Returns the fit, its intervals and its predictions, also for the held-out points."""
     points = sorted(points, key=lambda p: p.flops)
     if config.hold_out >= len(points):
         raise ValueError(f"--hold-out {config.hold_out} leaves none of {len(points)} runs to fit: lower it")
@@ -350,7 +359,7 @@ def report(config: FitConfig, points: list[Point]) -> dict:
     for name, exponent in (("size", law.alpha), ("tokens", law.beta)):
         if not FLAT < exponent < STEEP:
             how = "do not fall" if exponent <= FLAT else "fall too steeply"
-            raise ValueError(f"no law fits these runs: their losses {how} with {name}; train more of them, or on more tokens")
+            raise ValueError(f"no law fits these runs, their losses {how} with {name}: train more runs, or on more tokens")
     laws = bootstrap(seen, theta, config.bootstraps, config.seed)
     errors = [law.loss(p.params, p.tokens) / p.loss - 1 for p in seen]
     return {
@@ -358,7 +367,7 @@ def report(config: FitConfig, points: list[Point]) -> dict:
         "intervals": {name: interval([getattr(each, name) for each in laws]) for name in asdict(law)},
         "exponent": law.exponent,
         "exponent_interval": interval([each.exponent for each in laws]),
-        "share_of_n": law.beta / (law.alpha + law.beta),  # best N grows as C to this power
+        "share_of_n": law.beta / (law.alpha + law.beta),  # the best N grows as C to this power
         "share_of_n_interval": interval([each.beta / (each.alpha + each.beta) for each in laws]),
         "error": math.sqrt(np.mean(np.square(errors))),
         "points": [[*p, law.loss(p.params, p.tokens)] for p in seen],
@@ -367,7 +376,7 @@ def report(config: FitConfig, points: list[Point]) -> dict:
 
 
 def show_fit(found: dict) -> str:
-    """The law and its points as Markdown."""
+    """Returns the law and its points as Markdown."""
 
     def within(ends: list[float]) -> str:
         return f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""
@@ -387,7 +396,7 @@ def show_fit(found: dict) -> str:
 
 
 def plot_fit(found: dict, out: Path):
-    """Left: loss over compute, a curve for each size, and the lowest for each compute. Right: the best size, beside published laws."""
+    """Plots loss over compute (left: a curve per size, and the lowest loss) and the best size beside published laws (right)."""
     from matplotlib.figure import Figure
 
     law, rows = Law(**found["law"]), found["points"] + found["held_out"]
@@ -406,7 +415,7 @@ def plot_fit(found: dict, out: Path):
         losses.plot(flops[-last:], loss[-last:], "k*", markersize=12, label="held out of the fit")
     near, far = np.geomspace(flops.min() / 2, flops.max() * 2), np.geomspace(flops.min() / 2, max(1e24, flops.max()))
     losses.plot(near, [law.loss(*law.best(c)) for c in near], "k--", label="lowest for each compute")
-    losses.set(xscale="log", yscale="log", ylabel="validation loss, nats a token", title="Loss")
+    losses.set(xscale="log", yscale="log", ylabel="validation loss, nats per token", title="Loss")
     losses.yaxis.set_major_formatter("{x:.2f}")
     losses.yaxis.set_minor_formatter("{x:.2f}")
     for name, published in PUBLISHED.items():
@@ -426,6 +435,7 @@ def plot_fit(found: dict, out: Path):
 
 
 def read_law(name: str) -> Law | Kaplan:
+    """Returns a published law, or reads a law.json. ValueError if it is neither."""
     if name in PUBLISHED:
         return PUBLISHED[name]
     try:
@@ -434,12 +444,12 @@ def read_law(name: str) -> Law | Kaplan:
             raise ValueError
         return law
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
-        raise ValueError(f"--law {name} is no law: give {', '.join(PUBLISHED)} or the law.json that lab.scaling fit wrote") from e
+        raise ValueError(f"--law {name} is not a law: give {', '.join(PUBLISHED)} or a law.json from lab.scaling fit") from e
 
 
 def plan(config: PlanConfig) -> dict:
-    """The best size and tokens for the budget, and what half and twice that size would come to at the same cost."""
-    rate = config.mfu * CARDS[config.gpu].flops  # floating point operations a second
+    """Returns the best size and tokens for the budget, and the losses of half and twice that size at the same cost."""
+    rate = config.mfu * CARDS[config.gpu].flops  # floating point operations per second
     hours = config.gpu_hours or config.dollars / (config.price or 1)
     flops = config.flops or rate * 3600 * hours
     law = read_law(config.law)
@@ -454,15 +464,18 @@ def plan(config: PlanConfig) -> dict:
 
 
 def shape_for(params: float, in_blocks: bool = False) -> tuple[int, int]:
-    """Layers and width of about so many parameters with GPT-2's vocabulary, or so many in the blocks: 12 · layers · width² and a table
-    (Kaplan et al., 2020, table 1), with heads of 64 and about 64 channels for each layer, as GPT-2's and GPT-3's smallest have."""
+    """Returns the layers and width of a GPT with about this many parameters and GPT-2's vocabulary.
+
+    It counts 12 · layers · width² plus the embedding tables (Kaplan et al., 2020, table 1). in_blocks: without the tables.
+    The width is about 64 · layers, as in the smallest GPT-2 and GPT-3.
+    """
     rows = 0 if in_blocks else VariantConfig().padded_vocab_size + VariantConfig().seq_len
 
-    def so_many(width: int) -> float:
+    def count(width: int) -> float:
         return 12 * width**3 / 64 + rows * width
 
     width = 64
-    while abs(so_many(width + 64) - params) < abs(so_many(width) - params):
+    while abs(count(width + 64) - params) < abs(count(width) - params):
         width += 64
     return max(1, round((params - rows * width) / (12 * width**2))), width
 
@@ -473,7 +486,7 @@ def flags_of(shape: tuple[int, int]) -> str:
 
 
 def params_of(shape: tuple[int, int]) -> int | None:
-    """Of a GPT with this shape and GPT-2's vocabulary; None for one that GPTs do not have."""
+    """Counts the parameters of a GPT with this shape and GPT-2's vocabulary. None if the shape is invalid."""
     layers, width = shape
     config = VariantConfig(n_layer=layers, n_embd=width, n_head=width // 64)
     return None if config.errors() else build_on_meta(config).num_params()
@@ -483,10 +496,11 @@ def show_plan(found: dict) -> str:
     cost = f", {found['dollars']:,.0f} $" if found["dollars"] else ""
     budget = f"{found['flops']:.3g} floating point operations, {found['gpu_hours']:,.1f} hours of one {found['gpu']}{cost}"
     lines = [f"{budget}, by {found['law']}:", ""]
-    lines += ["| | parameters | tokens | tokens a parameter | loss | flags of train.py | which have |", "| --- " * 7 + "|"]
+    lines += ["| | parameters | tokens | tokens per parameter | loss | flags of train.py | their parameters |", "| --- " * 7 + "|"]
     for name, row in zip(("half the size", "best", "twice the size"), found["rows"], strict=True):
-        n, d, its = row["params"], row["tokens"], f"{row['its_params'] / 1e6:,.4g} M" if row["its_params"] else "too many layers"
-        lines.append(f"| {name} | {n / 1e6:,.3g} M | {d / 1e9:,.3g} B | {d / n:,.3g} | {row['loss']:.4f} | {row['shape']} | {its} |")
+        n, d = row["params"], row["tokens"]
+        actual = f"{row['its_params'] / 1e6:,.4g} M" if row["its_params"] else "too many layers"
+        lines.append(f"| {name} | {n / 1e6:,.3g} M | {d / 1e9:,.3g} B | {d / n:,.3g} | {row['loss']:.4f} | {row['shape']} | {actual} |")
     return "\n".join(lines)
 
 
@@ -497,13 +511,13 @@ def do_ladder(config: LadderConfig):
     config.validate()
     runs = runs_of(config)
     for run in runs:
-        run.config()  # a fault of the last is told before the first begins
+        run.config()  # finds errors in the last run before the first one starts
     first = runs[0].config()
     shards = find_data(first)
     fit_vocabulary(first, shards)
     check_same_settings(folders_of(Path(config.out_dir)), first, shards.contents(), "this ladder")
     run_all(runs, config.workers)
-    print(f"{config.out_dir}: {len(runs)} runs; python -m lab.scaling fit --out-dir {config.out_dir}")
+    print(f"{len(runs)} runs finished in {config.out_dir}: fit them with python -m lab.scaling fit --out-dir {config.out_dir}")
 
 
 def do_fit(config: FitConfig):

@@ -1,8 +1,8 @@
-"""Looks for the flags of train.py with the lowest validation loss (Optuna).
+"""Searches for the flags of train.py with the lowest validation loss (Optuna).
 
     python -m lab.sweep max_lr=1e-4..1e-1:log n_layer=2..4 mlp=gelu,relu2 --flags="--preset quickstart --val-every 100"
 
-The same command goes on with a sweep that was stopped. --export FILE writes the space as a sweep of Weights & Biases instead.
+Run the same command again to continue a stopped sweep. --export FILE writes the space as a Weights & Biases sweep instead.
 """
 
 import itertools
@@ -34,39 +34,39 @@ from variants import VariantConfig
 
 @dataclass
 class SweepConfig:
-    """Look for the best flags of train.py."""
+    """Search for the best flags of train.py."""
 
     space: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """FLAG=A,B,C for a choice (true,false where a flag has no value), FLAG=LOW..HIGH for a range, of whole numbers when both ends are
-    such, FLAG=LOW..HIGH:log for one whose logarithm is drawn."""
+    """FLAG=A,B,C is a choice (true,false for a switch). FLAG=LOW..HIGH is a range, of integers if both ends are integers;
+    add :log to search it on a logarithmic scale."""
     flags: str = ""
-    """The other flags of train.py, in quotes and after an equals sign."""
+    """Other flags of train.py. Write --flags="…", with the equals sign."""
     trials: int = 20
-    """Runs in all, with those that were pruned; where the space has no more points than that, each of them once."""
+    """Runs in total, pruned ones included. A space with no more points than this runs each point once."""
     workers: int = 1
-    """Runs at a time, on a GPU each where there are several."""
+    """Runs at a time. With several GPUs, each run gets one."""
     prune: bool = True
-    """Once five runs have finished, end one that never came below their median validation loss at the same step."""
+    """Once five runs have finished, end a run that never got below their median validation loss at the same step."""
     seed: int = 1337
-    """Of the search; the runs have the seed of their flags."""
+    """Seed of the search. The runs take --seed from --flags."""
     out_dir: str = "log/sweep"
-    """Has a folder for each run, the study in sweep.db, and the picture."""
+    """Gets a folder for each run, the study (sweep.db) and the plot (sweep.png)."""
     export: str = ""
-    """Write the space as a sweep of Weights & Biases into this .yaml file, and run nothing."""
+    """Write the space to this .yaml file, for wandb sweep, and run nothing."""
     json: bool = False
     """Print JSON instead of a table."""
 
     def validate(self):
-        """ValueError with all errors at once."""
+        """Raises ValueError with all errors at once."""
         errors = cli.at_least(1, self, "trials", "workers") + cli.at_least(0, self, "seed")
-        raise_errors(errors if self.space else [*errors, "give at least one FLAG=VALUES, as max_lr=1e-4..1e-2:log"])
+        raise_errors(errors if self.space else [*errors, "give at least one FLAG=VALUES, such as max_lr=1e-4..1e-2:log"])
 
 
 # ---- the space ----
 
 
 class Choice(NamedTuple):
-    """A flag that is one of these."""
+    """A flag with one of these values."""
 
     values: list[str]
 
@@ -81,42 +81,42 @@ class Choice(NamedTuple):
 
 
 class Range(NamedTuple):
-    """A flag between two numbers; of whole ones when both are."""
+    """A flag between two numbers. It takes integers only if both are integers."""
 
     low: int | float
     high: int | float
     log: bool
 
     @property
-    def whole(self) -> bool:
+    def is_integer(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     def points(self, limit: int) -> range | list[float] | None:
-        """None: more than so many."""
-        if self.whole and self.high - self.low < limit:
+        """Returns all values of the range. None if they are more than the limit."""
+        if self.is_integer and self.high - self.low < limit:
             return range(self.low, self.high + 1)
         return [self.low] if self.low == self.high else None
 
     def suggest(self, trial, name: str):
-        suggest = trial.suggest_int if self.whole else trial.suggest_float
+        suggest = trial.suggest_int if self.is_integer else trial.suggest_float
         return suggest(name, self.low, self.high, log=self.log)
 
     def wandb(self) -> dict:
         names = {(True, True): "q_log_uniform_values", (True, False): "int_uniform", (False, True): "log_uniform_values"}
-        return {"distribution": names.get((self.whole, self.log), "uniform"), "min": self.low, "max": self.high}
+        return {"distribution": names.get((self.is_integer, self.log), "uniform"), "min": self.low, "max": self.high}
 
 
-THE_SWEEPS_OWN = ("out_dir", "resume", "replay_step")
+RESERVED = ("out_dir", "resume", "replay_step")
 
 
 def parse_space(words: tuple[str, ...]) -> dict[str, Choice | Range]:
-    """ValueError names the first word that is no FLAG=VALUES."""
+    """Parses FLAG=VALUES words. ValueError names the first invalid word."""
     space = {}
     for word in words:
         name, _, values = word.partition("=")
         name = name.replace("-", "_")
-        if not name or not values or name in space or name in THE_SWEEPS_OWN:
-            raise ValueError(f"{word!r} is no FLAG=VALUES, or its flag stands twice or belongs to the sweep")
+        if not name or not values or name in space or name in RESERVED:
+            raise ValueError(f"{word!r} is not FLAG=VALUES, or repeats a flag, or sets one of {', '.join(map(cli.flag, RESERVED))}")
         if name not in {f.name for kind in (TrainConfig, VariantConfig) for f in fields(kind)} - {"model"}:
             raise ValueError(f"{word!r}: train.py has no flag {cli.flag(name)}")
         low, dots, rest = values.partition("..")
@@ -130,7 +130,7 @@ def parse_range(word: str, low: str, rest: str) -> Range:
     low, high = number(low), number(high)
     fits = high is not None and -float("inf") < low <= high < float("inf")
     if not fits or kind not in ("", "log") or (kind == "log" and low <= 0):
-        raise ValueError(f"{word!r} is no FLAG=LOW..HIGH or FLAG=LOW..HIGH:log with LOW at most HIGH, and above 0 for a logarithm")
+        raise ValueError(f"{word!r} is not FLAG=LOW..HIGH or FLAG=LOW..HIGH:log: LOW must be at most HIGH, and above 0 for :log")
     return Range(low, high, kind == "log")
 
 
@@ -144,7 +144,7 @@ def number(text: str) -> int | float | None:
 
 
 def all_points(space: dict[str, Choice | Range], limit: int) -> list[dict]:
-    """Every point of a space that has no more than so many, else []."""
+    """Returns every point of the space, or [] if they are more than the limit."""
     axes = [values.points(limit) for values in space.values()]
     if None in axes or math.prod(map(len, axes)) > limit:
         return []
@@ -152,7 +152,7 @@ def all_points(space: dict[str, Choice | Range], limit: int) -> list[dict]:
 
 
 def flags_of(params: dict) -> list[str]:
-    """A point of the space as flags of train.py."""
+    """Returns a point of the space as flags of train.py."""
     words = []
     for name, value in params.items():
         if value in ("true", "false"):
@@ -163,19 +163,23 @@ def flags_of(params: dict) -> list[str]:
 
 
 def check(config: SweepConfig, space: dict[str, Choice | Range]):
-    """Exits 2 on an unknown flag, or a choice that its flag does not have, ValueError for a flag that is the sweep's own. What only
-    some points can't be is theirs to say."""
+    """Checks --flags and each value of the space alone. Invalid combinations of values show up later, run by run.
+
+    Exits 2 on an unknown flag or choice. ValueError for a flag that the sweep sets itself.
+    """
     for word in split(config.flags):
-        if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in THE_SWEEPS_OWN:
-            raise ValueError(f"{word} belongs to the sweep: take it out of --flags")
+        if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in RESERVED:
+            raise ValueError(f"the sweep sets {word} itself: remove it from --flags")
     for name, values in space.items():
         for value in values.values if isinstance(values, Choice) else [values.low, values.high]:
             parse_flags([*split(config.flags), *flags_of({name: value})])
 
 
 def export(config: SweepConfig, space: dict[str, Choice | Range]):
-    """The sweep's file; JSON is YAML. The agent's command puts each run into a folder of its id. W&B gives a flag that is true as it
-    is and leaves one that is false out, so that all begin as false."""
+    """Writes the file for wandb sweep, as JSON, which is valid YAML. Each run's folder has W&B's run id as its name.
+
+    W&B passes a true flag by its name and omits a false one. So the command first turns all such flags off.
+    """
     off = [cli.flag(f"no_{name}") for name, values in space.items() if isinstance(values, Choice) and "false" in values.values]
     flags = shlex.join([*split(config.flags), *off])
     command = f'exec python train.py --tracker wandb --out-dir {shlex.quote(config.out_dir)}/"$WANDB_RUN_ID" {flags} "$@"'
@@ -203,7 +207,7 @@ def import_optuna():
 
 
 def open_study(config: SweepConfig, points: list[dict]):
-    """A new study, which begins with these points, or the one that this command began. ValueError where it is another's."""
+    """Opens this command's study, or creates one that starts with these points. ValueError if the study has another command."""
     optuna = import_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = Path(config.out_dir, "sweep.db")
@@ -214,16 +218,16 @@ def open_study(config: SweepConfig, points: list[dict]):
             pruner=optuna.pruners.MedianPruner() if config.prune else optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
-    except Exception as e:  # of SQLite, SQLAlchemy or Optuna
-        raise ValueError(f"{path} can't be used ({type(e).__name__}): bring it back from a copy, or choose another --out-dir") from e
-    # a seed for each launch: its first points are random ones, and not those of the launch before
+    except Exception as e:  # from SQLite, SQLAlchemy or Optuna
+        raise ValueError(f"{path} can't be used ({type(e).__name__}): restore it from a backup, or choose another --out-dir") from e
+    # another seed for each launch: its first points are random and must not repeat the last launch's
     study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.get_trials()), constant_liar=True)
     command = shlex.join([*config.space, f"--flags={config.flags}"])
     before = study.user_attrs.get("command", command)
     if before != command:
-        raise ValueError(f"{config.out_dir} has the sweep {before}: give that one, or choose another --out-dir")
+        raise ValueError(f"{config.out_dir} has the sweep {before}: run that one, or choose another --out-dir")
     study.set_user_attr("command", command)
-    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # a stop left it: another one goes on in its folder
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # stopped: a new trial resumes its run
         study.enqueue_trial(trial.params, user_attrs={"folder": folder_of(trial)})
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
     for point in points:
@@ -236,25 +240,25 @@ def folder_of(trial) -> str:
 
 
 def tried(study) -> list:
-    """The trials that count; of those that a stop cut short their successors do."""
+    """Returns the trials that count. A stopped trial doesn't: the trial that resumes its run does."""
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in ("COMPLETE", "PRUNED", "RUNNING")]
 
 
 @dataclass
 class Running:
-    """A trial that is under way."""
+    """A trial whose run is training."""
 
     trial: object
     run: Run
     process: subprocess.Popen
     slot: int
     metrics_size: int = 0
-    reported: int = 0  # the last step whose loss the study knows
+    reported: int = 0  # last step whose loss the study has
     pruned: bool = False
 
 
 def sweep(config: SweepConfig, space: dict[str, Choice | Range], study):
-    """Runs what is missing. Only this thread touches the study: two that ask at once can be given the same trial by SQLite."""
+    """Runs the missing trials. Only this thread uses the study: with SQLite, two threads may get the same trial."""
     running: list[Running] = []
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     done, name = len(tried(study)), f"trials in {config.out_dir}"
@@ -268,7 +272,7 @@ def sweep(config: SweepConfig, space: dict[str, Choice | Range], study):
                 time.sleep(1)
                 running = [one for one in running if not follow(one, study)]
                 bar.update(len(tried(study)) - len(running) - bar.n)
-        finally:  # after an error or a signal those that are under way save and end
+        finally:  # on an error or a signal, the running trials save and exit
             for one in running:
                 one.process.terminate()
             for one in running:
@@ -276,7 +280,7 @@ def sweep(config: SweepConfig, space: dict[str, Choice | Range], study):
 
 
 def begin(config: SweepConfig, space: dict[str, Choice | Range], trial, slot: int) -> list[Running]:
-    """Starts a trial's run, or goes on with it; [] for a point that can't be."""
+    """Starts or resumes a trial's run. Returns [] if its settings are invalid."""
     params = {name: values.suggest(trial, name) for name, values in space.items()}
     folder = Path(config.out_dir, folder_of(trial))
     run = Run(f"trial {trial.number}", [*split(config.flags), *flags_of(params)], folder)
@@ -285,14 +289,14 @@ def begin(config: SweepConfig, space: dict[str, Choice | Range], trial, slot: in
     except ValueError as e:
         end(trial, str(e))
         return []
-    with open(folder.with_suffix(".out"), "a") as said:
+    with open(folder.with_suffix(".out"), "a") as output:
         argv = run.argv(resume=run.state() != "new")
-        process = subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=said, stderr=said, env=environment(config.workers, slot))
+        process = subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=output, stderr=output, env=environment(config.workers, slot))
     return [Running(trial, run, process, slot)]
 
 
 def environment(workers: int, slot: int) -> dict:
-    """Of a worker's run: its share of the cores, and one of the GPUs that this process may use."""
+    """Returns the environment of a worker's run: its part of the cores, and one of the GPUs that this process may use."""
     env = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))} | os.environ
     cards = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     gpus = cards if cards != [""] else [str(i) for i in range(torch.cuda.device_count())]
@@ -300,13 +304,16 @@ def environment(workers: int, slot: int) -> dict:
 
 
 def follow(one: Running, study) -> bool:
-    """Tells the study what a run has come to, and returns whether it has ended. ValueError for an end that is not its point's fault."""
+    """Reports a run's new losses to the study, and returns whether the run has ended.
+
+    ValueError if the run failed for a reason other than its settings.
+    """
     ended, metrics = one.process.poll() is not None, one.run.folder / "metrics.jsonl"
     size = metrics.stat().st_size if metrics.exists() else 0
     if size != one.metrics_size:
         one.metrics_size, losses = size, read_metrics(metrics, ["val_loss"])["val_loss"]
         for step in sorted(losses):
-            if step > one.reported:  # the loss before the first step says nothing
+            if step > one.reported:  # the loss before the first step tells nothing about the settings
                 one.trial.report(losses[step], step)
                 one.reported = step
     if not ended and not one.pruned and one.trial.should_prune():
@@ -317,35 +324,36 @@ def follow(one: Running, study) -> bool:
     elif ended and one.pruned:
         end(one.trial, f"pruned at step {one.reported}")
     elif ended:
-        said = one.run.folder.with_suffix(".out").read_text(errors="replace").strip().splitlines() or ["nothing"]
-        if "lower --" not in said[-1]:  # what diverges or takes too much memory says so; for all else the point is tried again
-            raise ValueError(f"{one.run.name}, in {one.run.folder}, ended with {one.process.returncode}: {said[-1]}")
-        end(one.trial, said[-1])
+        lines = one.run.folder.with_suffix(".out").read_text(errors="replace").strip().splitlines() or ["no message"]
+        # train.py says "lower --max-lr" or "lower --micro-batch-size" if the settings are to blame. Any other failure stops the sweep
+        if "lower --" not in lines[-1]:
+            raise ValueError(f"{one.run.name}, in {one.run.folder}, exited with {one.process.returncode}: {lines[-1]}")
+        end(one.trial, lines[-1])
     return ended
 
 
 def end(trial, why: str):
-    """For the search a run that was pruned, or diverged, or can't be, is among the worst."""
+    """Tells the search that a trial is among the worst: pruned, diverged or invalid."""
     trial.set_user_attr("why", why)
     trial.study.tell(trial, state=import_optuna().trial.TrialState.PRUNED)
 
 
-# ---- what came of them ----
+# ---- the results ----
 
 
 def rows_of(study) -> list[dict]:
-    """The best first, then those that did not come to an end. ValueError when none did."""
+    """Returns a row per trial: finished ones first, from the best on. ValueError if none has finished."""
     rows = [
         {
             "run": folder_of(trial),
             **trial.params,
-            "val_loss": trial.value if trial.state.name == "COMPLETE" else None,  # a pruned one has a value too
+            "val_loss": trial.value if trial.state.name == "COMPLETE" else None,  # a pruned trial has a value too
             "note": trial.user_attrs.get("why", ""),
         }
         for trial in tried(study)
     ]
     if all(row["val_loss"] is None for row in rows):
-        raise ValueError(f"none of {len(rows)} runs came to an end, the last one for this: {rows[-1]['note']}")
+        raise ValueError(f"none of {len(rows)} runs finished. The last one: {rows[-1]['note']}")
     return sorted(rows, key=lambda row: (row["val_loss"] is None, row["val_loss"] or 0.0))
 
 
@@ -362,7 +370,7 @@ def show(rows: list[dict], space: dict[str, Choice | Range]) -> str:
 
 
 def plot(rows: list[dict], space: dict[str, Choice | Range], out: Path):
-    """The loss over each flag of the space, of the runs that came to an end."""
+    """Plots the loss of the finished runs over each flag of the space."""
     from matplotlib.figure import Figure
 
     done = [row for row in rows if row["val_loss"] is not None]
@@ -371,7 +379,7 @@ def plot(rows: list[dict], space: dict[str, Choice | Range], out: Path):
         axes.scatter([row[name] for row in done], [row["val_loss"] for row in done])
         axes.set(xlabel=cli.flag(name), xscale="log" if isinstance(values, Range) and values.log else "linear")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("validation loss, nats a token")
+    figure.axes[0].set_ylabel("validation loss, nats per token")
     figure.savefig(out, dpi=110)
 
 
@@ -383,15 +391,15 @@ def main():
         check(config, space)
         if config.export:
             export(config, space)
-            print(f"{config.export}: wandb sweep {config.export}, then wandb agent with what it says")
+            print(f"wrote {config.export}: run wandb sweep {config.export}, then the wandb agent command that it prints")
             return
         import_optuna()
         if not space.keys() & {"preset", "data_dir"}:
-            find_data(parse_flags(split(config.flags)))  # once, and not by two runs at a time
+            find_data(parse_flags(split(config.flags)))  # make missing shards now: two runs must not make them at once
         with lock_folder(Path(config.out_dir)):
             points = all_points(space, config.trials)
             study = open_study(config, points)
-            if points:  # what earlier launches drew twice counts for nothing
+            if points:  # points that earlier launches ran twice count once
                 done = [trial.params for trial in tried(study)]
                 config.trials = len(done) + sum(point not in done for point in points)
             sweep(config, space, study)

@@ -1,4 +1,4 @@
-"""The benchmark: both sides of every work run, give the same answers and are measured."""
+"""lab.bench: times both sides of every task, and they give the same answers."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from lab import bench
 
 
 @pytest.mark.slow
-def test_every_work_is_timed_on_both_sides(tmp_path, gpt2_tokenizer):
+def test_bench_times_both_sides_of_every_task(tmp_path, gpt2_tokenizer):
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(6)))
     shape = "--n-layer 2 --n-head 2 --n-embd 32 --seq-len 256 --dtype fp32 --no-compile --device cpu".split()
@@ -29,7 +29,7 @@ def test_every_work_is_timed_on_both_sides(tmp_path, gpt2_tokenizer):
 
 
 @pytest.mark.slow
-def test_a_side_that_fails_is_one_line(tmp_path):
+def test_failing_side_is_one_line(tmp_path):
     shape = "--n-layer 1 --n-head 1 --n-embd 8 --seq-len 16 --device cpu".split()
     result = script("lab.bench", "--what", "score", *shape, "--hellaswag-file", tmp_path / "none.jsonl")
     error = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -40,7 +40,7 @@ def test_a_side_that_fails_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--what", "generate", "--seq-len", 64], "--new-tokens 128 are more than --seq-len 64"),
+        (["--what", "generate", "--seq-len", 64], "--new-tokens 128 exceed --seq-len 64: lower --new-tokens"),
         (["--vocab-size", 257], "--vocab-size is 257"),
         (["--what"], "--what has no value"),
         (["--activation-memory", 1.5], "--activation-memory is 1.5: it must be from 0 to 1"),
@@ -48,7 +48,7 @@ def test_a_side_that_fails_is_one_line(tmp_path):
         (["--what", "tokenize", "--dataset", "none.txt"], "none.txt not found"),
     ],
 )
-def test_a_mistake_is_one_line(capsys, argv, message):
+def test_mistakes_are_one_line(capsys, argv, message):
     assert run_main(bench.main, *argv) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]
@@ -58,12 +58,12 @@ def kill_self(bench):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_side_that_is_killed_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match="a side's process was killed"):
+def test_killed_side_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="a benchmark process was killed"):
         bench.Side(kill_self, bench.BenchConfig(device="cpu"), tmp_path).round(0)
 
 
-def test_the_table_says_when_answers_differ():
+def test_table_shows_different_answers():
     row = {
         "work": "score",
         "unit": "tasks/s",

@@ -1,4 +1,4 @@
-"""compare.py: what it says of runs, against plain arithmetic; one comparison whole."""
+"""lab.compare: its numbers against plain arithmetic, and complete comparisons of tiny models."""
 
 import json
 import shlex
@@ -16,54 +16,54 @@ from training.flags import parse_config
 from variants import VariantConfig, build
 
 
-def one(val_loss: float, speed: float = 10.0, tokens: int = 1000, seconds: float = 5.0) -> dict:
-    there = dict(tokens=tokens, val_loss=val_loss, seconds=seconds, tokens_per_second=speed, memory_bytes=1, params=2, active_params=2)
-    return there | dict(cache_bytes=3)
+def result(val_loss: float, speed: float = 10.0, tokens: int = 1000, seconds: float = 5.0) -> dict:
+    measured = dict(tokens=tokens, val_loss=val_loss, seconds=seconds, tokens_per_second=speed, memory_bytes=1, params=2, active_params=2)
+    return measured | dict(cache_bytes=3)
 
 
-def test_a_row_is_the_mean_of_its_seeds_and_its_speed_the_median_of_the_ratios():
-    rows = summary({"a": [one(2.0, 10), one(3.0, 20), one(4.0, 30)], "b": [one(1.0, 20), one(2.5, 30), one(2.5, 30)]})
+def test_summary_means_and_median_speed_ratio():
+    rows = summary({"a": [result(2.0, 10), result(3.0, 20), result(4.0, 30)], "b": [result(1.0, 20), result(2.5, 30), result(2.5, 30)]})
     assert [row["val_loss"] for row in rows] == [3.0, 2.0] and [row["spread"] for row in rows] == [2.0, 1.5]
     assert rows[1]["difference"] == -1.0 and rows[1]["perplexity"] == pytest.approx(7.389, abs=1e-3)
     assert (rows[0]["speed"], rows[1]["speed"]) == (1.0, 1.5)
 
 
-def test_tokens_to_a_loss_lie_between_the_runs_around_it():
+def test_tokens_to_a_loss_are_interpolated():
     assert amount_for(2.0, [100, 400], [2.5, 1.5]) == pytest.approx(200)
     assert amount_for(1.5, [100, 400], [2.5, 1.5]) == pytest.approx(400)
     assert amount_for(1.4, [100, 400], [2.5, 1.5]) is None and amount_for(2.6, [100, 400], [2.5, 1.5]) is None
-    runs = {"first": [one(2.0, tokens=1000)], "x": [one(2.5, tokens=100, seconds=1.0)], "y": [one(1.5, tokens=400, seconds=4.0)]}
+    runs = {"first": [result(2.0, tokens=1000)], "x": [result(2.5, tokens=100, seconds=1.0)], "y": [result(1.5, tokens=400, seconds=4.0)]}
     assert "tokens to the first variant's loss, seed by seed: 5.00" in tokens_to_the_same_loss(runs)
     assert "seconds to the first variant's loss, seed by seed: 2.50" in tokens_to_the_same_loss(runs)
-    assert "choose other lengths" in tokens_to_the_same_loss(runs | {"y": [one(2.1)]})
+    assert "choose other lengths" in tokens_to_the_same_loss(runs | {"y": [result(2.1)]})
 
 
 @pytest.mark.parametrize("switches", [{}, dict(n_kv_head=1), dict(window=8, window_pattern="SL", pos="rope")])
-def test_the_cache_is_as_large_as_a_real_one(switches):
+def test_cache_bytes_equal_a_real_cache(switches):
     config, cache = VariantConfig(97, 24, 4, 2, 16, **switches), KVCache(24)
     build(config)(ids_for(config, batch=1), cache=cache)
     assert cache_bytes(config) == cache.nbytes()
 
 
 @pytest.mark.parametrize("suite", compare.SUITES)
-def test_every_variant_of_a_suite_is_a_run_that_can_be_and_another(suite):
+def test_suite_variants_are_valid_and_distinct(suite):
     configs = [parse_config([*flags, "--out-dir", "none"]) for flags in compare.variants_of(CompareConfig(suite=suite)).values()]
     for config in configs:
         config.validate(1)
     assert len(set(map(repr, configs))) == len(configs)
 
 
-def test_suites_share_an_out_dir_so_that_a_name_stands_for_one_run():
+def test_a_variant_name_means_one_run():
     flags = {}
     for suite in compare.SUITES.values():
-        for name, its in suite.items():
-            assert flags.setdefault(compare.folder_of("", name, 1), (name, its)) == (name, its)
+        for name, own in suite.items():
+            assert flags.setdefault(compare.folder_of("", name, 1), (name, own)) == (name, own)
     run = compare.run_of(CompareConfig(out_dir="o"), "b", ["--teacher", "{out_dir}/a/{seed}"], 2)
     assert run.argv() == ["--teacher", "o/a/2", "--seed", "2", "--out-dir", "o/b/2"]
 
 
 @pytest.mark.parametrize("pos", ["learned", "rope"])
-def test_loss_by_position_is_the_loss_and_longer_models_are_the_same_at_first(shards, tmp_path, pos):
+def test_loss_by_position_and_stretched_models(shards, tmp_path, pos):
     assert run_train(shards, tmp_path, "--pos", pos, "--val-every", 0) == 0
     model, stream = stretched(tmp_path, 1, "none"), TokenStream(find_shards(shards), "val", 32, shuffle=False)
     losses = loss_by_position(model, stream, 5)
@@ -80,13 +80,13 @@ def test_loss_by_position_is_the_loss_and_longer_models_are_the_same_at_first(sh
 
 def test_mistakes_are_one_line(capsys, tmp_path):
     for argv, message in (
-        ([], "give variants, as"),
-        (["a=--max-steps 1", "--suite", "length"], "give variants, as"),
-        (["a", "--seeds", 0], "--seeds is 0: it must be at least 1; 'a' is no NAME=FLAGS"),
-        (["a b=", "a_b=--max-steps 1"], "two variants have the same name for a folder"),
+        ([], "give either variants, such as"),
+        (["a=--max-steps 1", "--suite", "length"], "give either variants, such as"),
+        (["a", "--seeds", 0], "--seeds is 0: it must be at least 1; 'a' is not NAME=FLAGS"),
+        (["a b=", "a_b=--max-steps 1"], "two variants would share a folder, rename one: a_b, a_b"),
         (["a=--n-head 5"], "a: n_embd 768 is not a multiple of n_head 5"),
         (["a='"], "No closing quotation"),
-        (["a=--seed 3", "b=--out-dir=x"], "a: each run has its own --seed and --out-dir: leave them out; b: each run"),
+        (["a=--seed 3", "b=--out-dir=x"], "a: lab.compare sets --seed and --out-dir for each run: leave them out; b: lab.compare"),
     ):
         assert run_main(compare.main, *argv, "--out-dir", tmp_path / "out") == 2
         (error,) = capsys.readouterr().err.strip().splitlines()
@@ -94,7 +94,7 @@ def test_mistakes_are_one_line(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_was_stopped_at_its_last_validation_goes_on(tmp_path):
+def test_unvalidated_checkpoint_does_not_count(tmp_path):
     model = build(VariantConfig(257, 16, 1, 2, 16))
     save_checkpoint(tmp_path, 10, model, "bytes", 1.5, {})
     assert compare.last_checkpoint(tmp_path)["val_loss"] == 1.5
@@ -102,21 +102,21 @@ def test_a_run_that_was_stopped_at_its_last_validation_goes_on(tmp_path):
     assert compare.last_checkpoint(tmp_path) == {} == compare.last_checkpoint(tmp_path / "none")
 
 
-class Ended:
-    """A finished process, as subprocess.Popen has it."""
+class Finished:
+    """A finished process with the interface of subprocess.Popen."""
 
     def __init__(self, result):
         self.returncode, self.communicate = result.returncode, lambda: ("", result.stderr)
 
 
-def test_two_variants_are_compared_and_what_is_there_is_not_done_again(shards, tmp_path, capsys, monkeypatch):
+def test_comparison_keeps_finished_runs(shards, tmp_path, capsys, monkeypatch):
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0", "--sample-every", "20"])
     argv = ["plain=", "rope, 1 KV head=--pos rope --n-kv-head 1", f"--flags={flags}", "--out-dir", tmp_path, "--seeds", 2]
-    monkeypatch.setattr(compare, "launch", lambda argv: Ended(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(compare, "launch", lambda argv: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, *argv) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 4 and table[3].startswith("| rope, 1 KV head | 31,") and table[3].endswith("| 8 kB |")
-    with open(tmp_path / "plain" / "1" / "metrics.jsonl", "a") as file:  # HellaSwag comes after the last validation, and then a kill
+    with open(tmp_path / "plain" / "1" / "metrics.jsonl", "a") as file:  # HellaSwag after the last validation, then a kill
         file.write(json.dumps({"step": 20, "hellaswag_acc": 0.25, "seconds": 1.0}) + '\n{"step": 20, "hella')
     monkeypatch.setattr(compare, "launch", None)
     assert run_main(compare.main, "plain=--max-steps 30", *argv[2:]) == 2
@@ -128,19 +128,19 @@ def test_two_variants_are_compared_and_what_is_there_is_not_done_again(shards, t
     monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock) ** 2)  # each call takes two seconds longer
     assert run_main(compare.main, *argv, "--json", "--time-steps", 10) == 0
     timed = json.loads(capsys.readouterr().out)["variants"]
-    # a turn of 5 steps of each, then two more, of which the medians are those of the steps in the middle
+    # each variant does a turn of 5 steps to warm up, then 2 timed turns
     seconds = [statistics.median(2 * 2 * (turn * 10 + first + i) + 1 for turn in (1, 2) for i in range(5)) for first in (0, 5)]
     assert [row["tokens_per_second"] for row in timed] == pytest.approx([256 / s for s in seconds])
     assert timed[1]["speed"] == pytest.approx(seconds[0] / seconds[1]) and timed[1]["val_loss"] == rows[1]["val_loss"]
 
 
-def test_fine_tuning_is_compared_and_not_done_again(shards, tmp_path, capsys, monkeypatch):
+def test_fine_tuning_comparison_keeps_finished_runs(shards, tmp_path, capsys, monkeypatch):
     assert run_train(shards, tmp_path / "base", "--pos", "rope", "--max-steps", 4) == 0
     flags = shlex.join(
         [*TINY[8:], "--init-from", str(tmp_path / "base"), "--data-dir", str(shards), "--val-every", "0", "--max-steps", "4"]
     )
     argv = ["tuned=", "window=--window 8", f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
-    monkeypatch.setattr(compare, "launch", lambda argv: Ended(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(compare, "launch", lambda argv: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, *argv) == 0
     table = capsys.readouterr().out.splitlines()[-4:]
     monkeypatch.setattr(compare, "launch", None)
@@ -150,17 +150,17 @@ def test_fine_tuning_is_compared_and_not_done_again(shards, tmp_path, capsys, mo
     assert "window: window 9 does not fit" in capsys.readouterr().err
 
 
-def test_a_student_of_another_teacher_is_another_run(shards, tmp_path, capsys, monkeypatch):
+def test_another_teacher_is_another_run(shards, tmp_path, capsys, monkeypatch):
     for name in ("base", "other"):
         assert run_train(shards, tmp_path / name, "--max-steps", 2, "--val-every", 0) == 0
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0", "--max-steps", "4"])
     argv = [f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
-    monkeypatch.setattr(compare, "launch", lambda argv: Ended(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(compare, "launch", lambda argv: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base", *argv) == 0
     monkeypatch.setattr(compare, "launch", None)
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base/", *argv) == 0
-    taught, lessons = [], compare.load_teacher
-    monkeypatch.setattr(compare, "load_teacher", lambda config: taught.append(config.teacher) or lessons(config))
+    taught, load_teacher = [], compare.load_teacher
+    monkeypatch.setattr(compare, "load_teacher", lambda config: taught.append(config.teacher) or load_teacher(config))
     steps, update = [], compare.Trainer.update
     monkeypatch.setattr(compare.Trainer, "update", lambda self, step: steps.append(step) or update(self, step))
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base", *argv, "--time-steps", 5) == 0
@@ -170,6 +170,6 @@ def test_a_student_of_another_teacher_is_another_run(shards, tmp_path, capsys, m
 
 
 @pytest.mark.slow
-def test_the_script_says_what_a_run_said(shards, tmp_path):
+def test_script_shows_the_error_of_a_run(shards, tmp_path):
     result = script("lab.compare", "a=--preset quickstart --data-dir nowhere", "--out-dir", tmp_path, "--seeds", 1)
     assert result.returncode == 2 and "the folder nowhere does not exist" in result.stderr.splitlines()[-1]

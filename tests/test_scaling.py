@@ -1,4 +1,4 @@
-"""scaling.py: fits against known laws and published ones, plans against published tables; one ladder whole."""
+"""lab.scaling: fits against known and published laws, plans against a search, and one complete ladder."""
 
 import itertools
 import json
@@ -27,20 +27,20 @@ def points_on(law: Law, noise: float = 0.0, seed: int = 0) -> list[Point]:
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_a_fit_finds_the_law_that_the_points_lie_on(law):
+def test_fit_recovers_the_law(law):
     found, _ = fit(points_on(law))
     assert [*vars(found).values()] == pytest.approx([*vars(law).values()], rel=1e-4)
     found, _ = fit(points_on(law, noise=1e-4))
     assert [*vars(found).values()] == pytest.approx([*vars(law).values()], rel=0.05)
 
 
-def test_an_odd_run_does_little():
+def test_an_outlier_changes_the_fit_little():
     points = points_on(LAWS[0], noise=1e-4)
     points[7] = points[7]._replace(loss=points[7].loss * 1.2)
     assert fit(points)[0].loss(1e8, 1e9) == pytest.approx(LAWS[0].loss(1e8, 1e9), rel=0.01)
 
 
-def test_the_gradient_is_that_of_the_objective():
+def test_gradient_matches_the_objective():
     rng = np.random.default_rng(0)
     log_n, log_d, log_loss = np.log([[p.params, p.tokens, p.loss] for p in points_on(LAWS[0])]).T
     for _ in range(5):
@@ -53,7 +53,7 @@ def test_the_gradient_is_that_of_the_objective():
         assert value == pytest.approx(sum(huber))
 
 
-def test_four_of_five_intervals_have_the_truth_in_them():
+def test_intervals_cover_the_truth():
     law, inside = LAWS[2], 0
     for seed in range(4):
         points = points_on(law, 2e-3, seed)
@@ -65,7 +65,7 @@ def test_four_of_five_intervals_have_the_truth_in_them():
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_the_best_size_is_where_a_search_finds_it(law):
+def test_best_size_matches_a_search(law):
     for flops in (1e15, 1e19, 1e23):
         n, d = law.best(flops)
         assert 6 * n * d == pytest.approx(flops)
@@ -75,14 +75,14 @@ def test_the_best_size_is_where_a_search_finds_it(law):
     assert math.log(low / high) / math.log(100) == pytest.approx(law.exponent)
 
 
-def test_the_published_laws_give_the_published_sizes():
-    n, d = PUBLISHED["besiroglu"].best(5.76e23)  # Besiroglu et al., 2024: Chinchilla, 70 B parameters and 1.4 T tokens, was about right
+def test_published_laws_give_published_sizes():
+    n, d = PUBLISHED["besiroglu"].best(5.76e23)  # Besiroglu et al., 2024: Chinchilla (70 B parameters, 1.4 T tokens) is about optimal
     assert n == pytest.approx(70e9, rel=0.1) and d == pytest.approx(1.4e12, rel=0.1)
     low, high = (PUBLISHED["hoffmann"].best(c)[0] for c in (1e20, 1e22))
     assert math.log(high / low) / math.log(100) == pytest.approx(0.46, abs=0.01)  # Hoffmann et al., 2022, table 2, approach 3
     kaplan = PUBLISHED["kaplan"]
     assert kaplan.best(1e3 * 8.64e19)[0] / kaplan.best(8.64e19)[0] == pytest.approx(1000**0.73)
-    assert kaplan.loss(1.5e9, 1e30) == pytest.approx((8.8e13 / 1.5e9) ** 0.076, rel=0.05)  # equation 1.1, whose numbers are others
+    assert kaplan.loss(1.5e9, 1e30) == pytest.approx((8.8e13 / 1.5e9) ** 0.076, rel=0.05)  # equation 1.1 has other constants
 
 
 # ---- plans ----
@@ -93,7 +93,7 @@ def plan_of(capsys, *flags) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_plan_spends_the_budget(capsys, tmp_path):
+def test_plan_spends_the_budget(capsys, tmp_path):
     found = plan_of(capsys, "--dollars", 30, "--price", 3, "--gpu", "H100", "--mfu", 0.5)
     assert found["flops"] == pytest.approx(10 * 3600 * 0.5 * 989e12) and found["gpu_hours"] == pytest.approx(10) and found["dollars"] == 30
     assert all(6 * row["params"] * row["tokens"] == pytest.approx(found["flops"]) for row in found["rows"])
@@ -104,8 +104,8 @@ def test_a_plan_spends_the_budget(capsys, tmp_path):
     assert plan_of(capsys, "--gpu-hours", 10, "--mfu", 0.5, "--law", tmp_path / "law.json")["rows"] == found["rows"]
 
 
-def test_the_flags_of_a_plan_have_about_its_size(capsys):
-    """Counted by the model that train.py makes of them; Kaplan et al. count the blocks alone."""
+def test_plan_flags_have_about_its_size(capsys):
+    """Builds the model that train.py would. Kaplan et al. count only the blocks."""
     for law, flops in itertools.product(("besiroglu", "kaplan"), (1e17, 1e18, 1e20, 1e21)):
         assert run_main(scaling.main, "plan", "--law", law, "--flops", flops, "--json") == 0
         for row in json.loads(capsys.readouterr().out)["rows"]:
@@ -117,27 +117,27 @@ def test_the_flags_of_a_plan_have_about_its_size(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("plan", "give one budget: --flops 1e19"),
         ("plan --flops 1e19 --gpu-hours 3", "give one budget"),
-        ("plan --dollars 3 --mfu 2", "--dollars needs --price, in dollars an hour of one --gpu; --mfu is 2.0: it must be above 0"),
-        ("plan --flops 1e19 --law nowhere.json", "nowhere.json is no law: give besiroglu, hoffmann, kaplan or the law.json"),
+        ("plan --dollars 3 --mfu 2", "--dollars needs --price: dollars per hour of one --gpu; --mfu is 2.0: it must be above 0"),
+        ("plan --flops 1e19 --law nowhere.json", "nowhere.json is not a law: give besiroglu, hoffmann, kaplan or a law.json"),
         ("plan --flops inf", "--flops is inf: it must be a finite number of at least 0"),
-        ("plan --flops 1e19 --law {tmp}/empty.json", "is no law: give besiroglu, hoffmann, kaplan or the law.json"),
+        ("plan --flops 1e19 --law {tmp}/empty.json", "is not a law: give besiroglu, hoffmann, kaplan or a law.json"),
         (
             "fit --out-dir {tmp}/nowhere",
             "no finished run in {tmp}/nowhere: train some with python -m lab.scaling ladder --out-dir {tmp}/nowhere",
         ),
-        ("fit --points {tmp}/few.csv", "1 points are too few to fit five numbers: at least 6, of 3 sizes and 3 amounts of tokens"),
+        ("fit --points {tmp}/few.csv", "1 points are too few to fit: give at least 6, with 3 sizes and 3 token counts"),
         ("fit --points {tmp}/few.csv --hold-out 2", "--hold-out 2 leaves none of 1 runs to fit: lower it"),
-        ("fit --points {tmp}/flat.csv", "no law fits these runs: their losses do not fall with size; train"),
-        ("plan --flops 1e19 --law {tmp}/nan.json", "nan.json is no law"),
+        ("fit --points {tmp}/flat.csv", "no law fits these runs, their losses do not fall with size: train"),
+        ("plan --flops 1e19 --law {tmp}/nan.json", "nan.json is not a law"),
         ("fit --points {tmp}/odd.csv", "odd.csv, line 3: params and tokens must be from 1 to 1e30, loss above 0"),
         ("fit --points {tmp}/huge.csv", "huge.csv, line 2: params and tokens must be from 1 to 1e30"),
-        ("fit --points {tmp}/header.csv", "header.csv must begin with a line that names its columns, params, tokens, loss among them"),
-        ("fit --points {tmp}/empty.json", "empty.json must begin with a line that names its columns"),
-        ("fit --points {tmp}/none.csv", "none.csv has no points"),
+        ("fit --points {tmp}/header.csv", "header.csv needs a first line of column names, with commas: params,tokens,loss"),
+        ("fit --points {tmp}/empty.json", "empty.json needs a first line of column names"),
+        ("fit --points {tmp}/none.csv", "none.csv has no points: add lines with params,tokens,loss"),
         ("fit --points {tmp}/nowhere.csv", "nowhere.csv"),
         (
             "ladder --data-dir {tmp} --sizes 3x33 --tokens 0 --workers 0",
@@ -145,10 +145,10 @@ def test_the_flags_of_a_plan_have_about_its_size(capsys):
         ),
         ("ladder --data-dir {tmp}/nowhere", "no shards: the folder {tmp}/nowhere does not exist"),
         ("ladder --data-dir {tmp} --flags=--seq-len=0", "--flags: seq_len is 0"),
-        ("ladder --data-dir {tmp} --flags=--plan", "--flags: --plan, --replay-step and --resume begin no run: leave them out"),
+        ("ladder --data-dir {tmp} --flags=--plan", "--flags: --plan, --replay-step and --resume start no new run: leave them out"),
     ],
 )
-def test_what_can_not_be_is_one_line(words, said, tmp_path, capsys):
+def test_mistakes_are_one_line(words, message, tmp_path, capsys):
     (tmp_path / "empty.json").write_text("{}")
     (tmp_path / "few.csv").write_text("params,tokens,loss\n1e6,1e6,3.0\n")
     (tmp_path / "flat.csv").write_text("params,tokens,loss\n" + "".join(f"{n}e6,{d}e6,{n + d}\n" for n in (1, 2, 4) for d in (1, 2, 4)))
@@ -159,7 +159,7 @@ def test_what_can_not_be_is_one_line(words, said, tmp_path, capsys):
     (tmp_path / "odd.csv").write_text("\ufeffparams,tokens,loss\n1e6,1e6,3.0\n1e6,,3.0\n")
     assert run_main(scaling.main, *words.format(tmp=tmp_path).split()) == 2
     err = capsys.readouterr().err
-    assert said.format(tmp=tmp_path) in err and err.count("\n") == 1
+    assert message.format(tmp=tmp_path) in err and err.count("\n") == 1
 
 
 # ---- the ladder ----
@@ -173,17 +173,17 @@ def test_runs_of_another_ladder_are_named(shards, tmp_path, capsys):
     assert [(p.name, p.tokens) for p in scaling.points_of(tmp_path)] == [("a", 2 * 256), ("b", 5 * 256)]
     assert run_train(shards, tmp_path / "c", "--max-steps", 2, "--max-lr", 1e-3) == 0
     assert run_main(scaling.main, "fit", "--out-dir", tmp_path) == 2
-    assert f"max_lr 0.001 does not fit {tmp_path}/a, which has 0.003: move {tmp_path}/c elsewhere, it is of" in capsys.readouterr().err
+    assert f"max_lr 0.001 does not fit {tmp_path}/a, which has 0.003: move {tmp_path}/c elsewhere, it belongs to" in capsys.readouterr().err
     ladder = ["ladder", "--data-dir", shards, "--out-dir", tmp_path, "--sizes", "1x32", "--tokens", 512, "--warmup-ratio", 0]
-    assert run_main(scaling.main, *ladder, f"--flags={' '.join(map(str, TINY))}") == 2  # before it trains
-    assert f"max_lr 0.001 does not fit this ladder, which has 0.003: move {tmp_path}/c elsewhere, it is of" in capsys.readouterr().err
+    assert run_main(scaling.main, *ladder, f"--flags={' '.join(map(str, TINY))}") == 2  # before it trains anything
+    assert f"max_lr 0.001 does not fit this ladder, which has 0.003: move {tmp_path}/c elsewhere, it belongs to" in capsys.readouterr().err
     assert run_main(scaling.main, "fit", "--out-dir", tmp_path, "--points", "some.csv") == 2
-    assert f"--out-dir {tmp_path} has a ladder, whose law --points would overwrite: give another" in capsys.readouterr().err
+    assert f"--out-dir {tmp_path} has a ladder, and --points would overwrite its law: choose another --out-dir" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
 @pytest.mark.slow
-def test_a_ladder_is_trained_fitted_and_not_trained_again(shards, tmp_path, capsys):
+def test_ladder_trains_once_and_fits(shards, tmp_path, capsys):
     flags = " ".join(TINY).replace("--max-steps 20", "").replace("--warmup-steps 3", "")
     words = ["ladder", "--data-dir", shards, "--out-dir", tmp_path, f"--flags={flags}", "--workers", 2]
     grid = ["--sizes", "1x32", "2x32", "2x64", "--tokens", 2560, 5120, 10240]

@@ -1,4 +1,4 @@
-"""sweep.py: the space as Optuna and W&B get it, runs that are pruned, fail, stop and go on."""
+"""lab.sweep: the space in Optuna and W&B; runs that are pruned, fail, stop and resume."""
 
 import json
 import shlex
@@ -19,7 +19,7 @@ from training.flags import parse_flags
 SPACE = ("max_lr=1e-3..1e-1:log", "n-layer=1..3", "mlp=gelu,relu2", "qk_norm=true,false", "ema=0..0.5")
 
 
-def test_a_space_is_what_its_words_say():
+def test_space_suggests_its_values_as_flags():
     space = parse_space(SPACE)
     assert space["max_lr"] == Range(1e-3, 1e-1, True) and space["n_layer"] == Range(1, 3, False) and space["ema"] == Range(0.0, 0.5, False)
     assert space["mlp"] == Choice(["gelu", "relu2"])
@@ -33,10 +33,10 @@ def test_a_space_is_what_its_words_say():
         shape = config.model.n_layer, config.model.mlp, config.model.qk_norm
         assert shape == (points[-1]["n_layer"], points[-1]["mlp"], points[-1]["qk_norm"] == "true")
     assert {point["n_layer"] for point in points} == {1, 2, 3} and len({(point["mlp"], point["qk_norm"]) for point in points}) == 4
-    assert 30 < sum(point["max_lr"] < 1e-2 for point in points) < 70  # the middle of the logarithms
+    assert 30 < sum(point["max_lr"] < 1e-2 for point in points) < 70  # 1e-2 is the middle of the logarithmic range
 
 
-def test_the_exported_sweep_is_one_of_wandbs(tmp_path, capsys):
+def test_exported_sweep_runs_like_a_wandb_sweep(tmp_path, capsys):
     file = tmp_path / "sweep.yaml"
     argv = [
         *SPACE,
@@ -55,20 +55,20 @@ def test_the_exported_sweep_is_one_of_wandbs(tmp_path, capsys):
     assert content["parameters"]["n_layer"] == {"distribution": "int_uniform", "min": 1, "max": 3}
     assert content["parameters"]["ema"] == {"distribution": "uniform", "min": 0.0, "max": 0.5}
     assert content["parameters"]["qk_norm"] == {"values": [True, False]}
-    # the agent puts flags in the place of the last word, and the id of the run into the environment
+    # the agent replaces the last word with flags and puts the run's id into the environment
     command = [*content["command"][:-1], "--max_lr=0.5", "--qk_norm"]
     command[2] = command[2].replace("python train.py", f"{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'")
-    said = subprocess.run(command, capture_output=True, text=True, env={"WANDB_RUN_ID": "abc"}, check=True).stdout
-    config = parse_flags(json.loads(said))
+    printed = subprocess.run(command, capture_output=True, text=True, env={"WANDB_RUN_ID": "abc"}, check=True).stdout
+    config = parse_flags(json.loads(printed))
     assert config.out_dir == f"{tmp_path}/x y/abc" and config.tracker == "wandb" and config.sample_prompt == "a b"
     assert config.max_lr == 0.5 and config.model.qk_norm and config.model.n_layer == 2
-    said = subprocess.run(command[:-1], capture_output=True, text=True, env={"WANDB_RUN_ID": "abc"}, check=True).stdout
-    assert not parse_flags(json.loads(said)).model.qk_norm and "--no-bias" in json.loads(said)  # what is false is left out by W&B
+    printed = subprocess.run(command[:-1], capture_output=True, text=True, env={"WANDB_RUN_ID": "abc"}, check=True).stdout
+    assert not parse_flags(json.loads(printed)).model.qk_norm and "--no-bias" in json.loads(printed)  # W&B omits a false flag
     assert not (tmp_path / "x y").exists()
 
 
 class Process:
-    """One that goes on until it is terminated, or has ended with a code."""
+    """Runs until it is terminated, or has exited with a code."""
 
     def __init__(self, code=None):
         self.returncode = code
@@ -80,13 +80,13 @@ class Process:
         self.returncode = 143
 
 
-def write_losses(folder, *losses, said="error: the loss is nan: begin again with a lower --max-lr"):
+def write_losses(folder, *losses, message="error: the loss is nan: begin again with a lower --max-lr"):
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": 10 * i, "val_loss": loss}) + "\n" for i, loss in enumerate(losses)))
-    folder.with_suffix(".out").write_text(f"step 3\n{said}\n")
+    folder.with_suffix(".out").write_text(f"step 3\n{message}\n")
 
 
-def test_a_run_that_is_worse_than_the_median_is_ended(tmp_path):
+def test_run_worse_than_the_median_is_pruned(tmp_path):
     study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_startup_trials=2))
     for loss in (1.0, 2.0, 3.0):
         trial = study.ask()
@@ -104,7 +104,7 @@ def test_a_run_that_is_worse_than_the_median_is_ended(tmp_path):
             assert last.state.name == "PRUNED" and last.user_attrs["why"] == "pruned at step 10" and last.intermediate_values == {10: 2.1}
 
 
-def test_a_run_that_fails_is_among_the_worst_and_says_why(tmp_path):
+def test_diverged_run_counts_as_pruned(tmp_path):
     study = optuna.create_study()
     write_losses(tmp_path / "0", 9.0)
     one = Running(study.ask(), Run("x", [], tmp_path / "0"), Process(1), 0)
@@ -113,16 +113,16 @@ def test_a_run_that_fails_is_among_the_worst_and_says_why(tmp_path):
     assert trial.state.name == "PRUNED" and trial.user_attrs["why"] == "error: the loss is nan: begin again with a lower --max-lr"
 
 
-def test_an_end_that_is_not_the_points_fault_ends_the_sweep_and_the_point_is_tried_again(tmp_path):
+def test_unrelated_failure_stops_the_sweep(tmp_path):
     study = optuna.create_study()
-    write_losses(tmp_path / "0", 9.0, said="error: another process is writing into x")
-    with pytest.raises(ValueError, match=r"x, in .*/0, ended with 2: error: another process is writing into x"):
+    write_losses(tmp_path / "0", 9.0, message="error: another process is writing into x")
+    with pytest.raises(ValueError, match=r"x, in .*/0, exited with 2: error: another process is writing into x"):
         follow(Running(study.ask(), Run("x", [], tmp_path / "0"), Process(2), 0), study)
     assert study.get_trials()[0].state.name == "RUNNING"
 
 
 @pytest.mark.slow
-def test_each_point_of_a_small_space_is_tried_once(shards, tmp_path, monkeypatch, capsys):
+def test_small_space_runs_each_point_once(shards, tmp_path, monkeypatch, capsys):
     seen = []
 
     def begin(config, space, trial, slot):
@@ -137,10 +137,10 @@ def test_each_point_of_a_small_space_is_tried_once(shards, tmp_path, monkeypatch
     assert run_main(sweep.main, *argv, 6) == 2 and run_main(sweep.main, *argv, 9) == 0
     assert sorted(seen[:2] + seen[3:]) == [(n, mlp, 0.5) for n in (1, 2, 3) for mlp in ("gelu", "relu2")]
     assert run_main(sweep.main, *argv, 6) == 0 and len(seen) == 7
-    assert len(optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/sweep.db").trials) == 7  # none waits for nothing
+    assert len(optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/sweep.db").trials) == 7  # no point is left in the queue
     assert len(capsys.readouterr().out.splitlines()) == 2 * 8
-    seen[:] = [None] * 3  # no stop
-    argv[-2] = tmp_path / "few at first"
+    seen[:] = [None] * 3  # begin stops at the third point only
+    argv[-2] = tmp_path / "fewer trials first"
     assert run_main(sweep.main, *argv, 5) == 0 and run_main(sweep.main, *argv, 20) == 0
     assert len(set(seen[3:])) == 6 and len(seen[8:]) == 6 - len(set(seen[3:8]))
     assert parse_space(("mlp=gelu,relu2,gelu",))["mlp"] == Choice(["gelu", "relu2"])
@@ -148,7 +148,7 @@ def test_each_point_of_a_small_space_is_tried_once(shards, tmp_path, monkeypatch
     assert sweep.all_points(parse_space(argv[:3]), 5) == sweep.all_points(parse_space(("max_lr=1..2.5",)), 5) == []
 
 
-def test_a_worker_has_its_share_of_the_cores_and_a_gpu_of_ours(monkeypatch):
+def test_workers_split_cores_and_gpus(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.get_num_threads", lambda: 16)
@@ -161,14 +161,14 @@ def test_a_worker_has_its_share_of_the_cores_and_a_gpu_of_ours(monkeypatch):
     assert sweep.environment(2, 0)["OMP_NUM_THREADS"] == "1"
 
 
-def test_without_optuna_it_says_how_to_get_it(monkeypatch, capsys, tmp_path):
+def test_missing_optuna_names_the_install_command(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert run_main(sweep.main, "max_lr=1,2", "--out-dir", tmp_path / "out") == 2
     assert ": pip install optuna" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_stopped_goes_on(shards, tmp_path):
+def test_stopped_sweep_resumes(shards, tmp_path):
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--max-steps", "300"])
     argv = ["max_lr=1e-3..1e-1:log", "n_head=1,2,3", f"--flags={flags}", "--trials", "5", "--workers", "2", "--out-dir", tmp_path / "sweep"]
     command = list(map(str, [sys.executable, "-m", "lab.sweep", *argv]))
@@ -183,18 +183,18 @@ def test_a_sweep_that_is_stopped_goes_on(shards, tmp_path):
     assert again.returncode == 0, again.stderr
     rows = [line.strip("| ").split(" | ") for line in again.stdout.splitlines()[2:]]
     assert len(rows) == 5 and (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
-    assert len({row[1] for row in rows}) == 5  # the second launch does not draw the points of the first again
+    assert len({row[1] for row in rows}) == 5  # the second launch draws other points than the first
     losses = [float(row[3]) for row in rows if row[2] != "3"]
     assert losses == sorted(losses) and all("n_embd 32 is not a multiple of n_head 3" in row[-1] for row in rows if row[2] == "3")
     for row in rows:
         if row[2] != "3":
             log = (tmp_path / "sweep" / row[0] / "log.txt").read_text().splitlines()
             steps = [int(line.split()[0]) for line in log if " train " in line]
-            assert steps == list(range(300))  # in the folder where they began, and none done twice
+            assert steps == list(range(300))  # each resumed in its own folder, and no step ran twice
     third = subprocess.run(command, capture_output=True, text=True)
     assert third.stdout == again.stdout
-    other = subprocess.run([*command[:2], "max_lr=1,2", *command[3:]], capture_output=True, text=True)
-    assert other.returncode == 2 and "give that one, or choose another --out-dir" in other.stderr
+    other = subprocess.run([*command[:3], "max_lr=1,2", *command[4:]], capture_output=True, text=True)
+    assert other.returncode == 2 and "run that one, or choose another --out-dir" in other.stderr
     (tmp_path / "sweep" / "sweep.db").write_bytes(b"x" * 5000)
     damaged = subprocess.run(command, capture_output=True, text=True)
     assert damaged.returncode == 2 and "sweep.db can't be used (DatabaseError)" in damaged.stderr.splitlines()[-1]
@@ -205,19 +205,19 @@ def test_a_sweep_that_is_stopped_goes_on(shards, tmp_path):
     [
         ([], "give at least one FLAG=VALUES"),
         (["max_lr=1", "--trials", 0, "--workers", 0], "--trials is 0: it must be at least 1; --workers is 0"),
-        (["max_lr"], "'max_lr' is no FLAG=VALUES"),
-        (["max_lr=1", "max-lr=2"], "'max-lr=2' is no FLAG=VALUES, or its flag stands twice"),
-        (["out_dir=a,b"], "belongs to the sweep"),
-        (["max_lr=1..x"], "'max_lr=1..x' is no FLAG=LOW..HIGH"),
-        (["max_lr=2..1"], "with LOW at most HIGH"),
-        (["max_lr=0..1:log"], "above 0 for a logarithm"),
-        (["max_lr=0..nan"], "is no FLAG=LOW..HIGH"),
+        (["max_lr"], "'max_lr' is not FLAG=VALUES"),
+        (["max_lr=1", "max-lr=2"], "'max-lr=2' is not FLAG=VALUES, or repeats a flag"),
+        (["out_dir=a,b"], "or sets one of --out-dir, --resume, --replay-step"),
+        (["max_lr=1..x"], "'max_lr=1..x' is not FLAG=LOW..HIGH"),
+        (["max_lr=2..1"], "LOW must be at most HIGH"),
+        (["max_lr=0..1:log"], "above 0 for :log"),
+        (["max_lr=0..nan"], "is not FLAG=LOW..HIGH"),
         (["max_lrr=1,2"], "'max_lrr=1,2': train.py has no flag --max-lrr"),
-        (["max_lr=1", "--flags=--out-dir x"], "--out-dir belongs to the sweep"),
-        (["max_lr=1", "--flags=--resume"], "--resume belongs to the sweep"),
-        (["max_lr=0..inf"], "is no FLAG=LOW..HIGH"),
-        (["max_lr=0..1:lin"], "is no FLAG=LOW..HIGH"),
-        (["max_lr=1", "--flags='"], "No closing quotation: a quote in the flags has no second one"),
+        (["max_lr=1", "--flags=--out-dir x"], "the sweep sets --out-dir itself: remove it"),
+        (["max_lr=1", "--flags=--resume"], "the sweep sets --resume itself: remove it"),
+        (["max_lr=0..inf"], "is not FLAG=LOW..HIGH"),
+        (["max_lr=0..1:lin"], "is not FLAG=LOW..HIGH"),
+        (["max_lr=1", "--flags='"], "No closing quotation: check the quotes and backslashes in the flags"),
     ],
 )
 def test_mistakes_are_one_line(capsys, tmp_path, argv, message):
@@ -227,6 +227,6 @@ def test_mistakes_are_one_line(capsys, tmp_path, argv, message):
 
 
 @pytest.mark.parametrize("word", ["mlp=gelu,none", "n_layer=1..2.5"])
-def test_what_train_does_not_know_is_refused_before_a_run(capsys, tmp_path, word):
+def test_invalid_values_are_refused_early(capsys, tmp_path, word):
     assert run_main(sweep.main, word, "--out-dir", tmp_path / "out") == 2
     assert not (tmp_path / "out").exists()
