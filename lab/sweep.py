@@ -37,8 +37,7 @@ class SweepConfig:
     """Search for the best flags of train.py."""
 
     space: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """FLAG=A,B,C is a choice (true,false for a switch). FLAG=LOW..HIGH is a range, of integers if both ends are integers;
-    add :log to search it on a logarithmic scale."""
+    """FLAG=A,B,C (true,false for a switch), or FLAG=LOW..HIGH. Integer ends give integers; :log after HIGH gives a logarithmic scale."""
     flags: str = ""
     """Other flags of train.py. Write --flags="…", with the equals sign."""
     trials: int = 20
