@@ -229,7 +229,7 @@ def test_pulled_cable_between_two_hosts(hosts, argv, on_one_host):
 
 @pytest.mark.slow
 def test_restarted_host_rejoins_the_run(hosts, argv, on_one_host):
-    """Runs the loop of docs/rented-machines.md on both. Only the first host has the run's folder: it reports the loss and waits."""
+    """Runs the loop of docs/rented-machines.md on both. Only the first host has the run's folder: it reports the lost host and waits."""
     one, two = hosts
     loops = [
         ["bash", "-c", f"until {shlex.join(host.torchrun(*argv, restarts=3))} $(test -e run/run.json && echo --resume); do sleep 1; done"]
