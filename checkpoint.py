@@ -1,10 +1,10 @@
-"""Checkpoints: saving, verifying, finding and loading them. Every script loads a model through load_model.
+"""Saves, verifies, finds and loads checkpoints. Every script loads a model through load_model.
 
-    model_{step:05d}.pt      weights_only: model (state dict), config (dict), step, val_loss, tokenizer (its name)
+    model_{step:05d}.pt      model (state dict), config (dict), step, val_loss, tokenizer (its name); loads with weights_only=True
     state_{step:05d}.pt      what else an exact resume needs: optimizer, scaler, seconds, skipped steps, recent losses
-    model_{step:05d}.json    the seal: size and sha256 of both; without it, or unlike it, they do not count
+    model_{step:05d}.json    the seal: size and sha256 of both; a checkpoint counts only if they match
 
-Why a kill at any moment is safe stands at write_checkpoint.
+write_checkpoint explains why a kill at any moment is safe.
 """
 
 import pickle
@@ -43,8 +43,8 @@ def files_of(folder: Path, step: int) -> Files:
 
 
 def content_of(step: int, model: GPT, tokenizer: str, val_loss: float | None, weights: dict[str, Tensor] | None = None) -> dict:
-    """What a checkpoint's model file holds. val_loss: None when not validated at this step. weights: where the model's state dict is not
-    what is to be saved."""
+    """The content of a checkpoint's model file. val_loss: None if this step was not validated. weights: saved instead of the model's
+    own state dict."""
     return {
         "model": model.state_dict() if weights is None else weights,
         "config": asdict(model.config),
@@ -55,9 +55,11 @@ def content_of(step: int, model: GPT, tokenizer: str, val_loss: float | None, we
 
 
 def write_checkpoint(folder: Path, step: int, content: dict, state: dict):
-    """Both files lie on the disk under temporary names, then the seal, from which on the checkpoint counts, then come their own
-    names. So a kill leaves either nothing that counts, or what
-    recover_interrupted_save finishes: also where it replaces one of the same step."""
+    """Writes a checkpoint so that a kill at any moment leaves all of it or none.
+
+    First both .pt files go to disk under temporary names. Then the seal is written: from now on the checkpoint counts. Last, the
+    files get their own names. If a kill comes before the seal, recover_interrupted_save deletes the temporary files; after it, it
+    renames them. All this holds too if the step already has a checkpoint, which is then replaced."""
     files = files_of(folder, step)
     temporaries = []
     try:
@@ -73,7 +75,7 @@ def write_checkpoint(folder: Path, step: int, content: dict, state: dict):
 
 
 def recover_interrupted_save(folder: Path):
-    """Finishes a save that a kill cut short after its seal, and removes what is left of one that had not come so far."""
+    """Finishes a save that was killed after it wrote the seal. Cleans up after one that was killed before."""
     for path in folder.glob("model_*.json.tmp"):
         path.unlink()
     for path in [*folder.glob("model_*.pt.tmp"), *folder.glob("state_*.pt.tmp")]:
@@ -91,29 +93,29 @@ def recover_interrupted_save(folder: Path):
 def save_torch(content: dict, file):
     try:
         torch.save(content, file)
-    except RuntimeError as e:  # what torch's writer says when the disk is full
+    except RuntimeError as e:  # torch's writer turns a full disk into one
         raise e.__context__ if isinstance(e.__context__, OSError) else e from None
 
 
 def prune(folder: Path, keep: int, newest: int):
-    """Deletes all but the last `keep` whole checkpoints (0 keeps all), and never `newest`, the one just saved. What is not
-    whole is neither counted nor deleted. The seal of each goes before its files."""
-    whole = [step for step in sealed_steps(folder) if find_problem(folder, step) is None] if keep else []
-    for step in set(whole[:-keep]) - {newest}:
-        for path in reversed(files_of(folder, step)):
+    """Deletes all but the last `keep` complete checkpoints (0 keeps all). Never deletes `newest`, the one just saved. Neither counts
+    nor deletes incomplete ones."""
+    complete = [step for step in sealed_steps(folder) if find_problem(folder, step) is None] if keep else []
+    for step in set(complete[:-keep]) - {newest}:
+        for path in reversed(files_of(folder, step)):  # the seal first: without it the rest does not count
             path.unlink()
 
 
 class SaveError(OSError):
-    """A checkpoint that could not be written, with what was in the way and what it needs."""
+    """A checkpoint could not be written. The message says why, and how much space it needs."""
 
     def __str__(self):
         return self.strerror
 
 
 class Saver:
-    """Saves the checkpoints of a run. In the background: from a copy in main memory, in a thread, while training goes on;
-    else at once. A failure is kept until it is asked for."""
+    """Saves the checkpoints of a run. background: copies the tensors to main memory and writes the copy in a thread, while training
+    continues. If a save fails, failure() returns the error once; finish() raises it."""
 
     def __init__(self, folder: Path, keep: int, background: bool):
         self.folder, self.keep, self.background = folder, keep, background
@@ -122,7 +124,7 @@ class Saver:
     def save(self, step: int, content: dict, state: dict):
         self.wait()
         if self.background:
-            copies = {place: tensor.to("cpu", copy=True) for place, tensor in tensors_in([content, state]).items()}
+            copies = {key: tensor.to("cpu", copy=True) for key, tensor in tensors_in([content, state]).items()}
             content, state = with_tensors([content, state], copies)
         self.thread = threading.Thread(target=self.write, args=(step, content, state))
         self.thread.start()
@@ -136,12 +138,12 @@ class Saver:
             self.error = None
         except OSError as e:
             need = sum(tensor.nbytes for tensor in tensors_in([content, state]).values())
-            there = f"{self.folder} is gone"
+            space = f"{self.folder} is gone"
             if self.folder.exists():
-                there = f"{self.folder} has {shutil.disk_usage(self.folder).free / 1e6:,.1f} MB free; those before it are untouched"
-            why = f"the checkpoint of step {step} could not be saved ({e.strerror or e}): it needs {need / 1e6:,.1f} MB, {there}"
+                space = f"{self.folder} has {shutil.disk_usage(self.folder).free / 1e6:,.1f} MB free; earlier checkpoints are untouched"
+            why = f"could not save the checkpoint of step {step} ({e.strerror or e}): it needs {need / 1e6:,.1f} MB, {space}"
             self.error = SaveError(e.errno, why)
-        except Exception as e:  # a fault of the program, which must not die with the thread
+        except Exception as e:  # a bug: wait raises it, or it would die with this thread
             self.bug = e
 
     def wait(self):
@@ -151,27 +153,27 @@ class Saver:
             raise self.bug
 
     def failure(self) -> SaveError | None:
-        """Why the last one that was written failed, if it did; told once."""
+        """The error of the last save, if it failed. Returns each error once."""
         error, self.error = self.error, None
         return error
 
     def finish(self):
-        """Raises SaveError when the last save failed."""
+        """Waits for the last save. SaveError if it failed."""
         self.wait()
         if self.error:
             raise self.error
 
 
 def tensors_in(thing) -> dict[tuple, Tensor]:
-    """The tensors in nested dicts and lists by where they lie: one that stands twice, as the tied head does, is there once."""
+    """The tensors in nested dicts and lists, by address and shape. A tied head and its embedding count as one."""
     if isinstance(thing, Tensor):
         return {(thing.data_ptr(), thing.shape): thing}
     parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list) else ()
-    return {place: tensor for part in parts for place, tensor in tensors_in(part).items()}
+    return {key: tensor for part in parts for key, tensor in tensors_in(part).items()}
 
 
 def with_tensors(thing, tensors: dict[tuple, Tensor]):
-    """The same nested dicts and lists with other tensors in the places of its own."""
+    """The same nested dicts and lists, with each tensor replaced by the one under its key. tensors: see tensors_in."""
     if isinstance(thing, Tensor):
         return tensors[thing.data_ptr(), thing.shape]
     if isinstance(thing, dict):
@@ -187,7 +189,7 @@ def sealed_steps(folder: Path) -> list[int]:
 
 
 def find_problem(folder: Path, step: int, weights_only: bool = False) -> str | None:
-    """What is wrong with the checkpoint of a step, or None when it is whole, byte for byte; weights_only: its model file."""
+    """What is wrong with a step's checkpoint, or None if it is complete, byte for byte. weights_only: checks only the model file."""
     files = files_of(folder, step)
     if not files.seal.exists():
         return f"{files.seal.name} is missing"
@@ -197,15 +199,15 @@ def find_problem(folder: Path, step: int, weights_only: bool = False) -> str | N
             if not path.exists():
                 return f"{path.name} is missing"
             if path.stat().st_size != seal[path.name]["bytes"] or sha256(path) != seal[path.name]["sha256"]:
-                return f"{path.name} is damaged: not the bytes that {files.seal.name} says were saved"
+                return f"{path.name} is damaged: it does not match {files.seal.name}"
     except (ValueError, KeyError, TypeError):
         return f"{files.seal.name} is damaged"
     return None
 
 
 def newest_step(folder: Path, at_most: int | None = None, weights_only: bool = False) -> int | None:
-    """The newest step, up to at_most, with a whole checkpoint; None when none was ever saved. Names those it passes over.
-    ValueError when there are checkpoints and none is whole: a run must not silently begin again."""
+    """The newest step, up to at_most, with a complete checkpoint. None if nothing was ever saved. Reports and skips incomplete ones.
+    ValueError if all are incomplete: a run must not silently start over."""
     steps = sorted({int(m[1]) for path in folder.glob("model_*") if (m := re.fullmatch(r"model_(\d+)\.(pt|json)", path.name))})
     steps = [step for step in steps if at_most is None or step <= at_most]
     for step in reversed(steps):
@@ -214,7 +216,7 @@ def newest_step(folder: Path, at_most: int | None = None, weights_only: bool = F
             return step
         print(f"warning: skipping the checkpoint of step {step} in {folder}: {problem}", file=sys.stderr)
     if steps:
-        raise ValueError(f"none of the {len(steps)} checkpoints in {folder} is whole: bring one back, or use another folder")
+        raise ValueError(f"none of the {len(steps)} checkpoints in {folder} is complete: restore one, or use another folder")
     return None
 
 
@@ -222,19 +224,19 @@ def newest_step(folder: Path, at_most: int | None = None, weights_only: bool = F
 
 
 def load_torch(path: Path) -> dict:
-    """torch.load that runs no code from the file. ValueError when it is missing or no checkpoint."""
+    """Loads a .pt file without running code from it. ValueError if it is missing or not a checkpoint."""
     if not path.exists():
         raise ValueError(f"no checkpoint {path}: check the path")
     try:
         with nanogpt.allowed():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
-        raise ValueError(f"{path} can't be loaded safely: damaged, or not a checkpoint of this project") from e
+        raise ValueError(f"{path} can't be loaded safely, it is damaged or not a checkpoint: use another one") from e
 
 
 def checkpoint_file(path: str) -> Path | None:
-    """The .pt file that a path means: itself, or the newest whole one of a run's folder, also of nanoGPT's or build-nanogpt's. None:
-    it is Hugging Face's."""
+    """The .pt file that a path stands for: the file itself, or the newest complete one in the folder of a run (or of nanoGPT or
+    build-nanogpt). None if the path is Hugging Face's."""
     folder = Path(path)
     if folder.suffix == ".pt":
         return folder
@@ -248,7 +250,7 @@ def checkpoint_file(path: str) -> Path | None:
 
 
 def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, VariantConfig, str | None]:
-    """A checkpoint's content (None: it is Hugging Face's), its config and the name of its tokenizer, if that is known."""
+    """A checkpoint's content (None if it is Hugging Face's), its config and its tokenizer's name (None if unknown)."""
     file = checkpoint_file(path)
     if file is None:
         config = VariantConfig(**shape_from_hf(hf_folder(path, revision or None)))
@@ -259,28 +261,28 @@ def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, Variant
     content = load_torch(file)
     try:
         if not isinstance(content, dict):
-            raise TypeError("no dict")
+            raise TypeError("not a dict")
         content = nanogpt.converted(content) if nanogpt.is_nanogpt(content) else content
         weights, config, tokenizer = content["model"], VariantConfig(**content["config"]), content["tokenizer"]
         if isinstance(tokenizer, str | None) and all(isinstance(p, torch.Tensor) for p in weights.values()):
             return content, config, tokenizer
     except (KeyError, TypeError, IndexError, ValueError, AttributeError, RuntimeError):
         pass
-    raise ValueError(f"{file} is not a checkpoint of this project, nanoGPT or build-nanogpt: it has no model, config and tokenizer")
+    raise ValueError(f"{file} is not a checkpoint of this project, nanoGPT or build-nanogpt: use one with model, config and tokenizer")
 
 
 def load_config(path: str, revision: str = "") -> VariantConfig:
-    """The shape of the model that load_model would load."""
+    """The config of the model that load_model would load."""
     return open_checkpoint(path, revision)[1]
 
 
 def hub_commit(path: str, revision: str) -> str:
-    """The commit of the hub that a name such as gpt2 stands for at a revision, '' being its newest; '' for what is local."""
+    """The hub's commit for a name such as gpt2 at a revision ('' is the newest). Returns '' for a local path."""
     return "" if checkpoint_file(path) or Path(path).is_dir() else hf_folder(path, revision or None).name
 
 
 def load_gpt(path: str, revision: str = "") -> tuple[GPT, str | None]:
-    """The model on the CPU, and the name of its tokenizer (None where the vocabulary is no known one)."""
+    """Loads a model on the CPU. Returns it with its tokenizer's name (None if the vocabulary is unknown)."""
     content, config, tokenizer = open_checkpoint(path, revision)
     if content is None:
         return GPT.from_pretrained(path, revision or None), tokenizer
@@ -290,44 +292,45 @@ def load_gpt(path: str, revision: str = "") -> tuple[GPT, str | None]:
 
 
 def load_model(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer | None]:
-    """A model ready to use, in eval mode, and its tokenizer (None where the vocabulary is no known one).
+    """Loads a model in eval mode. Returns it with its tokenizer (None if the vocabulary is unknown).
 
     path: a checkpoint.pt, a run's folder, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl.
-    Raises ValueError for what is missing, damaged or of another shape.
+    ValueError if it is missing, damaged, or its weights don't fit its config.
     """
     model, tokenizer = load_gpt(str(path))
     return model.to(device).eval(), get_tokenizer(tokenizer) if tokenizer else None
 
 
 def load_with_tokenizer(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
-    """load_model for what can't do without a tokenizer: ValueError where none is known."""
+    """load_model for scripts that need a tokenizer. ValueError if none is known."""
     model, tokenizer = load_model(path, device)
     if tokenizer is None:
         why = f"no tokenizer is known for a vocabulary of {model.config.vocab_size}"
-        raise ValueError(f"{path}: {why}; it can only be trained on, on shards of its own")
+        raise ValueError(f"{path}: {why}; use it only with train.py --init-from, on shards with this vocabulary")
     return model, tokenizer
 
 
 def seal_of(folder: Path, step: int) -> str:
-    """What the seal of a checkpoint says, '' where there is none."""
+    """The text of a checkpoint's seal, '' if it has none."""
     seal = files_of(folder, step).seal
     return seal.read_text() if seal.exists() else ""
 
 
 def load_training(folder: Path, step: int) -> tuple[dict, dict]:
-    """Both files of a checkpoint that newest_step found whole: the model's and the state's."""
+    """Loads both files of a checkpoint: (model, state). newest_step must have verified it."""
     files = files_of(folder, step)
     return load_torch(files.model), load_torch(files.state)
 
 
 @torch.no_grad()
 def load_weights(model: GPT, state: dict, source):
-    """Copies a state dict into the model. ValueError names the first parameter that does not fit."""
+    """Copies a state dict into the model. ValueError names the first parameter that does not fit. source: for that message."""
     own, state = model.state_dict(), dict(state)
     pad_tables(model, state)
-    if odd := sorted(own.keys() ^ state.keys()):
-        raise ValueError(f"{source} is of another shape: {odd[0]} is in one of the two models only")
+    if unmatched := sorted(own.keys() ^ state.keys()):
+        raise ValueError(f"{source} does not fit the model: only one of them has {unmatched[0]}; use another checkpoint")
     for name, p in own.items():
         if p.shape != state[name].shape:
-            raise ValueError(f"{source} is of another shape: {name} is {tuple(state[name].shape)} there, {tuple(p.shape)} here")
+            shapes = f"{name} is {tuple(state[name].shape)} there, {tuple(p.shape)} here"
+            raise ValueError(f"{source} does not fit the model: {shapes}; use another checkpoint")
         p.copy_(state[name])

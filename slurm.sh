@@ -3,8 +3,8 @@
 #
 #     OUT_DIR=log/big sbatch slurm.sh --micro-batch-size 32       # and any other flags of train.py
 #
-# The checkout, the shards and OUT_DIR lie where all nodes see them. Two minutes before its time is over the job saves, and
-# queues itself again; preempted, or after a node failed, Slurm queues it again. It then goes on from the newest checkpoint.
+# The checkout, the shards and OUT_DIR must be where all nodes see them. Two minutes before its time is over, the job saves and
+# queues itself again. If it is preempted or a node fails, Slurm queues it again. It then resumes from the newest checkpoint.
 #SBATCH --job-name=gpt2
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -17,9 +17,9 @@
 
 out_dir=${OUT_DIR:-log}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else torchrun does not take a host back (README, Several nodes)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # without it, torchrun rejects a restarted host (docs/rented-machines.md)
 
-# SIGTERM goes through srun and torchrun to the processes; Slurm sends it itself when it preempts or cancels the job
+# srun and torchrun pass SIGTERM on to the processes; Slurm sends it by itself when it preempts or cancels the job
 trap 'late=yes; kill -TERM $srun' USR1
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
   --nnodes="$SLURM_NNODES" --nproc_per_node="$SLURM_GPUS_ON_NODE" --max-restarts=3 \

@@ -1,4 +1,4 @@
-"""A process among those that torchrun started, and what they do together."""
+"""One process of a torchrun job, and what its processes do together."""
 
 import gc
 import os
@@ -18,16 +18,16 @@ from common.device import pick_device
 
 
 class Stopped(Exception):
-    """A signal asked for the end while there was still work to do: raised on all processes alike."""
+    """A signal asked to stop before the work was done. Raised on all ranks alike."""
 
 
 class PeerLost(Exception):
-    """Another process died, or did not answer within the timeout."""
+    """Another rank died, or did not answer within the timeout."""
 
 
 @dataclass(frozen=True)
 class DistContext:
-    """One process among `size`; a run without torchrun is a world of one."""
+    """One process of a world of `size`. Without torchrun, the world is one process."""
 
     device: torch.device
     rank: int = 0
@@ -38,46 +38,47 @@ class DistContext:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The elementwise sum over all processes, in place."""
+        """The elementwise sum over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def rows(self, row: torch.Tensor) -> list[list[float]]:
-        """Every process's row (N,), by rank, on every process."""
+        """Every rank's row (N,), in order of rank, on every rank."""
         table = row.new_zeros(self.size, len(row))
         table[self.rank] = row
         return self.sum(table).tolist()
 
     def broadcast(self, tensors: list[torch.Tensor], owner):
-        """Each tensor of the process owner(number of the tensor) to all others, in place."""
+        """Sends each tensor from rank owner(index of the tensor) to all others, in place."""
         if self.size > 1:
             for work in [dist.broadcast(tensor, owner(i), async_op=True) for i, tensor in enumerate(tensors)]:
                 work.wait()
 
     def copy(self, function):
-        """Rank 0's result of function, tensors and all, on every process."""
+        """Runs function on rank 0 and sends its result, tensors included, to every rank."""
         things = [function() if self.is_main else None]
         if self.size > 1:
             dist.broadcast_object_list(things)
         return things[0]
 
     def gather(self, thing) -> list:
-        """Every process's picklable thing, by rank, on every process."""
+        """Every rank's picklable thing, in order of rank, on every rank."""
         things = [thing] * self.size
         if self.size > 1:
             dist.all_gather_object(things, thing)
         return things
 
     def gather_unless(self, stopped: bool, thing) -> list:
-        """gather, for what a signal may cut short on some of the processes: Stopped on all of them when it did on any."""
+        """gather, for work that a signal may interrupt. Stopped on all ranks if any was stopped."""
         things = self.gather((stopped, thing))
         if any(stopped for stopped, _ in things):
             raise Stopped
         return [thing for _, thing in things]
 
     def on_all(self, function) -> list:
-        """Runs function on every process. Their picklable results by rank; or the first ValueError or OSError, on all alike."""
+        """Runs function on every rank. Returns their picklable results in order of rank, or raises the first ValueError or OSError on
+        all of them."""
         result = error = None
         try:
             result = function()
@@ -85,20 +86,19 @@ class DistContext:
             error = e
         results, errors = zip(*self.gather((result, error)), strict=True)
         for error in filter(None, errors):
-            error.is_shared = not self.is_main  # for rank 0 alone to print
+            error.is_shared = not self.is_main  # so that only rank 0 prints it
             raise error
         return list(results)
 
     def on_main(self, function):
-        """Runs function on rank 0 alone. Its picklable result, or its ValueError or OSError, is every process's."""
+        """Runs function on rank 0 only. Every rank returns its picklable result, or raises its ValueError or OSError."""
         return self.on_all(lambda: function() if self.is_main else None)[0]
 
 
 @contextmanager
 def join_world(device: str, timeout_minutes: float = 10.0, store: dist.Store | None = None):
-    """The process group for as long as the block lasts: nccl on CUDA, gloo on CPU, none without torchrun. PeerLost when
-    another process ends, or does not come to what they do together within the timeout. store: what rendezvous returned, if it was
-    called before."""
+    """Joins the process group while the block runs: nccl on CUDA, gloo on a CPU, none without torchrun. PeerLost if another process
+    ends, or does not join a collective operation within the timeout. store: from rendezvous, if that was called before."""
     device = pick_device(device)
     if "RANK" not in os.environ:
         yield DistContext(device)
@@ -115,17 +115,17 @@ def join_world(device: str, timeout_minutes: float = 10.0, store: dist.Store | N
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
             yield DistContext(device, rank, size)
     except BaseException as e:
-        traceback.clear_frames(e.__traceback__)  # they hold DDP, which must go before the group
+        traceback.clear_frames(e.__traceback__)  # frames hold DDP, which must be freed before the group
         raise
     finally:
-        gc.collect()  # when DDP goes last, it waits with Python's lock for a gloo thread that waits for the lock (torch 2.13)
+        gc.collect()  # DDP freed later holds the GIL and waits for a gloo thread that waits for the GIL (torch 2.13)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 @contextmanager
 def naming_lost_peers():
-    """PeerLost for what PyTorch raises when another process is gone."""
+    """Turns PyTorch's errors about a lost process into PeerLost."""
     try:
         yield
     except RuntimeError as e:
@@ -134,7 +134,7 @@ def naming_lost_peers():
         traceback.clear_frames(e.__traceback__)
         rank, why = os.environ["RANK"], str(e).splitlines()[0]
         raise PeerLost(
-            f"rank {rank} lost touch with another, which died or hangs, as it may say itself; if it only was slow, raise "
+            f"rank {rank} lost touch with another rank, which died or hangs: look for its own error; if it was only slow, raise "
             f"--timeout-minutes ({why})"
         ) from None
 
@@ -143,13 +143,13 @@ def naming_lost_peers():
 
 
 def rendezvous(load: Callable, timeout_minutes: float):
-    """What load returns on rank 0, or its ValueError or OSError, on every process; and the store where they leave their addresses
-    for each other, None without torchrun. PeerLost when one does not come within the timeout.
+    """Runs load on rank 0 and returns its result on every process, or raises its ValueError or OSError there. Also returns the store
+    through which the processes find each other (None without torchrun). PeerLost if one does not come within the timeout.
 
-    Rank 0 decides alone since other hosts may lack the run's folder. It answers each process that asks, until all have said
-    that they heard: torchrun keeps the store when it starts processes again (pytorch/pytorch#135712) and counts restarts on each
-    host by itself, so that what a process finds there may be left by one that is dead. Each answer has the name of an attempt
-    that none before had, and under it the store is empty."""
+    Only rank 0 runs load, since other hosts may lack the run's folder. It answers each process that asks, until all have
+    confirmed. The store may hold entries of dead processes: torchrun keeps it when it restarts processes
+    (pytorch/pytorch#135712), and each host counts restarts by itself. So each answer names a new attempt at random, and the
+    group uses only keys under that name."""
     if "RANK" not in os.environ:
         return load(), None
     with naming_lost_peers():
@@ -157,36 +157,36 @@ def rendezvous(load: Callable, timeout_minutes: float):
         deadline = time.monotonic() + 60 * timeout_minutes
         attempt, result, error = serve_rendezvous(store, size, load, deadline) if rank == 0 else join_rendezvous(store, rank, deadline)
     if error:
-        error.is_shared = rank != 0  # for rank 0 alone to print
+        error.is_shared = rank != 0  # so that only rank 0 prints it
         raise error
     return result, dist.PrefixStore(attempt, store)
 
 
 def serve_rendezvous(store: dist.Store, size: int, load: Callable, deadline: float) -> tuple:
-    """Rank 0's part of rendezvous: the name of the attempt, and what load returned or raised."""
+    """Rank 0's part of rendezvous. Returns the attempt's name, and load's result and error."""
     result = error = None
     try:
         result = load()
     except (ValueError, OSError) as e:
         error = e
     attempt = secrets.token_hex(8)
-    told = attempt, result, error
+    answer = attempt, result, error
     missing = set(range(1, size))
 
-    def all_heard() -> bool:
+    def all_confirmed() -> bool:
         for rank in sorted(missing):
             if store.check([f"{attempt} heard by {rank}"]):
                 missing.remove(rank)
             elif store.check([f"{rank} asks"]):
-                store.set(f"answer to {store.get(f'{rank} asks').decode()}", pickle.dumps(told))
+                store.set(f"answer to {store.get(f'{rank} asks').decode()}", pickle.dumps(answer))
         return not missing
 
-    wait_until(all_heard, deadline, lambda: f"ranks {', '.join(map(str, sorted(missing)))}")
-    return told
+    wait_until(all_confirmed, deadline, lambda: f"ranks {', '.join(map(str, sorted(missing)))}")
+    return answer
 
 
 def join_rendezvous(store: dist.Store, rank: int, deadline: float) -> tuple:
-    """The other ranks' part of rendezvous: what rank 0 answers."""
+    """The other ranks' part of rendezvous. Returns rank 0's answer."""
     me = secrets.token_hex(8)
     store.set(f"{rank} asks", me)
     wait_until(lambda: store.check([f"answer to {me}"]), deadline, lambda: "rank 0")
@@ -198,5 +198,7 @@ def join_rendezvous(store: dist.Store, rank: int, deadline: float) -> tuple:
 def wait_until(done: Callable[[], bool], deadline: float, whom: Callable[[], str]):
     while not done():
         if time.monotonic() > deadline:
-            raise PeerLost(f"rank {os.environ['RANK']} waited in vain for {whom()}: start all hosts within --timeout-minutes of each other")
+            raise PeerLost(
+                f"rank {os.environ['RANK']} waited too long for {whom()}: start all hosts within --timeout-minutes of each other"
+            )
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and their checksums."""
+"""Atomic writes, checksums and locks."""
 
 import errno
 import fcntl
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_temporary(path: Path, write) -> Path:
-    """Calls write(file) on a temporary file beside path, puts it on disk and returns it; nothing stays of one that fails."""
+    """Calls write(file) on a temporary file next to path, syncs it to disk and returns it. Deletes it if anything fails."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -24,7 +24,7 @@ def write_temporary(path: Path, write) -> Path:
 
 
 def replace(temporary: Path, path: Path):
-    """Renames, and returns when that is on disk: what is renamed later can't come there earlier."""
+    """Renames, and returns once that is on disk. So the disk sees renames in the order of the calls."""
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
@@ -32,12 +32,12 @@ def replace(temporary: Path, path: Path):
 
 
 def write_atomically(path: Path, write):
-    """A kill or a full disk at any moment leaves path whole, or as it was."""
+    """Writes path in one piece: a kill or a full disk at any moment leaves the new file or the old one."""
     replace(write_temporary(path, write), path)
 
 
 def append(path: Path, text: str):
-    """Adds text to a file, all of it or, with an OSError, nothing."""
+    """Appends all of the text to a file. If that fails, appends nothing and raises OSError."""
     with open(path, "ab", buffering=0) as file:
         before, data = file.tell(), text.encode()
         try:
@@ -53,7 +53,7 @@ def write_json(path: Path, content):
 
 
 def read_json(path: Path, remedy: str) -> dict:
-    """A JSON object. ValueError with the remedy when the file is none."""
+    """Reads a JSON object. ValueError, with the remedy, if the file holds none."""
     try:
         content = json.loads(path.read_text())
     except ValueError as e:
@@ -70,8 +70,8 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def lock_folder(folder: Path, wait: bool = False):
-    """Makes the folder this process's own for as long as the block lasts; when another one has it, ValueError, or wait for
-    its end. A folder that it had to make and that nothing was put into goes again."""
+    """Locks a folder for this process while the block runs. If another process has it: ValueError, or with wait, waits for its end.
+    Creates the folder if needed, and removes it at the end if it is new and still empty."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:

@@ -1,4 +1,4 @@
-"""Checks of a dataclass's values: types, and rules that name the fields they are about."""
+"""Checks a dataclass's values: their types, and rules about them."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -7,12 +7,12 @@ from typing import Literal, get_args, get_origin
 
 
 def rule(message: str, holds: Callable[[object], bool]) -> tuple:
-    """One rule for field_errors. message: names the fields it is about in braces. holds(config): whether the rule is kept."""
+    """One rule for field_errors. message: the error, with the rule's fields in braces. holds(config): True if the config obeys it."""
     return ((message, holds),)
 
 
 def field_errors(config, rules: tuple) -> list[str]:
-    """What is wrong with a dataclass's values, one line each: first the types, then every rule whose fields have the right type."""
+    """What is wrong with a dataclass's values, one line each: first wrong types, then broken rules about the other fields."""
     wrong = {
         f.name: f"{f.name} is {getattr(config, f.name)!r}: {describe_type(f.type)}"
         for f in fields(config)
@@ -38,6 +38,6 @@ def describe_type(kind) -> str:
 
 
 def raise_errors(errors: list[str]):
-    """ValueError with all errors at once, if there are any."""
+    """Raises one ValueError with all errors, if there are any."""
     if errors:
         raise ValueError("; ".join(errors))

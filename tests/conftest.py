@@ -1,4 +1,4 @@
-"""What the tests share: tiny shards, a tiny model's flags, and ways to run the scripts as a user does."""
+"""Shared by the tests: tiny shards, flags of a tiny model, and ways to run the scripts as a user does."""
 
 import importlib
 import multiprocessing
@@ -34,17 +34,17 @@ TINY = (
 
 
 def pytest_addoption(parser):
-    parser.addoption("--renew-golden", action="store_true", help="write the losses that test_the_golden_run holds the code to anew")
+    parser.addoption("--renew-golden", action="store_true", help="write new losses for test_golden_run")
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Two tiny matrices are slower on two threads, and a fixed order of summation makes runs comparable bit for bit."""
+    """Runs PyTorch on one thread. That is faster for tiny matrices, and a fixed order of sums makes runs equal bit for bit."""
     torch.set_num_threads(1)
 
 
 def write_shards(folder: Path, sizes: list[int], seed: int = 0) -> Path:
-    """Shards of the given sizes, the first for val: text-like bytes, so that a model has something to learn."""
+    """Writes shards of the given sizes, the first for val. They hold text-like bytes, so that a model has something to learn."""
     folder.mkdir(parents=True, exist_ok=True)
     text = (b"the cat sat on the mat and saw a dog; " * 50 + bytes(range(97, 123))) * 20
     rng = np.random.default_rng(seed)
@@ -76,14 +76,14 @@ def save_checkpoint(folder: Path, step: int, model, tokenizer: str, val_loss: fl
 
 
 class Trap:
-    """Whoever unpickles one leaves a file 'fired'."""
+    """Creates a file 'fired' when it is unpickled."""
 
     def __reduce__(self):
         return (open, ("fired", "w"))
 
 
 def trace_only():
-    """torch.compile traces, and no C++ is compiled."""
+    """Makes torch.compile trace without compiling C++."""
     compile = torch.compile
     torch.compile = lambda f, **how: compile(f, backend="aot_eager", **how)
 
@@ -105,7 +105,7 @@ def run_train(shards: Path, out_dir: Path, *argv) -> int:
 
 
 def script(*argv, processes: int = 0, timeout: float = 120, **env) -> subprocess.CompletedProcess:
-    """Runs a script as a user does, under torchrun when processes is given."""
+    """Runs a script as a user does, under torchrun if processes is given."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     is_module = str(argv[0]).startswith("lab.")
     command = [sys.executable, *launcher, *(["-m", argv[0]] if is_module else [str(REPO / str(argv[0]))]), *map(str, argv[1:])]
@@ -114,13 +114,13 @@ def script(*argv, processes: int = 0, timeout: float = 120, **env) -> subprocess
 
 
 def seconds_of(*argv) -> float:
-    """Wall clock of Python with these arguments, which must succeed."""
+    """Seconds that Python takes with these arguments. It must succeed."""
     began = time.monotonic()
     subprocess.run([sys.executable, *map(str, argv)], capture_output=True, check=True, cwd=REPO)
     return time.monotonic() - began
 
 
-# ---- processes that begin in milliseconds: forked from a server that has PyTorch loaded already ----
+# ---- processes that start in milliseconds: forked from a server that has loaded PyTorch ----
 
 FORKS = multiprocessing.get_context("forkserver")
 
@@ -146,10 +146,10 @@ def in_fork(name: str, argv: list[str], env: dict[str, str], outputs: tuple[Path
 
 
 class Forked:
-    """A script on its way in one process, or in as many as torchrun would start: without torchrun's watch over them."""
+    """A running script, in one process or in as many as torchrun would start. Nothing watches them as torchrun does."""
 
     def __init__(self, folder: Path, name: str, *argv, processes: int = 0, first: Callable | None = None, **env):
-        """folder: for what they print. first: called in each process before the script's main."""
+        """folder: for the output. first: called in each process before the script's main."""
         self.outputs = [(folder / f"{name}_{rank}.out", folder / f"{name}_{rank}.err") for rank in range(processes or 1)]
         for path in sum(self.outputs, ()):
             path.unlink(missing_ok=True)
@@ -159,12 +159,12 @@ class Forked:
         self.processes = []
         for rank, outputs in enumerate(self.outputs):
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            both = {key: str(value) for key, value in {**(world if processes else {}), **env}.items()}
-            self.processes.append(FORKS.Process(target=in_fork, args=(name, [*map(str, argv)], both, outputs, first)))
+            variables = {key: str(value) for key, value in {**(world if processes else {}), **env}.items()}
+            self.processes.append(FORKS.Process(target=in_fork, args=(name, [*map(str, argv)], variables, outputs, first)))
             self.processes[-1].start()
 
     def wait(self, timeout: float = 60) -> subprocess.CompletedProcess:
-        """The exit status of the first rank that failed, what rank 0 wrote to stdout and what all wrote to stderr."""
+        """Waits for all ranks. Returns the exit status of the first that failed, rank 0's stdout and everyone's stderr."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(deadline - time.monotonic())
@@ -180,7 +180,7 @@ def forked(folder: Path, name: str, *argv, timeout: float = 60, **how) -> subpro
 
 
 def kill_after(seconds: float):
-    """SIGKILL to this process, so much later."""
+    """Sends SIGKILL to this process after some seconds."""
 
     def kill():
         time.sleep(seconds)
@@ -190,8 +190,8 @@ def kill_after(seconds: float):
 
 
 def kill_at_write(folder: Path, number: int, delay: float = 0.0):
-    """SIGKILL `delay` seconds after the number-th time that this process opens a file below folder to write, or renames or
-    deletes one. Chance must not decide whether a kill comes: a machine may be quick."""
+    """Counts this process's writes below folder: files opened to write, renamed or deleted. Sends SIGKILL `delay` seconds after number
+    `number`. A timer alone could miss the writes of a fast machine."""
     count = 0
 
     def hook(event, args):
@@ -207,7 +207,7 @@ def kill_at_write(folder: Path, number: int, delay: float = 0.0):
 
 
 def read_stream(out_dir: Path, stream: str) -> dict[int, str]:
-    """Step → value as it stands in log.txt; of two lines of a step the later."""
+    """Step → value, as written in log.txt. If a step has two lines, the later one wins."""
     lines = [line.split() for line in (out_dir / "log.txt").read_text().splitlines()]
     return {int(step): value for step, name, value in lines if name == stream}
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or does not count, loads without running code, and gives the model back."""
+"""A checkpoint is complete or does not count, loads without running code, and restores the model."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ def run(tmp_path, model):
     return tmp_path
 
 
-def test_a_checkpoint_is_a_plain_dict(run, model):
+def test_checkpoint_is_a_plain_dict(run, model):
     content = torch.load(run / "model_00010.pt", weights_only=True)
     assert set(content) == {"model", "config", "step", "val_loss", "tokenizer"}
     assert (content["step"], content["val_loss"], content["tokenizer"]) == (10, 1.5, "bytes")
@@ -43,7 +43,7 @@ def test_a_checkpoint_is_a_plain_dict(run, model):
 
 
 @pytest.mark.parametrize("path", ["model_00015.pt", ""])
-def test_load_model_gives_model_and_tokenizer(run, model, path):
+def test_load_model_returns_model_and_tokenizer(run, model, path):
     loaded, tokenizer = load_model(str(run / path))
     idx = torch.arange(16)[None]
     assert (loaded(idx)[0] == model(idx)[0]).all()
@@ -56,28 +56,28 @@ def test_load_model_reads_hugging_face_folders(tmp_path, model):
     assert tokenizer.name == "bytes" and (loaded.transformer.wpe.weight == model.transformer.wpe.weight).all()
 
 
-def test_every_flipped_bit_and_every_truncation_is_noticed(run, capsys):
-    """100 of each, spread over the three files; the one before is used instead."""
+def test_damaged_checkpoint_is_detected_and_skipped(run, capsys):
+    """Flips 100 bits and cuts 100 times, spread over the three files. Each time the earlier checkpoint is used."""
     for path, count in zip(files_of(run, 15), (35, 35, 30), strict=True):
-        whole = path.read_bytes()
-        for place in torch.linspace(0, len(whole) - 2, count).long().tolist():  # the seal's last byte is a newline
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        data = path.read_bytes()
+        for place in torch.linspace(0, len(data) - 2, count).long().tolist():  # the seal's last byte is a newline
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
             assert path.name in find_problem(run, 15)
-            path.write_bytes(whole[:place])
+            path.write_bytes(data[:place])
             assert path.name in find_problem(run, 15)
         assert newest_step(run) == 10 and f"skipping the checkpoint of step 15 in {run}: {path.name}" in capsys.readouterr().err
-        path.write_bytes(whole)
+        path.write_bytes(data)
     assert find_problem(run, 15) is None
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_the_one_before_is_used_when_a_file_is_gone(run, capsys, index):
+def test_missing_file_falls_back_to_earlier_checkpoint(run, capsys, index):
     files_of(run, 15)[index].unlink()
     assert newest_step(run) == 10
     assert "skipping the checkpoint of step 15" in capsys.readouterr().err
 
 
-def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(run, tmp_path):
+def test_newest_step_without_a_complete_checkpoint(run, tmp_path):
     assert newest_step(tmp_path / "empty") is None
     for step in (5, 10, 15):
         (run / f"model_{step:05d}.json").unlink()
@@ -85,20 +85,20 @@ def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(run, tmp_path):
         newest_step(run)
 
 
-def test_keep_deletes_the_oldest_and_never_the_last(run):
+def test_keep_deletes_oldest_but_never_newest(run):
     prune(run, 0, 15)
     assert sealed_steps(run) == [5, 10, 15]
     prune(run, 2, 15)
     assert sealed_steps(run) == [10, 15] and not list(run.glob("*_00005*"))
-    prune(run, 1, 10)  # never the one just saved, as when a later one was copied into the folder
+    prune(run, 1, 10)  # keeps the one just saved, even if a later one was copied into the folder
     assert sealed_steps(run) == [10, 15]
-    (run / "model_00015.json").unlink()  # one without its seal is not counted
+    (run / "model_00015.json").unlink()  # a checkpoint without a seal does not count
     prune(run, 1, 10)
     assert sealed_steps(run) == [10] and newest_step(run) == 10
 
 
-def test_keep_neither_counts_nor_deletes_what_is_not_whole(run, model):
-    """Steps 15 and 5 are damaged, so a run goes on from 10 and saves 12 and 15."""
+def test_keep_ignores_incomplete_checkpoints(run, model):
+    """Steps 5 and 15 are damaged, so a run resumes from 10 and saves 12 and 15."""
     for step in (5, 15):
         (run / f"state_{step:05d}.pt").write_bytes(b"x")
     save_checkpoint(run, 12, model, "bytes", None, {})
@@ -109,8 +109,8 @@ def test_keep_neither_counts_nor_deletes_what_is_not_whole(run, model):
     assert sealed_steps(run) == [5, 12, 15] and newest_step(run) == 15
 
 
-def test_a_save_in_the_background_is_of_its_own_moment(run, model):
-    """Training goes on meanwhile: the weights change, the file must not. The tied head is written once."""
+def test_training_does_not_change_a_background_save(run, model):
+    """Changes weights and optimizer state during the save. The tied head is written once."""
     before = {name: p.clone() for name, p in model.state_dict().items()}
     state = {"optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1.0, "params": [0]}]}}
     saver = Saver(run, 0, background=True)
@@ -127,7 +127,7 @@ def test_a_save_in_the_background_is_of_its_own_moment(run, model):
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("which", ["model", "state"])
-def test_a_save_that_fails_keeps_what_is_there(run, model, monkeypatch, background, which):
+def test_failed_save_keeps_earlier_checkpoints(run, model, monkeypatch, background, which):
     plain = checkpoint.save_torch
 
     def save_torch(content, file):
@@ -140,7 +140,9 @@ def test_a_save_that_fails_keeps_what_is_there(run, model, monkeypatch, backgrou
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     saver = Saver(run, 1, background)
     saver.save(15, content_of(15, model, "bytes", 0.1), {"seconds": 1.0})
-    with pytest.raises(OSError, match=r"step 15 could not be saved \(No space left on device\): it needs 0.0 MB, .* free") as e:
+    with pytest.raises(
+        OSError, match=r"could not save the checkpoint of step 15 \(No space left on device\): it needs 0.0 MB, .* free"
+    ) as e:
         saver.finish()
     assert e.value.errno == errno.ENOSPC and {path.name: path.read_bytes() for path in run.iterdir()} == before
     assert saver.failure() is e.value and saver.failure() is None
@@ -150,7 +152,7 @@ def test_a_save_that_fails_keeps_what_is_there(run, model, monkeypatch, backgrou
     assert sealed_steps(run) == [20]
 
 
-def test_saving_a_step_again_replaces_it(run):
+def test_saving_a_step_twice_replaces_it(run):
     torch.manual_seed(1)
     other = build(VariantConfig(257, 16, 1, 2, 16))
     save_checkpoint(run, 15, other, "bytes", 0.5, {"seconds": 0.0})
@@ -158,7 +160,7 @@ def test_saving_a_step_again_replaces_it(run):
     assert (load_model(str(run / "model_00015.pt"))[0].transformer.wpe.weight == other.transformer.wpe.weight).all()
 
 
-def test_a_fault_of_the_program_does_not_die_with_the_thread(run, model, monkeypatch):
+def test_bug_in_background_save_is_raised(run, model, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_torch", lambda content, file: 1 / 0)
     saver = Saver(run, 1, background=True)
     saver.save(20, content_of(20, model, "bytes", 0.1), {})
@@ -166,11 +168,10 @@ def test_a_fault_of_the_program_does_not_die_with_the_thread(run, model, monkeyp
         saver.finish()
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("step", [15, 20])
 @pytest.mark.parametrize("renames", range(4))
-def test_a_kill_while_saving_leaves_nothing_or_all_of_it(run, model, monkeypatch, renames, again):
-    """Stopped before each of the renames, of the seal, the model and the state: a new step, or one that is there already."""
-    step = 15 if again else 20
+def test_killed_save_leaves_all_or_nothing(run, model, monkeypatch, renames, step):
+    """Stops before each rename (seal, model, state), for a new step and for one that exists already."""
     plain, done = os.replace, []
 
     def replace(source, target):
@@ -193,8 +194,8 @@ def test_a_kill_while_saving_leaves_nothing_or_all_of_it(run, model, monkeypatch
     assert (content["val_loss"], state["seconds"]) == ((1.5, 15.0) if renames == 0 else (0.5, 20.0))
 
 
-def test_a_first_save_that_was_killed_is_no_checkpoint(tmp_path, model):
-    """Nothing was ever saved, so that the run may begin again."""
+def test_killed_first_save_is_not_a_checkpoint(tmp_path, model):
+    """Nothing was ever saved, so the run may start over."""
     content = content_of(5, model, "bytes", None)
     checkpoint.write_temporary(tmp_path / "model_00005.pt", lambda file: torch.save(content, file))
     assert newest_step(tmp_path) is None
@@ -202,7 +203,7 @@ def test_a_first_save_that_was_killed_is_no_checkpoint(tmp_path, model):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pickle_does_not_run(tmp_path, monkeypatch):
+def test_pickled_code_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {}, "config": Trap()}, tmp_path / "trap.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Trap()))
@@ -212,8 +213,8 @@ def test_a_pickle_does_not_run(tmp_path, monkeypatch):
     assert not (tmp_path / "fired").exists()
 
 
-def theirs(kind: str, rows: int, path) -> torch.nn.Module:
-    """Hugging Face's GPT-2 with random weights, saved as nanoGPT or build-nanogpt would have saved it."""
+def save_like(kind: str, rows: int, path) -> torch.nn.Module:
+    """Saves Hugging Face's GPT-2 with random weights as nanoGPT or build-nanogpt would, and returns it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -242,23 +243,23 @@ def theirs(kind: str, rows: int, path) -> torch.nn.Module:
 
 @pytest.mark.parametrize("kind", ["nanoGPT", "build-nanogpt"])
 @pytest.mark.parametrize("rows", [50304, 50257, 65])
-def test_nanogpts_checkpoints_compute_what_they_did(tmp_path, kind, rows, capsys):
-    hf = theirs(kind, rows, tmp_path / "ckpt.pt")
+def test_nanogpt_checkpoints_give_the_same_logits(tmp_path, kind, rows, capsys):
+    hf = save_like(kind, rows, tmp_path / "ckpt.pt")
     model, tokenizer = checkpoint.load_gpt(str(tmp_path / "ckpt.pt"))
     os.rename(tmp_path / "ckpt.pt", tmp_path / ("ckpt.pt" if kind == "nanoGPT" else "model_00005.pt"))
-    assert checkpoint.load_config(str(tmp_path)) == model.config  # of the folder
+    assert checkpoint.load_config(str(tmp_path)) == model.config  # found in the folder
     assert tokenizer == (None if rows == 65 else "gpt2") and model.config.vocab_size == min(rows, 50257)
     idx = torch.randint(0, 65, (2, 16))
     with torch.no_grad():
         assert (model.eval()(idx)[0] - hf(idx).logits[..., : model.config.vocab_size]).abs().max() <= 1e-5
-        model.save_pretrained(tmp_path / "hf")  # and on to transformers, with the GELU it has
+        model.save_pretrained(tmp_path / "hf")  # transformers gets the same GELU
         again = type(hf).from_pretrained(tmp_path / "hf").eval()
         assert (model(idx)[0] - again(idx).logits).abs().max() <= 1e-5
         assert (GPT.from_pretrained(tmp_path / "hf").eval()(idx)[0] == model(idx)[0]).all()
 
 
-def test_names_from_torch_compile_and_ddp_are_read(tmp_path):
-    theirs("nanoGPT", 65, tmp_path / "ckpt.pt")
+def test_prefixes_of_torch_compile_and_ddp_load(tmp_path):
+    save_like("nanoGPT", 65, tmp_path / "ckpt.pt")
     expected = checkpoint.load_gpt(str(tmp_path / "ckpt.pt"))[0].state_dict()
     content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     for prefix in ("", "module.", "module._orig_mod.", "_orig_mod.module."):
@@ -268,8 +269,8 @@ def test_names_from_torch_compile_and_ddp_are_read(tmp_path):
         assert all(torch.equal(p, expected[name]) for name, p in found.items())
 
 
-def test_tables_without_the_rows_that_pad_them_are_read(tmp_path):
-    """As Hugging Face's state dicts have them."""
+def test_tables_without_padding_rows_load(tmp_path):
+    """Hugging Face's state dicts have such tables."""
     torch.manual_seed(0)
     model = build(VariantConfig(257, 16, 2, 2, 24)).eval()
     model.save_pretrained(tmp_path / "hf")
@@ -278,23 +279,23 @@ def test_tables_without_the_rows_that_pad_them_are_read(tmp_path):
     assert len(state["transformer.wte.weight"]) == 257 < model.config.padded_vocab_size
     idx = torch.randint(257, (2, 16))
     again = build(model.config).eval()
-    assert not any(again.load_state_dict(state))  # no key is missing or too much
+    assert not any(again.load_state_dict(state))  # no key is missing or unexpected
     torch.save({"model": state, "config": asdict(model.config), "step": 0, "val_loss": None, "tokenizer": "bytes"}, tmp_path / "a.pt")
     for found in (again, load_model(str(tmp_path / "a.pt"))[0]):
         assert (found(idx)[0] - hf(idx).logits).abs().max() <= 1e-5
         assert torch.equal(found(idx)[0], model(idx)[0]) and len(found.state_dict()["lm_head.weight"]) == 320
 
 
-def test_tables_that_need_no_padding_are_not_copied():
-    """As scoring_copy's copy of a model relies on."""
+def test_tables_that_need_no_padding_share_memory():
+    """scoring_copy relies on this: it must not copy the weights."""
     model = build(VariantConfig(256, 16, 1, 1, 8))
     copy = build_on_meta(model.config)
     copy.load_state_dict(model.state_dict(), assign=True)
     assert copy.transformer.wte.weight.data_ptr() == copy.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
 
 
-def test_a_head_of_its_own_stays_one(tmp_path):
-    theirs("nanoGPT", 65, tmp_path / "ckpt.pt")
+def test_untied_head_stays_untied(tmp_path):
+    save_like("nanoGPT", 65, tmp_path / "ckpt.pt")
     tied = checkpoint.load_gpt(str(tmp_path / "ckpt.pt"))[0].eval()
     content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     content["model"]["_orig_mod.lm_head.weight"] = 2 * content["model"]["_orig_mod.lm_head.weight"]
@@ -303,8 +304,8 @@ def test_a_head_of_its_own_stays_one(tmp_path):
     assert not untied.config.tied_head and (untied(idx)[0] - 2 * tied(idx)[0]).abs().max() <= 1e-5
 
 
-def test_what_only_looks_like_nanogpts_is_one_line(tmp_path):
-    theirs("nanoGPT", 65, tmp_path / "ckpt.pt")
+def test_broken_nanogpt_checkpoints_are_refused(tmp_path):
+    save_like("nanoGPT", 65, tmp_path / "ckpt.pt")
     content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     for part in ({"model_args": {"n_layer": 2}}, {"model_args": 5}, {"model": {}}, {"model": {"transformer.wte.weight": torch.zeros(1)}}):
         torch.save(content | part, tmp_path / "odd.pt")
@@ -312,13 +313,13 @@ def test_what_only_looks_like_nanogpts_is_one_line(tmp_path):
             load_model(str(tmp_path / "odd.pt"))
 
 
-def test_weights_can_be_used_without_their_training_state(run):
+def test_weights_load_without_training_state(run):
     (run / "state_00015.pt").unlink()
     assert load_model(str(run / "model_00015.pt")) and checkpoint.checkpoint_file(str(run)) == run / "model_00015.pt"
-    assert newest_step(run) == 10  # but not resumed
+    assert newest_step(run) == 10  # but it can't be resumed
 
 
-def test_wrong_checkpoints_are_named(tmp_path, run, model):
+def test_wrong_checkpoints_raise_clear_errors(tmp_path, run, model):
     with pytest.raises(ValueError, match=r"no checkpoint .*nowhere.pt"):
         load_model(str(tmp_path / "nowhere.pt"))
     torch.save({"step": 1}, tmp_path / "other.pt")
@@ -341,5 +342,5 @@ def test_wrong_checkpoints_are_named(tmp_path, run, model):
             load_model(str(tmp_path / "shape.pt"))
     content["config"]["n_embd"] = 32
     torch.save(content, tmp_path / "shape.pt")
-    with pytest.raises(ValueError, match=r"of another shape: .* is \(320, 16\) there, \(320, 32\) here"):
+    with pytest.raises(ValueError, match=r"does not fit the model: .* is \(320, 16\) there, \(320, 32\) here"):
         load_model(str(tmp_path / "shape.pt"))

@@ -534,7 +534,7 @@ def test_full_disk_then_run_again(tmp_path, capsys, corpus, room):
     assert prepare(*argv, tmp_path / "complete") == 0
     with disk_of(room):
         assert prepare(*argv, tmp_path / "full") == 1
-    assert "MB free, a token takes two bytes: free some space and give the command again" in the_error(capsys.readouterr().err)
+    assert "MB free, a token takes two bytes: free some space and run the command again" in the_error(capsys.readouterr().err)
     assert not [path for path in (tmp_path / "full").glob("*") if path.suffix in (".npy", ".tmp")]
     assert prepare(*argv, tmp_path / "full") == 0
     assert bytes_of(tmp_path / "complete") == bytes_of(tmp_path / "full")
@@ -892,7 +892,7 @@ def test_download_fills_the_disk_then_run_again(tmp_path, pretokenized):
     with serve({"datasets/kjj0/fineweb10B-gpt2": pretokenized}) as (url, _):
         argv = (url, tmp_path, "--pretokenized", "--out-dir", out)
         result = from_hub(*argv, first=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY)))
-        assert result.returncode == 1 and "free some space and give the command again" in the_error(result.stderr)
+        assert result.returncode == 1 and "free some space and run the command again" in the_error(result.stderr)
         assert not list(out.rglob("*.bin")) + list(out.rglob("*.incomplete"))
         assert from_hub(*argv).returncode == 0
     row(out)

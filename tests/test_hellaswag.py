@@ -317,7 +317,7 @@ def test_full_disk_during_download_keeps_no_file(model, tmp_path, monkeypatch, c
     with served(monkeypatch, 10_042):
         with disk_of(1_000_000):
             assert run_main(hellaswag.main, "-m", saved, "-d", "cpu", "--file", path) == 1
-        assert "free some space and give the command again" in the_error(capsys.readouterr().err)
+        assert "free some space and run the command again" in the_error(capsys.readouterr().err)
         assert not list(path.parent.iterdir())
         assert len(load_tasks(path)) == 10_042
 

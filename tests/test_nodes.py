@@ -1,4 +1,4 @@
-"""Several hosts: two network namespaces joined by a cable that can be pulled, each with its own torchrun and its own folders."""
+"""Several hosts: two network namespaces with a cable between them. Each has its own torchrun and its own folders."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ PORT = 29400
 
 
 class Host:
-    """A network namespace with one end of the cable. Its processes work in a folder of its own, that the other host can't see."""
+    """A network namespace with one end of the cable. Its processes work in their own folder, which the other host can't see."""
 
     def __init__(self, number: int, folder: Path):
         self.name, self.link, self.address = f"host{number}-{os.getpid()}", f"veth{number}-{os.getpid()}", f"10.77.0.{number}"
@@ -41,7 +41,7 @@ class Host:
         ip("-n", self.name, "link", "set", self.link, state)
 
     def torchrun(self, *argv, restarts: int = 0) -> list[str]:
-        """The README's command; the host that has the endpoint is named since both have the name of this machine."""
+        """The command of docs/rented-machines.md. is_host says who has the endpoint, since both hosts have this machine's name."""
         first = self.address.endswith(".1")
         conf = f"is_host={int(first)},join_timeout=60,read_timeout=10,keep_alive_interval=1"
         words = f"-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --max-restarts={restarts} --rdzv-backend=c10d --rdzv-id=run"
@@ -54,7 +54,7 @@ class Host:
             return subprocess.Popen(["ip", "netns", "exec", self.name, *command], stdout=err, stderr=err, cwd=self.folder, env=env)
 
     def kill(self):
-        """All that runs on it, at once."""
+        """Kills everything that runs on it."""
         while pids := ip("netns", "pids", self.name).split():
             for pid in pids:
                 with suppress(ProcessLookupError):
@@ -97,7 +97,7 @@ def on_one_host(shards, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def argv(shards, tmp_path) -> list:
-    """train.py with steps that take long enough for something to befall them."""
+    """train.py with steps slow enough to interrupt."""
     (tmp_path / "slow.py").write_text(
         f"import sys, time; sys.path.insert(0, {str(REPO)!r})\n"
         "import train\n"
@@ -108,7 +108,7 @@ def argv(shards, tmp_path) -> list:
     return [tmp_path / "slow.py", *TINY, "--data-dir", shards, "--out-dir", "run", "--checkpoint-every", 5]
 
 
-# ---- hosts that are folders: each process has one, as the first process of a host ----
+# ---- hosts as folders: each process has its own, like the first process of a host ----
 
 
 def on_own_host(folder: Path):
@@ -121,12 +121,12 @@ def on_two(folder: Path, *argv) -> subprocess.CompletedProcess:
     return forked(folder, "train", *argv, processes=2, first=partial(on_own_host, folder))
 
 
-def test_the_first_host_alone_has_the_run_and_sends_it(shards, tmp_path, on_one_host):
+def test_rank_0_sends_checkpoint_to_other_hosts(shards, tmp_path, on_one_host):
     assert on_two(tmp_path, *TINY, "--data-dir", shards, "--out-dir", "run", "--checkpoint-every", 10).returncode == 0
     [path.unlink() for path in checkpoint.files_of(tmp_path / "0" / "run", 20)]
     (tmp_path / "1" / "run").mkdir()
     damaged = checkpoint.files_of(tmp_path / "1" / "run", 10)
-    [path.write_text("{}") for path in damaged]  # what another run left there
+    [path.write_text("{}") for path in damaged]  # as another run might leave it
     result = on_two(tmp_path, "--resume", "--out-dir", "run")
     assert result.returncode == 0, result.stderr
     assert same_losses(tmp_path / "0" / "run", on_one_host)
@@ -134,7 +134,7 @@ def test_the_first_host_alone_has_the_run_and_sends_it(shards, tmp_path, on_one_
 
 
 @pytest.mark.parametrize("fault", ["absent", "another"])
-def test_a_host_without_the_shards_is_named(shards, tmp_path, fault):
+def test_host_with_wrong_shards_is_named(shards, tmp_path, fault):
     for rank in "01":
         shutil.copytree(shards, tmp_path / rank / "shards")
     shard = next((tmp_path / "1" / "shards").glob("*train*"))
@@ -145,16 +145,16 @@ def test_a_host_without_the_shards_is_named(shards, tmp_path, fault):
     assert shard.name in result.stderr and not (tmp_path / "0" / "run").exists()
 
 
-def test_a_mistake_is_said_once_and_ends_all(tmp_path):
+def test_mistake_on_several_hosts_prints_one_line(tmp_path):
     result = on_two(tmp_path, "--resume", "--out-dir", "run")
     assert result.returncode == 2 and result.stderr == ("error: there is no run in run; check --out-dir, or start one without --resume\n")
 
 
-# ---- meeting before there is a group ----
+# ---- rendezvous ----
 
 
-def test_what_the_dead_left_in_the_store_is_not_heard():
-    """Rank 1 of the attempt before had asked when it died, and the one before that had been answered."""
+def test_rendezvous_ignores_entries_of_dead_processes():
+    """In each attempt, rank 1 asks, dies and asks again. The store also has the answers of earlier attempts."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     stores = [dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False) for _ in range(2)]
     deadline, attempts = time.monotonic() + 20, set()
@@ -163,23 +163,23 @@ def test_what_the_dead_left_in_the_store_is_not_heard():
             server.set("1 asks", f"dead {number}")
             first = pool.submit(distributed.serve_rendezvous, stores[0], 2, lambda number=number: number, deadline)
             wait_until(lambda number=number: server.check([f"answer to dead {number}"]), 10)
-            told = pool.submit(distributed.join_rendezvous, stores[1], 1, deadline).result()
-            assert told == first.result() and told[1:] == (number, None)
-            attempts.add(told[0])
+            answer = pool.submit(distributed.join_rendezvous, stores[1], 1, deadline).result()
+            assert answer == first.result() and answer[1:] == (number, None)
+            attempts.add(answer[0])
     assert len(attempts) == 3
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_host_that_never_comes(monkeypatch, rank):
+def test_rendezvous_gives_up_on_a_missing_host(monkeypatch, rank):
     monkeypatch.setenv("RANK", str(rank))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with pytest.raises(distributed.PeerLost, match="waited in vain for rank 0" if rank else "waited in vain for ranks 1, 2"):
+    with pytest.raises(distributed.PeerLost, match="waited too long for rank 0" if rank else "waited too long for ranks 1, 2"):
         distributed.join_rendezvous(store, 1, time.monotonic() + 0.2) if rank else distributed.serve_rendezvous(
             store, 3, int, time.monotonic() + 0.2
         )
 
 
-# ---- hosts that are network namespaces ----
+# ---- hosts as network namespaces ----
 
 
 def wait_for_step(host: Host, step: int, processes: list[subprocess.Popen]):
@@ -202,9 +202,9 @@ def same_losses(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_a_pulled_cable(hosts, argv, on_one_host):
-    """Put back in time, the run goes on; else both hosts end within --timeout-minutes and say so, and --resume goes on. All of the
-    run lies on the first host alone."""
+def test_pulled_cable_between_two_hosts(hosts, argv, on_one_host):
+    """If the cable is back in time, the run continues. If not, both hosts exit within --timeout-minutes and say so, and --resume
+    continues. Only the first host has the run's folder."""
     one, two = hosts
     argv += ["--timeout-minutes", 0.2]
     both = [host.start(host.torchrun(*argv)) for host in hosts]
@@ -228,8 +228,8 @@ def test_a_pulled_cable(hosts, argv, on_one_host):
 
 
 @pytest.mark.slow
-def test_a_host_that_dies_and_comes_back(hosts, argv, on_one_host):
-    """The README's loop on each, with all of the run on the first host alone: what the other has left says so, and waits."""
+def test_restarted_host_rejoins_the_run(hosts, argv, on_one_host):
+    """Runs the loop of docs/rented-machines.md on both. Only the first host has the run's folder: it reports the lost host and waits."""
     one, two = hosts
     loops = [
         ["bash", "-c", f"until {shlex.join(host.torchrun(*argv, restarts=3))} $(test -e run/run.json && echo --resume); do sleep 1; done"]
@@ -248,7 +248,7 @@ def test_a_host_that_dies_and_comes_back(hosts, argv, on_one_host):
 # ---- Slurm ----
 
 STUBS = {
-    # both tasks here, and signals passed on to them, as srun does; what is its own comes before the command
+    # starts both tasks here and passes signals on, as srun does; srun's own flags come before the command
     "srun": 'while [ "$1" != torchrun ]; do shift; done\n"$@" & one=$!\n"$@" & two=$!\n'
     'trap "kill -TERM $one $two" TERM\nwait $one; wait $two; wait $one; one=$?; wait $two && exit $one\n',
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued; fi\n',
@@ -256,7 +256,7 @@ STUBS = {
 
 
 @pytest.mark.slow
-def test_the_slurm_script_saves_queues_itself_again_and_goes_on(shards, tmp_path):
+def test_slurm_job_saves_requeues_and_resumes(shards, tmp_path):
     for name, content in STUBS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{content}")
         (tmp_path / name).chmod(0o755)
@@ -267,7 +267,7 @@ def test_the_slurm_script_saves_queues_itself_again_and_goes_on(shards, tmp_path
     command = ["bash", str(REPO / "slurm.sh"), *TINY, "--data-dir", str(shards), "--val-every", "0", "--max-steps"]
     with open(tmp_path / "err", "w") as err:
         started = subprocess.Popen([*command, str(10**6)], cwd=tmp_path, env=env, stdout=err, stderr=err)
-    # a second step in the log means that both processes have done one, and so have something to save
+    # a second step in the log means that both processes have finished one: there is something to save
     log = tmp_path / "run" / "log.txt"
     wait_until(lambda: started.poll() is not None or (log.exists() and len(read_stream(log.parent, "train")) > 1), 60)
     started.send_signal(signal.SIGUSR1)

@@ -134,7 +134,7 @@ def test_ctrl_c_names_the_way_to_continue(name, monkeypatch, capsys):
     monkeypatch.setattr(cli, "parse", stop)
     monkeypatch.setattr(cli, "parse_command", stop)
     assert run_main(importlib.import_module(name).main) == 130
-    assert capsys.readouterr().err == "\nstopped by Ctrl-C: give the same command again to go on\n"
+    assert capsys.readouterr().err == "\nstopped by Ctrl-C: run the same command again to continue\n"
 
 
 def test_integer_flags_accept_exponents(capsys):
@@ -143,7 +143,7 @@ def test_integer_flags_accept_exponents(capsys):
     for wrong in ("1.5", "1e-1", "inf", "nan", "many"):
         with pytest.raises(SystemExit):
             cli.parse(TrainConfig, ["--max-steps", wrong])
-        assert f"--max-steps: {wrong} is no whole number" in capsys.readouterr().err
+        assert f"--max-steps: {wrong} is not a whole number" in capsys.readouterr().err
 
 
 def test_flags_have_two_spellings():

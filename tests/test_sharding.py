@@ -1,4 +1,4 @@
-"""--shard: the numbers of a run whose weights are not divided, in the same checkpoints, with less memory a process."""
+"""--shard: the same losses and checkpoints as without it, with less memory per process."""
 
 import json
 from shutil import copy, copytree
@@ -16,7 +16,7 @@ from variants import VariantConfig, build_on_meta
 SHARED = ["--checkpoint-every", 10, "--keep", 0]
 
 
-def sharded(shards, folder, *flags, processes=2, **how):
+def run_sharded(shards, folder, *flags, processes=2, **how):
     run = forked(
         folder.parent, "train", *TINY, *SHARED, "--shard", "--data-dir", shards, "--out-dir", folder, *flags, processes=processes, **how
     )
@@ -30,45 +30,45 @@ def losses(folder, stream="train") -> list[float]:
 
 @pytest.fixture(scope="module")
 def plain(shards, tmp_path_factory):
-    """The undisturbed run of one process that has all weights."""
+    """A run of one process, not sharded."""
     folder = tmp_path_factory.mktemp("plain") / "run"
     assert run_train(shards, folder, *SHARED) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def divided(shards, tmp_path_factory):
-    """The same on two processes that have half of them each; HellaSwag and samples are of all of them."""
-    folder = tmp_path_factory.mktemp("divided") / "run"
+def sharded(shards, tmp_path_factory):
+    """The same run, sharded over two processes, with HellaSwag and samples."""
+    folder = tmp_path_factory.mktemp("sharded") / "run"
     tasks = folder.with_name("tasks.jsonl")
     tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(5)))
-    run = sharded(shards, folder, "--hellaswag-every", 20, "--hellaswag-file", tasks, "--sample-every", 20)
+    run = run_sharded(shards, folder, "--hellaswag-every", 20, "--hellaswag-file", tasks, "--sample-every", 20)
     assert "step 20: HellaSwag acc_norm" in run.stdout and run.stdout.count("step 20: sample:") == 4
     return folder
 
 
-def test_the_losses_are_those_of_one_process(plain, divided):
+def test_sharded_losses_equal_those_of_one_process(plain, sharded):
     for stream in ("train", "val"):
-        assert losses(divided, stream) == pytest.approx(losses(plain, stream), abs=1e-5)
-    assert len(losses(divided)) == 20
+        assert losses(sharded, stream) == pytest.approx(losses(plain, stream), abs=1e-5)
+    assert len(losses(sharded)) == 20
 
 
-def test_a_checkpoint_is_of_the_same_kind(plain, divided):
-    (model, state), (theirs, their_state) = (checkpoint.load_training(folder, 20) for folder in (plain, divided))
+def test_sharded_checkpoint_has_the_same_format(plain, sharded):
+    (model, state), (theirs, their_state) = (checkpoint.load_training(folder, 20) for folder in (plain, sharded))
     assert list(model["model"]) == list(theirs["model"]) and model["config"] == theirs["config"]
     for name, p in model["model"].items():
         assert (p - theirs["model"][name]).abs().max() <= 1e-5, name
     assert theirs["model"]["lm_head.weight"].data_ptr() == theirs["model"]["transformer.wte.weight"].data_ptr()
     moments, their_moments = state["optimizer"]["state"], their_state["optimizer"]["state"]
     assert moments.keys() == their_moments.keys() and state["optimizer"]["param_groups"] == their_state["optimizer"]["param_groups"]
-    for i, its in moments.items():
-        assert all((its[key] - their_moments[i][key]).abs().max() <= 1e-5 for key in its)
+    for i, tensors in moments.items():
+        assert all((tensors[key] - their_moments[i][key]).abs().max() <= 1e-5 for key in tensors)
 
 
 @pytest.mark.parametrize(
-    ("source", "processes", "flags"), [("divided", 0, []), ("plain", 2, ["--shard"]), ("divided", 4, ["--micro-batch-size", 2])]
+    ("source", "processes", "flags"), [("sharded", 0, []), ("plain", 2, ["--shard"]), ("sharded", 4, ["--micro-batch-size", 2])]
 )
-def test_a_run_goes_on_divided_or_not_on_any_number_of_processes(source, processes, flags, plain, tmp_path, request):
+def test_resume_turns_sharding_on_or_off(source, processes, flags, plain, tmp_path, request):
     for path in request.getfixturevalue(source).iterdir():
         if "20" not in path.name:
             copy(path, tmp_path)
@@ -81,14 +81,14 @@ def test_a_run_goes_on_divided_or_not_on_any_number_of_processes(source, process
     assert losses(tmp_path, "val") == pytest.approx(losses(plain, "val"), abs=1e-5)
 
 
-def test_a_divided_run_resumes_exactly(divided, tmp_path):
-    folder = copytree(divided, tmp_path / "run")
+def test_sharded_run_resumes_exactly(sharded, tmp_path):
+    folder = copytree(sharded, tmp_path / "run")
     for path in folder.glob("*00020*"):
         path.unlink()
     run = forked(tmp_path, "train", "--resume", "--out-dir", folder, "--hellaswag-every", 0, "--sample-every", 0, processes=2)
     assert run.returncode == 0, run.stderr
-    assert read_stream(folder, "train") == read_stream(divided, "train")
-    model, theirs = (checkpoint.load_training(f, 20)[0] for f in (divided, folder))
+    assert read_stream(folder, "train") == read_stream(sharded, "train")
+    model, theirs = (checkpoint.load_training(f, 20)[0] for f in (sharded, folder))
     assert all(torch.equal(p, theirs["model"][name]) for name, p in model["model"].items())
 
 
@@ -103,42 +103,42 @@ MANY = "--optimizer muon --pos rope --n-head 1 --norm rmsnorm --mlp swiglu --no-
         pytest.param("--share-layers 2 --ema 0.9 --activation-memory 0", 1e-5, marks=pytest.mark.slow),
     ],
 )
-def test_every_part_of_a_model_can_be_divided(flags, tolerance, shards, tmp_path):
+def test_every_part_of_a_model_can_be_sharded(flags, tolerance, shards, tmp_path):
     flags = flags.split()
-    sharded(shards, tmp_path / "divided", *flags)
+    run_sharded(shards, tmp_path / "sharded", *flags)
     assert run_train(shards, tmp_path / "plain", *SHARED, *flags) == 0
     for stream in ("train", "val"):
-        assert losses(tmp_path / "divided", stream) == pytest.approx(losses(tmp_path / "plain", stream), abs=tolerance)
-    for path in (tmp_path / "divided").glob("*00020*"):
+        assert losses(tmp_path / "sharded", stream) == pytest.approx(losses(tmp_path / "plain", stream), abs=tolerance)
+    for path in (tmp_path / "sharded").glob("*00020*"):
         path.unlink()
-    before = losses(tmp_path / "divided")
-    run = forked(tmp_path, "train", "--resume", "--out-dir", tmp_path / "divided", processes=2)
+    before = losses(tmp_path / "sharded")
+    run = forked(tmp_path, "train", "--resume", "--out-dir", tmp_path / "sharded", processes=2)
     assert run.returncode == 0, run.stderr
-    assert losses(tmp_path / "divided") == pytest.approx(before, abs=1e-6)
+    assert losses(tmp_path / "sharded") == pytest.approx(before, abs=1e-6)
 
 
-def lose_a_number():
-    """In the fifth step the second rank's loss is not a number."""
+def make_loss_nan():
+    """Turns rank 1's loss in the fifth step into nan."""
     import os
 
     import train
 
     loss = train.Trainer.loss
 
-    def odd(self, model, positions):
+    def nan_once(self, model, positions):
         value = loss(self, model, positions)
         return value * float("nan") if os.environ["RANK"] == "1" and len(self.guard.recent_losses) == 4 else value
 
-    train.Trainer.loss = odd
+    train.Trainer.loss = nan_once
 
 
-def test_what_is_not_finite_on_one_rank_reaches_no_weight(shards, tmp_path):
-    run = sharded(shards, tmp_path / "run", "--max-bad-steps", 30, first=lose_a_number)
+def test_nonfinite_numbers_on_one_rank_change_no_weight(shards, tmp_path):
+    run = run_sharded(shards, tmp_path / "run", "--max-bad-steps", 30, first=make_loss_nan)
     assert "step 4 changes no weight (1 in a row, 30 end the run): rank 1's loss is nan; sequences of rank 1: tiny_train_" in run.stderr
     assert torch.load(tmp_path / "run" / "model_00020.pt", weights_only=True)["model"]["transformer.wte.weight"].isfinite().all()
 
 
-def test_fp16_is_refused(shards, tmp_path):
+def test_shard_refuses_fp16(shards, tmp_path):
     run = forked(tmp_path, "train", *TINY, "--shard", "--dtype", "fp16", "--data-dir", shards, "--out-dir", tmp_path / "run", processes=2)
     assert run.returncode == 2
     assert run.stderr.count("error: --shard does not scale the loss, which fp16 needs: choose --dtype bf16 or fp32\n") == 1
@@ -147,7 +147,7 @@ def test_fp16_is_refused(shards, tmp_path):
 def test_self_check_before_a_resume_changes_no_validation(shards, tmp_path):
     """A resumed run may validate averaged weights first. The self-check must leave the weights sharded."""
     flags = ["--compile", "--ema", 0.5, "--max-lr", 0.02, "--max-steps", 6, "--val-every", 2, "--checkpoint-every", 2]
-    sharded(shards, tmp_path / "run", *flags, first=trace_only)
+    run_sharded(shards, tmp_path / "run", *flags, first=trace_only)
     before = read_stream(tmp_path / "run", "val")
     for path in (tmp_path / "run").glob("*00006*"):
         path.unlink()
@@ -161,22 +161,22 @@ def test_self_check_before_a_resume_changes_no_validation(shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_and_in_bf16_the_losses_are_nearly_those_of_one_process(shards, tmp_path):
+def test_compiled_bf16_sharded_losses_match_one_process(shards, tmp_path):
     flags = ["--dtype", "bf16", "--compile", "--max-steps", 8, "--val-every", 0]
-    sharded(shards, tmp_path / "divided", *flags, timeout=280)
+    run_sharded(shards, tmp_path / "sharded", *flags, timeout=280)
     assert run_train(shards, tmp_path / "plain", *SHARED, *flags) == 0
-    assert losses(tmp_path / "divided") == pytest.approx(losses(tmp_path / "plain"), abs=5e-3)
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "plain"), abs=5e-3)
 
 
 @pytest.mark.slow
-def test_a_process_has_less_memory_the_more_there_are_as_a_plan_says(shards, tmp_path):
-    """38 M parameters on two and four processes, each of which has all weights while it evaluates. Less what a process has that has next
-    to no model."""
+def test_memory_per_process_shrinks_as_planned(shards, tmp_path):
+    """Runs 38 M parameters on two and four processes. Each holds all weights while it evaluates. Subtracts the memory of a process with
+    almost no model."""
     flags = "--n-layer 12 --n-head 8 --micro-batch-size 1 --total-batch-tokens 128 --val-tokens 128 --max-steps 2 --val-every 1 --shard"
     peaks = {}
     for processes, width in ((4, 16), (2, 512), (4, 512)):
         argv = ["train.py", *TINY, *flags.split(), "--n-embd", width, "--data-dir", shards, "--out-dir", tmp_path / f"{processes}_{width}"]
-        # what is freed is given back at once, or the peak would be that of the allocator
+        # malloc returns freed memory at once, or the peak would be the allocator's
         run = script(*argv, processes=processes, timeout=250, MALLOC_MMAP_THRESHOLD_=2**20)
         assert run.returncode == 0, run.stderr
         rows = [json.loads(line) for line in (tmp_path / f"{processes}_{width}" / "metrics.jsonl").read_text().splitlines()]

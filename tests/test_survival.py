@@ -1,4 +1,4 @@
-"""What may befall a run: kills while it saves, a rank that dies or hangs, a full disk, a loss that is not finite, silent drift."""
+"""What a run survives: kills while it saves, a rank that dies or hangs, a full disk, a nonfinite loss, silent drift."""
 
 import json
 import math
@@ -47,8 +47,8 @@ def undisturbed(shards, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_kill_amid_torch_compile_spoils_no_later_run(shards, tmp_path):
-    """A compiler that is killed leaves an empty library in the cache that all runs share."""
+def test_kill_while_compiling_breaks_no_later_run(shards, tmp_path):
+    """A killed compiler leaves an empty library in the cache that all runs share."""
     run, cache = tmp_path / "run", tmp_path / "cache"
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     flags = [*TINY, "--compile", "--data-dir", shards, "--out-dir", run, "--max-steps", 2, "--warmup-steps", 1]
@@ -65,22 +65,22 @@ def test_a_kill_amid_torch_compile_spoils_no_later_run(shards, tmp_path):
 
 @pytest.mark.slow
 def test_fifty_kills_while_saving(undisturbed, shards, tmp_path):
-    """Each SIGKILL comes at a random write of a checkpoint, or up to 2 ms later. The relaunch finds the newest whole one, and
-    the run that gets through has the losses and the weights of the undisturbed one."""
+    """Each SIGKILL comes at a random write of a checkpoint, or up to 2 ms later. The next launch finds the newest complete checkpoint.
+    The final run has the losses and weights of the undisturbed one."""
     generator, run = random.Random(0), tmp_path / "run"
     argv = [*TINY, "--data-dir", shards, "--out-dir", run, "--checkpoint-every", 1, "--keep", 2, "--val-every", 0]
     kills, newest = 0, 0
     while kills < 50:
-        # nine writes make a checkpoint: model, state, seal, a rename each, and the three that --keep deletes
+        # a checkpoint takes nine writes: model, state and seal, a rename of each, and three files deleted by --keep
         kill = partial(kill_at_write, run, generator.randint(3, 12), generator.choice([0, 0.0003, 0.002]))
         result = forked(tmp_path, "train", *argv, first=kill)
-        if result.returncode == 0:  # near its end a launch has fewer writes left than the kill waits for: begin again
+        if result.returncode == 0:  # near its end, a launch has too few writes left for the kill: start over
             newest, argv = 0, [*TINY, "--data-dir", shards, "--out-dir", run, *argv[-6:]]
             [path.unlink() for path in run.iterdir()]
             continue
         assert result.returncode == -signal.SIGKILL, result.stderr
         kills += 1
-        checkpoint.recover_interrupted_save(run)  # as the relaunch will
+        checkpoint.recover_interrupted_save(run)  # as the next launch will
         found = newest_step(run) or 0
         assert found >= newest, f"kill {kills}: the checkpoint of step {newest} is lost"
         newest = found
@@ -92,8 +92,8 @@ def test_fifty_kills_while_saving(undisturbed, shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(undisturbed, shards, tmp_path):
-    """The same command, without --resume; a finished run says so and ends well; another torchrun must ask."""
+def test_torchrun_restarts_a_killed_rank_and_resumes(undisturbed, shards, tmp_path):
+    """torchrun repeats its command, without --resume."""
     (tmp_path / "killed.py").write_text(
         "import os, sys, signal\n"
         f"sys.path.insert(0, {str(REPO)!r})\n"
@@ -118,18 +118,18 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(undisturbed, sh
     assert here.keys() == there.keys() and max(abs(float(here[step]) - float(there[step])) for step in there) <= 1e-5
 
 
-@pytest.mark.parametrize(("before", "now", "goes_on"), [("a", "a", True), ("a", "b", False), ("", "a", False), ("", "", False)])
-def test_only_the_same_torchrun_resumes_unasked(shards, tmp_path, monkeypatch, capsys, before, now, goes_on):
-    """It has a folder of its own, whatever the attempt and the name of the rendezvous."""
+@pytest.mark.parametrize(("before", "now", "resumes"), [("a", "a", True), ("a", "b", False), ("", "a", False), ("", "", False)])
+def test_only_the_same_torchrun_resumes_without_flag(shards, tmp_path, monkeypatch, capsys, before, now, resumes):
+    """Each torchrun has its own folder, the same in all attempts."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", before and f"/none/{before}/attempt_0/0/error.json")
     assert run_train(shards, tmp_path / "run", "--max-steps", 2) == 0
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", now and f"/none/{now}/attempt_1/0/error.json")
-    assert run_train(shards, tmp_path / "run", "--max-steps", 2) == (0 if goes_on else 2)
-    assert ("finished already" if goes_on else "already: add --resume") in capsys.readouterr().err
+    assert run_train(shards, tmp_path / "run", "--max-steps", 2) == (0 if resumes else 2)
+    assert ("finished already" if resumes else "already: add --resume") in capsys.readouterr().err
 
 
 def note_positions(folder):
-    """Each process writes down which sequences it takes."""
+    """Makes each process write down which sequences it takes."""
     plain = TokenStream.batch
 
     def batch(self, positions):
@@ -142,8 +142,8 @@ def note_positions(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "micro_batch"), [(0, 8), (4, 1)])
-def test_a_run_saved_by_two_goes_on_with_one_or_four(undisturbed, shards, tmp_path, processes, micro_batch):
-    """The same sequences in each step, and the losses of the undisturbed run."""
+def test_resume_with_another_world_size(undisturbed, shards, tmp_path, processes, micro_batch):
+    """Two processes save, one or four resume: with the same sequences in each step and the losses of the undisturbed run."""
     run, first = tmp_path / "run", partial(note_positions, tmp_path)
     argv = [*TINY, "--data-dir", shards, "--out-dir", run, "--val-every", 0, "--checkpoint-every", 10]
     assert forked(tmp_path, "train", *argv, processes=2, first=first).returncode == 0
@@ -163,8 +163,8 @@ def test_a_run_saved_by_two_goes_on_with_one_or_four(undisturbed, shards, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("where", ["step", "HellaSwag", "compilation"])
-def test_a_signal_to_torchrun_ends_within_30_seconds(shards, tmp_path, number, where):
-    """Two processes, all saved; in the compilation of the first step there is nothing to save yet."""
+def test_signal_to_torchrun_saves_within_30_seconds(shards, tmp_path, number, where):
+    """Two processes save everything. While the first step compiles, there is nothing to save yet."""
     run, tasks = tmp_path / "run", tmp_path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(2000)))
     argv = [*TINY, "--max-steps", 10**6, "--hellaswag-file", tasks, "--hellaswag-every", 5 if where == "HellaSwag" else 0]
@@ -174,7 +174,7 @@ def test_a_signal_to_torchrun_ends_within_30_seconds(shards, tmp_path, number, w
         env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
         process = subprocess.Popen([*map(str, [*command, *argv, "--data-dir", shards, "--out-dir", run])], stderr=err, env=env)
     sign = {"compilation": "an epoch is", "HellaSwag": "HellaSwag:   0%", "step": "| loss "}[where]
-    times = 1 if where == "compilation" else 2  # HellaSwag's second is at step 5; a second step means that all ranks have done one
+    times = 1 if where == "compilation" else 2  # the second HellaSwag is at step 5; a second step means that all ranks have finished one
     while (tmp_path / "err").read_text().count(sign) < times:
         assert process.poll() is None
         time.sleep(0.05)
@@ -190,8 +190,8 @@ def test_a_signal_to_torchrun_ends_within_30_seconds(shards, tmp_path, number, w
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_one_rank_that_fails_ends_them_all(shards, tmp_path, how):
-    """One line on the other rank, within the timeout, of 6 seconds where it is waited for; the rank that dies says why."""
+def test_one_failing_rank_ends_all_ranks(shards, tmp_path, how):
+    """The other rank prints one line and exits: at once if rank 1 dies, after a timeout of 6 s if it hangs. A rank that dies says why."""
     run = Forked(
         tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--timeout-minutes", 0.1 if how == "hangs" else 1,
         processes=2, first=partial(fail_rank_1, how),
@@ -230,8 +230,8 @@ def limit_files(size: int):
 
 
 @pytest.mark.parametrize("choice", ["continue", "stop"])
-def test_a_disk_that_is_full_while_saving(undisturbed, shards, tmp_path, choice):
-    """No file may pass 200 kB: the model has 140, the optimizer's state 280."""
+def test_full_disk_while_saving(undisturbed, shards, tmp_path, choice):
+    """Limits files to 200 kB. The model has 140, the optimizer's state 280."""
     run, argv = tmp_path / "run", ["--checkpoint-every", 5, "--on-save-error", choice]
     assert run_main(train.main, *TINY, "--data-dir", shards, "--out-dir", run, "--max-steps", 20, "--checkpoint-every", 5) == 0
     for step in (10, 15, 20):
@@ -241,16 +241,16 @@ def test_a_disk_that_is_full_while_saving(undisturbed, shards, tmp_path, choice)
     [(run / path.name).write_bytes(path.read_bytes()) for path in save]
     result = forked(tmp_path, "train", "--resume", "--out-dir", run, *argv, first=partial(limit_files, 200_000))
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    warning = re.search(r"warning: the checkpoint of step 10 could not be saved \(.*\): it needs 0.4 MB, .* MB free; .*", result.stderr)
+    warning = re.search(r"warning: could not save the checkpoint of step 10 \(.*\): it needs 0.4 MB, .* MB free; .*", result.stderr)
     assert ("the run ends" if choice == "stop" else "training continues") in warning[0]
-    assert re.search(r"\nerror: the checkpoint of step \d+ could not be saved .*: free some space, then --resume", result.stderr)
+    assert re.search(r"\nerror: could not save the checkpoint of step \d+ .*: free some space, then --resume", result.stderr)
     assert max(read_stream(run, "train")) == (19 if choice == "continue" else 10)
     assert newest_step(run) == 5 and not list(run.glob("*.tmp"))
     assert forked(tmp_path, "train", "--resume", "--out-dir", run).returncode == 0
     assert same_weights(final_weights(run, 20), final_weights(undisturbed, 20))
 
 
-def test_the_log_waits_for_space(undisturbed, shards, tmp_path, monkeypatch, capsys):
+def test_log_lines_wait_for_disk_space(undisturbed, shards, tmp_path, monkeypatch, capsys):
     plain, calls = training.log.append, []
 
     def append(path, text):
@@ -268,14 +268,14 @@ def test_the_log_waits_for_space(undisturbed, shards, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_run_outlives_a_full_disk_under_its_own_output(shards, tmp_path):
+def test_run_survives_full_disk_under_its_output(shards, tmp_path):
     command = [sys.executable, REPO / "train.py", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run"]
     with open("/dev/full", "w") as full:
         assert subprocess.run([*map(str, command)], stdout=full, stderr=full, timeout=60).returncode == 0
     assert len(read_stream(tmp_path / "run", "train")) == 20
 
 
-def test_lines_that_can_never_be_written_fail_the_run(shards, tmp_path, capsys):
+def test_unwritable_log_fails_the_run_after_saving(shards, tmp_path, capsys):
     assert run_train(shards, tmp_path / "run", "--max-steps", 2) == 0
     (tmp_path / "run" / "metrics.jsonl").unlink()
     (tmp_path / "run" / "metrics.jsonl").mkdir()
@@ -283,7 +283,7 @@ def test_lines_that_can_never_be_written_fail_the_run(shards, tmp_path, capsys):
     assert "error: [Errno 21] Is a directory" in capsys.readouterr().err and newest_step(tmp_path / "run") == 4
 
 
-def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
+def test_append_writes_all_of_a_line_or_nothing(tmp_path):
     code = (
         "import resource, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from common.files import append\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
@@ -297,7 +297,7 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "log").read_text() == "fifteen lettersfive."
 
 
-# ---- what is not finite, and spikes ----
+# ---- nonfinite numbers and spikes ----
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
         pytest.param("data", "loss", marks=pytest.mark.slow),
     ],
 )
-def test_what_is_not_finite_on_one_rank_reaches_no_weight(shards, tmp_path, what, cause):
+def test_nonfinite_numbers_on_one_rank_change_no_weight(shards, tmp_path, what, cause):
     run = tmp_path / "run"
     first = partial(bad_update, what, cause)
     argv = [*TINY, "--data-dir", shards, "--out-dir", run, "--checkpoint-every", 1, "--keep", 0]
@@ -323,16 +323,16 @@ def test_what_is_not_finite_on_one_rank_reaches_no_weight(shards, tmp_path, what
     assert f"warning: step 5 changes no weight (1 in a row, 10 end the run): {why}" in result.stderr
     assert ("rank 1's loss is nan" if what == "loss" else "the gradient's norm is nan") in why
     stream = TokenStream(find_shards(shards), "train", 32)
-    # rank 1 takes positions 44 to 47 of step 5; where the data is at fault, by its loss, the one sequence is named
+    # rank 1 takes positions 44 to 47 in step 5; if the data causes a bad loss, only its sequence is named
     positions = [45] if (what, cause) == ("loss", "data") else [44, 45, 46, 47]
     assert "sequences of rank 1: " + ", ".join(map(stream.place, positions)) in why
     assert ("hardware may be at fault" in why) == (cause == "hardware")
-    # whose gradient it was is not known when it was so only once
+    # a gradient that is bad only once can come from any rank
     assert ("sequences of rank 0" in why) == ((what, cause) == ("gradient", "hardware"))
 
 
 def bad_update(what: str, cause: str):
-    """In step 5 the loss of rank 1, or its gradient alone, becomes nan: once, or whenever position 45 is in the batch."""
+    """Turns the loss of rank 1 in step 5, or only its gradient, into nan: once, or whenever position 45 is in the batch."""
     plain, calls = train.Trainer.loss, []
 
     def loss(self, model, positions):
@@ -349,7 +349,7 @@ def bad_update(what: str, cause: str):
 
 
 def nan_on_rank_1_after_the_sum():
-    """The gradients are the same on all ranks, then those of one go bad, as of a card that fails."""
+    """Spoils the summed gradients on rank 1 alone, as a failing card would."""
     plain, calls = torch.nn.utils.clip_grad_norm_, []
 
     def clip_grad_norm_(parameters, *args):
@@ -362,7 +362,7 @@ def nan_on_rank_1_after_the_sum():
     torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
 
 
-def test_a_gradient_that_goes_bad_after_it_was_summed_reaches_no_weight(shards, tmp_path):
+def test_nan_after_gradient_sum_changes_no_weight(shards, tmp_path):
     argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--checkpoint-every", 1, "--keep", 0]
     result = forked(tmp_path, "train", *argv, processes=2, first=nan_on_rank_1_after_the_sum)
     assert result.returncode == 0, result.stderr
@@ -371,7 +371,7 @@ def test_a_gradient_that_goes_bad_after_it_was_summed_reaches_no_weight(shards, 
 
 
 @pytest.mark.parametrize(("bad", "status"), [((3, 5), 0), ((3, 4), 1)])
-def test_only_bad_steps_in_a_row_end_a_run(shards, tmp_path, monkeypatch, capsys, bad, status):
+def test_only_consecutive_bad_steps_end_a_run(shards, tmp_path, monkeypatch, capsys, bad, status):
     plain = train.Trainer.loss
 
     def loss(self, model, positions):
@@ -384,7 +384,7 @@ def test_only_bad_steps_in_a_row_end_a_run(shards, tmp_path, monkeypatch, capsys
     assert all(p.isfinite().all() for p in final_weights(tmp_path / "run", newest_step(tmp_path / "run")).values())
 
 
-def test_a_spike_is_skipped_when_asked_and_a_resume_judges_alike(shards, tmp_path, monkeypatch, capsys):
+def test_skip_spikes_decides_the_same_after_resume(shards, tmp_path, monkeypatch, capsys):
     plain = train.Trainer.loss
 
     def loss(self, model, positions):
@@ -411,8 +411,8 @@ def test_a_spike_is_skipped_when_asked_and_a_resume_judges_alike(shards, tmp_pat
 GOLDEN = REPO / "tests" / "golden.json"
 
 
-def test_the_golden_run(undisturbed, request):
-    """The losses of 20 steps and three validations as they were when last renewed, on purpose: pytest -k golden --renew-golden"""
+def test_golden_run(undisturbed, request):
+    """Compares 20 steps and three validations with golden.json. To renew it on purpose: pytest -k golden --renew-golden"""
     losses = {stream: read_stream(undisturbed, stream) for stream in ("train", "val")}
     if request.config.getoption("--renew-golden"):
         write_json(GOLDEN, losses)
@@ -422,8 +422,8 @@ def test_the_golden_run(undisturbed, request):
         assert found == pytest.approx({step: float(loss) for step, loss in expected.items()}, abs=2e-5)
 
 
-def test_a_step_can_be_done_again(undisturbed, capsys):
-    """The same bits from the checkpoint before it, or from the start; on the disk nothing changes."""
+def test_replay_step_reproduces_the_logged_loss(undisturbed, capsys):
+    """It starts from the checkpoint before, or from the beginning, gets the same bits, and changes nothing on disk."""
     before = {path.name: path.read_bytes() for path in undisturbed.iterdir()}
     for step in (3, 12, 15):
         assert run_main(train.main, "--replay-step", step, "--out-dir", undisturbed) == 0
@@ -436,8 +436,8 @@ def test_a_step_can_be_done_again(undisturbed, capsys):
     assert "the run's steps are 0 to 19" in capsys.readouterr().err
 
 
-def test_a_step_is_done_again_with_the_settings_that_it_was_done_with(shards, tmp_path, capsys):
-    """A resume that moves the end of the cosine changes the learning rate of steps that were done before."""
+def test_replay_step_uses_the_settings_of_its_launch(shards, tmp_path, capsys):
+    """A resume with more steps stretches the schedule. Steps done before it had another learning rate."""
     run = tmp_path / "run"
     assert run_train(shards, run, "--keep", 0, "--checkpoint-every", 10) == 0
     assert run_main(train.main, "--resume", "--out-dir", run, "--max-steps", 40) == 0
@@ -463,7 +463,7 @@ def no_tokenizer_on_rank_1():
     tokenizer.get_tokenizer = get_tokenizer
 
 
-def test_what_one_rank_lacks_all_do_without(shards, tmp_path):
+def test_no_rank_samples_if_one_lacks_the_vocabulary(shards, tmp_path):
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(3)))
     argv = [
         *TINY,
@@ -481,7 +481,7 @@ def test_what_one_rank_lacks_all_do_without(shards, tmp_path):
     assert result.stderr.count("warning: no samples and HellaSwag in this run: could not fetch it") == 1
 
 
-def test_a_step_that_is_not_what_the_log_says_is_told(undisturbed, tmp_path, capsys):
+def test_replay_step_reports_a_different_loss(undisturbed, tmp_path, capsys):
     copy = tmp_path / "copy"
     copy.mkdir()
     [(copy / path.name).write_bytes(path.read_bytes()) for path in undisturbed.iterdir()]

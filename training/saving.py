@@ -1,4 +1,4 @@
-"""A run's checkpoints: saves and loads all that an exact resume needs."""
+"""A run's checkpoints: saves and loads everything that an exact resume needs."""
 
 import os
 from functools import partial
@@ -12,19 +12,19 @@ from training.trainer import Trainer
 
 
 class Checkpoints:
-    """Saves a trainer and loads it again. The order of the data needs no state: it is a function of the step."""
+    """Saves and loads a trainer. The order of the data needs no state: it is a function of the step."""
 
     def __init__(self, trainer: Trainer):
         config = trainer.config
         self.trainer, self.folder, self.stop_on_error = trainer, Path(config.out_dir), config.on_save_error == "stop"
-        # in the background from a copy in main memory; on a CPU a copy would cost training its memory
+        # a background save needs a copy in main memory; on a CPU, training needs that memory itself
         self.saver = checkpoint.Saver(self.folder, config.keep, background=trainer.device.type != "cpu")
-        self.val_loss = None  # of the checkpoint that this launch resumed, if it was validated
+        self.val_loss = None  # of the checkpoint that this launch resumes, if it was validated
 
     def save(self, step: int, val_loss: float | None):
-        """To be called on all ranks. Rank 0 writes."""
+        """Saves a checkpoint. Call it on all ranks; rank 0 writes."""
         trainer = self.trainer
-        optimizer_state = trainer.optimizer.state_dict()  # may need every process's part
+        optimizer_state = trainer.optimizer.state_dict()  # Muon gathers its parts from all ranks
         state = {
             "optimizer": sharding.gathered(optimizer_state, trainer.world.is_main) if trainer.sharded else optimizer_state,
             "scaler": trainer.scaler.state_dict(),
@@ -41,12 +41,12 @@ class Checkpoints:
             self.saver.save(step, checkpoint.content_of(step, trainer.model, trainer.shards.tokenizer, val_loss, weights), state)
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's state dict, with whole tensors on rank 0. To be called on all ranks."""
+        """The model's state dict, with full tensors on rank 0. Call it on all ranks."""
         model = self.trainer.model
         return sharding.weights(model, self.trainer.world.is_main) if self.trainer.sharded else model.state_dict()
 
     def failed(self, log) -> bool:
-        """Warns if the last save failed. Returns whether the run has to stop for that."""
+        """Warns if the last save failed. Returns whether the run must stop."""
         error = self.saver.failure()
         if error:
             log.progress(f"warning: {error}; {'the run ends' if self.stop_on_error else 'training continues, the next save tries again'}")
@@ -56,7 +56,7 @@ class Checkpoints:
         """Loads a checkpoint. If a host lacks it, rank 0 sends it to all."""
         trainer, folder = self.trainer, self.folder
         several_hosts = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
-        damaged = several_hosts and checkpoint.find_problem(folder, step)  # a copy on another host may be
+        damaged = several_hosts and checkpoint.find_problem(folder, step)  # another host's copy may be
         everywhere = len(set(trainer.world.gather("" if damaged else checkpoint.seal_of(folder, step)))) == 1
         read = partial(checkpoint.load_training, folder, step)
         content, state = read() if everywhere else trainer.world.copy(read)
@@ -66,12 +66,12 @@ class Checkpoints:
             self.load_weights(state["weights"])
         optimizer_state = state["optimizer"]
         trainer.optimizer.load_state_dict(sharding.sliced_state(trainer.optimizer, optimizer_state) if trainer.sharded else optimizer_state)
-        if state["scaler"]:  # empty if the run was not in fp16 so far
+        if state["scaler"]:  # empty if the run did not use fp16 so far
             trainer.scaler.load_state_dict(state["scaler"])
         trainer.seconds, self.val_loss = state["seconds"], content["val_loss"]
         trainer.guard.bad_steps = state["bad_steps"]
         trainer.guard.recent_losses.extend(state["recent_losses"])
 
-    def load_weights(self, whole: dict[str, Tensor]):
+    def load_weights(self, full: dict[str, Tensor]):
         model = self.trainer.model
-        checkpoint.load_weights(model, sharding.sliced(model, whole) if self.trainer.sharded else whole, self.folder)
+        checkpoint.load_weights(model, sharding.sliced(model, full) if self.trainer.sharded else full, self.folder)

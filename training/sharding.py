@@ -1,10 +1,10 @@
-"""--shard: weights, gradients and the optimizer's state divided over the processes (FSDP2: Zhao et al., 2023; Rajbhandari et al., 2020).
+"""--shard: splits weights, gradients and optimizer state over the processes (FSDP2: Zhao et al., 2023; Rajbhandari et al., 2020).
 
-Each process keeps a slice of every parameter along its first dimension. A block's are gathered when it is computed, forward and
-again backward, and given up after it; its gradients are summed over the processes straight into the slices.
+Each process keeps a slice of every parameter, along its first dimension. FSDP gathers a block's weights for its forward pass, frees
+them, and gathers them again for its backward pass. It sums the gradients over the processes straight into the slices.
 
-For a checkpoint the tensors are put together one by one, so that its files are those of a run that is not divided.
-torch.distributed.checkpoint's state dicts have a tied head twice and the optimizer's state by names, which those files do not.
+A checkpoint gathers the tensors one by one. Its files are the same as without --shard. torch.distributed.checkpoint can't write such
+files: its state dicts have a tied head twice, and the optimizer's state by name.
 """
 
 from contextlib import contextmanager
@@ -22,14 +22,13 @@ def reject_fp16(dtype: torch.dtype):
 
 
 def shard(model: GPT, dtype: torch.dtype, world: DistContext):
-    """Divides the parameters over the processes, in place. dtype: of the matrix products, in which a block's weights then travel too
-    on CUDA; embeddings, last norm and head, and with them the residual stream, stay in fp32. (A CPU's norms take no weights in
-    bf16.)"""
-    # imported here, since it takes a second, which a run that does not shard need not wait
+    """Shards the parameters over the processes, in place. dtype: of the matrix products. On CUDA, blocks are gathered in this dtype;
+    embeddings, last norm and head stay in fp32, and so does the residual stream. (A CPU's norms take no weights in bf16.)"""
+    # imported here: it takes a second, and only --shard needs it
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(world.device.type, (world.size,))  # the default is the accelerator's, also for a run on the CPU beside one
+    mesh = init_device_mesh(world.device.type, (world.size,))  # FSDP's own mesh is the accelerator's, even for a run on the CPU
     cast = dtype if world.device.type == "cuda" and dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
@@ -39,8 +38,8 @@ def shard(model: GPT, dtype: torch.dtype, world: DistContext):
 
 @contextmanager
 def whole(model: GPT, copy: GPT):
-    """For as long as the block lasts, copy has all the weights of a divided model on every process, each of which may compute with it
-    alone and in its own time: what the processes gather for the divided model they must gather together."""
+    """Gives copy all the weights of a sharded model while the block runs, on every process. Each process can then run copy on its
+    own. A sharded model runs only on all processes at once, since they gather its weights together."""
     copy.load_state_dict(weights(model, keep=True, where=None), assign=True)
     try:
         yield
@@ -49,7 +48,7 @@ def whole(model: GPT, copy: GPT):
 
 
 def slice_like(p: Tensor, full: Tensor) -> Tensor:
-    """The part of a whole tensor that p's process has of p; all of it where p is not divided, or not of its shape."""
+    """The slice of a full tensor that this process keeps of p. All of it if p is not sharded or has another shape."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(p, DTensor) and p.shape == full.shape:
@@ -58,8 +57,8 @@ def slice_like(p: Tensor, full: Tensor) -> Tensor:
 
 
 def gathered(thing, keep: bool, where: str | None = "cpu"):
-    """Nested dicts and lists with every divided tensor whole, in main memory or where it is (None); to be called by all processes, of
-    which those that do not keep it get None in each place, so that one tensor at a time stands there."""
+    """Nested dicts and lists with every sharded tensor in full. Call it on all processes. where: the device to move it to, None to
+    leave it. A process without keep gets None for each tensor, so it holds at most one full tensor at a time."""
     from torch.distributed.tensor import DTensor
 
     if isinstance(thing, DTensor):
@@ -71,24 +70,24 @@ def gathered(thing, keep: bool, where: str | None = "cpu"):
 
 
 def weights(model: GPT, keep: bool, where: str | None = "cpu") -> dict[str, Tensor | None]:
-    """model.state_dict() of whole tensors, see gathered; the tied head's is the embedding's."""
+    """model.state_dict() with full tensors. A tied head shares the embedding's tensor. keep, where: see gathered."""
     once = {p: gathered(p.detach(), keep, where) for p in model.parameters()}
     return {name: once[p] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def sliced(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of whole tensors, each cut to what this process has of it."""
+    """A state dict of full tensors, each cut to the slice that this process keeps."""
     own = model.state_dict()
     return {name: slice_like(own[name], full) if name in own else full for name, full in state.items()}
 
 
 def sliced_state(optimizer, state: dict) -> dict:
-    """The same of an optimizer's state dict, whose tensors lie by the number of their parameter; one that is made of several has
-    a dict of theirs by name."""
+    """sliced, for an optimizer's state dict: it has tensors by the number of their parameter. An optimizer made of several has a state
+    dict for each, by name."""
     if "state" not in state:
-        return {name: sliced_state(getattr(optimizer, name), its) for name, its in state.items()}
+        return {name: sliced_state(getattr(optimizer, name), part) for name, part in state.items()}
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    its = {
+    slices = {
         i: {key: slice_like(params[i], x) if isinstance(x, Tensor) else x for key, x in each.items()} for i, each in state["state"].items()
     }
-    return state | {"state": its}
+    return state | {"state": slices}
