@@ -136,3 +136,9 @@ def test_links_lead_somewhere(path):
             titles = re.findall(r"^#+ (.*)", file.read_text(), re.M)
             anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in anchors, link
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "tests").glob("test_*.py")), ids=lambda path: path.name)
+def test_test_names_have_eight_words(path):
+    names = re.findall(r"^def test_(\w+)", path.read_text(), re.M)
+    assert [name for name in names if len(name.split("_")) > 8] == []
