@@ -37,6 +37,8 @@ class GPTConfig:
 
     rules = rule("n_embd {n_embd} is not a multiple of n_head {n_head}: change one of them", lambda c: c.n_embd % c.n_head == 0)
 
+    beyond_gpt2 = ()  # what a config asks for that GPT can't do: variants.py
+
     def errors(self) -> list[str]:
         """Says what is wrong with these values, one line each."""
         return field_errors(self, self.rules)
@@ -130,16 +132,13 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        raise_errors(config.errors())
+        raise_errors([*config.errors(), *config.beyond_gpt2])
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),  # tokens
-                wpe=nn.Embedding(config.seq_len, config.n_embd),  # positions
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd),
-            )
-        )
+        parts = {"wte": nn.Embedding(config.padded_vocab_size, config.n_embd)}  # tokens
+        parts["wpe"] = nn.Embedding(config.seq_len, config.n_embd)  # positions
+        parts["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        parts["ln_f"] = nn.LayerNorm(config.n_embd)
+        self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf, 2017)
         self.loss = cross_entropy

@@ -163,7 +163,7 @@ def set_up(config: TrainConfig, world: DistContext) -> tuple[Log, Trainer, Check
     if config.init_from and step is None:
         model, _ = checkpoint.load_gpt(config.init_from, config.init_revision)
         lines += flags.overridden_preset(config, model.config)
-        variants.adapt(model, config.model)
+        model = variants.adapt(model, config.model)
     else:
         model = variants.build(config.model)
     compiled = config.compile and device.can_compile(world.device)

@@ -4,7 +4,7 @@ With no switch on, build returns model.py's GPT. Letters in the shapes as in mod
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -98,6 +98,11 @@ class VariantConfig(GPTConfig):
     def switches_on(self) -> list[str]:
         """The switches that differ from GPT-2."""
         return [f.name for f in SWITCHES if getattr(self, f.name) != f.default]
+
+    @property
+    def beyond_gpt2(self) -> list[str]:
+        """One error for each switch that is on: model.py's GPT would ignore it."""
+        return [f"{name} {getattr(self, name)!r} is not in GPT-2: use variants.build(config)" for name in self.switches_on()]
 
     @property
     def kv_heads(self) -> int:
@@ -198,32 +203,35 @@ def scoring_copy(model: GPT) -> GPT:
 
 def from_pretrained(name_or_dir: str, revision: str | None = None) -> GPT:
     """Loads a GPT-2 as GPT.from_pretrained does. Its config.json may turn on a switch, such as another activation."""
-    folder, shape, state = huggingface.load(name_or_dir, revision)
+    folder = huggingface.hf_folder(name_or_dir, revision)
+    shape = huggingface.shape_from_hf(folder)
     config = VariantConfig(**shape)
-    raise_errors([f"{folder / 'config.json'}: {'; '.join(errors)}"] if (errors := config.errors()) else [])
+    if errors := config.errors():
+        raise ValueError(f"{folder / 'config.json'}: {'; '.join(errors)}")
     model = build(config)
-    model.load_state_dict(state)
+    model.load_state_dict(huggingface.load_state(folder, shape))
     return model
 
 
 @torch.no_grad()
-def adapt(model: GPT, config: GPTConfig):
-    """Prepares a model for fine-tuning: copies the fields in NOT_IN_WEIGHTS from config, and cuts a learned position table to the new
-    seq_len. ValueError if the table is too short, or if rope_factor does not fit the new seq_len."""
-    ours = model.config = with_switches(model.config)
-    config = with_switches(config)
+def adapt(model: GPT, config: GPTConfig) -> GPT:
+    """Returns a model for fine-tuning, with the same weights: takes the fields in NOT_IN_WEIGHTS from config, and cuts a learned position
+    table to the new seq_len. ValueError if the table is too short, or if rope_factor does not fit the new seq_len."""
+    ours, config = with_switches(model.config), with_switches(config)
     if config.pos == "learned" and config.seq_len > ours.seq_len:
         raise ValueError(f"seq_len {config.seq_len} is longer than the {ours.seq_len} positions of the model: lower it")
     trained, longer = ours.seq_len / ours.rope_factor, config.seq_len / config.rope_factor
     if config.rope_scaling != "none" and longer != trained:
         needed = f"rope_factor {config.rope_factor:g} needs seq_len {trained * config.rope_factor:g}, not {config.seq_len}"
         raise ValueError(f"{needed}, for a model trained on {trained:g}: change one of them")
-    for name in NOT_IN_WEIGHTS:
-        setattr(ours, name, getattr(config, name))
-    set_attention(model)
+    state = model.state_dict()
     if config.pos == "learned":
-        model.transformer.wpe.weight = nn.Parameter(model.transformer.wpe.weight[: config.seq_len].clone())
-        model.transformer.wpe.num_embeddings = config.seq_len
+        state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: config.seq_len].clone()
+    adapted = build_on_meta(replace(ours, **{name: getattr(config, name) for name in NOT_IN_WEIGHTS}))
+    adapted.load_state_dict(state, assign=True)  # the same tensors, without a copy
+    if ours.tied_head:
+        adapted.lm_head.weight = adapted.transformer.wte.weight
+    return adapted
 
 
 # ---- counting ----

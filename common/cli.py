@@ -40,12 +40,20 @@ def whole_number(text: str) -> int:
 def parse(cls, argv: list[str] | None = None, default=None, script: str | None = None):
     """Parses the command line into a dataclass: each field is a flag, and the docstring under it is the help. Exits with status 2 on
     an unknown flag. script: the name in the help, if these are another script's flags."""
-    return tyro.cli(cls, prog=script, args=argv, default=tyro.MISSING_NONPROP if default is None else default, registry=registry)
+    return tyro.cli(
+        cls, prog=script or module_command(), args=argv, default=tyro.MISSING_NONPROP if default is None else default, registry=registry
+    )
 
 
 def parse_command(commands: dict[str, type], argv: list[str] | None = None):
     """parse, for a script whose first argument selects the dataclass."""
-    return tyro.extras.subcommand_cli_from_dict(commands, args=argv, registry=registry)
+    return tyro.extras.subcommand_cli_from_dict(commands, prog=module_command(), args=argv, registry=registry)
+
+
+def module_command() -> str | None:
+    """How to start this program again, if it was started as python -m lab.NAME; else None: by its file."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name}" if spec and spec.name.startswith("lab.") else None
 
 
 def flag(name: str) -> str:

@@ -22,11 +22,9 @@ SIZES = {
 }
 
 
-def load(name_or_dir: str, revision: str | None = None) -> tuple[Path, dict, dict[str, Tensor]]:
-    """Returns folder, shape and state of a GPT-2 on the hub or in a local folder. ValueError if it is missing, damaged or no GPT-2."""
-    folder = hf_folder(name_or_dir, revision)
-    shape = shape_from_hf(folder)
-    return folder, shape, state_from_hf(load_safetensors(folder), shape, folder)
+def load_state(folder: Path, shape: dict) -> dict[str, Tensor]:
+    """Returns the state of the GPT-2 in a local folder. ValueError if its weights are missing, damaged or don't fit the shape."""
+    return state_from_hf(load_safetensors(folder), shape, folder)
 
 
 @torch.no_grad()

@@ -415,7 +415,7 @@ def stretched(folder: Path, times: int, scaling: str) -> GPT:
     c = model.config
     longer = replace(c, seq_len=times * c.seq_len, rope_scaling=scaling, rope_factor=float(times) if scaling != "none" else 1.0)
     if c.pos == "rope":
-        adapt(model, longer)
+        model = adapt(model, longer)
         return model
     other = build(longer).eval()
     table = other.state_dict()["transformer.wpe.weight"].clone()

@@ -2,6 +2,7 @@
 together. Other letters as in model.py."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,14 @@ def in_chunks(plain: Callable, chunk: Callable | None = None) -> Callable:
     plain: cross entropy of (x (N, C), weight (≥ V, C), targets (N,), V). chunk: chunk_loss, or its compiled version.
     """
 
-    def loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        size = positions_at_once(x, len(weight))
-        if size >= len(x):
-            return plain(x, weight, targets, vocab_size)
-        return chunked_cross_entropy(x, weight, targets, vocab_size, size, chunk or chunk_loss)
+    return partial(loss_in_chunks, plain, chunk or chunk_loss)
 
-    return loss
+
+def loss_in_chunks(plain: Callable, chunk: Callable, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    size = positions_at_once(x, len(weight))
+    if size >= len(x):
+        return plain(x, weight, targets, vocab_size)
+    return chunked_cross_entropy(x, weight, targets, vocab_size, size, chunk)
 
 
 def log_likelihoods(logits: Callable[[Tensor], Tensor], x: Tensor, targets: Tensor) -> Tensor:

@@ -392,6 +392,7 @@ def test_pickled_weights_are_refused(hf_folder, monkeypatch):
         ("n_layer", 3, "only in its config.json: give a complete GPT-2"),
         ("n_layer", 1, "only in its config.json: give a complete GPT-2"),
         ("n_layer", "2", "n_layer is '2'"),
+        ("n_layer", 2_000_000, "n_layer is 2000000: it must be at most 1000"),
         ("vocab_size", 90, "config.json says"),
         ("vocab_size", 110, "config.json says"),
     ],
@@ -435,7 +436,7 @@ def test_shortened_model_equals_original_on_short_sequences():
     model = GPT(GPTConfig(97, 24, 2, 2, 16))
     idx = ids_for(model.config, length=8)
     before = model(idx)[0]
-    adapt(model, replace(model.config, seq_len=8))
+    model = adapt(model, replace(model.config, seq_len=8))
     assert (model(idx)[0] == before).all() and model.transformer.wpe.weight.shape == (8, 16)
     with pytest.raises(ValueError, match="longer than the 8 positions of the model: lower it"):
         adapt(model, replace(model.config, seq_len=9))

@@ -1,6 +1,7 @@
 """Compares variants.py's switches with transformers' Llama, Mistral, Qwen3, Mixtral and GPT-NeoX, with copied weights, and with plain
 formulas."""
 
+import pickle
 from dataclasses import replace
 from itertools import pairwise
 
@@ -24,6 +25,7 @@ from variants import (
     MixtureOfExperts,
     VariantConfig,
     VariantGPT,
+    adapt,
     build,
     flops_per_token,
     idle_params,
@@ -665,3 +667,31 @@ def test_all_errors_are_listed_at_once():
     ).errors()
     assert len(errors) == 6
     assert len(VariantConfig(n_layer="2", mlp="relu", bias=None).errors()) == 3
+
+
+@pytest.mark.parametrize(
+    "switches", [dict(window=3), dict(window=3, window_pattern="SL"), dict(doc_mask=True), dict(seq_len=12), dict(attention="manual")]
+)
+@pytest.mark.parametrize("variant", ["gpt2", "untied", "window"])
+def test_adapted_model_computes_the_new_config(switches, variant):
+    """Fine-tuning may turn on a switch that GPT does not have."""
+    model = randomized(**VARIANTS[variant])
+    config = replace(model.config, **switches)
+    expected = build(config)
+    state = model.state_dict()
+    expected.load_state_dict(state | {"transformer.wpe.weight": state["transformer.wpe.weight"][: config.seq_len]})
+    adapted = adapt(model, config)
+    idx = ids_with_documents(model.config)[:, :12]
+    assert (adapted(idx)[0] == expected(idx)[0]).all() and adapted.num_params() == expected.num_params()
+    assert vars(adapted.config) == vars(config) and all(p.requires_grad for p in adapted.parameters())
+
+
+def test_gpt_refuses_switches_that_it_would_ignore():
+    with pytest.raises(ValueError, match=r"pos 'rope' is not in GPT-2: use variants.build"):
+        GPT(VariantConfig(**SHAPE, pos="rope"))
+
+
+def test_built_models_can_be_pickled():
+    model = randomized(window=5)
+    idx = ids_for(model.config)
+    assert (pickle.loads(pickle.dumps(model))(idx)[0] == model(idx)[0]).all()
