@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -130,6 +131,10 @@ class StopSignal:
             self.received, self.at = number, time.monotonic()
             if not self.unsaved:
                 os.write(2, b"stopped by a signal before the first step: nothing to save\n")  # print is not for signal handlers
+                # Python drops an exception that is raised in a weakref's callback, and torch.compile has many of those
+                hard_exit = threading.Timer(5, os._exit, [128 + number])
+                hard_exit.daemon = True
+                hard_exit.start()
                 sys.exit(128 + number)
         elif time.monotonic() - self.at > 1:
             raise KeyboardInterrupt

@@ -489,3 +489,15 @@ def test_replay_step_reports_a_different_loss(undisturbed, tmp_path, capsys):
     (copy / "metrics.jsonl").write_text(re.sub(r'"loss": [\d.]+', '"loss": 4.25', row) + "\n")
     assert run_main(train.main, "--replay-step", 7, "--out-dir", copy) == 1
     assert "in the log: 4.25" in capsys.readouterr().out
+
+
+def test_signal_inside_a_weakref_callback_ends_the_run(tmp_path):
+    """Python drops what a callback raises. This one gets SIGTERM, as in the middle of torch.compile."""
+    (tmp_path / "stop.py").write_text(
+        f"import os, signal, sys, time, weakref\nsys.path.insert(0, {str(REPO)!r})\nimport train\n"
+        "stop = train.StopSignal()\nthing = {1}\n"
+        "ref = weakref.ref(thing, lambda _: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.1)))\n"
+        "del thing\ntime.sleep(60)\n"
+    )
+    result = subprocess.run([sys.executable, tmp_path / "stop.py"], capture_output=True, text=True, timeout=30)
+    assert result.returncode == 143 and "nothing to save" in result.stderr and "Exception ignored" in result.stderr
