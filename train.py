@@ -121,6 +121,8 @@ class StopSignal:
     second of the first doesn't count: torchrun forwards a signal that the scheduler has also sent to its processes.
     """
 
+    hard_exit: threading.Timer | None = None
+
     def __init__(self):
         self.received, self.at, self.unsaved = 0, 0.0, False
         signal.signal(signal.SIGTERM, self.handle)
@@ -132,9 +134,9 @@ class StopSignal:
             if not self.unsaved:
                 os.write(2, b"stopped by a signal before the first step: nothing to save\n")  # print is not for signal handlers
                 # Python drops an exception that is raised in a weakref's callback, and torch.compile has many of those
-                hard_exit = threading.Timer(5, os._exit, [128 + number])
-                hard_exit.daemon = True
-                hard_exit.start()
+                StopSignal.hard_exit = threading.Timer(5, os._exit, [128 + number])  # main cancels it
+                StopSignal.hard_exit.daemon = True
+                StopSignal.hard_exit.start()
                 sys.exit(128 + number)
         elif time.monotonic() - self.at > 1:
             raise KeyboardInterrupt
@@ -207,6 +209,14 @@ def validated_config() -> TrainConfig:
 
 
 def main():
+    try:
+        launch()
+    finally:
+        if StopSignal.hard_exit:
+            StopSignal.hard_exit.cancel()
+
+
+def launch():
     with cli.one_line_errors():
         given = flags.parse_flags()  # an unknown flag ends every process here
         if given.plan:
