@@ -37,7 +37,7 @@ class GPTConfig:
 
     rules = rule("n_embd {n_embd} is not a multiple of n_head {n_head}: change one of them", lambda c: c.n_embd % c.n_head == 0)
 
-    beyond_gpt2 = ()  # what a config asks for that GPT can't do: variants.py
+    beyond_gpt2 = ()  # errors for switches that GPT would ignore; only configs of variants.py have some
 
     def errors(self) -> list[str]:
         """Says what is wrong with these values, one line each."""
