@@ -2,16 +2,19 @@
 
     model_{step:05d}.pt      model (state dict), config (dict), step, val_loss, tokenizer (its name); loads with weights_only=True
     state_{step:05d}.pt      what else an exact resume needs: optimizer, scaler, seconds, skipped steps, recent losses
-    model_{step:05d}.json    the seal: size and sha256 of both; a checkpoint counts only if they match
+    model_{step:05d}.json    the seal: size and sha256 of both, step and run; a checkpoint counts only if they match
 
-write_checkpoint explains why a kill at any moment is safe.
+write_checkpoint explains why a kill at any moment is safe. The run is the id in run.json. The state names the run, the step and the
+sha256 of its model file, so files of other steps or runs don't pass for this one's.
 """
 
+import hashlib
 import pickle
 import re
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from common.files import read_json, replace, sha256, write_json, write_temporary
+from common.run_folder import RUN, RunFolder, run_id
 from common.tokenizer import VOCAB_SIZES, Tokenizer, get_tokenizer
 from formats import nanogpt
 from formats.huggingface import hf_folder, pad_tables, shape_from_hf
@@ -54,19 +58,27 @@ def content_of(step: int, model: GPT, tokenizer: str, val_loss: float | None, we
     }
 
 
-def write_checkpoint(folder: Path, step: int, content: dict, state: dict):
+def write_checkpoint(folder: RunFolder, step: int, content: dict, state: dict):
     """Writes a checkpoint so that a kill at any moment leaves all of it or none.
 
     First both .pt files go to disk under temporary names. Then the seal is written: from now on the checkpoint counts. Last, the
     files get their own names. If a kill comes before the seal, recover_interrupted_save deletes the temporary files; after it, it
-    renames them. All this holds too if the step already has a checkpoint, which is then replaced."""
-    files = files_of(folder, step)
-    temporaries = []
+    renames them. All this holds too if the step already has a checkpoint, which is then replaced.
+
+    OSError, before the seal, if the folder is no longer this run's."""
+    folder.check()
+    files = files_of(folder.path, step)
+    temporaries, seal, owner = [], {}, {"run": folder.id, "step": step}
     try:
-        for path, part in ((files.model, content), (files.state, state)):
-            temporaries.append(write_temporary(path, lambda file, part=part: save_torch(part, file)))
-        write_json(files.seal, {path.stem: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in temporaries})
+        for path, part in ((files.model, content), (files.state, state | owner)):
+            if path == files.state:
+                part["model_sha256"] = seal[files.model.name]["sha256"]
+            temporaries.append(temporary := write_temporary(path, lambda file, part=part: save_torch(part, file)))
+            seal[path.name] = {"bytes": temporary.stat().st_size, "sha256": sha256(temporary), **owner}
+        folder.check()
+        write_json(files.seal, seal)
     except BaseException:
+        folder.check()  # first: the files may be another run's by now
         for path in temporaries:
             path.unlink()
         raise
@@ -99,7 +111,7 @@ def save_torch(content: dict, file):
 
 def prune(folder: Path, keep: int, newest: int):
     """Deletes all but the last `keep` complete checkpoints (0 keeps all). Never deletes `newest`, the one just saved. Neither counts
-    nor deletes incomplete ones."""
+    nor deletes incomplete ones and those of other runs."""
     complete = [step for step in sealed_steps(folder) if find_problem(folder, step) is None] if keep else []
     for step in set(complete[:-keep]) - {newest}:
         for path in reversed(files_of(folder, step)):  # the seal first: without it the rest does not count
@@ -115,10 +127,11 @@ class SaveError(OSError):
 
 class Saver:
     """Saves the checkpoints of a run. background: copies the tensors to main memory and writes the copy in a thread, while training
-    continues. If a save fails, failure() returns the error once; finish() raises it."""
+    continues. If a save fails, failure() returns the error once; finish() raises it. If a save can't delete the oldest checkpoints,
+    it warns: nothing is lost."""
 
-    def __init__(self, folder: Path, keep: int, background: bool):
-        self.folder, self.keep, self.background = folder, keep, background
+    def __init__(self, folder: RunFolder, keep: int, background: bool, warn: Callable[[str], None] = lambda text: None):
+        self.folder, self.keep, self.background, self.warn = folder, keep, background, warn
         self.thread, self.error, self.bug = None, None, None
 
     def save(self, step: int, content: dict, state: dict):
@@ -134,17 +147,28 @@ class Saver:
     def write(self, step: int, content: dict, state: dict):
         try:
             write_checkpoint(self.folder, step, content, state)
-            prune(self.folder, self.keep, step)
             self.error = None
         except OSError as e:
-            need = sum(tensor.nbytes for tensor in tensors_in([content, state]).values())
-            space = f"{self.folder} is gone"
-            if self.folder.exists():
-                space = f"{self.folder} has {shutil.disk_usage(self.folder).free / 1e6:,.1f} MB free; earlier checkpoints are untouched"
-            why = f"could not save the checkpoint of step {step} ({e.strerror or e}): it needs {need / 1e6:,.1f} MB, {space}"
-            self.error = SaveError(e.errno, why)
+            self.error = self.explain(e, step, content, state)
         except Exception as e:  # a bug: wait raises it, or it would die with this thread
             self.bug = e
+        else:
+            self.prune(step)
+
+    def prune(self, step: int):
+        try:
+            self.folder.check()
+            prune(self.folder.path, self.keep, step)
+        except OSError as e:
+            self.warn(f"warning: the checkpoint of step {step} is saved, but older ones could not be deleted ({e})")
+
+    def explain(self, e: OSError, step: int, content: dict, state: dict) -> SaveError:
+        folder, need = self.folder.path, sum(tensor.nbytes for tensor in tensors_in([content, state]).values())
+        space = f"{folder} is gone"
+        if folder.exists():
+            space = f"{folder} has {shutil.disk_usage(folder).free / 1e6:,.1f} MB free; earlier checkpoints are untouched"
+        why = f"could not save the checkpoint of step {step} ({e.strerror or e}): it needs {need / 1e6:,.1f} MB, {space}"
+        return SaveError(e.errno, why)
 
     def wait(self):
         if self.thread:
@@ -189,19 +213,43 @@ def sealed_steps(folder: Path) -> list[int]:
 
 
 def find_problem(folder: Path, step: int, weights_only: bool = False) -> str | None:
-    """What is wrong with a step's checkpoint, or None if it is complete, byte for byte. weights_only: checks only the model file."""
+    """What is wrong with a step's checkpoint, or None if it is complete, byte for byte, and of the run in this folder.
+    weights_only: checks only the model file."""
     files = files_of(folder, step)
     if not files.seal.exists():
         return f"{files.seal.name} is missing"
+    paths = (files.model,) if weights_only else (files.model, files.state)
     try:
-        seal = read_json(files.seal, "")
-        for path in (files.model,) if weights_only else (files.model, files.state):
+        seal, run = read_json(files.seal, ""), run_id(folder)
+        for path in paths:
             if not path.exists():
                 return f"{path.name} is missing"
+            if seal[path.name].keys() not in ({"bytes", "sha256"}, {"bytes", "sha256", "run", "step"}):  # older seals have the first two
+                return f"{files.seal.name} is damaged"
+            if wrong := misplaced(path, seal[path.name], step, run):
+                return wrong
             if path.stat().st_size != seal[path.name]["bytes"] or sha256(path) != seal[path.name]["sha256"]:
                 return f"{path.name} is damaged: it does not match {files.seal.name}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{files.seal.name} is damaged"
+    for path in paths:  # a seal may have been made for files of another step or run
+        try:
+            content = load_torch(path)
+        except ValueError:
+            return f"{path.name} is damaged"
+        if wrong := misplaced(path, content, step, run):
+            return wrong
+        if content.get("model_sha256") not in (None, seal[files.model.name]["sha256"]):
+            return f"{path.name} belongs to another {files.model.name}"
+    return None
+
+
+def misplaced(path: Path, owner: dict, step: int, run: str | None) -> str | None:
+    """Says that a file is of another step or run, from what its seal or its content records. Older versions recorded less."""
+    if owner.get("step", step) != step:
+        return f"{path.name} is of step {owner['step']}"
+    if None not in (run, owner.get("run")) and owner["run"] != run:
+        return f"{path.name} is of another run, {owner['run']}; this one is {run}"
     return None
 
 
@@ -240,7 +288,7 @@ def checkpoint_file(path: str) -> Path | None:
     folder = Path(path)
     if folder.suffix == ".pt":
         return folder
-    ours = (folder / "run.json").exists() or any(folder.glob("state_*")) or sealed_steps(folder)
+    ours = (folder / RUN).exists() or any(folder.glob("state_*")) or sealed_steps(folder)
     if not ours and (theirs := sorted([*folder.glob("ckpt.pt"), *folder.glob("model_*.pt")])):
         return theirs[-1]
     if folder.is_dir() and not (folder / "config.json").exists():
@@ -279,6 +327,15 @@ def load_config(path: str, revision: str = "") -> VariantConfig:
 def hub_commit(path: str, revision: str) -> str:
     """The hub's commit for a name such as gpt2 at a revision ('' is the newest). Returns '' for a local path."""
     return "" if checkpoint_file(path) or Path(path).is_dir() else hf_folder(path, revision or None).name
+
+
+def fingerprint(path: str) -> str:
+    """Returns a sha256 that says whether a model is still the same: of its .pt file, or of a Hugging Face folder's config and weights."""
+    if file := checkpoint_file(path):
+        return sha256(file)
+    folder = hf_folder(path)
+    hashes = [sha256(file) for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def load_gpt(path: str, revision: str = "") -> tuple[GPT, str | None]:

@@ -8,7 +8,6 @@ Step s begins after s updates. Its evaluations, its checkpoint and its train los
 evaluates and saves once more.
 """
 
-import json
 import math
 import os
 import signal
@@ -26,29 +25,30 @@ import variants
 from common import cli, device
 from common.distributed import DistContext, PeerLost, Stopped, join_world, rendezvous
 from common.files import lock_folder
+from common.run_folder import RunFolder
 from common.validation import raise_errors
 from dataloader import MANIFEST, Shards, find_shards
 from training import checks, flags, run_json
 from training.config import TrainConfig
 from training.evaluation import Evaluation, is_due
 from training.guard import largest_weight
-from training.log import Log, step_metrics
+from training.log import Log, logged_loss, resume_notice, step_metrics
 from training.plan import report
 from training.presets import PRESETS
 from training.saving import Checkpoints
 from training.trainer import Trainer
 
 
-def train(config: TrainConfig, world: DistContext):
+def train(config: TrainConfig, world: DistContext, folder: RunFolder):
     """Runs the training: evaluate, save, update, until max_steps or a signal."""
-    log, trainer, checkpoints, start = set_up(config, world)
+    log, trainer, checkpoints, start = set_up(config, world, folder)
     if start > config.max_steps or (start == config.max_steps and checkpoints.val_loss is not None):
         log.progress(f"{config.out_dir} finished already, at step {start}: raise --max-steps to continue")
         return
     stop = StopSignal()
     checks.check_compiled(trainer, start, log)
     torchruns = world.gather(run_json.torchrun_id())
-    world.on_main(lambda: log.track(run_json.record_launch(config, world, trainer, start, torchruns), start))
+    world.on_main(lambda: log.track(run_json.record_launch(config, world, trainer, folder, start, torchruns), start))
     evaluation = Evaluation(trainer, log, stopped=lambda: stop.received > 0)
     step, stopping = start, False
     while True:
@@ -65,7 +65,7 @@ def train(config: TrainConfig, world: DistContext):
         if finished or stopping:
             break
         began = time.perf_counter()
-        update = trainer.update(step, stop=stop.received > 0 or checkpoints.failed(log))
+        update = trainer.update(step, stop=stop.received > 0 or checkpoints.must_stop())
         seconds, stop.unsaved = time.perf_counter() - began, True
         trainer.seconds += seconds  # only updates count
         log.train(step, step_metrics(trainer, step, update, seconds), seconds)
@@ -75,16 +75,16 @@ def train(config: TrainConfig, world: DistContext):
     world.on_main(checkpoints.saver.finish)
     world.on_main(log.finish)
     evaluation.plot()
-    if stopping:
-        log.progress(f"stopped after {step} steps, all saved; to continue: --resume --out-dir {config.out_dir}")
-        sys.exit(128 + (stop.received or signal.SIGTERM))
-    log.progress(f"finished: log, plot and checkpoints are in {config.out_dir}")
+    if stopping or folder.lost:
+        log.progress(f"stopped after {step} steps, all saved; to continue: --resume --out-dir {folder.path}")
+        sys.exit(1 if folder.lost else 128 + (stop.received or signal.SIGTERM))
+    log.progress(f"finished: log, plot and checkpoints are in {folder.path}")
 
 
-def replay(config: TrainConfig, world: DistContext):
+def replay(config: TrainConfig, world: DistContext, folder: RunFolder):
     """Recomputes the steps from the last checkpoint before --replay-step up to that step. Changes nothing on disk."""
-    logged = world.on_main(lambda: logged_loss(Path(config.out_dir), config.replay_step))
-    log, trainer, _, start = set_up(config, world)
+    logged = world.on_main(lambda: logged_loss(folder.path, config.replay_step))
+    log, trainer, _, start = set_up(config, world, folder)
     checks.check_compiled(trainer, start, log)
     log.progress(f"recomputing steps {start} to {config.replay_step} from {f'the checkpoint of step {start}' if start else 'the start'}")
     for step in range(start, config.replay_step + 1):
@@ -101,17 +101,6 @@ def replay(config: TrainConfig, world: DistContext):
         same = f"equal bits need the same world size, micro batch, hardware, code and torch: see {run_json.RUN}"
         log.result(f"in the log: {logged!r}; {same}")
         sys.exit(1)
-
-
-def logged_loss(out_dir: Path, step: int) -> float | None:
-    """Returns a step's exact loss from metrics.jsonl; nan if it was not finite, None if the step is missing."""
-    loss = None
-    path = out_dir / "metrics.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        if line.startswith(f'{{"step": {step}, "loss": ') and line.endswith("}"):
-            loss = json.loads(line)["loss"]
-            loss = math.nan if loss is None else loss
-    return loss
 
 
 class StopSignal:
@@ -150,9 +139,9 @@ def find_data(config: TrainConfig) -> Shards:
     return find_shards(config.data_dir)
 
 
-def set_up(config: TrainConfig, world: DistContext) -> tuple[Log, Trainer, Checkpoints, int]:
+def set_up(config: TrainConfig, world: DistContext, folder: RunFolder) -> tuple[Log, Trainer, Checkpoints, int]:
     """Checks everything, then builds or loads the model. Returns log, trainer, checkpoints and the first step."""
-    log, out_dir = Log(config, world), Path(config.out_dir)
+    log, out_dir = Log(config, world, folder), Path(config.out_dir)
     if config.replay_step is None:
         world.on_main(lambda: checkpoint.recover_interrupted_save(out_dir))
     shards = world.on_main(lambda: checks.check_data(config, find_data(config)))
@@ -162,7 +151,7 @@ def set_up(config: TrainConfig, world: DistContext) -> tuple[Log, Trainer, Check
     world.on_all(lambda: checks.fit_vocabulary(config, shards))
     world.on_main(lambda: checks.check_memory(config, world))
     if config.teacher:
-        world.on_all(lambda: checks.check_teacher(config))
+        checks.check_teacher(config, world)
     step = world.on_main(lambda: checkpoint.newest_step(out_dir, config.replay_step)) if config.resume else None
 
     torch.manual_seed(config.seed)
@@ -178,9 +167,11 @@ def set_up(config: TrainConfig, world: DistContext) -> tuple[Log, Trainer, Check
         without = "without torch.compile" + (", keeping all activations" if 0 < config.activation_memory < 1 else "")
         log.progress(f"warning: running {without}: it does not work here on {world.device.type} (CPU: install g++)")
     trainer = Trainer(config, world, model, shards, compiled, load_teacher(config))
-    checkpoints = Checkpoints(trainer)
+    checkpoints = Checkpoints(trainer, folder, log)
     if step is not None:
         checkpoints.load(step)
+    if config.resume:
+        log.progress(world.on_main(lambda: resume_notice(out_dir, step)))
     for line in lines:
         log.progress(f"warning: {line}")
     log.progress(describe(trainer))
@@ -202,7 +193,10 @@ def describe(trainer: Trainer) -> str:
     )
 
 
-def validated_config() -> TrainConfig:
+def claim_folder(folder: RunFolder, given: TrainConfig, stack: ExitStack) -> TrainConfig:
+    """Locks --out-dir until the stack closes. Only then reads the settings, since another launch may have changed the folder before."""
+    if given.replay_step is None:
+        folder.held = stack.enter_context(lock_folder(folder.path))
     config = flags.parse_config()
     config.validate(int(os.environ.get("WORLD_SIZE", 1)))
     return config
@@ -224,13 +218,13 @@ def launch():
             return
         raise_errors(cli.at_least(0.01, given, "timeout_minutes") + cli.at_most(10**6, given, "timeout_minutes"))
         try:
-            config, store = rendezvous(validated_config, given.timeout_minutes)
-            with join_world(config.device, config.timeout_minutes, store) as world, ExitStack() as stack:
-                if config.replay_step is not None:
-                    replay(config, world)
-                    return
-                world.on_main(lambda: stack.enter_context(lock_folder(Path(config.out_dir))))
-                train(config, world)
+            with ExitStack() as stack:
+                folder = RunFolder(Path(given.out_dir))
+                config, store = rendezvous(lambda: claim_folder(folder, given, stack), given.timeout_minutes)
+                folder.path = Path(config.out_dir)  # rank 0's flags count
+                with join_world(config.device, config.timeout_minutes, store) as world:
+                    run = replay if config.replay_step is not None else train
+                    run(config, world, folder)
         except PeerLost as e:
             print(f"error: {e}", file=sys.stderr)
             sys.exit(1)

@@ -36,11 +36,13 @@ from common import device as hardware
 from common import tokenizer as tokenizers
 from common.distributed import DistContext
 from common.files import write_json
+from common.run_folder import RunFolder
 from common.validation import raise_errors
 from dataloader import TokenStream, find_shards, write_shard
 from model import GPT
 from sample import generate
 from training.config import TrainConfig
+from training.log import Log
 from training.run_json import git_commit
 from training.saving import Checkpoints
 from training.trainer import Trainer
@@ -294,8 +296,9 @@ def save_ours(bench: Bench):
     """Times how long a checkpoint blocks training: on an accelerator for the copy, on a CPU until it is on the disk."""
     trainer = trainer_of(bench)
     trainer.update(0)
-    checkpoints = Checkpoints(trainer)
-    (bench.folder / "run").mkdir()
+    folder = RunFolder(bench.folder / "run")
+    folder.path.mkdir()
+    checkpoints = Checkpoints(trainer, folder, Log(trainer.config, trainer.world, folder))
 
     def run(number):
         checkpoints.save(number, None)

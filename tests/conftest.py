@@ -19,6 +19,7 @@ import torch
 import checkpoint
 import train
 from common.files import write_json
+from common.run_folder import RunFolder
 from common.tokenizer import get_tokenizer
 from dataloader import write_shard
 from variants import VariantConfig
@@ -71,7 +72,7 @@ def ids_for(config: VariantConfig, batch: int = 3, length: int | None = None) ->
 
 def save_checkpoint(folder: Path, step: int, model, tokenizer: str, val_loss: float | None, state: dict) -> Path:
     """Writes a checkpoint and returns its model file's path."""
-    checkpoint.write_checkpoint(folder, step, checkpoint.content_of(step, model, tokenizer, val_loss), state)
+    checkpoint.write_checkpoint(RunFolder(folder), step, checkpoint.content_of(step, model, tokenizer, val_loss), state)
     return checkpoint.files_of(folder, step).model
 
 

@@ -15,6 +15,7 @@ from transformers import GPT2LMHeadModel
 
 import checkpoint
 from checkpoint import Saver, content_of, files_of, find_problem, load_model, newest_step, prune, recover_interrupted_save, sealed_steps
+from common.run_folder import RunFolder
 from model import GPT
 from variants import VariantConfig, build, build_on_meta
 
@@ -39,7 +40,7 @@ def test_checkpoint_is_a_plain_dict(run, model):
     again = build(VariantConfig(**content["config"]))
     again.load_state_dict(content["model"])
     assert all((p == q).all() for p, q in zip(again.parameters(), model.parameters(), strict=True))
-    assert checkpoint.load_training(run, 10)[1] == {"seconds": 10.0}
+    assert checkpoint.load_training(run, 10)[1]["seconds"] == 10.0
 
 
 @pytest.mark.parametrize("path", ["model_00015.pt", ""])
@@ -113,7 +114,7 @@ def test_training_does_not_change_a_background_save(run, model):
     """Changes weights and optimizer state during the save. The tied head is written once."""
     before = {name: p.clone() for name, p in model.state_dict().items()}
     state = {"optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1.0, "params": [0]}]}}
-    saver = Saver(run, 0, background=True)
+    saver = Saver(RunFolder(run), 0, background=True)
     saver.save(20, content_of(20, model, "bytes", None), state)
     with torch.no_grad():
         [p.add_(1) for p in model.parameters()]
@@ -138,7 +139,7 @@ def test_failed_save_keeps_earlier_checkpoints(run, model, monkeypatch, backgrou
 
     monkeypatch.setattr(checkpoint, "save_torch", save_torch)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    saver = Saver(run, 1, background)
+    saver = Saver(RunFolder(run), 1, background)
     saver.save(15, content_of(15, model, "bytes", 0.1), {"seconds": 1.0})
     with pytest.raises(
         OSError, match=r"could not save the checkpoint of step 15 \(No space left on device\): it needs 0.0 MB, .* free"
@@ -162,7 +163,7 @@ def test_saving_a_step_twice_replaces_it(run):
 
 def test_bug_in_background_save_is_raised(run, model, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_torch", lambda content, file: 1 / 0)
-    saver = Saver(run, 1, background=True)
+    saver = Saver(RunFolder(run), 1, background=True)
     saver.save(20, content_of(20, model, "bytes", 0.1), {})
     with pytest.raises(ZeroDivisionError):
         saver.finish()

@@ -13,6 +13,7 @@ import termios
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ import sample
 import train
 from common import cli, device
 from common.distributed import DistContext
+from common.run_folder import RunFolder
 from dataloader import TokenStream, find_shards
 from training import checks, distillation, evaluation
 from training.config import TrainConfig
@@ -213,7 +215,21 @@ def test_teacher_stays_fixed_when_its_run_resumes(teacher, shards, tmp_path):
     assert run_main(train.main, "--resume", "--out-dir", tmp_path / "teacher", "--max-steps", 60) == 0
     assert run_main(train.main, "--replay-step", 15, "--out-dir", tmp_path / "run") == 0
     again = "--resume", "--out-dir", tmp_path / "run", "--max-steps", 21, "--teacher"
-    assert run_main(train.main, *again, tmp_path / "teacher") == 0 and run_main(train.main, *again, teacher) == 2
+    assert run_main(train.main, *again, tmp_path / "teacher") == 0
+
+
+def test_teacher_may_move_but_not_change(teacher, shards, tmp_path, capsys):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    assert run_train(shards, tmp_path / "run", "--teacher", tmp_path / "teacher") == 0
+    os.rename(tmp_path / "teacher", tmp_path / "moved")
+    again = ["--resume", "--out-dir", tmp_path / "run", "--max-steps"]
+    assert run_main(train.main, *again, 21) == 2 and "pass --teacher with its new path" in capsys.readouterr().err
+    assert run_main(train.main, *again, 21, "--teacher", tmp_path / "moved") == 0
+    assert run_train(shards, tmp_path / "other", "--seed", 7) == 0  # another model, under the recorded path and name
+    shutil.copy(tmp_path / "other" / "model_00020.pt", checkpoint.checkpoint_file(str(tmp_path / "moved")))
+    [path.unlink() for path in (tmp_path / "moved").glob("*.json")]
+    assert run_main(train.main, *again, 22) == 2 and "is not the teacher that this run began with" in capsys.readouterr().err
+    assert run_main(train.main, *again, 22, "--teacher", teacher) == 0
 
 
 def test_distillation_keeps_the_experts_load_balance(teacher, shards):
@@ -223,7 +239,7 @@ def test_distillation_keeps_the_experts_load_balance(teacher, shards):
     grads = []
     for balance in (0.01, 0.0):
         config.model.load_balance = balance
-        _, trainer, *_ = train.set_up(config, world)
+        _, trainer, *_ = train.set_up(config, world, RunFolder(Path(config.out_dir)))
         trainer.loss(trainer.model, range(4)).backward()
         grads.append(trainer.model.transformer.h[0].mlp.router.weight.grad)
         x = torch.from_numpy(trainer.train_stream.batch(range(4))[0])
@@ -247,7 +263,10 @@ def test_unsuitable_teacher_is_refused(teacher, shards, tmp_path, capsys):
         (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
         assert message in error
     run = forked(tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--teacher", "none.pt", processes=2)
-    assert run.returncode == 2 and run.stderr.count("error: ") == run.stderr.count("error: no checkpoint none.pt: check the path\n") == 1
+    assert (
+        run.returncode == 2
+        and run.stderr.count("error: ") == run.stderr.count("error: --teacher: no checkpoint none.pt: check the path\n") == 1
+    )
     assert not (tmp_path / "run").exists()
 
 

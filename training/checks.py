@@ -76,14 +76,40 @@ def fit_vocabulary(config: TrainConfig, shards: Shards):
     config.model = replace(config.model, vocab_size=theirs)
 
 
-def check_teacher(config: TrainConfig):
-    """ValueError if the teacher's vocabulary differs, or if it reads shorter sequences than the student."""
-    ours, theirs = config.model, checkpoint.load_config(config.teacher)
+def check_teacher(config: TrainConfig, world: DistContext):
+    """ValueError if the teacher doesn't fit, or if it is not the one that this run began with, on every host."""
+    world.on_all(lambda: check_teacher_fits(config))
+    expected = world.on_main(lambda: teacher_of_run(config) or checkpoint.fingerprint(config.teacher))
+
+    def check_same():
+        if os.environ.get("LOCAL_RANK", "0") == "0" and checkpoint.fingerprint(config.teacher) != expected:
+            raise ValueError(
+                f"--teacher {config.teacher} on {platform.node()} is not the teacher that this run began with: restore that file, or "
+                "pass --teacher with its new path"
+            )
+
+    world.on_all(check_same)
+
+
+def check_teacher_fits(config: TrainConfig):
+    """ValueError if the teacher is missing, has another vocabulary or reads shorter sequences than the student."""
+    try:
+        ours, theirs = config.model, checkpoint.load_config(config.teacher)
+    except ValueError as e:
+        raise ValueError(f"--teacher: {e}" + ("; did it move? pass --teacher with its new path" if config.resume else "")) from e
     if theirs.vocab_size != ours.vocab_size or theirs.seq_len < ours.seq_len:
         raise ValueError(
             f"--teacher {config.teacher} has {theirs.vocab_size} ids and {theirs.seq_len} positions, the run has {ours.vocab_size} and "
             f"{ours.seq_len}: choose a teacher with the same vocabulary and at least as many positions"
         )
+
+
+def teacher_of_run(config: TrainConfig) -> str | None:
+    """Returns the teacher's fingerprint in run.json; None for a new run, or if an older version began the run with this path."""
+    run = read_json(Path(config.out_dir, RUN), RUN_REMEDY) if config.resume else {"config": {"teacher": config.teacher}}
+    if "teacher_sha256" not in run and run["config"]["teacher"] != config.teacher:
+        raise ValueError(f"--teacher {config.teacher}: this run began with {run['config']['teacher']}: put it back there")
+    return run.get("teacher_sha256")
 
 
 def check_memory(config: TrainConfig, world: DistContext):

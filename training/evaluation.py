@@ -1,7 +1,6 @@
 """Validation, HellaSwag and samples during a run."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -82,7 +81,7 @@ class Evaluation:
 
     def plot(self):
         if self.world.is_main:
-            log = Path(self.config.out_dir, "log.txt")
+            log = self.log.folder.path / "log.txt"
             plot_log.plot(plot_log.PlotConfig((str(log),), str(log.with_name("log_plot.png"))))
 
 

@@ -32,7 +32,8 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         previous = replace(read_run(out_dir, config.replay_step), out_dir=config.out_dir, resume=True)
         config = replace(cli.parse(TrainConfig, argv, previous), init_revision=previous.init_revision)
         config.teacher = recorded_teacher(config.teacher, previous.teacher)
-        raise_if_changed(previous, config, MAY_CHANGE, f"the run in {out_dir}")
+        moved = {"teacher"} if config.teacher and previous.teacher else set()  # check_teacher compares the contents
+        raise_if_changed(previous, config, MAY_CHANGE | moved, f"the run in {out_dir}")
     elif not config.plan and holds_a_run(out_dir):
         raise ValueError(f"{out_dir} holds a run or a model already: add --resume to continue it, or choose another --out-dir")
     elif config.init_from:
@@ -58,8 +59,14 @@ def parse_flags(argv: list[str] | None = None, model: VariantConfig | None = Non
 
 
 def recorded_teacher(given: str, recorded: str) -> str:
-    """Returns the recorded teacher if `given` is it or the folder it is in, else `given`. The run recorded one checkpoint of the folder."""
-    return recorded if given and recorded and Path(given) in (Path(recorded), Path(recorded).parent) else given
+    """Returns the recorded teacher if `given` is it or the folder it is in. Otherwise `given`, or the checkpoint of the same name in
+    that folder. The run recorded one checkpoint of the folder."""
+    if not (given and recorded):
+        return given
+    if Path(given) in (Path(recorded), Path(recorded).parent):
+        return recorded
+    moved = Path(given, Path(recorded).name)
+    return str(moved) if moved.is_file() else given
 
 
 def raise_if_changed(before, now, allowed: set[str], source: str, remedy: str = "leave its flag out"):

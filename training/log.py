@@ -6,13 +6,16 @@ import statistics
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 from common import cli, device
 from common.distributed import DistContext
-from common.files import append
+from common.files import append, sync
+from common.run_folder import RunFolder
+from plot_log import read_metrics
 from training.config import TrainConfig
 from training.tracker import Tracker
 from training.trainer import Trainer, Update
@@ -22,8 +25,8 @@ from variants import flops_per_token
 class Log:
     """Writes log.txt ('step stream value', build-nanogpt's format) and metrics.jsonl, both append-only. Only rank 0 writes."""
 
-    def __init__(self, config: TrainConfig, world: DistContext):
-        self.config, self.world = config, world
+    def __init__(self, config: TrainConfig, world: DistContext, folder: RunFolder):
+        self.config, self.world, self.folder = config, world, folder
         self.tracker = None
         self.recent = deque(maxlen=20)  # seconds of the last steps
         self.shown = -math.inf  # time of the last progress line
@@ -51,8 +54,16 @@ class Log:
                     self.progress(f"warning: {e}: its lines are kept in memory until they can be written")
 
     def write(self, name: str):
-        append(Path(self.config.out_dir, name), self.unwritten[name])
+        self.folder.check()
+        append(self.folder.path / name, self.unwritten[name])
         self.unwritten[name] = ""
+
+    def sync(self):
+        """Writes the log to the disk now. If that fails, so does the checkpoint, which says so."""
+        with suppress(OSError):
+            for name in self.unwritten:
+                self.write(name)
+                sync(self.folder.path / name)
 
     def finish(self):
         """Raises OSError if lines remain that can't be written."""
@@ -103,22 +114,46 @@ class Log:
         self.recent.append(seconds)
         if time.perf_counter() - self.shown > 1 or step + 1 == self.config.max_steps:
             self.shown = time.perf_counter()
-            self.show_progress(step, metrics)
+            line = progress_line(step, self.config.max_steps, metrics, statistics.median(self.recent))
+            if self.world.is_main and cli.on_a_screen():
+                self.bar = self.bar or cli.bar(
+                    total=self.config.max_steps, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar:10}| {desc}"
+                )
+                self.bar.n = step + 1
+                self.bar.set_description_str(line)
+            else:
+                self.progress(line)
 
-    def show_progress(self, step: int, metrics: dict):
-        max_steps = self.config.max_steps
-        eta = timedelta(seconds=round(statistics.median(self.recent) * (max_steps - step - 1)))
-        mfu = "n/a" if metrics["mfu"] is None else f"{metrics['mfu']:.1%}"
-        line = (
-            f"step {step:{len(str(max_steps))}}/{max_steps} | loss {metrics['loss']:.4f} | lr {metrics['lr']:.2e} | "
-            f"norm {metrics['grad_norm']:.2f} | {metrics['tokens_per_second']:,.0f} tok/s | mfu {mfu} | eta {eta}"
-        )
-        if self.world.is_main and cli.on_a_screen():
-            self.bar = self.bar or cli.bar(total=max_steps, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar:10}| {desc}")
-            self.bar.n = step + 1
-            self.bar.set_description_str(line)
-        else:
-            self.progress(line)
+
+def progress_line(step: int, max_steps: int, metrics: dict, seconds: float) -> str:
+    """Returns a step's line for the screen. seconds: of a step, for the time left."""
+    eta = timedelta(seconds=round(seconds * (max_steps - step - 1)))
+    mfu = "n/a" if metrics["mfu"] is None else f"{metrics['mfu']:.1%}"
+    return (
+        f"step {step:{len(str(max_steps))}}/{max_steps} | loss {metrics['loss']:.4f} | lr {metrics['lr']:.2e} | "
+        f"norm {metrics['grad_norm']:.2f} | {metrics['tokens_per_second']:,.0f} tok/s | mfu {mfu} | eta {eta}"
+    )
+
+
+def logged_loss(out_dir: Path, step: int) -> float | None:
+    """Returns a step's exact loss from metrics.jsonl; nan if it was not finite, None if the step is missing."""
+    loss = None
+    path = out_dir / "metrics.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        if line.startswith(f'{{"step": {step}, "loss": ') and line.endswith("}"):
+            loss = json.loads(line)["loss"]
+            loss = math.nan if loss is None else loss
+    return loss
+
+
+def resume_notice(out_dir: Path, step: int | None) -> str:
+    """Says from where a run resumes, and which logged steps it repeats. step: of the checkpoint; None without one."""
+    begin = "resuming without a checkpoint, from step 0" if step is None else f"resuming from the checkpoint of step {step}"
+    first = step or 0
+    last = max(read_metrics(out_dir / "metrics.jsonl", ["loss"], "loss")["loss"], default=-1)
+    if last < first:
+        return begin
+    return f"{begin}; repeating {f'step {first}' if last == first else f'steps {first} to {last}'}, logged after it"
 
 
 def axes(trainer: Trainer, step: int) -> dict:

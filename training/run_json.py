@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import plot_log
 from common import device
 from common.distributed import DistContext
-from common.files import read_json, write_json
+from common.files import read_json
+from common.run_folder import RUN, RunFolder
 from training.config import TrainConfig
 from training.trainer import Trainer
 from variants import VariantConfig
 
-RUN = "run.json"
 RUN_REMEDY = "restore it from a copy, or choose another --out-dir"
 
 
@@ -44,15 +45,18 @@ def last_launch(run: dict, step: int | None) -> dict:
     return ([launch for launch in launches if step is None or launch.get("step", 0) <= step] or [{}])[-1]
 
 
-def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, step: int, torchruns: list[str]) -> str:
+def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, folder: RunFolder, step: int, torchruns: list[str]) -> str:
     """Adds this launch to run.json, with its settings, hardware and software. Returns the run's id."""
-    path = Path(config.out_dir, RUN)
+    path = folder.path / RUN
     size = plot_log.size_of(trainer.model.num_params()) if trainer.shards.tokenizer == "gpt2" else "none"
     before = {"id": secrets.token_hex(4), "size": size, "data": trainer.shards.contents(), "launches": []}
+    if config.teacher:
+        before["teacher_sha256"] = checkpoint.fingerprint(config.teacher)
     if path.exists():
         before |= read_json(path, RUN_REMEDY)
     settings = asdict(config) | {"resume": False, "replay_step": None}
     launch = {
+        "token": secrets.token_hex(8),  # proves to RunFolder that the folder is this launch's
         "step": step,
         "config": settings,
         "command": sys.argv,
@@ -64,9 +68,8 @@ def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, ste
         "world_size": world.size,
         "torchrun": torchruns,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, before | {"config": settings, "launches": [*before["launches"], launch]})
-    return before["id"]
+    folder.begin(before | {"config": settings, "launches": [*before["launches"], launch]})
+    return folder.id
 
 
 def git_commit() -> str:

@@ -2,23 +2,24 @@
 
 import os
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 
 import checkpoint
+from common.run_folder import RunFolder
 from training import sharding
+from training.log import Log
 from training.trainer import Trainer
 
 
 class Checkpoints:
     """Saves and loads a trainer. The order of the data needs no state: it is a function of the step."""
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: Trainer, folder: RunFolder, log: Log):
         config = trainer.config
-        self.trainer, self.folder, self.stop_on_error = trainer, Path(config.out_dir), config.on_save_error == "stop"
+        self.trainer, self.folder, self.log, self.stop_on_error = trainer, folder, log, config.on_save_error == "stop"
         # a background save needs a copy in main memory; on a CPU, training needs that memory itself
-        self.saver = checkpoint.Saver(self.folder, config.keep, background=trainer.device.type != "cpu")
+        self.saver = checkpoint.Saver(folder, config.keep, trainer.device.type != "cpu", log.progress)
         self.val_loss = None  # of the checkpoint that this launch resumes, if it was validated
 
     def save(self, step: int, val_loss: float | None):
@@ -38,6 +39,8 @@ class Checkpoints:
             with trainer.average.in_place():
                 weights = {name: p.clone() for name, p in self.weights().items() if p is not None}
         if trainer.world.is_main:
+            self.follow_folder()
+            self.log.sync()  # after a power cut, the log must reach as far as the checkpoint
             self.saver.save(step, checkpoint.content_of(step, trainer.model, trainer.shards.tokenizer, val_loss, weights), state)
 
     def weights(self) -> dict[str, Tensor]:
@@ -45,16 +48,25 @@ class Checkpoints:
         model = self.trainer.model
         return sharding.weights(model, self.trainer.world.is_main) if self.trainer.sharded else model.state_dict()
 
-    def failed(self, log) -> bool:
-        """Warns if the last save failed. Returns whether the run must stop."""
+    def must_stop(self) -> bool:
+        """Warns if the last save failed. Returns whether the run must stop: for that, or because its folder is no longer its own."""
         error = self.saver.failure()
         if error:
-            log.progress(f"warning: {error}; {'the run ends' if self.stop_on_error else 'training continues, the next save tries again'}")
-        return error is not None and self.stop_on_error
+            then = "the run ends" if self.stop_on_error else "training continues, the next save tries again"
+            self.log.progress(f"warning: {error}; {then}")
+        self.follow_folder()
+        return bool(self.folder.lost) or (error is not None and self.stop_on_error)
+
+    def follow_folder(self):
+        """If the folder is no longer this run's, finds another one for what is left to write."""
+        if self.folder.problem():
+            self.saver.wait()
+            self.folder.rescue()
+            self.log.progress(f"warning: {self.folder.lost}: this run stops and saves everything in {self.folder.path}")
 
     def load(self, step: int):
         """Loads a checkpoint. If a host lacks it, rank 0 sends it to all."""
-        trainer, folder = self.trainer, self.folder
+        trainer, folder = self.trainer, self.folder.path
         several_hosts = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
         damaged = several_hosts and checkpoint.find_problem(folder, step)  # another host's copy may be
         everywhere = len(set(trainer.world.gather("" if damaged else checkpoint.seal_of(folder, step)))) == 1
@@ -74,4 +86,4 @@ class Checkpoints:
 
     def load_weights(self, full: dict[str, Tensor]):
         model = self.trainer.model
-        checkpoint.load_weights(model, sharding.sliced(model, full) if self.trainer.sharded else full, self.folder)
+        checkpoint.load_weights(model, sharding.sliced(model, full) if self.trainer.sharded else full, self.folder.path)

@@ -1,0 +1,114 @@
+"""The folder of a run, and the proof that it still is this run's: every file that counts carries the run's id."""
+
+import errno
+import os
+from pathlib import Path
+
+from common.files import HeldFolder, read_json, write_json
+
+RUN = "run.json"
+
+
+def run_id(folder: Path) -> str | None:
+    """Returns the id of the run in a folder; None if there is none."""
+    try:
+        found = read_json(folder / RUN, "").get("id")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+class RunFolder:
+    """The folder that a launch writes into. Check it before each write: someone may move it, delete it or start another run there.
+
+    run.json is the proof. Each launch writes its own token into it, so a file with another token belongs to another launch.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.held: HeldFolder | None = None  # on rank 0, from lock_folder
+        self.run, self.seen = None, None  # run.json's content, as this launch wrote it, and the file's identity
+        self.lost = ""  # why this launch had to leave the folder
+
+    @property
+    def id(self) -> str | None:
+        return self.run and self.run["id"]
+
+    def begin(self, run: dict):
+        """Writes run.json. Its last launch must have a token. From now on, the folder is this launch's."""
+        self.run = run
+        self.write_run()
+
+    def write_run(self):
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / RUN, self.run)
+        self.seen = identity(self.path / RUN)
+
+    def problem(self) -> str:
+        """Says why this folder is no longer this launch's. Returns '' if it is."""
+        if self.run is None:
+            return ""
+        try:
+            found = identity(self.path / RUN)
+        except OSError:  # a network disk may be away for a moment
+            return ""
+        if found == self.seen:
+            return ""
+        if found is None:
+            if self.held and self.held.is_here():  # only run.json was deleted
+                self.write_run()
+                return ""
+            return f"{self.path} was moved or deleted while this run was writing into it"
+        try:
+            other = read_json(self.path / RUN, "")
+        except (OSError, ValueError):
+            return ""
+        if token(other) == token(self.run):  # a copy, or a file system that numbers files differently each time
+            self.seen = found
+            return ""
+        if other.get("id") == self.id:
+            return f"another process resumed the run in {self.path}"
+        return f"{self.path} belongs to another run now"
+
+    def check(self):
+        """Raises OSError if this folder is no longer this launch's."""
+        if problem := self.problem():
+            raise OSError(errno.ESTALE, problem)
+
+    def rescue(self):
+        """Finds a place for what this launch still has to write: where its folder is now, or a new folder beside the old one."""
+        self.lost = self.problem()
+        moved = self.held and self.held.whereabouts()
+        if moved and moved != self.path and is_of(moved, self.run):
+            self.path = moved
+            self.seen = identity(moved / RUN)
+            return
+        name, number = f"{self.path.name}-{self.id}", 1
+        while (place := self.path.with_name(name if number == 1 else f"{name}-{number}")).exists():
+            number += 1
+        self.path = place
+        self.write_run()
+
+
+def identity(path: Path) -> tuple | None:
+    """Returns what changes if a file is replaced or rewritten. None if there is no file."""
+    try:
+        info = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
+
+
+def token(run: dict) -> str | None:
+    """Returns the token of run.json's last launch."""
+    launches = run.get("launches")
+    last = launches[-1] if isinstance(launches, list) and launches else None
+    return last.get("token") if isinstance(last, dict) else None
+
+
+def is_of(folder: Path, run: dict) -> bool:
+    """Whether a folder's run.json is the one that this launch wrote."""
+    try:
+        return token(read_json(folder / RUN, "")) == token(run)
+    except (OSError, ValueError):
+        return False
