@@ -78,7 +78,7 @@ def train(config: TrainConfig, world: DistContext):
     if stopping:
         log.progress(f"stopped after {step} steps, all saved; to continue: --resume --out-dir {config.out_dir}")
         sys.exit(128 + (stop.received or signal.SIGTERM))
-    log.progress(f"finished: log, plot and checkpoints are in {config.out_dir}")
+    log.progress(f"finished: everything is in {config.out_dir}")
 
 
 def replay(config: TrainConfig, world: DistContext):

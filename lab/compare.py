@@ -272,7 +272,7 @@ def run_all(runs: list[Run], workers: int, mixed: bool) -> list[str]:
 def train_one(run: Run, running: list[subprocess.Popen], free: SimpleQueue):
     """Trains or resumes one run in a free worker's environment. ValueError with train.py's last message if it fails."""
     argv, env = run.argv(resume=run.state() == "begun"), free.get()
-    process = launch(argv, env)
+    process = launch(argv, {"WANDB_RUN_GROUP": run.name} | env)  # trackers then show the seeds of a variant together
     running.append(process)
     messages = [line for line in process.communicate()[1].splitlines() if line.strip()] or ["no message"]
     running.remove(process)

@@ -228,6 +228,7 @@ def test_workers_get_a_gpu_each(tmp_path, monkeypatch, workers, cards):
     def launch(argv, env):
         together.wait(10)
         seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+        assert env["WANDB_RUN_GROUP"] == argv[-1].split("/")[-1]
         return Finished(subprocess.CompletedProcess([], 0, "", ""))
 
     monkeypatch.setattr(compare, "launch", launch)

@@ -1,4 +1,4 @@
-"""Writes a run's log.txt and metrics.jsonl, its results to stdout and its progress to stderr."""
+"""Writes a run's log.txt, metrics.jsonl and samples.txt, its results to stdout and its progress to stderr."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from variants import flops_per_token
 
 
 class Log:
-    """Writes log.txt ('step stream value', build-nanogpt's format) and metrics.jsonl, both append-only. Only rank 0 writes."""
+    """Writes log.txt ('step stream value', build-nanogpt's format), metrics.jsonl and samples.txt, all append-only. Only rank 0 writes."""
 
     def __init__(self, config: TrainConfig, world: DistContext):
         self.config, self.world = config, world
@@ -28,7 +29,7 @@ class Log:
         self.recent = deque(maxlen=20)  # seconds of the last steps
         self.shown = -math.inf  # time of the last progress line
         self.bar = None  # on a terminal, progress is a bar
-        self.unwritten = {"log.txt": "", "metrics.jsonl": ""}  # lines that a full disk didn't accept yet
+        self.unwritten = {"log.txt": "", "metrics.jsonl": "", "samples.txt": ""}  # text that a full disk didn't accept yet
 
     def track(self, run_id: str, step: int):
         if self.config.tracker != "none":
@@ -40,28 +41,28 @@ class Log:
         if self.tracker:
             self.tracker.log(step, metrics)
         finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in metrics.items()}
-        lines = {"log.txt": f"{step} {stream} {value:.6f}\n", "metrics.jsonl": json.dumps({"step": step, **finite}) + "\n"}
-        for name, line in lines.items():
-            late = self.unwritten[name] != ""
-            self.unwritten[name] += line
-            try:
-                self.write(name)
-            except OSError as e:
-                if not late:
-                    self.progress(f"warning: {e}: its lines are kept in memory until they can be written")
+        self.append("log.txt", f"{step} {stream} {value:.6f}\n")
+        self.append("metrics.jsonl", json.dumps({"step": step, **finite}) + "\n")
 
-    def write(self, name: str):
-        append(Path(self.config.out_dir, name), self.unwritten[name])
-        self.unwritten[name] = ""
+    def append(self, name: str, text: str):
+        """Appends text to a file of the run. On a full disk, warns, keeps it in memory and tries again with the next text."""
+        late = self.unwritten[name] != ""
+        self.unwritten[name] += text
+        try:
+            write_pending(Path(self.config.out_dir), self.unwritten, name)
+        except OSError as e:
+            if not late:
+                self.progress(f"warning: {e}: its lines are kept in memory until they can be written")
 
     def finish(self):
         """Raises OSError if lines remain that can't be written."""
         if self.bar:
-            self.bar.close()
+            with suppress(OSError):  # the terminal is gone
+                self.bar.close()
         if self.tracker:
             self.tracker.finish()
         for name in self.unwritten:
-            self.write(name)
+            write_pending(Path(self.config.out_dir), self.unwritten, name)
 
     def result(self, text: str):
         if self.world.is_main:
@@ -119,6 +120,12 @@ class Log:
             self.bar.set_description_str(line)
         else:
             self.progress(line)
+
+
+def write_pending(out_dir: Path, pending: dict[str, str], name: str):
+    if pending[name]:
+        append(out_dir / name, pending[name])
+        pending[name] = ""
 
 
 def axes(trainer: Trainer, step: int) -> dict:
