@@ -28,7 +28,7 @@ from common.distributed import DistContext, PeerLost, Stopped, join_world, rende
 from common.files import lock_folder
 from common.validation import raise_errors
 from dataloader import MANIFEST, Shards, find_shards
-from training import checks, flags, run_json
+from training import checks, failure, flags, run_json
 from training.config import TrainConfig
 from training.evaluation import Evaluation, is_due
 from training.guard import largest_weight
@@ -217,7 +217,7 @@ def main():
 
 
 def launch():
-    with cli.one_line_errors():
+    with cli.one_line_errors(), failure.noted():
         given = flags.parse_flags()  # an unknown flag ends every process here
         if given.plan:
             print(report(flags.parse_config()))

@@ -8,6 +8,8 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.cli import TryAgain
+
 
 def write_temporary(path: Path, write) -> Path:
     """Calls write(file) on a temporary file next to path, syncs it to disk and returns it. Deletes it if anything fails."""
@@ -78,7 +80,7 @@ def lock_folder(folder: Path, wait: bool = False):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise ValueError(f"another process is writing into {folder}: wait for it, or choose another --out-dir") from None
+            raise TryAgain(f"another process is writing into {folder}: wait for it, or choose another --out-dir") from None
         try:
             yield
         finally:

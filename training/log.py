@@ -15,6 +15,7 @@ from common import cli, device
 from common.distributed import DistContext
 from common.files import append
 from training.config import TrainConfig
+from training.failure import Hopeless
 from training.tracker import Tracker
 from training.trainer import Trainer, Update
 from variants import flops_per_token
@@ -84,19 +85,21 @@ class Log:
     def stop_if_diverged(self, what: str, number: float):
         """Ends the run on all ranks without saving, if a loss or a weight is not finite."""
         if not math.isfinite(number):
-            self.progress(f"error: {what} is {number}: start again with a lower --max-lr, in another --out-dir")
-            sys.exit(1)
+            why = f"{what} is {number}: start again with a lower --max-lr, in another --out-dir"
+            self.progress(f"error: {why}")
+            raise Hopeless(why)
 
     def skipped(self, step: int, why: str, in_a_row: int):
         """Reports a skipped update. After too many in a row, ends the run on all ranks without saving."""
         limit, out_dir = self.config.max_bad_steps, self.config.out_dir
         self.progress(f"warning: step {step} changes no weight ({in_a_row} in a row, {limit} end the run): {why}")
         if in_a_row >= limit:
-            self.progress(
-                f"error: {in_a_row} updates in a row were skipped: start again with a lower --max-lr in another --out-dir, or look into it "
+            why = (
+                f"{in_a_row} updates in a row were skipped: start again with a lower --max-lr in another --out-dir, or look into it "
                 f"with --replay-step {step} --out-dir {out_dir}; --resume with a higher --max-bad-steps continues from the last checkpoint"
             )
-            sys.exit(1)
+            self.progress(f"error: {why}")
+            raise Hopeless(why)
 
     def train(self, step: int, metrics: dict, seconds: float):
         """Logs a step: in both files, and on the screen at most once a second."""
