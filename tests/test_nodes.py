@@ -227,14 +227,25 @@ def test_pulled_cable_between_two_hosts(hosts, argv, on_one_host):
     assert [launch["step"] for launch in read_json(one.folder / "run" / "run.json", "")["launches"]] == [0, 10]
 
 
+def loop_on(host: Host, argv: list) -> list[str]:
+    """The loop of docs/rented-machines.md."""
+    resume, failed = "$(test -e run/run.json && echo --resume)", "test -e run/failed.txt"
+    return ["bash", "-c", f"until {shlex.join(host.torchrun(*argv, restarts=3))} {resume} || {failed}; do sleep 1; done"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [["--data-dir", "nowhere"], ["--max-lr", "1e30", "--max-bad-steps", "2"]])
+def test_loops_of_all_hosts_end_together(hosts, argv, wrong):
+    both = [host.start(loop_on(host, [*argv, *wrong])) for host in hosts]
+    assert [process.wait(90) for process in both] == [0, 0]
+    assert all((host.folder / "run" / "failed.txt").exists() for host in hosts)
+
+
 @pytest.mark.slow
 def test_restarted_host_rejoins_the_run(hosts, argv, on_one_host):
     """Runs the loop of docs/rented-machines.md on both. Only the first host has the run's folder: it reports the lost host and waits."""
     one, two = hosts
-    loops = [
-        ["bash", "-c", f"until {shlex.join(host.torchrun(*argv, restarts=3))} $(test -e run/run.json && echo --resume); do sleep 1; done"]
-        for host in hosts
-    ]
+    loops = [loop_on(host, argv) for host in hosts]
     both = [host.start(loop) for host, loop in zip(hosts, loops, strict=True)]
     wait_for_step(one, 11, both)
     two.kill()
