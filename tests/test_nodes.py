@@ -256,6 +256,21 @@ def test_restarted_host_rejoins_the_run(hosts, argv, on_one_host):
     assert [launch["step"] for launch in read_json(one.folder / "run" / "run.json", "")["launches"]] == [0, 10]
 
 
+@pytest.mark.slow
+def test_unresolvable_host_name_needs_local_addr(tmp_path):
+    """docs/troubleshooting.md has this remedy. Without the flag, torchrun hangs."""
+    if subprocess.run(["unshare", "--uts", "true"]).returncode:
+        pytest.skip("needs root, to change the host's name")
+    (tmp_path / "done.py").write_text("import os; open(os.environ['RANK'], 'w')")
+    command = "hostname no-such-host; exec torchrun --standalone --nproc_per_node=2 {} done.py"
+    env = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    run = partial(subprocess.run, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run(["unshare", "--uts", "bash", "-c", command.format("--local-addr=localhost")], timeout=60).returncode == 0
+    assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
+    hung = run(["timeout", "20", "unshare", "--uts", "bash", "-c", command.format("")])
+    assert hung.returncode == 124 and "(no-such-host, " in hung.stderr and "cannot be retrieved" in hung.stderr
+
+
 # ---- Slurm ----
 
 STUBS = {
