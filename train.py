@@ -11,6 +11,7 @@ evaluates and saves once more.
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -76,7 +77,7 @@ def train(config: TrainConfig, world: DistContext):
     world.on_main(log.finish)
     evaluation.plot()
     if stopping:
-        log.progress(f"stopped after {step} steps, all saved; to continue: --resume --out-dir {config.out_dir}")
+        log.progress(f"stopped after {step} steps, all saved; to continue: --resume --out-dir {shlex.quote(config.out_dir)}")
         sys.exit(128 + (stop.received or signal.SIGTERM))
     log.progress(f"finished: everything is in {config.out_dir}")
 
@@ -236,7 +237,7 @@ def launch():
             sys.exit(1)
         except checkpoint.SaveError as e:
             if not getattr(e, "is_shared", False):
-                print(f"error: {e}: free some space, then --resume --out-dir {config.out_dir}", file=sys.stderr)
+                print(f"error: {e}: free some space, then --resume --out-dir {shlex.quote(config.out_dir)}", file=sys.stderr)
             sys.exit(1)
         except torch.OutOfMemoryError as e:
             print(f"error: out of memory ({e}): lower --micro-batch-size", file=sys.stderr)

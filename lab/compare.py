@@ -31,7 +31,7 @@ from common.distributed import DistContext
 from common.picture import draw_or_warn, picture
 from common.validation import raise_errors
 from dataloader import TokenStream, find_shards
-from lab.runs import code_notes, data_notes, environment, machine_notes, refuse_unless
+from lab.runs import code_notes, data_notes, environment, machine_notes, refuse_unless, shortened
 from model import GPT
 from ops.kv_cache import KVCache
 from plot_log import read_metrics
@@ -253,6 +253,8 @@ def run_all(runs: list[Run], workers: int, mixed: bool) -> list[str]:
     code, folders = code_now(), [run.folder for run in runs]
     missing, running, free = [run for run in runs if run.state() != "finished"], [], SimpleQueue()
     refuse_unless(mixed, code_notes(folders, code) + data_notes(folders))
+    if stuck := data_notes([run.folder for run in missing]):
+        raise ValueError(f"{shortened(stuck)}, so it can't resume: restore the data, or train all runs again in another --out-dir")
     for slot in range(workers):
         free.put(environment(workers, slot))
     pool = ThreadPoolExecutor(workers)

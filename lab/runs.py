@@ -8,7 +8,7 @@ import torch
 
 from common.files import read_json
 from dataloader import differences, find_shards
-from training.run_json import RUN, RUN_REMEDY, other_code, read_run
+from training.run_json import RUN, RUN_REMEDY, hash_of_weights, other_code, read_run
 
 
 def code_notes(folders: list[Path], reference: dict) -> list[str]:
@@ -22,12 +22,16 @@ def code_notes(folders: list[Path], reference: dict) -> list[str]:
 
 
 def data_notes(folders: list[Path]) -> list[str]:
-    """Names the runs in these folders whose shards have changed since, or differ from an earlier run's in the same --data-dir."""
-    contents, first, notes = cache(lambda data_dir: find_shards(data_dir).contents()), {}, []
+    """Names the runs in these folders whose shards or --init-from have changed since, or whose shards differ from an earlier run's in
+    the same --data-dir."""
+    contents, weights, first, notes = cache(lambda data_dir: find_shards(data_dir).contents()), cache(hash_of_weights), {}, []
     for folder in recorded(folders):
-        data_dir, data = read_run(folder).data_dir, read_json(folder / RUN, RUN_REMEDY)["data"]
+        config, run = read_run(folder), read_json(folder / RUN, RUN_REMEDY)
+        data_dir, data = config.data_dir, run["data"]
         if changed := differences(data, contents(data_dir)) or differences(data, first.setdefault(data_dir, data)):
             notes.append(f"{folder} was trained on other data than {data_dir} has now ({shortened(changed)})")
+        if config.init_from and run.get("init") not in (None, weights(config.init_from, config.init_revision)):
+            notes.append(f"{folder} started from other weights than {config.init_from} has now")
     return notes
 
 

@@ -246,7 +246,9 @@ def finished_in(out_dir: Path) -> list[Path]:
     """Returns the folders of the finished runs in a ladder's folder. ValueError if there is none."""
     finished = [folder for folder in folders_of(out_dir) if last_checkpoint(folder).get("step") == read_run(folder).max_steps]
     if not finished:
-        raise ValueError(f"no finished run in {out_dir}: train some with python -m lab.scaling ladder --out-dir {out_dir}")
+        raise ValueError(
+            f"no finished run in {out_dir}: train some with python -m lab.scaling ladder --data-dir SHARDS --out-dir {out_dir}"
+        )
     return finished
 
 

@@ -173,6 +173,11 @@ def test_runs_of_other_code_are_refused(compared, capsys, finished):
 def test_runs_on_changed_shards_are_refused(compared, tmp_path, capsys):
     folder, argv = compared
     write_shards(tmp_path / "data", [1000, 5003, 17, 3001], seed=1)
+    hidden = [path.rename(tmp_path / path.name) for path in folder.glob("model_*")]  # the run isn't finished then
+    assert run_main(compare.main, *argv, "--mixed") == 2
+    assert "so it can't resume: restore the data, or train all runs again in another --out-dir\n" in capsys.readouterr().err
+    for path in hidden:
+        path.rename(folder / path.name)
     assert run_main(compare.main, *argv) == 2
     err = capsys.readouterr().err
     assert f"error: {folder} was trained on other data than {tmp_path}/data has now (tiny_train_000001.npy has changed, " in err
@@ -257,6 +262,9 @@ def test_fine_tuning_comparison_keeps_finished_runs(shards, tmp_path, capsys, mo
     monkeypatch.setattr(compare, "launch", None)
     assert run_main(compare.main, *argv) == 0
     assert capsys.readouterr().out.splitlines() == table
+    assert run_train(shards, tmp_path / "base", "--resume", "--max-steps", 6) == 0
+    assert run_main(compare.main, *argv) == 2
+    assert f"{tmp_path}/out/tuned/1 started from other weights than {tmp_path}/base has now, " in capsys.readouterr().err
     assert run_main(compare.main, *argv[:1], "window=--window 9", *argv[2:]) == 2
     assert "window: window 9 does not fit" in capsys.readouterr().err
 

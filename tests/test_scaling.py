@@ -127,7 +127,7 @@ def test_plan_flags_have_about_its_size(capsys):
         ("plan --flops 1e19 --law {tmp}/empty.json", "is not a law: give besiroglu, hoffmann, kaplan or a law.json"),
         (
             "fit --out-dir {tmp}/nowhere",
-            "no finished run in {tmp}/nowhere: train some with python -m lab.scaling ladder --out-dir {tmp}/nowhere",
+            "no finished run in {tmp}/nowhere: train some with python -m lab.scaling ladder --data-dir SHARDS --out-dir {tmp}/nowhere",
         ),
         ("fit --points {tmp}/few.csv", "1 points are too few to fit: give at least 6, with 3 sizes and 3 token counts"),
         ("fit --points {tmp}/few.csv --hold-out 2", "--hold-out 2 leaves none of 1 runs to fit: lower it"),

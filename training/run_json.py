@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import plot_log
 from common import device
 from common.distributed import DistContext
-from common.files import read_json, write_json
+from common.files import read_json, sha256, write_json
+from formats.huggingface import hf_folder
 from training.config import TrainConfig
 from training.trainer import Trainer
 from variants import VariantConfig
@@ -53,6 +55,8 @@ def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, ste
     before = {"id": secrets.token_hex(4), "size": size, "data": trainer.shards.contents(), "launches": []}
     if path.exists():
         before |= read_json(path, RUN_REMEDY)
+    elif config.init_from:
+        before["init"] = hash_of_weights(config.init_from, config.init_revision)
     settings = asdict(config) | {"resume": False, "replay_step": None}
     launch = {
         "step": step,
@@ -95,6 +99,14 @@ def hash_of_code(path: Path) -> str:
     except SyntaxError:  # a broken file that nothing imports
         pass
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def hash_of_weights(path: str, revision: str = "") -> str:
+    """Returns a hash of the weights that a path stands for: a run's folder has others as it trains on."""
+    file = checkpoint.checkpoint_file(path)
+    folder = hf_folder(path, revision or None) if file is None else None
+    files = [file] if file else sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()[:16]
 
 
 def other_code(launch: dict, reference: dict) -> str:
