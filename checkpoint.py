@@ -329,11 +329,11 @@ def hub_commit(path: str, revision: str) -> str:
     return "" if checkpoint_file(path) or Path(path).is_dir() else hf_folder(path, revision or None).name
 
 
-def fingerprint(path: str) -> str:
+def fingerprint(path: str, revision: str = "") -> str:
     """Returns a sha256 that says whether a model is still the same: of its .pt file, or of a Hugging Face folder's config and weights."""
     if file := checkpoint_file(path):
         return sha256(file)
-    folder = hf_folder(path)
+    folder = hf_folder(path, revision or None)
     hashes = [sha256(file) for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 

@@ -6,6 +6,7 @@ python plot_log.py a/log.txt b/log.txt --x tokens --smooth 0.98 --panels lr grad
 
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from common import cli
+from common.picture import label_of, picture
 from common.validation import raise_errors
 
 # OpenAI's models, by GPT-2's four sizes. build-nanogpt measured GPT-2's released weights: the loss on FineWeb-Edu's val shard,
@@ -145,41 +147,42 @@ def smoothed(values: list[float], weight: float) -> list[float]:
 
 def plot(config: PlotConfig):
     """Plots config.logs into the file config.out: loss, HellaSwag if there is a score or a baseline, and the panels.
-    ValueError if a log or a flag can't be drawn."""
+    ValueError if a log or a flag can't be drawn, or if matplotlib can't draw."""
     errors = [] if 0 <= config.smooth < 1 else [f"--smooth is {config.smooth}: it must be at least 0 and below 1"]
     if Path(config.out).suffix[1:] not in FORMATS:
         errors.append(f"--out {config.out} has no known extension: use one of {', '.join(FORMATS)}")
     raise_errors(errors)
     logs = [Path(log, "log.txt") if Path(log).is_dir() else Path(log) for log in config.logs]
     runs, baselines = [read_log(log) for log in logs], parse_baselines(config.baselines)
+    beside = [metrics_beside(log, config) for log in logs]
+    for panel in config.panels:
+        if not any(noisy_points(panel, streams, *each)[1] for streams, each in zip(runs, beside, strict=True)):
+            raise ValueError(f"--panels {panel} is in no log or metrics.jsonl: drop it")
     size = size_beside(logs[0]) if config.size == "auto" else config.size
     has_hella = size != "none" or any("hella" in streams for streams in runs)
-    figure, axes = lay_out(list(dict.fromkeys(["loss", *(["hella"] if has_hella else []), *config.panels])))
-    for number, (log, streams) in enumerate(zip(logs, runs, strict=True)):
-        metrics, x_axes = metrics_beside(log, config)
-        same_folders = len({path.parent.name for path in logs}) < len(logs)
-        name = str(log) if same_folders else log.parent.name or str(log)
-        draw_run(axes, name.replace("$", r"\$"), f"C{number}", streams, metrics, x_axes, config)
-    for panel in config.panels:
-        if not axes[panel].get_lines():
-            raise ValueError(f"--panels {panel} is in no log or metrics.jsonl: drop it")
-    draw_baselines(axes, size, {name: (loss, f"C{len(logs) + i}") for i, (name, loss) in enumerate(baselines.items())})
-    label(axes, UNITS[config.x])
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(config.out, dpi=110)
-
-
-def lay_out(names: list[str]) -> tuple:
-    """A figure with one panel per name, and name → panel."""
-    from matplotlib.figure import Figure  # pyplot would look for a window system
-
+    names = list(dict.fromkeys(["loss", *(["hella"] if has_hella else []), *config.panels]))
     columns = 2 if len(names) == 4 else min(len(names), 3)
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(7 * columns, 5.5 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for unused in grid[len(names) :]:
-        unused.remove()
-    return figure, dict(zip(names, grid, strict=False))
+    with picture(Path(config.out), 7 * columns, 5.5 * rows) as figure:
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for unused in grid[len(names) :]:
+            unused.remove()
+        axes = dict(zip(names, grid, strict=False))
+        for number, (name, streams, each) in enumerate(zip(names_of(logs), runs, beside, strict=True)):
+            draw_run(axes, name, f"C{number}", streams, *each, config)
+        draw_baselines(axes, size, {name: (loss, f"C{len(logs) + i}") for i, (name, loss) in enumerate(baselines.items())})
+        label(axes, UNITS[config.x])
+
+
+def names_of(logs: list[Path]) -> list[str]:
+    """Names each log in the legend: by its folder, or by as much of its path as tells the logs apart."""
+    names = [log.parent.name or str(log) for log in logs]
+    if len(set(names)) < len(set(logs)):
+        folder = os.path.commonpath([log.parent.absolute() for log in logs])
+        names = [os.path.relpath(log, folder) for log in logs]
+    names = [label_of(name) for name in names]
+    repeated = len(set(names)) < len(set(logs))  # shortened alike
+    return [f"{number}: {name}" for number, name in enumerate(names, 1)] if repeated else names
 
 
 def metrics_beside(log: Path, config: PlotConfig) -> tuple[dict, dict | None]:
@@ -205,11 +208,16 @@ def label(axes: dict, x_unit: str):
     axes["loss"].yaxis.set_minor_formatter("{x:.2f}")
 
 
+def noisy_points(stream: str, streams: dict, metrics: dict, x_axes: dict | None) -> tuple[list[float], list[float]]:
+    """The (x, y) of a curve that has a value at every step."""
+    return points(metrics.get(stream) or streams.get(stream, {}), x_axes and x_axes["train"])
+
+
 def draw_run(axes: dict, name: str, color: str, streams: dict, metrics: dict, x_axes: dict | None, config: PlotConfig):
     """Draws one run's curves into the panels. x_axes: stream → step → x; None: x is the step."""
     noisy = {"loss": ("train", f"{name}: train"), **{panel: (panel, name) for panel in config.panels}}
     for panel, (stream, label) in noisy.items():
-        at, values = points(metrics.get(stream) or streams.get(stream, {}), x_axes and x_axes["train"])
+        at, values = noisy_points(stream, streams, metrics, x_axes)
         smooth = config.smooth if stream != "lr" else 0.0
         if values and smooth:
             axes[panel].plot(at, values, color=color, alpha=0.15, linewidth=0.8)
@@ -226,7 +234,7 @@ def draw_baselines(axes: dict, size: str, others: dict[str, tuple[float, str]]):
     if size in GPT2_LOSS:
         axes["loss"].axhline(GPT2_LOSS[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size}), FineWeb-Edu val")
     for name, (loss, color) in others.items():
-        axes["loss"].axhline(loss, color=color, linestyle=":", label=name.replace("$", r"\$"))
+        axes["loss"].axhline(loss, color=color, linestyle=":", label=label_of(name))
     if size != "none":
         axes["hella"].axhline(GPT2_HELLASWAG[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size})")
         gpt3, accuracy = GPT3_HELLASWAG[size]

@@ -5,6 +5,7 @@
 #
 # The checkout, the shards and OUT_DIR must be where all nodes see them. Two minutes before its time is over, the job saves and
 # queues itself again. If it is preempted or a node fails, Slurm queues it again. It then resumes from the newest checkpoint.
+# If a restart can't help, OUT_DIR/failed.txt says why.
 #SBATCH --job-name=gpt2
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -29,6 +30,6 @@ srun=$!
 wait $srun
 status=$?
 if [ -n "$late" ]; then # the signal ended the first wait
-  wait $srun || scontrol requeue "$SLURM_JOB_ID"
+  wait $srun || test -e "$out_dir/failed.txt" || scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $status

@@ -10,6 +10,7 @@ evaluates and saves once more.
 
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -28,7 +29,7 @@ from common.files import lock_folder
 from common.run_folder import RunFolder
 from common.validation import raise_errors
 from dataloader import MANIFEST, Shards, find_shards
-from training import checks, flags, run_json
+from training import checks, failure, flags, run_json
 from training.config import TrainConfig
 from training.evaluation import Evaluation, is_due
 from training.guard import largest_weight
@@ -76,9 +77,9 @@ def train(config: TrainConfig, world: DistContext, folder: RunFolder):
     world.on_main(log.finish)
     evaluation.plot()
     if stopping or folder.lost:
-        log.progress(f"stopped after {step} steps, all saved; to continue: --resume --out-dir {folder.path}")
+        log.progress(f"stopped after {step} steps, all saved; to continue: --resume --out-dir {shlex.quote(str(folder.path))}")
         sys.exit(1 if folder.lost else 128 + (stop.received or signal.SIGTERM))
-    log.progress(f"finished: log, plot and checkpoints are in {folder.path}")
+    log.progress(f"finished: everything is in {folder.path}")
 
 
 def replay(config: TrainConfig, world: DistContext, folder: RunFolder):
@@ -211,7 +212,7 @@ def main():
 
 
 def launch():
-    with cli.one_line_errors():
+    with cli.one_line_errors(), failure.noted():
         given = flags.parse_flags()  # an unknown flag ends every process here
         if given.plan:
             print(report(flags.parse_config()))
@@ -230,7 +231,7 @@ def launch():
             sys.exit(1)
         except checkpoint.SaveError as e:
             if not getattr(e, "is_shared", False):
-                print(f"error: {e}: free some space, then --resume --out-dir {config.out_dir}", file=sys.stderr)
+                print(f"error: {e}: free some space, then --resume --out-dir {shlex.quote(config.out_dir)}", file=sys.stderr)
             sys.exit(1)
         except torch.OutOfMemoryError as e:
             print(f"error: out of memory ({e}): lower --micro-batch-size", file=sys.stderr)

@@ -85,6 +85,10 @@ def disk_failed(e: Exception) -> bool:
     return isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
 
+class TryAgain(ValueError):
+    """An error that passes by itself, such as one of the network: the same command may succeed later."""
+
+
 AGAIN = "run the same command again to continue"  # for scripts that can stop at any time
 REMEDIES = {
     errno.EEXIST: "it is a file, give a folder",

@@ -13,6 +13,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from common.cli import TryAgain
+
 
 def write_temporary(path: Path, write) -> Path:
     """Calls write(file) on a temporary file next to path, syncs it to disk and returns it. Deletes it if anything fails."""
@@ -153,7 +155,7 @@ def lock_folder(folder: Path, wait: bool = False):
 
 
 def lock(held: HeldFolder, wait: bool, stack: ExitStack) -> Path:
-    """Locks a folder until the stack closes, and returns its lock file. ValueError if another process has it.
+    """Locks a folder until the stack closes, and returns its lock file. TryAgain if another process has it.
 
     Locks both the folder and a file in it. A lock on the folder can't be deleted by mistake. A file's lock also works on NFS and
     Windows. Without any lock, RunFolder still notices a second process.
@@ -175,7 +177,7 @@ def lock(held: HeldFolder, wait: bool, stack: ExitStack) -> Path:
     except (BlockingIOError, PermissionError, TimeoutError) as e:
         if isinstance(e, PermissionError) and e.filename:  # opening the file failed, not locking it
             raise
-        raise ValueError(f"another process is writing into {held.path}: wait for it, or choose another --out-dir") from None
+        raise TryAgain(f"another process is writing into {held.path}: wait for it, or choose another --out-dir") from None
     return file
 
 

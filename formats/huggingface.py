@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import cli
 from common.files import replace, write_json
 from ops.attention import layer_windows
 
@@ -300,7 +301,7 @@ def hf_folder(name_or_dir: str, revision: str | None = None) -> Path:
         for file in ("config.json", "model.safetensors"):
             path = hf_hub_download(repo, file, revision=revision)
     except Exception as e:  # the hub's client raises a dozen types, and the remedy is always the same
-        raise ValueError(f"could not fetch {repo} from the hub ({type(e).__name__}): check the network, or give a local folder") from e
+        raise cli.TryAgain(f"could not fetch {repo} from the hub ({type(e).__name__}): check the network, or give a local folder") from e
     return Path(path).parent
 
 

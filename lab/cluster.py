@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from common import cli, device
+from common.picture import picture
 from common.validation import raise_errors
 from training.presets import PRESETS
 from training.step_time import Step, step_on
@@ -63,22 +64,16 @@ def scale(config: ScaleConfig) -> tuple[str, dict[str, dict[int, Step]]]:
 
 
 def draw(curves: dict[str, dict[int, Step]], out: Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5))
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(curve.split(",")[0] for curve in curves))}
-    for name, steps in curves.items():
-        look = dict(ls="--" if "per GPU" in name else "-", marker="o" if "DDP" in name else "x", color=colors[name.split(",")[0]])
-        axes.plot(steps.keys(), [step.efficiency for step in steps.values()], markersize=4, label=name, **look)
-    axes.axhline(0.9, color="gray", lw=0.8)
-    axes.set(xscale="log", xlabel="GPUs", ylabel="efficiency, calculated", xticks=COUNTS, xticklabels=COUNTS, ylim=(0, 1.02))
-    axes.minorticks_off()
-    axes.legend(fontsize=7)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120, bbox_inches="tight")
+    with picture(out, 8, 5) as figure:
+        axes = figure.subplots()
+        for name, steps in curves.items():
+            look = dict(ls="--" if "per GPU" in name else "-", marker="o" if "DDP" in name else "x", color=colors[name.split(",")[0]])
+            axes.plot(steps.keys(), [step.efficiency for step in steps.values()], markersize=4, label=name, **look)
+        axes.axhline(0.9, color="gray", lw=0.8)
+        axes.set(xscale="log", xlabel="GPUs", ylabel="efficiency, calculated", xticks=COUNTS, xticklabels=COUNTS, ylim=(0, 1.02))
+        axes.minorticks_off()
+        axes.legend(fontsize=7)
 
 
 def main():

@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -27,15 +28,17 @@ import checkpoint
 from common import cli
 from common.device import can_compile, pick_device
 from common.distributed import DistContext
+from common.picture import draw_or_warn, picture
 from common.validation import raise_errors
 from dataloader import TokenStream, find_shards
+from lab.runs import code_notes, data_notes, environment, machine_notes, refuse_unless, shortened
 from model import GPT
 from ops.kv_cache import KVCache
 from plot_log import read_metrics
 from train import find_data, load_teacher
 from training.config import TrainConfig
 from training.flags import parse_flags, raise_if_changed, recorded_teacher
-from training.run_json import RUN, read_run
+from training.run_json import RUN, code_now, read_run
 from training.trainer import Trainer
 from variants import VariantConfig, adapt, build, build_on_meta, idle_params
 
@@ -57,9 +60,11 @@ class CompareConfig:
     seeds: int = 3
     """Runs of each variant, with seeds 1, 2, …"""
     workers: int = 1
-    """Runs at a time. More than 1 disturbs the logged speeds: measure them with --time-steps."""
+    """Runs at a time. With several GPUs, each run gets one. More than 1 disturbs the logged speeds: measure them with --time-steps."""
     time_steps: int = 0
     """At the end, time this many steps of each variant, in turns, with all models in memory. 0: take the speeds from the logs."""
+    mixed: bool = False
+    """Also use finished and stopped runs of other code or other data. The table names them. Without it, they are refused."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -242,36 +247,45 @@ def last_checkpoint(folder: Path) -> dict:
     return content if content.get("val_loss") is not None else {}
 
 
-def run_all(runs: list[Run], workers: int):
-    """Trains or resumes the runs that have not finished yet."""
-    folder = os.path.commonpath([run.folder for run in runs])
-    runs, running = [run for run in runs if run.state() != "finished"], []
+def run_all(runs: list[Run], workers: int, mixed: bool) -> list[str]:
+    """Trains or resumes the runs that have not finished yet. ValueError if some are of other code or data, before and after it trains;
+    with mixed, returns a note about each."""
+    code, folders = code_now(), [run.folder for run in runs]
+    missing, running, free = [run for run in runs if run.state() != "finished"], [], SimpleQueue()
+    refuse_unless(mixed, code_notes(folders, code) + data_notes(folders))
+    if stuck := data_notes([run.folder for run in missing]):
+        raise ValueError(f"{shortened(stuck)}, so it can't resume: restore the data, or train all runs again in another --out-dir")
+    for slot in range(workers):
+        free.put(environment(workers, slot))
     pool = ThreadPoolExecutor(workers)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        done = pool.map(lambda run: train_one(run, running), runs)
-        for _ in cli.bar(done, total=len(runs), desc=f"runs in {folder}", unit="run", disable=not runs):
+        done, name = pool.map(lambda run: train_one(run, running, free), missing), f"runs in {os.path.commonpath(folders)}"
+        for _ in cli.bar(done, total=len(missing), desc=name, unit="run", disable=not missing):
             pass
     finally:  # on an error or a signal, start no more runs; the running ones save and exit
         pool.shutdown(wait=False, cancel_futures=True)
         for process in running:
             process.terminate()
         pool.shutdown()
+    return refuse_unless(mixed, code_notes(folders, code) + data_notes(folders))  # someone may edit the code while the runs train
 
 
-def train_one(run: Run, running: list[subprocess.Popen]):
-    """Trains or resumes one run. ValueError with train.py's last message if it fails."""
-    argv = run.argv(resume=run.state() == "begun")
-    process = launch(argv)
+def train_one(run: Run, running: list[subprocess.Popen], free: SimpleQueue):
+    """Trains or resumes one run in a free worker's environment. ValueError with train.py's last message if it fails."""
+    argv, env = run.argv(resume=run.state() == "begun"), free.get()
+    process = launch(argv, {"WANDB_RUN_GROUP": run.name} | env)  # trackers then show the seeds of a variant together
     running.append(process)
     messages = [line for line in process.communicate()[1].splitlines() if line.strip()] or ["no message"]
     running.remove(process)
+    free.put(env)
     if process.returncode:
         raise ValueError(f"{run.name}: train.py {shlex.join(argv)} exited with {process.returncode}: {messages[-1]}")
 
 
-def launch(argv: list[str]) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+def launch(argv: list[str], env: dict) -> subprocess.Popen:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    return subprocess.Popen([sys.executable, SCRIPT, *argv], env=env, **pipes)
 
 
 # ---- the results ----
@@ -450,18 +464,15 @@ def show_curves(curves: list[dict], parts: int = 4) -> str:
 
 
 def plot_curves(curves: list[dict], trained: int, out: Path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for curve in curves:
-        bins = torch.tensor(curve["loss"]).view(-1, 16).mean(1)
-        axes.plot([16 * i + 8 for i in range(len(bins))], bins, label=curve["variant"])
-    axes.axvline(trained, color="gray", linestyle="--", label="length in training")
-    axes.set(xlabel="position", ylabel="cross entropy, nats per token, mean of 16 positions", title="Longer than in training")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out, dpi=110)
+    with picture(out, 8, 5) as figure:
+        axes = figure.subplots()
+        for curve in curves:
+            bins = torch.tensor(curve["loss"]).view(-1, 16).mean(1)
+            axes.plot([16 * i + 8 for i in range(len(bins))], bins, label=curve["variant"])
+        axes.axvline(trained, color="gray", linestyle="--", label="length in training")
+        axes.set(xlabel="position", ylabel="cross entropy, nats per token, mean of 16 positions", title="Longer than in training")
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def main():
@@ -473,21 +484,21 @@ def main():
         jobs = [run_of(config, name, flags, seed) for seed in seeds for name, flags in variants.items()]
         for run in jobs[: len(variants)]:
             find_data(run.config())  # make missing shards now: two runs must not make them at once
-        run_all(jobs, config.workers)
+        notes = run_all(jobs, config.workers, config.mixed) + machine_notes([run.folder for run in jobs])
         runs = {name: [measure(run.folder) for run in jobs if run.name == name] for name in variants}
         if config.time_steps:
             speeds = speeds_in_turns([run.folder for run in jobs[: len(variants)]], config.time_steps)
             for seed_runs, speed in zip(runs.values(), speeds, strict=True):
                 seed_runs[:] = [one | {"tokens_per_second": speed} for one in seed_runs]
-        found, text = {"variants": summary(runs)}, []
-        text.append(show(found["variants"], config.seeds))
+        found = {"variants": summary(runs), "notes": notes}
+        text = [show(found["variants"], config.seeds), *notes]
         if config.suite == "modern":
             found["to_the_same_loss"] = tokens_to_the_same_loss(runs)
             text.append(found["to_the_same_loss"])
         if config.suite == "length":
             found["by_position"] = extrapolate(config)
             text.append(show_curves(found["by_position"]))
-            plot_curves(found["by_position"], len(found["by_position"][0]["loss"]) // 4, Path(config.out_dir, "length.png"))
+            draw_or_warn(plot_curves, found["by_position"], len(found["by_position"][0]["loss"]) // 4, Path(config.out_dir, "length.png"))
         print(json.dumps(found, indent=2) if config.json else "\n".join(text))
 
 

@@ -21,14 +21,16 @@ import numpy as np
 from common import cli
 from common.device import ASSUMED_MFU, CARDS
 from common.files import read_json, write_json
+from common.picture import draw_or_warn, picture
 from common.validation import raise_errors
 from dataloader import differences
 from lab.compare import Run, last_checkpoint, run_all, split
+from lab.runs import code_notes, refuse_unless
 from train import find_data
 from training.checks import fit_vocabulary
 from training.config import MAY_CHANGE, TrainConfig
 from training.flags import raise_if_changed
-from training.run_json import RUN, read_run
+from training.run_json import RUN, RUN_REMEDY, code_now, read_run
 from variants import VariantConfig, build_on_meta
 
 LAW = "law.json"
@@ -51,7 +53,9 @@ class LadderConfig:
     warmup_ratio: float = 0.05
     """Fraction of a run's steps that warm up the learning rate."""
     workers: int = 1
-    """Runs at a time."""
+    """Runs at a time. With several GPUs, each run gets one."""
+    mixed: bool = False
+    """Also use finished and stopped runs of other code. Without it, they are refused."""
 
     def validate(self):
         """Raises ValueError with all errors at once."""
@@ -79,6 +83,8 @@ class FitConfig:
     """Fits to resampled points, for the intervals. 0: no intervals."""
     seed: int = 1337
     """Seed of the resampling."""
+    mixed: bool = False
+    """Fit runs of several versions of the code. The output names them. Without it, they are refused."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -236,11 +242,18 @@ def data_of(folder: Path) -> dict[str, list]:
     return read_json(folder / RUN, "")["data"]
 
 
-def points_of(out_dir: Path) -> list[Point]:
-    """Returns the finished runs in a ladder's folder. ValueError if one belongs to another ladder."""
+def finished_in(out_dir: Path) -> list[Path]:
+    """Returns the folders of the finished runs in a ladder's folder. ValueError if there is none."""
     finished = [folder for folder in folders_of(out_dir) if last_checkpoint(folder).get("step") == read_run(folder).max_steps]
     if not finished:
-        raise ValueError(f"no finished run in {out_dir}: train some with python -m lab.scaling ladder --out-dir {out_dir}")
+        raise ValueError(
+            f"no finished run in {out_dir}: train some with python -m lab.scaling ladder --data-dir SHARDS --out-dir {out_dir}"
+        )
+    return finished
+
+
+def points_of(finished: list[Path]) -> list[Point]:
+    """Returns the results of finished runs. ValueError if one belongs to another ladder than the first."""
     first, *others = finished
     check_same_settings(others, read_run(first), data_of(first), str(first))
     points = []
@@ -392,43 +405,40 @@ def show_fit(found: dict) -> str:
         lines += ["", "| run | parameters | tokens | loss | predicted | error |", "| --- " * 6 + "|"]
     for name, (run, params, tokens, loss, predicted) in rows:
         lines.append(f"| {run}{name} | {params:,.0f} | {tokens:,.0f} | {loss:.4f} | {predicted:.4f} | {predicted / loss - 1:+.2%} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *found["notes"]])
 
 
 def plot_fit(found: dict, out: Path):
     """Plots loss over compute (left: a curve per size, and the lowest loss) and the best size beside published laws (right)."""
-    from matplotlib.figure import Figure
-
     law, rows = Law(**found["law"]), found["points"] + found["held_out"]
     flops, params, tokens, loss = np.array([[6 * n * d, n, d, loss] for _, n, d, loss, _ in rows]).T
-    figure = Figure(figsize=(14, 5.5), layout="constrained")
-    losses, sizes = figure.subplots(1, 2)
-    few = len(set(params)) <= 10
-    for number, n in enumerate(sorted(set(params)) if few else ()):
-        d = np.geomspace(tokens[params == n].min() / 1.5, tokens[params == n].max() * 1.5)
-        losses.plot(6 * n * d, law.loss(n, d), color=f"C{number}", linewidth=1, label=f"{n / 1e6:.2g} M parameters")
-        losses.plot(flops[params == n], loss[params == n], ".", color=f"C{number}")
-    if not few:
-        losses.plot(flops, loss, ".", color="gray", label="runs")
-    if found["held_out"]:
-        last = len(found["held_out"])
-        losses.plot(flops[-last:], loss[-last:], "k*", markersize=12, label="held out of the fit")
-    near, far = np.geomspace(flops.min() / 2, flops.max() * 2), np.geomspace(flops.min() / 2, max(1e24, flops.max()))
-    losses.plot(near, [law.loss(*law.best(c)) for c in near], "k--", label="lowest for each compute")
-    losses.set(xscale="log", yscale="log", ylabel="validation loss, nats per token", title="Loss")
-    losses.yaxis.set_major_formatter("{x:.2f}")
-    losses.yaxis.set_minor_formatter("{x:.2f}")
-    for name, published in PUBLISHED.items():
-        sizes.plot(far, [published.best(c)[0] for c in far], label=name)
-    for compute, look, label in ((near, "k-", "these runs"), (far, "k:", "beyond them")):
-        sizes.plot(compute, [law.best(c)[0] for c in compute], look, label=label)
-    sizes.plot(flops, params, ".", color="gray")
-    sizes.set(xscale="log", yscale="log", ylabel="parameters", title="Best size for each compute")
-    for axes in (losses, sizes):
-        axes.set_xlabel("floating point operations, 6 N D")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
-    figure.savefig(out, dpi=110)
+    with picture(out, 14, 5.5) as figure:
+        losses, sizes = figure.subplots(1, 2)
+        few = len(set(params)) <= 10
+        for number, n in enumerate(sorted(set(params)) if few else ()):
+            d = np.geomspace(tokens[params == n].min() / 1.5, tokens[params == n].max() * 1.5)
+            losses.plot(6 * n * d, law.loss(n, d), color=f"C{number}", linewidth=1, label=f"{n / 1e6:.2g} M parameters")
+            losses.plot(flops[params == n], loss[params == n], ".", color=f"C{number}")
+        if not few:
+            losses.plot(flops, loss, ".", color="gray", label="runs")
+        if found["held_out"]:
+            last = len(found["held_out"])
+            losses.plot(flops[-last:], loss[-last:], "k*", markersize=12, label="held out of the fit")
+        near, far = np.geomspace(flops.min() / 2, flops.max() * 2), np.geomspace(flops.min() / 2, max(1e24, flops.max()))
+        losses.plot(near, [law.loss(*law.best(c)) for c in near], "k--", label="lowest for each compute")
+        losses.set(xscale="log", yscale="log", ylabel="validation loss, nats per token", title="Loss")
+        losses.yaxis.set_major_formatter("{x:.2f}")
+        losses.yaxis.set_minor_formatter("{x:.2f}")
+        for name, published in PUBLISHED.items():
+            sizes.plot(far, [published.best(c)[0] for c in far], label=name)
+        for compute, look, label in ((near, "k-", "these runs"), (far, "k:", "beyond them")):
+            sizes.plot(compute, [law.best(c)[0] for c in compute], look, label=label)
+        sizes.plot(flops, params, ".", color="gray")
+        sizes.set(xscale="log", yscale="log", ylabel="parameters", title="Best size for each compute")
+        for axes in (losses, sizes):
+            axes.set_xlabel("floating point operations, 6 N D")
+            axes.grid(alpha=0.3, which="both")
+            axes.legend(fontsize=8)
 
 
 # ---- the plan ----
@@ -516,17 +526,21 @@ def do_ladder(config: LadderConfig):
     shards = find_data(first)
     fit_vocabulary(first, shards)
     check_same_settings(folders_of(Path(config.out_dir)), first, shards.contents(), "this ladder")
-    run_all(runs, config.workers)
+    refuse_unless(config.mixed, code_notes(folders_of(Path(config.out_dir)), code_now()))  # also the runs of an earlier ladder
+    run_all(runs, config.workers, config.mixed)
     print(f"{len(runs)} runs finished in {config.out_dir}: fit them with python -m lab.scaling fit --out-dir {config.out_dir}")
 
 
 def do_fit(config: FitConfig):
     config.validate()
     out_dir = Path(config.out_dir)
-    found = report(config, read_points(Path(config.points)) if config.points else points_of(out_dir))
+    finished = [] if config.points else finished_in(out_dir)
+    points = points_of(finished) if finished else read_points(Path(config.points))
+    first = read_json(finished[0] / RUN, RUN_REMEDY)["launches"][-1] if finished else {}
+    found = report(config, points) | {"notes": refuse_unless(config.mixed, code_notes(finished, first))}
     out_dir.mkdir(parents=True, exist_ok=True)
     write_json(out_dir / LAW, found)
-    plot_fit(found, out_dir / "scaling.png")
+    draw_or_warn(plot_fit, found, out_dir / "scaling.png")
     print(json.dumps(found, indent=2) if config.json else show_fit(found))
 
 

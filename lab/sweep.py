@@ -8,7 +8,6 @@ Run the same command again to continue a stopped sweep. --export FILE writes the
 import itertools
 import json
 import math
-import os
 import shlex
 import signal
 import subprocess
@@ -18,17 +17,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import torch
 import tyro
 
 from common import cli
 from common.files import lock_folder, write_json
+from common.picture import draw_or_warn, label_of, picture
 from common.validation import raise_errors
 from lab.compare import SCRIPT, Run, last_checkpoint, split
+from lab.runs import code_notes, data_notes, environment, refuse_unless
 from plot_log import read_metrics
 from train import find_data
 from training.config import TrainConfig
 from training.flags import parse_flags
+from training.run_json import RUN, code_now
 from variants import VariantConfig
 
 
@@ -52,6 +53,8 @@ class SweepConfig:
     """Gets a folder for each run, the study (sweep.db) and the plot (sweep.png)."""
     export: str = ""
     """Write the space to this .yaml file, for wandb sweep, and run nothing."""
+    mixed: bool = False
+    """Also use runs of other code or other data. The output names them. Without it, they are refused."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -294,14 +297,6 @@ def begin(config: SweepConfig, space: dict[str, Choice | Range], trial, slot: in
     return [Running(trial, run, process, slot)]
 
 
-def environment(workers: int, slot: int) -> dict:
-    """Returns the environment of a worker's run: its part of the cores, and one of the GPUs that this process may use."""
-    env = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))} | os.environ
-    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    gpus = cards if cards != [""] else [str(i) for i in range(torch.cuda.device_count())]
-    return env | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if workers > 1 and gpus else {})
-
-
 def follow(one: Running, study) -> bool:
     """Reports a run's new losses to the study, and returns whether the run has ended.
 
@@ -340,6 +335,12 @@ def end(trial, why: str):
 # ---- the results ----
 
 
+def origin_notes(config: SweepConfig, code: dict, run: str = "*") -> list[str]:
+    """Names the runs in the sweep's folder (or one of them) that were made by other code, or on other data than there are now."""
+    folders = sorted(path.parent for path in Path(config.out_dir).glob(f"{run}/{RUN}"))
+    return code_notes(folders, code) + data_notes(folders)
+
+
 def rows_of(study) -> list[dict]:
     """Returns a row per trial: finished ones first, from the best on. ValueError if none has finished."""
     rows = [
@@ -369,17 +370,26 @@ def show(rows: list[dict], space: dict[str, Choice | Range]) -> str:
 
 
 def plot(rows: list[dict], space: dict[str, Choice | Range], out: Path):
-    """Plots the loss of the finished runs over each flag of the space."""
-    from matplotlib.figure import Figure
-
+    """Plots the loss of the finished runs over each flag of the space. Values of a choice stand in the order of the command line."""
     done = [row for row in rows if row["val_loss"] is not None]
-    figure = Figure(figsize=(4.5 * len(space), 4), layout="constrained")
-    for axes, (name, values) in zip(figure.subplots(1, len(space), squeeze=False, sharey=True)[0], space.items(), strict=True):
-        axes.scatter([row[name] for row in done], [row["val_loss"] for row in done])
-        axes.set(xlabel=cli.flag(name), xscale="log" if isinstance(values, Range) and values.log else "linear")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("validation loss, nats per token")
-    figure.savefig(out, dpi=110)
+    losses = [row["val_loss"] for row in done]
+    with picture(out, 4.5 * len(space), 4) as figure:
+        for axes, (name, values) in zip(figure.subplots(1, len(space), squeeze=False, sharey=True)[0], space.items(), strict=True):
+            at = [row[name] for row in done]
+            if isinstance(values, Choice):
+                labels = [label_of(value, 20) for value in values.values]
+                tilt = dict(rotation=30, ha="right") if len("".join(labels)) > 30 else {}
+                axes.set_xticks(range(len(labels)), labels, **tilt)
+                axes.set_xlim(-0.5, len(labels) - 0.5)
+                at = [values.values.index(value) for value in at]
+            elif values.log:
+                axes.set_xscale("log")
+            elif values.is_integer:
+                axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.scatter(at, losses)
+            axes.set_xlabel(cli.flag(name))
+            axes.grid(alpha=0.3)
+        figure.axes[0].set_ylabel("validation loss, nats per token")
 
 
 def main():
@@ -395,15 +405,20 @@ def main():
         import_optuna()
         if not space.keys() & {"preset", "data_dir"}:
             find_data(parse_flags(split(config.flags)))  # make missing shards now: two runs must not make them at once
+        code = code_now()
         with lock_folder(Path(config.out_dir)):
+            refuse_unless(config.mixed, origin_notes(config, code))
             points = all_points(space, config.trials)
             study = open_study(config, points)
             if points:  # points that earlier launches ran twice count once
                 done = [trial.params for trial in tried(study)]
                 config.trials = len(done) + sum(point not in done for point in points)
             sweep(config, space, study)
+            refuse_unless(config.mixed, origin_notes(config, code))  # someone may edit the code while the trials run
             rows = rows_of(study)
-            plot(rows, space, Path(config.out_dir, "sweep.png"))
+            for row in rows:
+                row["note"] = "; ".join(filter(None, [row["note"], *origin_notes(config, code, row["run"])]))
+            draw_or_warn(plot, rows, space, Path(config.out_dir, "sweep.png"))
         print(json.dumps(rows, indent=2) if config.json else show(rows, space))
 
 

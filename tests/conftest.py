@@ -18,7 +18,7 @@ import torch
 
 import checkpoint
 import train
-from common.files import write_json
+from common.files import read_json, write_json
 from common.run_folder import RunFolder
 from common.tokenizer import get_tokenizer
 from dataloader import write_shard
@@ -103,6 +103,14 @@ def run_main(main, *argv) -> int:
 
 def run_train(shards: Path, out_dir: Path, *argv) -> int:
     return run_main(train.main, *TINY, "--data-dir", shards, "--out-dir", out_dir, *argv)
+
+
+def rewrite_run(folder: Path, change: Callable[[dict], None]):
+    """Changes each launch in a run's run.json."""
+    run = read_json(folder / "run.json", "")
+    for launch in run["launches"]:
+        change(launch)
+    write_json(folder / "run.json", run)
 
 
 def script(*argv, processes: int = 0, timeout: float = 120, **env) -> subprocess.CompletedProcess:

@@ -2,17 +2,21 @@
 
 import json
 import shlex
+import shutil
 import statistics
+import subprocess
+import threading
 
 import pytest
 import torch
-from conftest import TINY, forked, ids_for, run_main, run_train, save_checkpoint, script
+from conftest import TINY, forked, ids_for, rewrite_run, run_main, run_train, save_checkpoint, script, write_shards
 
 from dataloader import TokenStream, find_shards
-from lab import compare
+from lab import compare, runs
 from lab.compare import CompareConfig, amount_for, cache_bytes, loss_by_position, stretched, summary, tokens_to_the_same_loss
 from ops.kv_cache import KVCache
 from training.flags import parse_config
+from training.run_json import hash_of_code, other_code
 from variants import VariantConfig, build
 
 
@@ -112,7 +116,7 @@ class Finished:
 def test_comparison_keeps_finished_runs(shards, tmp_path, capsys, monkeypatch):
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0", "--sample-every", "20"])
     argv = ["plain=", "rope, 1 KV head=--pos rope --n-kv-head 1", f"--flags={flags}", "--out-dir", tmp_path, "--seeds", 2]
-    monkeypatch.setattr(compare, "launch", lambda argv: Finished(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(compare, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, *argv) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 4 and table[3].startswith("| rope, 1 KV head | 31,") and table[3].endswith("| 8 kB |")
@@ -134,18 +138,133 @@ def test_comparison_keeps_finished_runs(shards, tmp_path, capsys, monkeypatch):
     assert timed[1]["speed"] == pytest.approx(seconds[0] / seconds[1]) and timed[1]["val_loss"] == rows[1]["val_loss"]
 
 
+@pytest.fixture
+def compared(shards, tmp_path, capsys, monkeypatch):
+    """A finished comparison of one variant, and the command line that made it. Shards of its own: a test may change them."""
+    data = shutil.copytree(shards, tmp_path / "data")
+    flags = shlex.join([*TINY, "--data-dir", str(data), "--val-every", "0", "--max-steps", "4"])
+    argv = ["plain=", f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
+    monkeypatch.setattr(compare, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
+    assert run_main(compare.main, *argv) == 0
+    capsys.readouterr()
+    return tmp_path / "out" / "plain" / "1", argv
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_runs_of_other_code_are_refused(compared, capsys, finished):
+    folder, argv = compared
+    rewrite_run(folder, lambda launch: launch["code"].update({"model.py": "0" * 16, "variants.py": "1" * 16}))
+    if not finished:
+        for path in folder.glob("model_*"):
+            path.unlink()
+    why = f"{folder} was trained by other code (model.py, variants.py)"
+    argv.insert(1, "rope=--pos rope")
+    assert run_main(compare.main, *argv) == 2
+    remedy = "train all runs again in another --out-dir, or pass --mixed to use these too"
+    assert f"error: {why}: {remedy}\n" == capsys.readouterr().err
+    assert not folder.parent.with_name("rope").exists()  # refused before anything trains
+    if finished:
+        assert run_main(compare.main, *argv, "--mixed") == 0
+        assert why in capsys.readouterr().out.splitlines()[-1]
+        assert run_main(compare.main, *argv, "--mixed", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["notes"] == [why]
+
+
+def test_runs_on_changed_shards_are_refused(compared, tmp_path, capsys):
+    folder, argv = compared
+    write_shards(tmp_path / "data", [1000, 5003, 17, 3001], seed=1)
+    hidden = [path.rename(tmp_path / path.name) for path in folder.glob("model_*")]  # the run isn't finished then
+    assert run_main(compare.main, *argv, "--mixed") == 2
+    assert "so it can't resume: restore the data, or train all runs again in another --out-dir\n" in capsys.readouterr().err
+    for path in hidden:
+        path.rename(folder / path.name)
+    assert run_main(compare.main, *argv) == 2
+    err = capsys.readouterr().err
+    assert f"error: {folder} was trained on other data than {tmp_path}/data has now (tiny_train_000001.npy has changed, " in err
+    assert run_main(compare.main, *argv, "--mixed") == 0
+    assert "was trained on other data" in capsys.readouterr().out
+
+
+def test_code_edited_during_a_comparison_is_named(compared, tmp_path, capsys, monkeypatch):
+    folder, argv = compared
+
+    def launch(argv, env):
+        result = forked(tmp_path, "train", *argv)
+        rewrite_run(folder.parent.with_name("rope") / "1", lambda launch: launch["code"].update({"ops/new.py": "2"}))
+        return Finished(result)
+
+    monkeypatch.setattr(compare, "launch", launch)
+    assert run_main(compare.main, *argv[:1], "rope=--pos rope", *argv[1:]) == 2
+    assert "rope/1 was trained by other code (ops/new.py): train all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "why"),
+    [
+        ("a" * 40, "a" * 40, ""),
+        ("a" * 40, "b" * 40, "commit aaaaaaaa against bbbbbbbb"),
+        ("a" * 40 + "+", "a" * 40 + "+", "commit aaaaaaaa+ against aaaaaaaa+"),  # each + may be another change
+        ("", "", "commit unknown against unknown"),
+    ],
+)
+def test_older_runs_compare_by_commit(before, now, why):
+    assert other_code({"commit": before}, {"commit": now, "code": {"model.py": "1"}}) == why
+
+
+def test_comments_and_layout_are_not_code(tmp_path):
+    texts = (
+        "def f(x):\n    return x + 1\n",
+        'def f( x ):  # adds\n    """Adds."""\n\n    return x+1',
+        "def f(x):\n    return x + 2\n",
+        "def f(",
+    )
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.py").write_text(text)
+    first, same, other, broken = (hash_of_code(tmp_path / f"{number}.py") for number in range(4))
+    assert first == same and len({first, other, broken}) == 3
+
+
+@pytest.mark.parametrize(("workers", "cards"), [(1, [None, None, None]), (2, ["0", "1"]), (3, ["0", "0", "1"])])
+def test_workers_get_a_gpu_each(tmp_path, monkeypatch, workers, cards):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    together, seen = threading.Barrier(workers), []
+
+    def launch(argv, env):
+        together.wait(10)
+        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+        assert env["WANDB_RUN_GROUP"] == argv[-1].split("/")[-1]
+        return Finished(subprocess.CompletedProcess([], 0, "", ""))
+
+    monkeypatch.setattr(compare, "launch", launch)
+    jobs = [compare.Run(str(i), [], tmp_path / str(i)) for i in range(len(cards))]
+    assert compare.run_all(jobs, workers, False) == [] and sorted(seen, key=str) == cards
+
+
+def test_speeds_of_several_devices_are_noted(shards, tmp_path):
+    for name in ("a", "b"):
+        assert run_train(shards, tmp_path / name, "--max-steps", 2, "--val-every", 0) == 0
+    rewrite_run(tmp_path / "b", lambda launch: launch.update(device="NVIDIA H100"))
+    assert runs.machine_notes([tmp_path / "a"]) == []
+    (note,) = runs.machine_notes([tmp_path / "a", tmp_path / "b"])
+    assert note.startswith("the runs had more than one device: NVIDIA H100, ")
+
+
 def test_fine_tuning_comparison_keeps_finished_runs(shards, tmp_path, capsys, monkeypatch):
     assert run_train(shards, tmp_path / "base", "--pos", "rope", "--max-steps", 4) == 0
     flags = shlex.join(
         [*TINY[8:], "--init-from", str(tmp_path / "base"), "--data-dir", str(shards), "--val-every", "0", "--max-steps", "4"]
     )
     argv = ["tuned=", "window=--window 8", f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
-    monkeypatch.setattr(compare, "launch", lambda argv: Finished(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(compare, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, *argv) == 0
     table = capsys.readouterr().out.splitlines()[-4:]
     monkeypatch.setattr(compare, "launch", None)
     assert run_main(compare.main, *argv) == 0
     assert capsys.readouterr().out.splitlines() == table
+    assert run_train(shards, tmp_path / "base", "--resume", "--max-steps", 6) == 0
+    assert run_main(compare.main, *argv) == 2
+    assert f"{tmp_path}/out/tuned/1 started from other weights than {tmp_path}/base has now, " in capsys.readouterr().err
     assert run_main(compare.main, *argv[:1], "window=--window 9", *argv[2:]) == 2
     assert "window: window 9 does not fit" in capsys.readouterr().err
 
@@ -155,7 +274,7 @@ def test_another_teacher_is_another_run(shards, tmp_path, capsys, monkeypatch):
         assert run_train(shards, tmp_path / name, "--max-steps", 2, "--val-every", 0) == 0
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0", "--max-steps", "4"])
     argv = [f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
-    monkeypatch.setattr(compare, "launch", lambda argv: Finished(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(compare, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base", *argv) == 0
     monkeypatch.setattr(compare, "launch", None)
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base/", *argv) == 0

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
+from training.run_json import CODE
+
 PACKAGES = ("ops", "formats", "training", "lab", "common")
 FILES = sorted([*REPO.glob("*.py"), *(path for package in PACKAGES for path in REPO.glob(f"{package}/*.py"))])
 
@@ -99,6 +101,18 @@ def test_imports_have_no_cycle():
         for name in free:
             del graph[name]
     assert graph == {}
+
+
+def test_run_json_hashes_all_code_of_a_run():
+    """Except what computes no loss."""
+    others, todo, found = {"fineweb", "hellaswag", "plot_log", "sample"}, ["train"], set()
+    while todo:
+        module = todo.pop()
+        if module not in found | others:
+            found.add(module)
+            todo += imports_of(REPO / (module.replace(".", "/") + ".py")) - {"training", "common", "ops", "formats"}
+    hashed = {name_of(path) for pattern in CODE for path in REPO.glob(pattern)}
+    assert "training.trainer" in found and found <= hashed
 
 
 def test_imports_by_name_are_known():

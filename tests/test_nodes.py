@@ -227,14 +227,25 @@ def test_pulled_cable_between_two_hosts(hosts, argv, on_one_host):
     assert [launch["step"] for launch in read_json(one.folder / "run" / "run.json", "")["launches"]] == [0, 10]
 
 
+def loop_on(host: Host, argv: list) -> list[str]:
+    """The loop of docs/rented-machines.md."""
+    resume, failed = "$(test -e run/run.json && echo --resume)", "test -e run/failed.txt"
+    return ["bash", "-c", f"until {shlex.join(host.torchrun(*argv, restarts=3))} {resume} || {failed}; do sleep 1; done"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [["--data-dir", "nowhere"], ["--max-lr", "1e30", "--max-bad-steps", "2"]])
+def test_loops_of_all_hosts_end_together(hosts, argv, wrong):
+    both = [host.start(loop_on(host, [*argv, *wrong])) for host in hosts]
+    assert [process.wait(90) for process in both] == [0, 0]
+    assert all((host.folder / "run" / "failed.txt").exists() for host in hosts)
+
+
 @pytest.mark.slow
 def test_restarted_host_rejoins_the_run(hosts, argv, on_one_host):
     """Runs the loop of docs/rented-machines.md on both. Only the first host has the run's folder: it reports the lost host and waits."""
     one, two = hosts
-    loops = [
-        ["bash", "-c", f"until {shlex.join(host.torchrun(*argv, restarts=3))} $(test -e run/run.json && echo --resume); do sleep 1; done"]
-        for host in hosts
-    ]
+    loops = [loop_on(host, argv) for host in hosts]
     both = [host.start(loop) for host, loop in zip(hosts, loops, strict=True)]
     wait_for_step(one, 11, both)
     two.kill()
@@ -243,6 +254,21 @@ def test_restarted_host_rejoins_the_run(hosts, argv, on_one_host):
     assert (again.wait(90), both[0].wait(60)) == (0, 0), one.err.read_text() + two.err.read_text()
     assert same_losses(one.folder / "run", on_one_host) and not (two.folder / "run").exists()
     assert [launch["step"] for launch in read_json(one.folder / "run" / "run.json", "")["launches"]] == [0, 10]
+
+
+@pytest.mark.slow
+def test_unresolvable_host_name_needs_local_addr(tmp_path):
+    """docs/troubleshooting.md has this remedy. Without the flag, torchrun hangs."""
+    if subprocess.run(["unshare", "--uts", "true"]).returncode:
+        pytest.skip("needs root, to change the host's name")
+    (tmp_path / "done.py").write_text("import os; open(os.environ['RANK'], 'w')")
+    command = "hostname no-such-host; exec torchrun --standalone --nproc_per_node=2 {} done.py"
+    env = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    run = partial(subprocess.run, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run(["unshare", "--uts", "bash", "-c", command.format("--local-addr=localhost")], timeout=60).returncode == 0
+    assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
+    hung = run(["timeout", "20", "unshare", "--uts", "bash", "-c", command.format("")])
+    assert hung.returncode == 124 and "(no-such-host, " in hung.stderr and "cannot be retrieved" in hung.stderr
 
 
 # ---- Slurm ----

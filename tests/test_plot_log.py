@@ -2,13 +2,16 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
+from functools import partial
 
 import pandas
 import pytest
-from conftest import REPO, run_main, seconds_of
+from conftest import REPO, run_main, run_train, script, seconds_of
 
 import plot_log
+from common import picture
 from plot_log import PlotConfig, points, read_log, read_metrics, smoothed
 
 
@@ -175,6 +178,76 @@ def test_wrong_log_or_flag_is_one_line(tmp_path, capsys, text, argv, message):
     assert run_main(plot_log.main, tmp_path / "log.txt", "--out", tmp_path / "p.png", *argv) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0]
+
+
+def no_latex(self, *args, **kwargs):
+    raise RuntimeError("Failed to process string with tex\nbecause latex could not be found")
+
+
+@pytest.mark.parametrize("fault", ["missing", "latex", "full disk"])
+def test_matplotlib_error_is_one_line(log, tmp_path, capsys, monkeypatch, fault):
+    out = tmp_path / "plot.png"
+    out.write_text("before")
+    if fault == "missing":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    elif fault == "latex":
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", no_latex)
+    else:
+        monkeypatch.setattr(picture, "write_atomically", partial(raise_full, out))
+    assert run_main(plot_log.main, log, "--out", out) == (1 if fault == "full disk" else 2)
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    message = {
+        "missing": f"error: can't draw {out} (import of matplotlib.figure halted; None in sys.modules): pip install matplotlib",
+        "latex": f"error: can't draw {out} (Failed to process string with tex because latex could not be found): look at MPLBACKEND and",
+        "full disk": f"error: [Errno 28] No space left on device: '{out}': free some space and run the command again",
+    }[fault]
+    assert error.startswith(message) and out.read_text() == "before"
+
+
+def raise_full(out, *args):
+    raise OSError(28, "No space left on device", str(out))
+
+
+def test_unknown_backend_is_one_line(log, tmp_path):
+    result = script("plot_log.py", log, "--out", tmp_path / "p.png", MPLBACKEND="nonsense")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "'nonsense' is not a valid value" in result.stderr
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no\nfont"), OSError(28, "No space left on device")])
+def test_failed_plot_does_not_fail_a_run(shards, tmp_path, capsys, monkeypatch, error):
+    def fail(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    assert run_train(shards, tmp_path / "run", "--max-steps", 2) == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning: no plot" in line]
+    assert warning.startswith(f"warning: no plot: can't draw {tmp_path}/run/log_plot.png (") and "python plot_log.py" in warning
+    assert (tmp_path / "run" / "model_00002.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels"),
+    [
+        (["_a", "$b"], [" _a", r"\$b"]),
+        (["a/1", "b/1"], ["a/1/log.txt", "b/1/log.txt"]),
+        (["_a/1", "_b/1"], [" _a/1/log.txt", " _b/1/log.txt"]),
+        (["x" * 99], ["x" * 29 + "…" + "x" * 30]),
+        (["x" * 40 + "a" + "x" * 40, "x" * 40 + "b" + "x" * 40], ["1: " + "x" * 29 + "…" + "x" * 30, "2: " + "x" * 29 + "…" + "x" * 30]),
+        (["a\udcff"], ["a?"]),
+    ],
+)
+def test_legend_tells_all_runs_apart(tmp_path, monkeypatch, folders, labels):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    logs = [tmp_path / folder / "log.txt" for folder in folders]
+    for path in logs:
+        path.parent.mkdir(parents=True)
+        path.write_text("0 val 2.5\n")
+    plot_log.plot(PlotConfig(tuple(map(str, logs)), str(tmp_path / "x.png"), size="none", baselines=("_mine=3",)))
+    entries = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert entries == [*(f"{label}: val" for label in labels), " _mine"]
 
 
 @pytest.mark.filterwarnings("error")

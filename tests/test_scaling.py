@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, run_main, run_train
+from conftest import TINY, rewrite_run, run_main, run_train
 from scipy.optimize import approx_fprime, minimize_scalar
 
 from common import cli
@@ -127,7 +127,7 @@ def test_plan_flags_have_about_its_size(capsys):
         ("plan --flops 1e19 --law {tmp}/empty.json", "is not a law: give besiroglu, hoffmann, kaplan or a law.json"),
         (
             "fit --out-dir {tmp}/nowhere",
-            "no finished run in {tmp}/nowhere: train some with python -m lab.scaling ladder --out-dir {tmp}/nowhere",
+            "no finished run in {tmp}/nowhere: train some with python -m lab.scaling ladder --data-dir SHARDS --out-dir {tmp}/nowhere",
         ),
         ("fit --points {tmp}/few.csv", "1 points are too few to fit: give at least 6, with 3 sizes and 3 token counts"),
         ("fit --points {tmp}/few.csv --hold-out 2", "--hold-out 2 leaves none of 1 runs to fit: lower it"),
@@ -170,7 +170,7 @@ def test_runs_of_another_ladder_are_named(shards, tmp_path, capsys):
         run_train(shards, tmp_path / "a", "--max-steps", 2) == 0
         and run_train(shards, tmp_path / "b", "--max-steps", 5, "--n-layer", 1) == 0
     )
-    assert [(p.name, p.tokens) for p in scaling.points_of(tmp_path)] == [("a", 2 * 256), ("b", 5 * 256)]
+    assert [(p.name, p.tokens) for p in scaling.points_of(scaling.finished_in(tmp_path))] == [("a", 2 * 256), ("b", 5 * 256)]
     assert run_train(shards, tmp_path / "c", "--max-steps", 2, "--max-lr", 1e-3) == 0
     assert run_main(scaling.main, "fit", "--out-dir", tmp_path) == 2
     assert f"max_lr 0.001 does not fit {tmp_path}/a, which has 0.003: move {tmp_path}/c elsewhere, it belongs to" in capsys.readouterr().err
@@ -180,6 +180,30 @@ def test_runs_of_another_ladder_are_named(shards, tmp_path, capsys):
     assert run_main(scaling.main, "fit", "--out-dir", tmp_path, "--points", "some.csv") == 2
     assert f"--out-dir {tmp_path} has a ladder, and --points would overwrite its law: choose another --out-dir" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_fit_refuses_mixed_code(shards, tmp_path, capsys):
+    for name, steps in (("a", 2), ("b", 5)):
+        assert run_train(shards, tmp_path / name, "--max-steps", steps) == 0
+    rewrite_run(tmp_path / "b", lambda launch: launch["code"].update({"model.py": "older"}))
+    assert run_main(scaling.main, "fit", "--out-dir", tmp_path, "--bootstraps", 0) == 2
+    assert "too few to fit" in capsys.readouterr().err
+    points = [["x", n, d, LAWS[0].loss(n, d)] for n in (1e6, 2e6, 4e6) for d in (1e6, 2e6, 4e6)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaling, "points_of", lambda finished: [Point(*point) for point in points])
+        assert run_main(scaling.main, "fit", "--out-dir", tmp_path, "--bootstraps", 0) == 2
+        assert f"error: {tmp_path}/b was trained by other code (model.py): train all runs again" in capsys.readouterr().err
+        assert not (tmp_path / "law.json").exists()
+        assert run_main(scaling.main, "fit", "--out-dir", tmp_path, "--bootstraps", 0, "--mixed") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}/b was trained by other code (model.py)"
+
+
+def test_ladder_refuses_runs_of_other_code(shards, tmp_path, capsys):
+    ladder = ["ladder", "--data-dir", shards, "--out-dir", tmp_path, "--sizes", "1x32", "--tokens", 512, "--warmup-ratio", 0]
+    assert run_train(shards, tmp_path / "a", "--max-steps", 2) == 0
+    rewrite_run(tmp_path / "a", lambda launch: launch["code"].update({"ops/loss.py": "older"}))
+    assert run_main(scaling.main, *ladder, f"--flags={' '.join(map(str, TINY))}") == 2
+    assert f"error: {tmp_path}/a was trained by other code (ops/loss.py): " in capsys.readouterr().err
 
 
 @pytest.mark.slow

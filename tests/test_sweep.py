@@ -9,7 +9,7 @@ import time
 
 import optuna
 import pytest
-from conftest import TINY, run_main
+from conftest import TINY, rewrite_run, run_main, run_train
 
 from lab import sweep
 from lab.compare import Run
@@ -159,6 +159,39 @@ def test_workers_split_cores_and_gpus(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert [sweep.environment(2, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["4", "6"]
     assert sweep.environment(2, 0)["OMP_NUM_THREADS"] == "1"
+
+
+def test_plot_names_each_choice(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    space = parse_space(("mlp=gelu,relu2,swiglu", "n_layer=1..3", "sample_prompt=_a,$x"))
+    points = [("swiglu", 3, "_a", 1.0), ("gelu", 1, "$x", 2.0), ("relu2", 2, "_a", None)]
+    sweep.plot([dict(mlp=m, n_layer=n, sample_prompt=s, val_loss=loss) for m, n, s, loss in points], space, tmp_path / "sweep.png")
+    mlp, layers, prompt = drawn[0].axes
+    assert [label.get_text() for label in mlp.get_xticklabels()] == ["gelu", "relu2", "swiglu"] and list(mlp.get_xticks()) == [0, 1, 2]
+    assert mlp.collections[0].get_offsets().tolist() == [[2, 1.0], [0, 2.0]]
+    assert layers.collections[0].get_offsets().tolist() == [[3, 1.0], [1, 2.0]] and layers.get_ylim() == mlp.get_ylim()
+    assert [label.get_text() for label in prompt.get_xticklabels()] == [" _a", r"\$x"]
+
+
+def test_runs_of_other_code_are_refused(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "begin", lambda config, space, trial, slot: pytest.fail("trained"))
+    study = sweep.open_study(sweep.SweepConfig(("max_lr=1,2",), f"--data-dir {shards}", out_dir=str(tmp_path)), [])
+    study.enqueue_trial({"max_lr": "1"})
+    trial = study.ask()
+    trial.suggest_categorical("max_lr", ["1", "2"])
+    study.tell(trial, 2.5)
+    assert run_train(shards, tmp_path / "0", "--max-steps", 2) == 0
+    rewrite_run(tmp_path / "0", lambda launch: launch["code"].update({"model.py": "older"}))
+    argv = ["max_lr=1,2", f"--flags=--data-dir {shards}", "--out-dir", tmp_path, "--trials", 1]
+    capsys.readouterr()
+    assert run_main(sweep.main, *argv) == 2
+    assert f"error: {tmp_path}/0 was trained by other code (model.py): train all runs again" in capsys.readouterr().err
+    assert run_main(sweep.main, *argv, "--mixed", "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["val_loss"] == 2.5 and row["note"] == f"{tmp_path}/0 was trained by other code (model.py)"
 
 
 def test_missing_optuna_names_the_install_command(monkeypatch, capsys, tmp_path):

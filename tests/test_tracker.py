@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPO, TINY, forked, run_train
@@ -135,6 +137,23 @@ def test_missing_tracker_names_pip_install(shards, tmp_path, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "trackio", None)
     assert run_train(shards, tmp_path, "--tracker", "trackio") == 0
     assert ": pip install trackio\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["wandb", "trackio"])
+def test_trackers_tell_runs_of_a_comparison_apart(tmp_path, monkeypatch, kind):
+    """Both modules get the same names here."""
+    names = []
+    module = SimpleNamespace(
+        init=lambda **how: names.append((how["name"], how.get("group"))) or SimpleNamespace(define_metric=lambda *args, **how: None),
+        Settings=lambda **how: None,
+    )
+    monkeypatch.setitem(sys.modules, kind, module)
+    monkeypatch.setenv("WANDB_RUN_GROUP", "rope")
+    for folder in ("log/compare/rope/1", "log/compare/rope/2"):
+        tracker.SINKS[kind](tmp_path / folder, "ab12", {}, 0)
+    ending = "-ab12" if kind == "trackio" else ""
+    group = "rope" if kind == "trackio" else None  # W&B reads the variable itself
+    assert names == [(f"rope/1{ending}", group), (f"rope/2{ending}", group)] and tracker.name_of(Path("/log")) == "log"
 
 
 def test_tracker_gets_only_finite_numbers(monkeypatch):

@@ -1,6 +1,7 @@
 """train.py: the same losses for any world size and micro batch, exact resume, and one line for every mistake."""
 
 import fcntl
+import itertools
 import json
 import os
 import pkgutil
@@ -445,6 +446,10 @@ def test_hellaswag_and_samples_during_a_run(shards, tmp_path, capsys):
     assert run_train(shards, tmp_path / "run", *argv) == 0
     out = capsys.readouterr().out
     assert out.count("sample: the ca") == 12
+    saved = (tmp_path / "run" / "samples.txt").read_text()
+    assert re.findall(r"^---- step (\d+), sample (\d) of 4 ----\nthe ca", saved, re.M) == [
+        (s, n) for s in ("0", "10", "20") for n in "1234"
+    ]
     values = read_stream(tmp_path / "run", "hella")
     assert list(values) == [0, 10, 20]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -597,6 +602,39 @@ def test_mismatch_with_init_from_is_named(shards, tmp_path, capsys, argv, messag
 
 
 # ---- mistakes ----
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_batch_advice_works_when_followed(resume):
+    advised = 0
+    for batch, length, micro, processes in itertools.product((1, 6, 64, 512), (1, 32), (1, 4, 7, 64), (1, 3, 8, 1000)):
+        shape = VariantConfig(97, length, 1, 1, 16)
+        config = TrainConfig(model=shape, total_batch_tokens=batch * length, micro_batch_size=micro, resume=resume)
+        try:
+            config.validate(processes)
+        except ValueError as e:
+            advised += 1
+            follow_batch_advice(config, processes, str(e))
+    assert advised > 20
+
+
+def follow_batch_advice(config: TrainConfig, processes: int, text: str):
+    """Checks every setting that the message names."""
+    if found := re.findall(r"(\d+(?: or \d+)*) processes with --micro-batch-size (\d+)", text):
+        for counts, size in found:
+            for count in counts.split(" or "):
+                replace(config, micro_batch_size=int(size)).validate(int(count))
+    elif found := re.search(r"--micro-batch-size (\d+) does$", text):
+        replace(config, micro_batch_size=int(found[1])).validate(processes)
+    else:
+        assert not config.resume
+        replace(config, total_batch_tokens=int(re.search(r"--total-batch-tokens (\d+) can be divided$", text)[1])).validate(processes)
+
+
+def test_resume_on_three_processes_names_what_fits(finished):
+    message = "this run's batch can't change; use 1 or 2 processes with --micro-batch-size 4, or 4 processes with --micro-batch-size 2"
+    with pytest.raises(ValueError, match=message):
+        parse_config(["--resume", "--out-dir", str(finished)]).validate(3)
 
 
 @pytest.mark.parametrize(

@@ -166,11 +166,13 @@ class TrainConfig:
         raise_errors(errors)
 
     def batch_error(self, world_size: int) -> str:
-        """The message for a batch that does not divide, with the nearest that does."""
+        """The message for a batch that does not divide, with settings that do. A resumed run keeps its batch."""
         sequences, rest = divmod(self.total_batch_tokens, self.model.seq_len * world_size)
         if sequences and not rest:
-            fits = max(b for b in range(1, min(sequences, self.micro_batch_size) + 1) if sequences % b == 0)
+            fits = max(b for b in divisors(sequences) if b <= self.micro_batch_size)
             remedy = f"--micro-batch-size {fits} does"
+        elif self.resume:
+            remedy = f"this run's batch can't change; {self.worlds_that_fit(world_size)}"
         else:
             per_pass = self.micro_batch_size * self.model.seq_len * world_size
             remedy = f"--total-batch-tokens {max(1, round(self.total_batch_tokens / per_pass)) * per_pass} can be divided"
@@ -178,6 +180,21 @@ class TrainConfig:
             f"--micro-batch-size {self.micro_batch_size} × --seq-len {self.model.seq_len} × {world_size} processes does not "
             f"divide --total-batch-tokens {self.total_batch_tokens}: {remedy}"
         )
+
+    def worlds_that_fit(self, world_size: int) -> str:
+        """Names up to four numbers of processes that divide the batch, the largest just above world_size, with a micro batch for each."""
+        sequences = self.total_batch_tokens // self.model.seq_len
+        counts = divisors(sequences)
+        by_size = {}
+        for count in counts[: sum(count <= world_size for count in counts) + 1][-4:]:
+            fits = max(b for b in divisors(sequences // count) if b <= self.micro_batch_size)
+            by_size.setdefault(fits, []).append(str(count))
+        return "use " + ", or ".join(f"{' or '.join(counts)} processes with --micro-batch-size {size}" for size, counts in by_size.items())
+
+
+def divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 # flags that may change on resume; all others decide the model, the data or the global batch

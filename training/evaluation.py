@@ -76,13 +76,20 @@ class Evaluation:
         prompt, length, seed = self.config.sample_prompt, self.config.sample_tokens, self.config.seed + step
         with self.trainer.autocast():
             texts = sample_texts(self.trainer.evaluated, self.tokenizer, prompt, 4, length, seed)
+        texts = list(map(cli.printable, texts))
         for text in texts:
-            self.log.result(f"step {step}: sample: {cli.printable(text)}")
+            self.log.result(f"step {step}: sample: {text}")
+        titles = (f"---- step {step}, sample {number} of {len(texts)} ----" for number in range(1, len(texts) + 1))
+        self.log.append("samples.txt", "".join(f"{title}\n{text}\n\n" for title, text in zip(titles, texts, strict=True)))
 
     def plot(self):
+        """Draws the log. The run is finished and saved: no error in a picture may fail it."""
         if self.world.is_main:
             log = self.log.folder.path / "log.txt"
-            plot_log.plot(plot_log.PlotConfig((str(log),), str(log.with_name("log_plot.png"))))
+            try:
+                plot_log.plot(plot_log.PlotConfig((str(log),), str(log.with_name("log_plot.png"))))
+            except Exception as e:
+                self.log.progress(f"warning: no plot: {e}; try again: python plot_log.py {log.parent}")
 
 
 def is_due(every: int, step: int) -> bool:

@@ -16,9 +16,10 @@ from variants import NOT_IN_WEIGHTS, VariantConfig
 
 @dataclass
 class PresetFlag:
-    """The flag that sets the defaults of all others."""
+    """The flag that sets the defaults of all others, and the folder."""
 
     preset: str = TrainConfig.preset
+    out_dir: str = ""
 
 
 def parse_config(argv: list[str] | None = None) -> TrainConfig:
@@ -49,6 +50,12 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
 def holds_a_run(out_dir: Path) -> bool:
     """Whether a run in this folder would overwrite a run or a model."""
     return any((out_dir / name).exists() for name in ("run.json", "log.txt", "config.json")) or any(out_dir.glob("model*"))
+
+
+def out_dir_of(argv: list[str] | None = None) -> Path:
+    """Returns the run's folder, even if other flags are wrong."""
+    first, _ = tyro.cli(PresetFlag, args=argv, return_unknown_args=True, add_help=False)
+    return Path(first.out_dir or PRESETS.get(first.preset, PRESETS["gpt2"]).out_dir)
 
 
 def parse_flags(argv: list[str] | None = None, model: VariantConfig | None = None) -> TrainConfig:

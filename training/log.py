@@ -1,4 +1,4 @@
-"""Writes a run's log.txt and metrics.jsonl, its results to stdout and its progress to stderr."""
+"""Writes a run's log.txt, metrics.jsonl and samples.txt, its results to stdout and its progress to stderr."""
 
 import json
 import math
@@ -17,13 +17,14 @@ from common.files import append, sync
 from common.run_folder import RunFolder
 from plot_log import read_metrics
 from training.config import TrainConfig
+from training.failure import Hopeless
 from training.tracker import Tracker
 from training.trainer import Trainer, Update
 from variants import flops_per_token
 
 
 class Log:
-    """Writes log.txt ('step stream value', build-nanogpt's format) and metrics.jsonl, both append-only. Only rank 0 writes."""
+    """Writes log.txt ('step stream value', build-nanogpt's format), metrics.jsonl and samples.txt, all append-only. Only rank 0 writes."""
 
     def __init__(self, config: TrainConfig, world: DistContext, folder: RunFolder):
         self.config, self.world, self.folder = config, world, folder
@@ -31,7 +32,7 @@ class Log:
         self.recent = deque(maxlen=20)  # seconds of the last steps
         self.shown = -math.inf  # time of the last progress line
         self.bar = None  # on a terminal, progress is a bar
-        self.unwritten = {"log.txt": "", "metrics.jsonl": ""}  # lines that a full disk didn't accept yet
+        self.unwritten = {"log.txt": "", "metrics.jsonl": "", "samples.txt": ""}  # text that a full disk didn't accept yet
 
     def track(self, run_id: str, step: int):
         if self.config.tracker != "none":
@@ -43,36 +44,35 @@ class Log:
         if self.tracker:
             self.tracker.log(step, metrics)
         finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in metrics.items()}
-        lines = {"log.txt": f"{step} {stream} {value:.6f}\n", "metrics.jsonl": json.dumps({"step": step, **finite}) + "\n"}
-        for name, line in lines.items():
-            late = self.unwritten[name] != ""
-            self.unwritten[name] += line
-            try:
-                self.write(name)
-            except OSError as e:
-                if not late:
-                    self.progress(f"warning: {e}: its lines are kept in memory until they can be written")
+        self.append("log.txt", f"{step} {stream} {value:.6f}\n")
+        self.append("metrics.jsonl", json.dumps({"step": step, **finite}) + "\n")
 
-    def write(self, name: str):
-        self.folder.check()
-        append(self.folder.path / name, self.unwritten[name])
-        self.unwritten[name] = ""
+    def append(self, name: str, text: str):
+        """Appends text to a file of the run. On a full disk, warns, keeps it in memory and tries again with the next text."""
+        late = self.unwritten[name] != ""
+        self.unwritten[name] += text
+        try:
+            write_pending(self.folder, self.unwritten, name)
+        except OSError as e:
+            if not late:
+                self.progress(f"warning: {e}: its lines are kept in memory until they can be written")
 
     def sync(self):
         """Writes the log to the disk now. If that fails, so does the checkpoint, which says so."""
         with suppress(OSError):
             for name in self.unwritten:
-                self.write(name)
+                write_pending(self.folder, self.unwritten, name)
                 sync(self.folder.path / name)
 
     def finish(self):
         """Raises OSError if lines remain that can't be written."""
         if self.bar:
-            self.bar.close()
+            with suppress(OSError):  # the terminal is gone
+                self.bar.close()
         if self.tracker:
             self.tracker.finish()
         for name in self.unwritten:
-            self.write(name)
+            write_pending(self.folder, self.unwritten, name)
 
     def result(self, text: str):
         if self.world.is_main:
@@ -94,19 +94,21 @@ class Log:
     def stop_if_diverged(self, what: str, number: float):
         """Ends the run on all ranks without saving, if a loss or a weight is not finite."""
         if not math.isfinite(number):
-            self.progress(f"error: {what} is {number}: start again with a lower --max-lr, in another --out-dir")
-            sys.exit(1)
+            why = f"{what} is {number}: start again with a lower --max-lr, in another --out-dir"
+            self.progress(f"error: {why}")
+            raise Hopeless(why)
 
     def skipped(self, step: int, why: str, in_a_row: int):
         """Reports a skipped update. After too many in a row, ends the run on all ranks without saving."""
         limit, out_dir = self.config.max_bad_steps, self.config.out_dir
         self.progress(f"warning: step {step} changes no weight ({in_a_row} in a row, {limit} end the run): {why}")
         if in_a_row >= limit:
-            self.progress(
-                f"error: {in_a_row} updates in a row were skipped: start again with a lower --max-lr in another --out-dir, or look into it "
+            why = (
+                f"{in_a_row} updates in a row were skipped: start again with a lower --max-lr in another --out-dir, or look into it "
                 f"with --replay-step {step} --out-dir {out_dir}; --resume with a higher --max-bad-steps continues from the last checkpoint"
             )
-            sys.exit(1)
+            self.progress(f"error: {why}")
+            raise Hopeless(why)
 
     def train(self, step: int, metrics: dict, seconds: float):
         """Logs a step: in both files, and on the screen at most once a second."""
@@ -123,6 +125,13 @@ class Log:
                 self.bar.set_description_str(line)
             else:
                 self.progress(line)
+
+
+def write_pending(folder: RunFolder, pending: dict[str, str], name: str):
+    if pending[name]:
+        folder.check()
+        append(folder.path / name, pending[name])
+        pending[name] = ""
 
 
 def progress_line(step: int, max_steps: int, metrics: dict, seconds: float) -> str:

@@ -3,14 +3,13 @@
 Letters as in model.py. e: bytes per number in the dtype of the matrix products.
 """
 
-import math
 from dataclasses import replace
 from typing import NamedTuple
 
 from model import GPT
 from ops.attention import BlockwiseAttention
 from ops.loss import loss_chunks
-from training.config import TrainConfig
+from training.config import TrainConfig, divisors
 from variants import VariantConfig
 
 CUDA_ITSELF = 1e9  # bytes of context, libraries and fragmentation; the real number differs by card and version
@@ -157,6 +156,5 @@ def loss_bytes(shape: VariantConfig, tokens: int, setting: Setting) -> float:
 def largest_micro_batch(config: TrainConfig, setting: Setting, model: GPT, available: float) -> int | None:
     """Returns the largest micro batch that divides the batch and fits into `available` bytes; None if not even 1 fits."""
     sequences = config.total_batch_tokens // (config.model.seq_len * setting.world_size)
-    small = [b for b in range(1, math.isqrt(sequences) + 1) if sequences % b == 0]
-    divisors = sorted({*small, *(sequences // b for b in small)}, reverse=True)
-    return next((b for b in divisors if memory(replace(config, micro_batch_size=b), setting, model).peak <= available), None)
+    fits = (b for b in divisors(sequences)[::-1] if memory(replace(config, micro_batch_size=b), setting, model).peak <= available)
+    return next(fits, None)

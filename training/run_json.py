@@ -1,5 +1,7 @@
 """run.json: a run's settings, its data, and the hardware and software of each launch."""
 
+import ast
+import hashlib
 import os
 import platform
 import secrets
@@ -54,13 +56,15 @@ def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, fol
         before["teacher_sha256"] = checkpoint.fingerprint(config.teacher)
     if path.exists():
         before |= read_json(path, RUN_REMEDY)
+    elif config.init_from:
+        before["init"] = checkpoint.fingerprint(config.init_from, config.init_revision)
     settings = asdict(config) | {"resume": False, "replay_step": None}
     launch = {
         "token": secrets.token_hex(8),  # proves to RunFolder that the folder is this launch's
         "step": step,
         "config": settings,
         "command": sys.argv,
-        "commit": git_commit(),
+        **code_now(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": device.describe(world.device),
@@ -70,6 +74,43 @@ def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, fol
     }
     folder.begin(before | {"config": settings, "launches": [*before["launches"], launch]})
     return folder.id
+
+
+# the files that compute a loss
+CODE = ("train.py", "model.py", "variants.py", "dataloader.py", "checkpoint.py", "training/*.py", "ops/*.py", "formats/*.py", "common/*.py")
+
+
+def code_now() -> dict:
+    """Returns the commit, and a hash of each file in CODE: a dirty commit alone doesn't say which change a run had."""
+    root = Path(__file__).parent.parent
+    files = sorted(path for pattern in CODE for path in root.glob(pattern))
+    return {"commit": git_commit(), "code": {path.relative_to(root).as_posix(): hash_of_code(path) for path in files}}
+
+
+def hash_of_code(path: Path) -> str:
+    """Returns a hash of what a file computes. Comments, docstrings and layout don't count."""
+    text = path.read_text()
+    try:
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(body := getattr(node, "body", None), list):
+                docstring = [isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in body]
+                node.body = [part for part, is_one in zip(body, docstring, strict=True) if not is_one] or [ast.Pass()]
+        text = ast.unparse(tree)
+    except SyntaxError:  # a broken file that nothing imports
+        pass
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def other_code(launch: dict, reference: dict) -> str:
+    """Says how a launch's code differs from the reference's, each as code_now() returns it; '' if it is the same. Older versions
+    recorded only the commit."""
+    ours, theirs = launch.get("code"), reference.get("code")
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ", ".join(sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)))
+    before, now = (str(each.get("commit") or "unknown") for each in (launch, reference))
+    same = before == now != "unknown" and not before.endswith("+")  # '+': files differ from the commit
+    return "" if same else f"commit {before[:8]}{'+' * before.endswith('+')} against {now[:8]}{'+' * now.endswith('+')}"
 
 
 def git_commit() -> str:

@@ -42,14 +42,19 @@ class Tracker:
             self.warn(f"warning: continuing without {self.kind}: {why or type(e).__name__}{remedy}")
 
 
+def name_of(out_dir: Path) -> str:
+    """Names a run by the last two parts of its folder, such as rope/2: in a comparison the last part is only the seed."""
+    return "/".join(out_dir.resolve().parts[1:][-2:])
+
+
 class WandbSink:
-    """Weights & Biases. Uses your `wandb login` and variables such as WANDB_MODE=offline and WANDB_PROJECT."""
+    """Weights & Biases. Uses your `wandb login` and variables such as WANDB_MODE=offline, WANDB_PROJECT and WANDB_RUN_GROUP."""
 
     def __init__(self, out_dir: Path, run_id: str, config: dict, step: int):
         wandb = importlib.import_module("wandb")
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=os.environ.get("WANDB_NAME", out_dir.resolve().name),
+            name=os.environ.get("WANDB_NAME", name_of(out_dir)),
             id=os.environ.get("WANDB_RUN_ID", run_id),  # W&B's sweeps set it
             resume="allow",
             dir=os.environ.get("WANDB_DIR", str(out_dir)),
@@ -71,7 +76,8 @@ class TrackioSink:
 
     def __init__(self, out_dir: Path, run_id: str, config: dict, step: int):
         self.trackio: ModuleType = importlib.import_module("trackio")
-        self.trackio.init(project=PROJECT, name=f"{out_dir.resolve().name}-{run_id}", resume="allow", config=config)
+        name, group = f"{name_of(out_dir)}-{run_id}", os.environ.get("WANDB_RUN_GROUP")
+        self.trackio.init(project=PROJECT, name=name, group=group, resume="allow", config=config)
 
     def log(self, step: int, numbers: dict):
         self.trackio.log(numbers, step=step)

@@ -1,0 +1,80 @@
+"""failed.txt: why a run can't go on. It ends a loop around torchrun, which itself always exits with 1."""
+
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from common import cli
+from common.files import lock_folder
+from training.flags import out_dir_of
+from training.run_json import is_restart, torchrun_id
+
+FAILED = "failed.txt"
+
+
+class Hopeless(SystemExit):
+    """Ends a run with status 1, for a reason that a restart can't mend."""
+
+    def __init__(self, reason: str):
+        super().__init__(1)
+        self.reason = reason
+
+
+@contextmanager
+def noted():
+    """Under torchrun, leaves the reason in the run's folder if the block fails and a restart can't mend it. Each host gets the file.
+    If this torchrun restarts its processes after that, ends them at once: ValueError. The next torchrun removes the file."""
+    if torchrun_id() == "":  # the exit status says it
+        yield
+        return
+    path = out_dir_of() / FAILED
+    begin(path)
+    try:
+        yield
+    except BaseException as e:
+        if reason := final_reason(e):
+            with suppress(ValueError, OSError):
+                leave(path, reason)
+        raise
+
+
+def begin(path: Path):
+    """ValueError if this torchrun has failed for good before. Else removes what an earlier one left."""
+    first = os.environ.get("LOCAL_RANK") == "0"
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    if torchrun_id() in lines:
+        error = ValueError(f"a restart can't mend this: {lines[0]}")
+        error.is_shared = not first  # so that one process prints it
+        raise error
+    if first and lines:
+        path.unlink(missing_ok=True)
+
+
+def final_reason(e: BaseException) -> str:
+    """Says why a restart must fail again; '' if it may succeed, as after a full disk or a lost process."""
+    if isinstance(e, Hopeless):
+        return e.reason
+    if isinstance(e, SystemExit):
+        return "train.py rejects these flags" if e.code == 2 else ""
+    wrong = isinstance(e, ValueError) and not isinstance(e, cli.TryAgain)
+    unusable = isinstance(e, OSError) and e.errno in cli.REMEDIES
+    return str(e) if wrong or unusable or isinstance(e, (torch.OutOfMemoryError, MemoryError)) else ""
+
+
+def leave(path: Path, reason: str):
+    """Adds the reason to the file. ValueError if another torchrun's run is at work in this folder: its loop must not stop."""
+    ours = False
+    with suppress(ValueError):
+        ours = is_restart(path.parent)
+    if ours:
+        add(path, reason)
+    else:
+        with lock_folder(path.parent):
+            add(path, reason)
+
+
+def add(path: Path, reason: str):
+    with open(path, "a", encoding="utf-8") as file:  # hosts may share the folder, and each looks for its own line
+        file.write(f"{reason}\n\nA restart can't mend this. The next launch removes this file.\n{torchrun_id()}\n")
