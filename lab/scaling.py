@@ -514,7 +514,7 @@ def do_ladder(config: LadderConfig):
         run.config()  # finds errors in the last run before the first one starts
     first = runs[0].config()
     shards = find_data(first)
-    fit_vocabulary(first, shards)
+    first.model = fit_vocabulary(first, shards)
     check_same_settings(folders_of(Path(config.out_dir)), first, shards.contents(), "this ladder")
     run_all(runs, config.workers)
     print(f"{len(runs)} runs finished in {config.out_dir}: fit them with python -m lab.scaling fit --out-dir {config.out_dir}")

@@ -20,7 +20,7 @@ from training.memory import Setting, memory
 from training.presets import PRESETS
 from training.run_json import RUN, RUN_REMEDY
 from training.trainer import Trainer
-from variants import build_on_meta
+from variants import VariantConfig, build_on_meta
 
 
 def check_data(config: TrainConfig, shards: Shards) -> Shards:
@@ -64,19 +64,35 @@ def check_hellaswag(config: TrainConfig):
         )
 
 
-def fit_vocabulary(config: TrainConfig, shards: Shards):
-    """Gives a new model the shards' vocabulary. ValueError if loaded weights or --vocab-size have another one."""
+def fit_vocabulary(config: TrainConfig, shards: Shards) -> VariantConfig:
+    """Returns the model's config with the shards' vocabulary. Loaded weights keep their extra rows, if they have the shards' tokenizer.
+    ValueError if loaded weights or --vocab-size have another vocabulary."""
     ours, theirs = config.model.vocab_size, shards.vocab_size
-    given = config.resume or config.init_from or ours != PRESETS[config.preset].model.vocab_size
-    if given and ours != theirs:
-        remedy = "leave --vocab-size out, or make shards with the model's tokenizer"
+    loaded = config.resume or config.init_from
+    same = config.resume  # checked when the run began
+    if loaded and not same:
+        same = checkpoint.open_checkpoint(config.init_from, config.init_revision)[2] == shards.tokenizer
+    if (loaded or ours != PRESETS[config.preset].model.vocab_size) and not (ours == theirs or (same and ours > theirs)):
+        remedy = "make shards with the model's tokenizer" if loaded else "leave --vocab-size out"
         raise ValueError(f"the model has {ours} ids, the shards in {config.data_dir} have {theirs}: {remedy}")
-    if config.model.doc_mask and shards.tokenizer not in VOCAB_SIZES:
-        raise ValueError(f"--doc-mask can't tell where documents end with the tokenizer {shards.tokenizer!r}: leave it out")
-    config.model = replace(config.model, vocab_size=theirs)
+    if loaded and not same:
+        check_tokenizer("--init-from", config.init_from, config.init_revision, shards)
+    fitted = replace(config.model, vocab_size=ours if loaded else theirs)
+    if fitted.doc_mask and VOCAB_SIZES.get(shards.tokenizer) != fitted.vocab_size:
+        extra = f" in a model with {fitted.vocab_size} ids" if shards.tokenizer in VOCAB_SIZES else ""
+        raise ValueError(f"--doc-mask can't tell where documents end with the tokenizer {shards.tokenizer!r}{extra}: leave it out")
+    return fitted
 
 
-def check_teacher(config: TrainConfig):
+def check_tokenizer(flag: str, path: str, revision: str, shards: Shards):
+    """ValueError if the ids of a model mean something else than those of the shards."""
+    _, config, name = checkpoint.open_checkpoint(path, revision)
+    if shards.tokenizer in VOCAB_SIZES and name not in (None, shards.tokenizer):
+        why = checkpoint.no_tokenizer(path, name, config.vocab_size) or f"its tokenizer is {name}"
+        raise ValueError(f"{flag} {path}: {why}; {shards.folder} has {shards.tokenizer} tokens: use shards of the model's tokenizer")
+
+
+def check_teacher(config: TrainConfig, shards: Shards):
     """ValueError if the teacher's vocabulary differs, or if it reads shorter sequences than the student."""
     ours, theirs = config.model, checkpoint.load_config(config.teacher)
     if theirs.vocab_size != ours.vocab_size or theirs.seq_len < ours.seq_len:
@@ -84,6 +100,7 @@ def check_teacher(config: TrainConfig):
             f"--teacher {config.teacher} has {theirs.vocab_size} ids and {theirs.seq_len} positions, the run has {ours.vocab_size} and "
             f"{ours.seq_len}: choose a teacher with the same vocabulary and at least as many positions"
         )
+    check_tokenizer("--teacher", config.teacher, "", shards)
 
 
 def check_memory(config: TrainConfig, world: DistContext):
