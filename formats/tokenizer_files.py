@@ -32,7 +32,7 @@ def identify(folder: Path, rows: int) -> tuple[str | None, str]:
     names = [path.name for path in files_of(folder) if path.name in VOCABULARIES]
     if not names:
         name = ROWS.get(rows)
-        return name, "" if name else f"it has no tokenizer.json, and no tokenizer is known for a vocabulary of {rows}"
+        return name, "" if name else f"no tokenizer is known for a vocabulary of {rows}, and it has no tokenizer.json"
     for file in names:
         try:
             name = name_of(folder, file)

@@ -43,15 +43,13 @@ def test_splitting_long_blanks_changes_no_id(gpt2_tokenizer, text):
         tokenizers.LONG_RUN, tokenizers.LONG_RUNS = limit, runs
 
 
-@pytest.mark.parametrize("blank", [" ", "\n", "\xa0"])
-def test_a_million_blanks_get_their_ids(gpt2_tokenizer, monkeypatch, blank):
-    """With more of them, tiktoken alone panics. gigatoken is another implementation."""
-    pytest.importorskip("gigatoken")
-    texts = ["hi" + blank * 1_200_000 + "x", blank * 1_200_000, "y" + blank * 1_200_000]
-    fast = tokenizers.fast_encode("gpt2")(texts)
-    assert [gpt2_tokenizer.encode(text) for text in texts] == [row.tolist() for row in fast]
-    if blank == " ":
-        assert gpt2_tokenizer.encode(texts[0]) == [5303, *[220] * 1_199_999, 2124]
+def test_a_million_blanks_get_their_ids(gpt2_tokenizer):
+    """tiktoken alone panics."""
+    text = "hi" + " " * 1_200_000 + "x"
+    expected = [5303, *[220] * 1_199_999, 2124]
+    assert gpt2_tokenizer.encode(text) == expected
+    if fast := tokenizers.fast_encode("gpt2"):  # another implementation
+        assert fast([text])[0].tolist() == expected
 
 
 def test_a_panic_is_one_line(gpt2_tokenizer, monkeypatch, capsys):
