@@ -72,7 +72,7 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 
 LONG_RUN = 100_000  # blanks; from about a million on, tiktoken's regular expressions overflow their stack
-BLANK = r"[^\S-]"  # tiktoken's \s; Python's also has these four
+BLANK = r"[^\S\x1c-\x1f]"  # what \s is in GPT-2's pattern; Python's \s also has these four
 LONG_RUNS = re.compile(rf"(?<!{BLANK}){BLANK}{{{LONG_RUN},}}")
 
 
@@ -81,6 +81,8 @@ def encode_bpe(bpe, text: str) -> list[int]:
     last blank to what follows, and takes the rest as one piece. So it splits at the same place."""
     cuts = [run.end() - 1 for run in LONG_RUNS.finditer(text) if run.end() < len(text)] if len(text) > LONG_RUN else []
     with one_line_panics(text):
+        if not cuts:
+            return bpe.encode_ordinary(text)
         return [i for start, end in pairwise([0, *cuts, len(text)]) for i in bpe.encode_ordinary(text[start:end])]
 
 

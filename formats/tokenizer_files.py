@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from common.tokenizer import OTHER, ROWS, VOCAB_SIZES
@@ -14,6 +15,7 @@ FINGERPRINTS = {
     "bytes": "d9d076ac90efd4193540ec4a764547e374e3d3a6324b60e60ad723a600a1ec9a",
 }
 END = "<|endoftext|>"
+MARKER = re.compile(r"<.+>|\[.+\]")  # people also add these as ordinary tokens, such as [PAD]
 
 
 class DifferentError(ValueError):
@@ -60,7 +62,8 @@ def name_of(folder: Path, file: str) -> str:
     if not names or len(set(vocab.values())) < len(vocab):
         raise DifferentError("is not GPT-2's: its vocabulary or its merges differ")
     end = VOCAB_SIZES[names[0]] - 1
-    ordinary = [token for (i, token), special in added.items() if (i, token) != (end, END) and not (special and i > end)]
+    apart = {i: special or MARKER.fullmatch(token) for (i, token), special in added.items() if i > end}  # never in ordinary text
+    ordinary = [token for i, token in added if (i, token) != (end, END) and not apart.get(i)]
     if ordinary:
         raise DifferentError(f"is not GPT-2's: it reads {ordinary[0]!r} as one token")
     if read(folder / "tokenizer_config.json").get("add_prefix_space"):

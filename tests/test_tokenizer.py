@@ -118,7 +118,8 @@ DECODER = {"257": {"content": "[PAD]", "special": True}}
         {},
         {"tokenizer.json": changed()},
         {"tokenizer.json": changed(), "tokenizer_config.json": json.dumps({"add_prefix_space": False, "added_tokens_decoder": DECODER})},
-        {"tokenizer.json": with_added((257, "[PAD]", True), (299, "<|user|>", True))},
+        {"tokenizer.json": with_added((257, "[PAD]", True), (299, "<|user|>", True), (258, "pad", True))},
+        {"tokenizer.json": with_added((257, "[PAD]", False), (299, "<|user|>", False))},
         {"tokenizer.json": with_model(type="BPE", dropout=None, end_of_word_suffix="", vocab=VOCAB | {"[PAD]": 257})},
         PAIR,
         PAIR | {"tokenizer.json": changed(), "chat_template.jinja": "x"},
@@ -146,6 +147,7 @@ def test_files_of_our_tokenizer_are_recognized(tmp_path, files):
         ({"tokenizer.json": changed(pre_tokenizer={"type": "Whitespace"})}, "splits"),
         ({"tokenizer.json": changed(), "tokenizer_config.json": '{"add_prefix_space": true}'}, "adds a space"),
         ({"tokenizer.json": with_added((257, "cat", False))}, "it reads 'cat' as one token"),
+        ({"tokenizer.json": with_added((257, "[PAD]", True), (258, "a [dog]", False))}, "it reads 'a [dog]' as one token"),
         ({"tokenizer.json": with_added((97, "a", True))}, "it reads 'a' as one token"),
         (PAIR | {"added_tokens.json": '{"cat": 257}'}, "it reads 'cat' as one token"),
         (PAIR | {"tokenizer.json": with_model(vocab=shuffled(VOCAB))}, "its tokenizer.json is not GPT-2's"),
@@ -253,7 +255,7 @@ def test_model_smaller_than_its_tokenizer_is_refused(tmp_path, capsys):
     assert "its tokenizer bytes has 257 ids, the model only 200" in capsys.readouterr().err
 
 
-def test_run_goes_on_if_samples_are_impossible(tmp_path, capsys):
+def test_run_continues_if_samples_are_impossible(tmp_path, capsys):
     """The manifest says bytes, but the model has fewer ids than these."""
     shards = write_shards(tmp_path / "shards", [1000, 5000])
     manifest = json.loads((shards / "manifest.json").read_text())
@@ -264,7 +266,7 @@ def test_run_goes_on_if_samples_are_impossible(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [IndexError("index out of range"), KeyError("x"), RuntimeError("y"), OverflowError("z")])
-def test_run_goes_on_if_a_sample_fails(shards, tmp_path, capsys, monkeypatch, error):
+def test_run_continues_if_a_sample_fails(shards, tmp_path, capsys, monkeypatch, error):
     def fail(*args):
         raise error
 
