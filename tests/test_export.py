@@ -94,9 +94,10 @@ def test_folder_with_other_files_is_rejected(run, capsys):
 
 def same_logits(folder: Path, hf: torch.nn.Module) -> bool:
     idx = torch.randint(257, (2, 16), generator=torch.Generator().manual_seed(0))
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     with torch.no_grad():
-        ours, theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(idx).logits, hf.eval()(idx).logits
-    return ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5
+        ours, theirs = loaded.eval()(idx).logits, hf.eval()(idx).logits
+    return not any(info.values()) and ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5
 
 
 def random_gpt2(rows: int, **settings) -> torch.nn.Module:
@@ -155,6 +156,14 @@ def test_unknown_tokenizer_is_not_exported(run, tmp_path, capsys):
     assert json.loads((tmp_path / "new" / "config.json").read_text())["eos_token_id"] is None
     error = capsys.readouterr().err
     assert "out has other files (tokenizer.json, …)" in error and "vocabulary of 257: wrote no tokenizer; put the files of" in error
+
+
+@pytest.mark.parametrize(("rows", "end"), [(257, 256), (50257, 50256), (50304, 50256), (97, None)])
+def test_saved_config_names_the_end_of_text(tmp_path, rows, end):
+    """None if the tokenizer is unknown: transformers would stop at a wrong id."""
+    build(VariantConfig(rows, 16, 1, 1, 4)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["bos_token_id"] == config["eos_token_id"] == end
 
 
 def test_nanogpt_without_biases_is_exported(gpt2_tokenizer, tmp_path):
