@@ -103,13 +103,13 @@ def export(config: ExportConfig) -> str:
     source = hf_folder(config.model) if checkpoint_file(config.model) is None else None
     copied = tokenizer_files.files_of(source) if source else []
     why = no_tokenizer(config.model, name, model.config.vocab_size)
-    tokenizer = None if why else get_tokenizer(name)
+    tokenizer = None if why or copied else get_tokenizer(name)
     folder = Path(config.out_dir)
     raise_if_taken(folder, source, WEIGHTS | ({path.name for path in copied} if copied else OURS if tokenizer else set()))
     model.to(pick_dtype(config.dtype, torch.device("cpu"))).save_pretrained(folder, special_ids(source, tokenizer))
     for path in copied:
         shutil.copyfile(path, folder / path.name)
-    if tokenizer and not copied:
+    if tokenizer:
         save_tokenizer(tokenizer, folder, model.config.seq_len)
     if why:
         note = "copied the files of its own tokenizer" if copied else f"wrote no tokenizer; put the files of the right one into {folder}"
