@@ -24,8 +24,8 @@ from torch import Tensor
 
 from common.files import read_json, replace, sha256, write_json, write_temporary
 from common.run_folder import RUN, RunFolder, run_id
-from common.tokenizer import VOCAB_SIZES, Tokenizer, get_tokenizer
-from formats import nanogpt
+from common.tokenizer import VOCAB_SIZES, Tokenizer, get_tokenizer, misfit
+from formats import nanogpt, tokenizer_files
 from formats.huggingface import hf_folder, pad_tables, shape_from_hf
 from model import GPT
 from variants import VariantConfig, build
@@ -298,11 +298,13 @@ def checkpoint_file(path: str) -> Path | None:
 
 
 def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, VariantConfig, str | None]:
-    """A checkpoint's content (None if it is Hugging Face's), its config and its tokenizer's name (None if unknown)."""
+    """A checkpoint's content (None if it is Hugging Face's), its config and its tokenizer's name: None if unknown, OTHER if a folder
+    of Hugging Face has one of its own."""
     file = checkpoint_file(path)
     if file is None:
-        config = VariantConfig(**shape_from_hf(hf_folder(path, revision or None)))
-        return None, config, next((name for name, size in VOCAB_SIZES.items() if size == config.vocab_size), None)
+        folder = hf_folder(path, revision or None)
+        config = VariantConfig(**shape_from_hf(folder))
+        return None, config, tokenizer_files.identify(folder, config.vocab_size)[0]
     numbered = re.fullmatch(r"model_(\d+)", file.stem)
     if numbered and file.with_suffix(".json").exists() and (problem := find_problem(file.parent, int(numbered[1]), weights_only=True)):
         raise ValueError(f"{file.parent}: {problem}; use another checkpoint")
@@ -339,7 +341,7 @@ def fingerprint(path: str, revision: str = "") -> str:
 
 
 def load_gpt(path: str, revision: str = "") -> tuple[GPT, str | None]:
-    """Loads a model on the CPU. Returns it with its tokenizer's name (None if the vocabulary is unknown)."""
+    """Loads a model on the CPU. Returns it with its tokenizer's name, as open_checkpoint does."""
     content, config, tokenizer = open_checkpoint(path, revision)
     if content is None:
         return GPT.from_pretrained(path, revision or None), tokenizer
@@ -348,23 +350,32 @@ def load_gpt(path: str, revision: str = "") -> tuple[GPT, str | None]:
     return model, tokenizer
 
 
+def no_tokenizer(path: str, name: str | None, rows: int) -> str:
+    """Says why a model has no tokenizer that this project can use; '' if it has. name: from load_gpt. rows: the model's ids."""
+    if name in VOCAB_SIZES:
+        return misfit(name, rows)
+    if checkpoint_file(path) is None:
+        return tokenizer_files.identify(hf_folder(path), rows)[1]
+    return f"no tokenizer is known for a vocabulary of {rows}" if name is None else f"its tokenizer {name!r} is not known here"
+
+
 def load_model(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer | None]:
-    """Loads a model in eval mode. Returns it with its tokenizer (None if the vocabulary is unknown).
+    """Loads a model in eval mode. Returns it with its tokenizer (None if the model has another one, or it is unknown).
 
     path: a checkpoint.pt, a run's folder, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl.
     ValueError if it is missing, damaged, or its weights don't fit its config.
     """
-    model, tokenizer = load_gpt(str(path))
-    return model.to(device).eval(), get_tokenizer(tokenizer) if tokenizer else None
+    model, name = load_gpt(str(path))
+    known = not no_tokenizer(str(path), name, model.config.vocab_size)
+    return model.to(device).eval(), get_tokenizer(name) if known else None
 
 
 def load_with_tokenizer(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
-    """load_model for scripts that need a tokenizer. ValueError if none is known."""
-    model, tokenizer = load_model(path, device)
-    if tokenizer is None:
-        why = f"no tokenizer is known for a vocabulary of {model.config.vocab_size}"
-        raise ValueError(f"{path}: {why}; use it only with train.py --init-from, on shards with this vocabulary")
-    return model, tokenizer
+    """load_model for scripts that need a tokenizer. ValueError if none fits."""
+    model, name = load_gpt(str(path))
+    if why := no_tokenizer(str(path), name, model.config.vocab_size):
+        raise ValueError(f"{path}: {why}; use it only with export.py, or with train.py --init-from on shards with its ids")
+    return model.to(device).eval(), get_tokenizer(name)
 
 
 def seal_of(folder: Path, step: int) -> str:

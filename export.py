@@ -4,6 +4,8 @@ python export.py -m log --out-dir exported
 """
 
 import json
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,13 +13,16 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from checkpoint import load_with_tokenizer
+from checkpoint import checkpoint_file, load_gpt, no_tokenizer
 from common import cli
 from common.device import pick_dtype
 from common.files import read_json
-from common.tokenizer import Tokenizer
+from common.tokenizer import Tokenizer, get_tokenizer
+from formats import tokenizer_files
+from formats.huggingface import hf_folder
 
-FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+WEIGHTS = {"config.json", "model.safetensors"}
+OURS = {"tokenizer.json", "tokenizer_config.json"}
 
 
 @dataclass
@@ -82,18 +87,50 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, seq_len: int):
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def special_ids(source: Path | None, tokenizer: Tokenizer | None) -> dict:
+    """The ids of special tokens for config.json: those of the Hugging Face folder that the model comes from, else the tokenizer's."""
+    names = ("bos_token_id", "eos_token_id")
+    if source is None:
+        return dict.fromkeys(names, tokenizer.eot if tokenizer else None)
+    theirs = read_json(source / "config.json", "")
+    return {name: theirs[name] for name in (*names, "pad_token_id") if name in theirs}
+
+
+def export(config: ExportConfig) -> str:
+    """Writes the folder, with the tokenizer's own files if it comes from a Hugging Face folder that has some. Writes no tokenizer if the
+    right one is not known. Returns a line that says what was written."""
+    model, name = load_gpt(config.model)
+    source = hf_folder(config.model) if checkpoint_file(config.model) is None else None
+    copied = tokenizer_files.files_of(source) if source else []
+    why = no_tokenizer(config.model, name, model.config.vocab_size)
+    tokenizer = None if why or copied else get_tokenizer(name)
+    folder = Path(config.out_dir)
+    raise_if_taken(folder, source, WEIGHTS | ({path.name for path in copied} if copied else OURS if tokenizer else set()))
+    model.to(pick_dtype(config.dtype, torch.device("cpu"))).save_pretrained(folder, special_ids(source, tokenizer))
+    for path in copied:
+        shutil.copyfile(path, folder / path.name)
+    if tokenizer:
+        save_tokenizer(tokenizer, folder, model.config.seq_len)
+    if why:
+        note = "copied the files of its own tokenizer" if copied else f"wrote no tokenizer; put the files of the right one into {folder}"
+        print(f"warning: {why}: {note}", file=sys.stderr)
+    kind = read_json(folder / "config.json", "")["architectures"][0]
+    label = f"tokenizer {name}" if not why else "its own tokenizer" if copied else "no tokenizer"
+    return f"{folder}: {kind}, {model.num_params():,} parameters in {config.dtype}, {label}"
+
+
+def raise_if_taken(folder: Path, source: Path | None, names: set[str]):
+    """ValueError if the folder is the model's own, or has files that the export would not replace: in a run's folder, config.json would
+    hide the checkpoints, and another tokenizer would be the wrong one. names: the files that the export writes."""
+    if source and folder.exists() and folder.samefile(source):
+        raise ValueError(f"{folder} is the model's own folder: choose another --out-dir")
+    if folder.is_dir() and (others := {path.name.removesuffix(".tmp") for path in folder.iterdir()} - names):
+        raise ValueError(f"{folder} has other files ({min(others)}, …): choose another --out-dir")
+
+
 def main():
     with cli.one_line_errors():
-        config = cli.parse(ExportConfig)
-        folder = Path(config.out_dir)
-        # in a run's folder, config.json would hide the checkpoints
-        if folder.is_dir() and (others := {path.name.removesuffix(".tmp") for path in folder.iterdir()} - FILES):
-            raise ValueError(f"{folder} has other files ({min(others)}, …): choose another --out-dir")
-        model, tokenizer = load_with_tokenizer(config.model)
-        model.to(pick_dtype(config.dtype, torch.device("cpu"))).save_pretrained(folder)
-        save_tokenizer(tokenizer, folder, model.config.seq_len)
-        kind = read_json(folder / "config.json", "")["architectures"][0]
-        print(f"{folder}: {kind}, {model.num_params():,} parameters in {config.dtype}, tokenizer {tokenizer.name}")
+        print(export(cli.parse(ExportConfig)))
 
 
 if __name__ == "__main__":

@@ -194,6 +194,6 @@ class GPT(nn.Module):
         # a folder may hold a variant; import it here and by name, because variants.py imports this file
         return importlib.import_module("variants").from_pretrained(name_or_dir, revision)
 
-    def save_pretrained(self, folder: str):
+    def save_pretrained(self, folder: str, special_ids: dict | None = None):
         """Writes config.json and model.safetensors for transformers. ValueError if no architecture there computes the same."""
-        huggingface.save(vars(self.config), self.state_dict(), folder)
+        huggingface.save(vars(self.config), self.state_dict(), folder, special_ids)

@@ -131,6 +131,8 @@ def main():
                 shards = find_shards(path)
                 if shards.tokenizer != tokenizer.name:
                     raise ValueError(f"{path} has {shards.tokenizer} tokens, the model uses {tokenizer.name}: score the text itself")
+                if shards.vocab_size > model.config.vocab_size:
+                    raise ValueError(f"{path} has {shards.vocab_size} ids, the model {model.config.vocab_size}: score the text itself")
                 rows, total = rows_of_shards(shards, T, config.max_tokens)
             else:
                 ids = read_text(Path(path), tokenizer, config.max_tokens)

@@ -178,7 +178,7 @@ def speculate(
     """
     vocab_size, limit = model.config.vocab_size, model.config.seq_len
     if draft.config.vocab_size != vocab_size:
-        raise ValueError(f"the draft has {draft.config.vocab_size} ids, the model {vocab_size}: use a draft with the same tokenizer")
+        raise ValueError(f"the draft has {draft.config.vocab_size} ids, the model {vocab_size}: use a draft with as many")
     cache, draft_cache = (KVCache(min(net.config.seq_len, end), slack=draft_tokens) for net in (model, draft))
     while (length := idx.size(1)) < end and length <= limit:
         k = max(0, min(draft_tokens, end - length - 1, limit - length, draft.config.seq_len - length + 1))

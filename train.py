@@ -149,10 +149,10 @@ def set_up(config: TrainConfig, world: DistContext, folder: RunFolder) -> tuple[
     world.on_all(lambda: checks.check_host(config, world, shards))
     world.on_main(lambda: checks.check_dtype(config, world))
     world.on_main(lambda: checks.check_hellaswag(config))
-    world.on_all(lambda: checks.fit_vocabulary(config, shards))
+    config.model = world.on_main(lambda: checks.fit_vocabulary(config, shards))
     world.on_main(lambda: checks.check_memory(config, world))
     if config.teacher:
-        checks.check_teacher(config, world)
+        checks.check_teacher(config, world, shards)
     step = world.on_main(lambda: checkpoint.newest_step(out_dir, config.replay_step)) if config.resume else None
 
     torch.manual_seed(config.seed)

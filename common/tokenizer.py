@@ -1,22 +1,35 @@
 """GPT-2's BPE and plain bytes, and fast encoding of many documents."""
 
 import base64
+import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
 from common import cli
 
 VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
+OTHER = "other"  # the name of a tokenizer that is known to be none of these
+
+# tables for GPT-2's ids: plain, with an added [PAD], padded to a multiple of 8, padded to a multiple of 64 or 128
+ROWS = {257: "bytes"} | dict.fromkeys((50257, 50258, 50264, 50304), "gpt2")
+
+
+def misfit(name: str, rows: int) -> str:
+    """Says that a model with this many ids can't read all ids of a tokenizer; '' if it can."""
+    return "" if VOCAB_SIZES[name] <= rows else f"its tokenizer {name} has {VOCAB_SIZES[name]} ids, the model only {rows}"
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Encodes text to ids and back. The last id is <|endoftext|>; encode treats the text '<|endoftext|>' as plain text."""
+    """Encodes text to ids and back. The last id is <|endoftext|>; encode treats the text '<|endoftext|>' as plain text.
+    Ids beyond it, which a model with more rows may write, decode to nothing."""
 
     name: str
     vocab_size: int
@@ -54,7 +67,34 @@ def get_tokenizer(name: str) -> Tokenizer:
             f"could not fetch GPT-2's vocabulary ({type(e).__name__}): check the network, "
             "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bytes"
         ) from e
-    return Tokenizer(name, VOCAB_SIZES[name], bpe.encode_ordinary, bpe.decode_bytes)
+    size = VOCAB_SIZES[name]
+    return Tokenizer(name, size, lambda text: encode_bpe(bpe, text), lambda ids: bpe.decode_bytes([i for i in ids if i < size]))
+
+
+LONG_RUN = 100_000  # blanks; from about a million on, tiktoken's regular expressions overflow their stack
+BLANK = r"[^\S\x1c-\x1f]"  # what \s is in GPT-2's pattern; Python's \s also has these four
+LONG_RUNS = re.compile(rf"(?<!{BLANK}){BLANK}{{{LONG_RUN},}}")
+
+
+def encode_bpe(bpe, text: str) -> list[int]:
+    """Encodes with tiktoken's bpe, in parts if the text has long runs of blanks. The ids are the same: GPT-2's pattern gives a run's
+    last blank to what follows, and takes the rest as one piece. So it splits at the same place."""
+    cuts = [run.end() - 1 for run in LONG_RUNS.finditer(text) if run.end() < len(text)] if len(text) > LONG_RUN else []
+    with one_line_panics(text):
+        if not cuts:
+            return bpe.encode_ordinary(text)
+        return [i for start, end in pairwise([0, *cuts, len(text)]) for i in bpe.encode_ordinary(text[start:end])]
+
+
+@contextmanager
+def one_line_panics(text: str) -> Iterator[None]:
+    """Turns a panic of a library in Rust into a ValueError. Such a panic is no Exception, and can't be sent between processes."""
+    try:
+        yield
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the text that starts with {text[:40]!r} can't be tokenized ({e}): leave it out") from None
 
 
 @lru_cache
@@ -105,8 +145,9 @@ def fast_rows(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray] | None
     if fast is None:
         return None
     try:
-        first, *rows = fast([sample, *texts])
-    except TypeError:  # gigatoken rejects lone surrogates
+        with one_line_panics(sample):
+            first, *rows = fast([sample, *texts])
+    except (TypeError, ValueError):  # gigatoken rejects lone surrogates
         return None
     if first.tolist() != tokenizer.encode(sample):
         print(f"warning: gigatoken and tiktoken differ on {sample[:40]!r}…: using tiktoken for this chunk", file=sys.stderr)

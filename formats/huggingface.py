@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common import cli
 from common.files import replace, write_json
+from common.tokenizer import ROWS, VOCAB_SIZES
 from ops.attention import layer_windows
 
 SIZES = {
@@ -29,8 +30,9 @@ def load_state(folder: Path, shape: dict) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def save(shape: dict, state: dict[str, Tensor], folder: str | Path):
-    """Saves a model as the first architecture of transformers that computes the same. ValueError if none does."""
+def save(shape: dict, state: dict[str, Tensor], folder: str | Path, special_ids: dict | None = None):
+    """Saves a model as the first architecture of transformers that computes the same. ValueError if none does.
+    special_ids: bos_token_id and so on, for config.json; None: those of the tokenizer that the number of ids suggests."""
     from safetensors.torch import save_file
 
     kind = architecture(shape)
@@ -41,7 +43,7 @@ def save(shape: dict, state: dict[str, Tensor], folder: str | Path):
     temporary = folder / "model.safetensors.tmp"
     save_file(theirs, temporary, metadata={"format": "pt"})
     replace(temporary, folder / "model.safetensors")
-    write_json(folder / "config.json", config_to_hf(shape, state, kind))
+    write_json(folder / "config.json", config_to_hf(shape, state, kind) | (special_ids or {}))
 
 
 def pad_tables(model, state: dict, prefix: str = "", *_):
@@ -70,8 +72,8 @@ ALL = dict(tied_head=EITHER, share_layers=ANY, load_balance=ANY)  # load_balance
 ROPE = ALL | dict(pos=("rope",), rope_base=ANY, rope_scaling=("none", "linear", "yarn"), rope_factor=ANY)
 LLAMA = ROPE | dict(n_kv_head=ANY, norm=("rmsnorm",), mlp=("swiglu",), bias=(False,))
 ARCHITECTURES = {
-    "GPT2": ALL | dict(mlp=ACTIVATIONS),
-    "GPTNeoX": ROPE | dict(mlp=ACTIVATIONS),
+    "GPT2": ALL | dict(mlp=ACTIVATIONS, bias=EITHER),
+    "GPTNeoX": ROPE | dict(mlp=ACTIVATIONS, bias=EITHER),
     "Mixtral": LLAMA | dict(window=ANY, n_expert=range(2, 1025), n_expert_active=range(2, 1025)),  # drops the weight of a single one
     "Llama": LLAMA,
     "Mistral": LLAMA | dict(window=ANY),
@@ -112,14 +114,16 @@ def windows_of(shape: dict) -> list[int | None]:
 
 
 def config_to_hf(shape: dict, state: dict[str, Tensor], kind: str) -> dict:
-    """Returns the contents of config.json. <|endoftext|> is the last id in every tokenizer of this project, as in GPT-2's."""
+    """Returns the contents of config.json."""
     shape = OFF | shape
+    tokenizer = ROWS.get(shape["vocab_size"])
+    end = VOCAB_SIZES[tokenizer] - 1 if tokenizer else None  # transformers would stop at a wrong id
     both = {
         "architectures": ["GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"],
         "model_type": "gpt_neox" if kind == "GPTNeoX" else kind.lower(),
         "vocab_size": shape["vocab_size"],
-        "bos_token_id": shape["vocab_size"] - 1,
-        "eos_token_id": shape["vocab_size"] - 1,
+        "bos_token_id": end,
+        "eos_token_id": end,
         "tie_word_embeddings": shape["tied_head"],
     }
     if kind == "GPT2":
@@ -222,8 +226,16 @@ def renamed(params: dict[str, Tensor], names: dict[str, str], at: str) -> dict[s
     }
 
 
+def with_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the state with a bias in each linear layer and norm. A model without biases computes the same with biases of 0."""
+    tables = ("wte.weight", "wpe.weight", "lm_head.weight")
+    weights = {name: p for name, p in state.items() if name.endswith(".weight") and not name.endswith(tables)}
+    return {name.removesuffix("weight") + "bias": p.new_zeros(len(p)) for name, p in weights.items()} | state
+
+
 def gpt2_state(shape: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns GPT-2's parameters. Its linear layers are Conv1D: weights are (in, out)."""
+    state = with_biases(state)
     theirs = ends_of(shape, state, "transformer.wte.weight", "lm_head.weight")
     theirs |= renamed(state, {"transformer.wpe": "transformer.wpe", "transformer.ln_f": "transformer.ln_f"}, "")
     for layer, params in enumerate(blocks_of(shape, state)):
@@ -233,6 +245,7 @@ def gpt2_state(shape: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def neox_state(shape: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns GPT-NeoX's parameters. It stores query, key and value head by head in one matrix."""
+    state = with_biases(state)
     theirs = ends_of(shape, state, "gpt_neox.embed_in.weight", "embed_out.weight")
     theirs |= renamed(state, {"transformer.ln_f": "gpt_neox.final_layer_norm"}, "")
     names = {

@@ -524,7 +524,7 @@ def do_ladder(config: LadderConfig):
         run.config()  # finds errors in the last run before the first one starts
     first = runs[0].config()
     shards = find_data(first)
-    fit_vocabulary(first, shards)
+    first.model = fit_vocabulary(first, shards)
     check_same_settings(folders_of(Path(config.out_dir)), first, shards.contents(), "this ladder")
     refuse_unless(config.mixed, code_notes(folders_of(Path(config.out_dir)), code_now()))  # also the runs of an earlier ladder
     run_all(runs, config.workers, config.mixed)

@@ -285,7 +285,7 @@ def test_another_teacher_is_another_run(shards, tmp_path, capsys, monkeypatch):
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base", *argv, "--time-steps", 5) == 0
     assert len(taught) == 1 and len(steps) == 10 and max(steps) == 3
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/other", *argv) == 2
-    assert f"taught: teacher '{tmp_path}/other' does not fit" in capsys.readouterr().err
+    assert f"taught: teacher '{tmp_path}/other/model_00002.pt' does not fit" in capsys.readouterr().err
 
 
 @pytest.mark.slow

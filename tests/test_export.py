@@ -1,6 +1,7 @@
 """Loads exported folders in transformers (tokenizer and model) and in the lm_eval command."""
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -89,6 +90,94 @@ def test_folder_with_other_files_is_rejected(run, capsys):
     assert run_main(export.main, "-m", run, "--out-dir", run) == 2
     assert "has other files (model_00007.json, …): choose another --out-dir" in capsys.readouterr().err
     assert sorted(run.iterdir()) == before
+
+
+def same_logits(folder: Path, hf: torch.nn.Module) -> bool:
+    idx = torch.randint(257, (2, 16), generator=torch.Generator().manual_seed(0))
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    with torch.no_grad():
+        ours, theirs = loaded.eval()(idx).logits, hf.eval()(idx).logits
+    return not any(info.values()) and ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5
+
+
+def random_gpt2(rows: int, **settings) -> torch.nn.Module:
+    torch.manual_seed(0)
+    shape = dict(n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=50256, eos_token_id=50256)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=rows, **shape, **settings)).eval()
+
+
+@pytest.mark.parametrize("rows", [50304, 50258, 50264])
+def test_gpt2_with_extra_rows_is_exported(gpt2_tokenizer, tmp_path, rows):
+    """From the folder, and from a checkpoint of a run on its weights. 50,258: with a [PAD], and its tokenizer's files."""
+    hf, folder = random_gpt2(rows), tmp_path / "hf"
+    hf.save_pretrained(folder)
+    if rows == 50258:
+        export.save_tokenizer(gpt2_tokenizer, folder, 32)
+        padded = transformers.AutoTokenizer.from_pretrained(folder)
+        padded.add_special_tokens({"pad_token": "[PAD]"})
+        padded.save_pretrained(folder)
+    model, tokenizer = checkpoint.load_with_tokenizer(folder)
+    idx = torch.tensor([tokenizer.encode("Hello there, this is a text.")])
+    assert tokenizer.name == "gpt2" and (model(idx)[0] - hf(idx).logits).abs().max() <= 1e-5
+    save_checkpoint(tmp_path, 1, model, "gpt2", None, {})
+    for number, source in enumerate((folder, tmp_path / "model_00001.pt")):
+        out = tmp_path / f"out{number}"
+        assert run_main(export.main, "-m", source, "--out-dir", out) == 0
+        theirs = transformers.AutoTokenizer.from_pretrained(out)
+        assert theirs("Hello there, this is a text.")["input_ids"] == idx[0].tolist() and theirs.eos_token_id == 50256
+        assert same_logits(out, hf) and transformers.AutoConfig.from_pretrained(out).eos_token_id == 50256
+        assert theirs("[PAD]")["input_ids"] == [50257] or rows != 50258 or number == 1  # a folder's own files are copied
+
+
+def test_folder_keeps_a_tokenizer_of_its_own(tmp_path, capsys):
+    hf, folder, out = random_gpt2(257), tmp_path / "hf", tmp_path / "out"
+    hf.save_pretrained(folder)
+    own = export.tokenizer_json(get_tokenizer("bytes"))
+    vocab = own["model"]["vocab"]
+    own["model"]["vocab"] = {token: (i + 7) % 256 if i < 256 else i for token, i in vocab.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(own))
+    assert run_main(export.main, "-m", folder, "--out-dir", out) == 0
+    result = capsys.readouterr()
+    assert "warning: its tokenizer.json is not GPT-2's: " in result.err and result.out.endswith("in fp32, its own tokenizer\n")
+    assert json.loads((out / "tokenizer.json").read_text()) == own and same_logits(out, hf)
+    assert transformers.AutoConfig.from_pretrained(out).eos_token_id == 50256  # its own too
+    assert run_main(export.main, "-m", folder, "--out-dir", folder) == 2
+    assert "is the model's own folder: choose another --out-dir" in capsys.readouterr().err
+
+
+def test_unknown_tokenizer_is_not_exported(run, tmp_path, capsys):
+    """A tokenizer from an earlier export would be the wrong one."""
+    assert run_main(export.main, "-m", run, "--out-dir", tmp_path / "out") == 0
+    content = torch.load(run / "model_00007.pt", weights_only=True)
+    torch.save(content | {"tokenizer": None}, tmp_path / "unknown.pt")
+    for out, status in (("out", 2), ("new", 0)):
+        assert run_main(export.main, "-m", tmp_path / "unknown.pt", "--out-dir", tmp_path / out) == status
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["eos_token_id"] is None
+    error = capsys.readouterr().err
+    assert "out has other files (tokenizer.json, …)" in error and "vocabulary of 257: wrote no tokenizer; put the files of" in error
+
+
+@pytest.mark.parametrize(("rows", "end"), [(257, 256), (50257, 50256), (50304, 50256), (97, None)])
+def test_saved_config_names_the_end_of_text(tmp_path, rows, end):
+    """None if the tokenizer is unknown: transformers would stop at a wrong id."""
+    build(VariantConfig(rows, 16, 1, 1, 4)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["bos_token_id"] == config["eos_token_id"] == end
+
+
+def test_nanogpt_without_biases_is_exported(gpt2_tokenizer, tmp_path):
+    """The oracle is transformers' GPT-2 with biases of 0."""
+    hf = random_gpt2(50257, activation_function="gelu")
+    for name, p in hf.named_parameters():
+        torch.nn.init.zeros_(p) if name.endswith("bias") else torch.nn.init.normal_(p, std=0.2)
+    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    state = {name: p.t() if name.endswith(linear) else p for name, p in hf.state_dict().items() if not name.endswith("bias")}
+    shape = dict(block_size=32, vocab_size=50257, n_layer=1, n_head=2, n_embd=16, bias=False)
+    torch.save({"model": state, "model_args": shape, "iter_num": 1}, tmp_path / "ckpt.pt")
+    assert run_main(export.main, "-m", tmp_path / "ckpt.pt", "--out-dir", tmp_path / "out") == 0
+    assert same_logits(tmp_path / "out", hf)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("Hello")["input_ids"] == [15496]
 
 
 def on_the_hub(tasks: list[dict]) -> dict[str, bytes]:

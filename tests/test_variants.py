@@ -617,7 +617,9 @@ YARN, LINEAR = (dict(rope_scaling=scaling, rope_factor=3.0) for scaling in ("yar
     ("kind", "switches"),
     [
         ("GPT2LMHeadModel", dict(tied_head=False, mlp="relu2", share_layers=2)),
+        ("GPT2LMHeadModel", dict(bias=False, mlp="gelu_exact")),  # with biases of 0
         ("GPTNeoXForCausalLM", dict(pos="rope", mlp="gelu_exact")),
+        ("GPTNeoXForCausalLM", dict(pos="rope", bias=False, share_layers=2)),
         ("GPTNeoXForCausalLM", dict(pos="rope", tied_head=False, rope_base=500.0, share_layers=2)),
         ("GPTNeoXForCausalLM", dict(pos="rope", mlp="relu2") | YARN),
         ("LlamaForCausalLM", LLAMA),
@@ -647,7 +649,7 @@ def test_saved_variant_loads_in_transformers(tmp_path, kind, switches):
 @pytest.mark.parametrize(
     ("switches", "message"),
     [
-        (dict(pos="rope", bias=False), "the nearest, GPTNeoX, differs in bias False\\): keep it"),
+        (dict(pos="rope", n_kv_head=2), "the nearest, GPTNeoX, differs in n_kv_head 2\\): keep it"),
         (dict(qk_norm=True), "the nearest, GPT2, differs in qk_norm True"),
         (LLAMA | dict(n_expert=2, n_expert_active=1), "the nearest, Mixtral, differs in n_expert_active 1"),
         (LLAMA | dict(window=5, window_pattern="SL"), "the nearest, Mistral, differs in window_pattern SL"),

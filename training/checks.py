@@ -20,7 +20,7 @@ from training.memory import Setting, memory
 from training.presets import PRESETS
 from training.run_json import RUN, RUN_REMEDY
 from training.trainer import Trainer
-from variants import build_on_meta
+from variants import VariantConfig, build_on_meta
 
 
 def check_data(config: TrainConfig, shards: Shards) -> Shards:
@@ -64,21 +64,37 @@ def check_hellaswag(config: TrainConfig):
         )
 
 
-def fit_vocabulary(config: TrainConfig, shards: Shards):
-    """Gives a new model the shards' vocabulary. ValueError if loaded weights or --vocab-size have another one."""
+def fit_vocabulary(config: TrainConfig, shards: Shards) -> VariantConfig:
+    """Returns the model's config with the shards' vocabulary. Loaded weights keep their extra rows, if they have the shards' tokenizer.
+    ValueError if loaded weights or --vocab-size have another vocabulary."""
     ours, theirs = config.model.vocab_size, shards.vocab_size
-    given = config.resume or config.init_from or ours != PRESETS[config.preset].model.vocab_size
-    if given and ours != theirs:
-        remedy = "leave --vocab-size out, or make shards with the model's tokenizer"
+    loaded = config.resume or config.init_from
+    same = config.resume  # checked when the run began
+    if loaded and not same:
+        same = checkpoint.open_checkpoint(config.init_from, config.init_revision)[2] == shards.tokenizer
+    if (loaded or ours != PRESETS[config.preset].model.vocab_size) and not (ours == theirs or (same and ours > theirs)):
+        remedy = "make shards with the model's tokenizer" if loaded else "leave --vocab-size out"
         raise ValueError(f"the model has {ours} ids, the shards in {config.data_dir} have {theirs}: {remedy}")
-    if config.model.doc_mask and shards.tokenizer not in VOCAB_SIZES:
-        raise ValueError(f"--doc-mask can't tell where documents end with the tokenizer {shards.tokenizer!r}: leave it out")
-    config.model = replace(config.model, vocab_size=theirs)
+    if loaded and not same:
+        check_tokenizer("--init-from", config.init_from, config.init_revision, shards)
+    fitted = replace(config.model, vocab_size=ours if loaded else theirs)
+    if fitted.doc_mask and VOCAB_SIZES.get(shards.tokenizer) != fitted.vocab_size:
+        extra = f" in a model with {fitted.vocab_size} ids" if shards.tokenizer in VOCAB_SIZES else ""
+        raise ValueError(f"--doc-mask can't tell where documents end with the tokenizer {shards.tokenizer!r}{extra}: leave it out")
+    return fitted
 
 
-def check_teacher(config: TrainConfig, world: DistContext):
+def check_tokenizer(flag: str, path: str, revision: str, shards: Shards):
+    """ValueError if the ids of a model mean something else than those of the shards."""
+    _, config, name = checkpoint.open_checkpoint(path, revision)
+    if shards.tokenizer in VOCAB_SIZES and name not in (None, shards.tokenizer):
+        why = checkpoint.no_tokenizer(path, name, config.vocab_size) or f"its tokenizer is {name}"
+        raise ValueError(f"{flag} {path}: {why}; {shards.folder} has {shards.tokenizer} tokens: use shards of the model's tokenizer")
+
+
+def check_teacher(config: TrainConfig, world: DistContext, shards: Shards):
     """ValueError if the teacher doesn't fit, or if it is not the one that this run began with, on every host."""
-    world.on_all(lambda: check_teacher_fits(config))
+    world.on_all(lambda: check_teacher_fits(config, shards))
     expected = world.on_main(lambda: teacher_of_run(config) or checkpoint.fingerprint(config.teacher))
 
     def check_same():
@@ -91,7 +107,7 @@ def check_teacher(config: TrainConfig, world: DistContext):
     world.on_all(check_same)
 
 
-def check_teacher_fits(config: TrainConfig):
+def check_teacher_fits(config: TrainConfig, shards: Shards):
     """ValueError if the teacher is missing, has another vocabulary or reads shorter sequences than the student."""
     try:
         ours, theirs = config.model, checkpoint.load_config(config.teacher)
@@ -102,6 +118,7 @@ def check_teacher_fits(config: TrainConfig):
             f"--teacher {config.teacher} has {theirs.vocab_size} ids and {theirs.seq_len} positions, the run has {ours.vocab_size} and "
             f"{ours.seq_len}: choose a teacher with the same vocabulary and at least as many positions"
         )
+    check_tokenizer("--teacher", config.teacher, "", shards)
 
 
 def teacher_of_run(config: TrainConfig) -> str | None:

@@ -8,6 +8,7 @@ import hellaswag
 import plot_log
 from common import cli
 from common import tokenizer as tokenizers
+from common.distributed import Stopped
 from sample import sample_texts
 from training.log import Log, axes
 from training.trainer import Trainer
@@ -24,7 +25,9 @@ class Evaluation:
         self.tasks = self.or_warn("HellaSwag in this run", self.get_tasks) if wanted else None
 
     def get_tokenizer(self) -> tokenizers.Tokenizer:
-        name = self.trainer.shards.tokenizer
+        name, rows = self.trainer.shards.tokenizer, self.config.model.vocab_size
+        if name in tokenizers.VOCAB_SIZES and (why := tokenizers.misfit(name, rows)):
+            raise ValueError(f"{self.trainer.shards.folder}: {why}")
         self.world.on_main(lambda: tokenizers.get_tokenizer(name) and None)  # downloads it once
         self.world.on_all(lambda: tokenizers.get_tokenizer(name) and None)
         return tokenizers.get_tokenizer(name)
@@ -32,12 +35,18 @@ class Evaluation:
     def get_tasks(self) -> list[dict]:
         return self.world.on_main(lambda: hellaswag.load_tasks(self.config.hellaswag_file))
 
-    def or_warn(self, what: str, get):
-        """Returns get(). If it fails, warns and returns None: the run continues without it."""
+    def or_warn(self, what: str, get, alone: bool = False):
+        """Returns get(). If it fails, warns and returns None: the run continues without it. alone: no other rank takes part, or would
+        wait for this one, so that any error may be skipped."""
         try:
             return get()
-        except (ValueError, OSError) as e:
-            self.log.progress(f"warning: no {what}: {e}")
+        except Stopped:
+            raise
+        except Exception as e:
+            expected = isinstance(e, ValueError | OSError)  # the ranks raise these together
+            if not (expected or alone):
+                raise
+            self.log.progress(f"warning: no {what}: {e if expected else f'{type(e).__name__}: {e}'}")
             return None
 
     def due(self, step: int) -> bool:
@@ -56,9 +65,9 @@ class Evaluation:
             self.log.result(f"step {step}: val loss {val_loss:.4f}")
         with torch.compiler.set_stance("force_eager"):  # shapes vary: compiling each would take too long
             if self.tasks and (end or is_due(config.hellaswag_every, step)):
-                self.or_warn(f"HellaSwag at step {step}", lambda: self.hellaswag(step))
+                self.or_warn(f"HellaSwag at step {step}", lambda: self.hellaswag(step), alone=self.world.size == 1)
             if self.tokenizer and config.sample_every and (end or is_due(config.sample_every, step)):
-                self.or_warn(f"samples at step {step}", lambda: self.sample(step))
+                self.or_warn(f"samples at step {step}", lambda: self.sample(step), alone=True)
         return val_loss
 
     def hellaswag(self, step: int):
