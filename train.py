@@ -8,14 +8,13 @@ Step s begins after s updates. Its evaluations, its checkpoint and its train los
 evaluates and saves once more.
 """
 
-import json
 import math
 import os
 import signal
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ import fineweb
 import variants
 from common import cli, device
 from common.distributed import DistContext, PeerLost, Stopped, join_world, rendezvous
-from common.files import lock_folder
+from common.files import lock_folder, parse_json
 from common.validation import raise_errors
 from dataloader import MANIFEST, Shards, find_shards
 from training import checks, flags, run_json
@@ -109,8 +108,9 @@ def logged_loss(out_dir: Path, step: int) -> float | None:
     path = out_dir / "metrics.jsonl"
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         if line.startswith(f'{{"step": {step}, "loss": ') and line.endswith("}"):
-            loss = json.loads(line)["loss"]
-            loss = math.nan if loss is None else loss
+            with suppress(ValueError, KeyError, TypeError, OverflowError):  # a damaged line
+                found = parse_json(line)["loss"]
+                loss = math.nan if found is None else float(found)
     return loss
 
 

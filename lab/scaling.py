@@ -28,7 +28,7 @@ from train import find_data
 from training.checks import fit_vocabulary
 from training.config import MAY_CHANGE, TrainConfig
 from training.flags import raise_if_changed
-from training.run_json import RUN, read_run
+from training.run_json import RUN, read_run, read_run_json
 from variants import VariantConfig, build_on_meta
 
 LAW = "law.json"
@@ -233,7 +233,7 @@ def folders_of(out_dir: Path) -> list[Path]:
 
 
 def data_of(folder: Path) -> dict[str, list]:
-    return read_json(folder / RUN, "")["data"]
+    return read_run_json(folder / RUN)["data"]
 
 
 def points_of(out_dir: Path) -> list[Point]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import checkpoint
 from common import device
 from common.distributed import DistContext
-from common.files import read_json
 from common.tokenizer import VOCAB_SIZES
 from dataloader import Shards, differences, verify_shards
 from training import self_check, sharding
@@ -18,7 +17,7 @@ from training.config import TrainConfig
 from training.log import Log
 from training.memory import Setting, memory
 from training.presets import PRESETS
-from training.run_json import RUN, RUN_REMEDY
+from training.run_json import RUN, read_run_json
 from training.trainer import Trainer
 from variants import build_on_meta
 
@@ -28,7 +27,7 @@ def check_data(config: TrainConfig, shards: Shards) -> Shards:
     if config.verify_shards:
         verify_shards(shards)
     if config.resume:
-        before = read_json(Path(config.out_dir, RUN), RUN_REMEDY)["data"]
+        before = read_run_json(Path(config.out_dir, RUN))["data"]
         if changed := differences(before, shards.contents()):
             more = f" and {len(changed) - 3} more" if changed[3:] else ""
             raise ValueError(
