@@ -164,6 +164,7 @@ def set_up(config: TrainConfig, world: DistContext) -> tuple[Log, Trainer, Check
     if config.teacher:
         world.on_all(lambda: checks.check_teacher(config))
     step = world.on_main(lambda: checkpoint.newest_step(out_dir, config.replay_step)) if config.resume else None
+    world.on_main(lambda: checks.check_checkpoint(config, step))
 
     torch.manual_seed(config.seed)
     lines = flags.warnings(config)

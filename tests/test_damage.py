@@ -4,7 +4,9 @@ The fast tests take 50 damages of each format, the slow ones 2,000. Each runs in
 """
 
 import contextlib
+import errno
 import json
+import math
 import os
 import random
 import re
@@ -18,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FORKS, run_train, save_checkpoint, write_shards
+from conftest import FORKS, run_main, run_train, save_checkpoint, write_shards
 from test_dataloader import llmc_bin
 from test_hellaswag import make_tasks
 
@@ -27,7 +29,9 @@ import fineweb
 import hellaswag
 import plot_log
 import train
+import variants
 from common import cli
+from common.files import read_json, write_json
 from dataloader import TokenStream, find_shards, inspect_shard, verify_shards
 from lab import scaling
 from training import plan, run_json
@@ -348,3 +352,153 @@ def test_every_bit_of_a_shard_header(tmp_path, kind):
             assert (inspect_shard(tmp_path, {"file": file}).read(0, 3000) == expected).all()
             loaded += 1
     assert 0 < loaded < 8 * header
+
+
+# ---- single faults, with the right answer ----
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"[" * 9000, "nested too deeply"),
+        (b'{"a": NaN}', "NaN is not a finite number"),
+        (b'{"a": -Infinity}', "-Infinity is not a finite number"),
+        (b'{"a": 1e999}', "1e999 is not a finite number"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", "is not a finite number"),
+        (b'{"a": 1, "a": 2}', "a key appears twice"),
+        (b'{"a": "\xff"}', "can't decode byte"),
+        (b"[1]", "is not a JSON object"),
+        (b"", "is not valid JSON"),
+    ],
+)
+def test_json_is_read_strictly(tmp_path, text, why):
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(ValueError, match=why) as error:
+        read_json(tmp_path / "a.json", "the remedy")
+    assert str(error.value).endswith(": the remedy")
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": [1, 0.5, true, null]}')  # with a BOM
+    assert read_json(tmp_path / "a.json", "") == {"a": [1, 0.5, True, None]}
+
+
+def test_foreign_checkpoints_are_compared_by_number(tmp_path):
+    for name in ("model_99999.pt", "model_100000.pt"):
+        (tmp_path / name).touch()
+    assert checkpoint.checkpoint_file(str(tmp_path)) == tmp_path / "model_100000.pt"
+    (tmp_path / "model_100000.pt").rename(tmp_path / "ckpt.pt")
+    assert checkpoint.checkpoint_file(str(tmp_path)) == tmp_path / "model_99999.pt"
+
+
+def forbid_models(monkeypatch):
+    """Fails the test if a model gets memory."""
+
+    def checked(config):
+        assert torch.get_default_device().type == "meta", "a model was built"
+        return build(config)
+
+    monkeypatch.setattr(variants, "build", checked)
+    monkeypatch.setattr(checkpoint, "build", checked)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run, and its shards'."""
+    folder = tmp_path_factory.mktemp("finished")
+    make_run(folder)
+    return folder
+
+
+@pytest.fixture
+def content(tmp_path):
+    make_pt(tmp_path)
+    return torch.load(tmp_path / "model_00005.pt", weights_only=True)
+
+
+def test_unknown_setting_in_checkpoint_is_named(tmp_path, content):
+    content["config"]["n_memory"] = 7
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a.pt has the setting n_memory=7, which this code does not know: use the code \(branch\)"):
+        checkpoint.load_gpt(str(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: run["config"].update(lookahead=0.5), "has the setting lookahead=0.5, which this code does not know"),
+        (lambda run: run["config"]["model"].update(n_memory=7), "has the setting n_memory=7, which this code does not know"),
+        (lambda run: run["config"].update(val_every="10"), "has the setting val_every='10', it must be a whole number"),
+        (lambda run: run["config"].update(max_lr=None), "has the setting max_lr=None, it must be a float"),
+        (lambda run: run["config"].update(dtype="fp8"), "has the setting dtype='fp8', choose auto or bf16"),
+        (lambda run: run["config"]["model"].update(n_embd=64), r"has n_embd 64, model_00005.pt has 32: restore run.json from a copy"),
+        (lambda run: run.update(data={"a": [1]}), r"run.json is damaged, or was written by another version .*see its data"),
+        (lambda run: run["launches"].append({"step": "5"}), r"run.json is damaged, or was written by another version .*see its launches"),
+    ],
+)
+def test_wrong_run_json_is_named(finished, tmp_path, capsys, change, message, monkeypatch):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    run = read_json(tmp_path / "run" / "run.json", "")
+    change(run)
+    write_json(tmp_path / "run" / "run.json", run)
+    forbid_models(monkeypatch)
+    assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run", "--max-steps", 30) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_run_json_of_older_versions_resumes(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    run = read_json(tmp_path / "run" / "run.json", "")
+    for part, names in ((run["config"], ["ema", "teacher", "shard"]), (run["config"]["model"], ["n_expert"]), (run, ["id", "size"])):
+        for name in names:
+            del part[name]
+    del run["launches"][0]["config"]
+    run["launches"][0]["torchrun"] = "host"
+    write_json(tmp_path / "run" / "run.json", run)
+    assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run", "--max-steps", 6) == 0
+
+
+@pytest.mark.parametrize("size", [{"n_embd": 10**6}, {"vocab_size": 10**9}, {"seq_len": 10**9}, {"n_layer": 1000}, {"n_layer": 10**12}])
+def test_config_of_terabytes_allocates_no_model(tmp_path, content, size, monkeypatch):
+    torch.save(content | {"config": content["config"] | size}, tmp_path / "a.pt")
+    make_hf(tmp_path / "hf")
+    theirs = {"seq_len": "n_positions"}
+    config = read_json(tmp_path / "hf" / "config.json", "") | {theirs.get(name, name): value for name, value in size.items()}
+    write_json(tmp_path / "hf" / "config.json", config)
+    forbid_models(monkeypatch)
+    for path in ("a.pt", "hf"):
+        with pytest.raises(ValueError, match=r"does not fit the model|config.json says|is only in its weights|must be at most"):
+            checkpoint.load_gpt(str(tmp_path / path))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.zeros(1).expand(10**10, 16), "its tensors are larger than the file"),
+        (torch.zeros(64, 16, dtype=torch.int8), "is torch.int8 on cpu, and only plain floating-point weights can be loaded"),
+        (torch.zeros(64, 16, device="meta"), "is torch.float32 on meta"),
+        (torch.eye(64, 16).to_sparse(), "only plain floating-point weights"),
+    ],
+)
+def test_odd_weights_are_refused(tmp_path, content, weight, message):
+    content["model"]["transformer.wte.weight"] = weight
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_gpt(str(tmp_path / "a.pt"))
+
+
+def test_unreadable_checkpoint_is_not_called_damaged(tmp_path, content, monkeypatch):
+    plain = open
+
+    def failing(path, *arguments, **how):
+        if str(path).endswith(".pt"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return plain(path, *arguments, **how)
+
+    monkeypatch.setattr("builtins.open", failing)
+    with pytest.raises(OSError, match="Too many open files"):
+        checkpoint.load_gpt(str(tmp_path / "model_00005.pt"))
+
+
+def test_damaged_metrics_lines_are_skipped(tmp_path):
+    lines = ['{"step": 3, "loss": 1.5}', '{"step": 3, "loss": "x"}', '{"step": 3, "loss": }', '{"step": "3", "loss": 2.0}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "[" * 9000, '{"step": 4, "loss": null}']))
+    assert plot_log.read_metrics(tmp_path / "metrics.jsonl", ["loss"]) == {"loss": {3: 1.5}}
+    assert train.logged_loss(tmp_path, 3) == 1.5 and math.isnan(train.logged_loss(tmp_path, 4))
