@@ -225,6 +225,9 @@ def newest_step(folder: Path, at_most: int | None = None, weights_only: bool = F
 # ---- loading ----
 
 
+NO_CHECKPOINT = "is not a checkpoint of this project, nanoGPT or build-nanogpt: use one with model, config and tokenizer"
+
+
 def load_torch(path: Path) -> dict:
     """Loads a .pt file without running code from it. ValueError if it is missing or not a checkpoint."""
     if not path.exists():
@@ -234,11 +237,14 @@ def load_torch(path: Path) -> dict:
     try:
         with nanogpt.allowed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about types in a damaged file
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # damaged bytes make the unpickler raise anything
         if cli.disk_failed(e):
             raise
         raise ValueError(f"{path} can't be loaded safely, it is damaged or not a checkpoint: use another one, or copy it again") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} {NO_CHECKPOINT}")
+    return content
 
 
 def checkpoint_file(path: str) -> Path | None:
@@ -267,16 +273,13 @@ def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, Variant
         raise ValueError(f"{file.parent}: {problem}; use another checkpoint")
     content = load_torch(file)
     try:
-        if not isinstance(content, dict):
-            raise TypeError("not a dict")
         check_weights(content["model"], file)
         content = nanogpt.converted(content) if nanogpt.is_nanogpt(content) else content
         settings, tokenizer = content["config"], content["tokenizer"]
         if not isinstance(settings, dict) or not isinstance(tokenizer, str | None):
             raise TypeError("config or tokenizer")
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as e:
-        what = "a checkpoint of this project, nanoGPT or build-nanogpt"
-        raise ValueError(f"{file} is not {what}: use one with model, config and tokenizer") from e
+        raise ValueError(f"{file} {NO_CHECKPOINT}") from e
     config = from_dict(VariantConfig, settings, file)
     raise_errors([f"{file}: {error}" for error in config.errors()])
     return content, config, tokenizer
