@@ -9,11 +9,11 @@ sha256 of its model file, so files of other steps or runs don't pass for this on
 """
 
 import hashlib
-import pickle
 import re
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,13 +22,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.files import read_json, replace, sha256, write_json, write_temporary
+from common import cli
+from common.files import naming, read_json, replace, sha256, write_json, write_temporary
 from common.run_folder import RUN, RunFolder, run_id
 from common.tokenizer import VOCAB_SIZES, Tokenizer, get_tokenizer, misfit
+from common.validation import from_dict, raise_errors
 from formats import nanogpt, tokenizer_files
-from formats.huggingface import hf_folder, pad_tables, shape_from_hf
+from formats.huggingface import hf_folder, pad_tables
 from model import GPT
-from variants import VariantConfig, build
+from variants import VariantConfig, build, build_on_meta, hf_config
 
 
 class Files(NamedTuple):
@@ -271,15 +273,26 @@ def newest_step(folder: Path, at_most: int | None = None, weights_only: bool = F
 # ---- loading ----
 
 
+NO_CHECKPOINT = "is not a checkpoint of this project, nanoGPT or build-nanogpt: use one with model, config and tokenizer"
+
+
 def load_torch(path: Path) -> dict:
     """Loads a .pt file without running code from it. ValueError if it is missing or not a checkpoint."""
     if not path.exists():
         raise ValueError(f"no checkpoint {path}: check the path")
+    with naming(path), open(path, "rb") as file:  # OSError says why, if the file can't be read
+        file.read(1)
     try:
-        with nanogpt.allowed():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
-        raise ValueError(f"{path} can't be loaded safely, it is damaged or not a checkpoint: use another one") from e
+        with nanogpt.allowed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about types in a damaged file
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # damaged bytes make the unpickler raise anything
+        if cli.disk_failed(e):
+            raise
+        raise ValueError(f"{path} can't be loaded safely, it is damaged or not a checkpoint: use another one, or copy it again") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} {NO_CHECKPOINT}")
+    return content
 
 
 def checkpoint_file(path: str) -> Path | None:
@@ -289,8 +302,8 @@ def checkpoint_file(path: str) -> Path | None:
     if folder.suffix == ".pt":
         return folder
     ours = (folder / RUN).exists() or any(folder.glob("state_*")) or sealed_steps(folder)
-    if not ours and (theirs := sorted([*folder.glob("ckpt.pt"), *folder.glob("model_*.pt")])):
-        return theirs[-1]
+    if not ours and (theirs := [path for pattern in ("ckpt.pt", "model_*.pt") for path in folder.glob(pattern)]):
+        return max(theirs, key=lambda path: (int(path.stem[6:]) if path.stem[6:].isdecimal() else -1, path.name))
     if folder.is_dir() and not (folder / "config.json").exists():
         step = newest_step(folder, weights_only=True)
         return None if step is None else files_of(folder, step).model
@@ -303,22 +316,35 @@ def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, Variant
     file = checkpoint_file(path)
     if file is None:
         folder = hf_folder(path, revision or None)
-        config = VariantConfig(**shape_from_hf(folder))
+        config = hf_config(folder)
         return None, config, tokenizer_files.identify(folder, config.vocab_size)[0]
     numbered = re.fullmatch(r"model_(\d+)", file.stem)
     if numbered and file.with_suffix(".json").exists() and (problem := find_problem(file.parent, int(numbered[1]), weights_only=True)):
         raise ValueError(f"{file.parent}: {problem}; use another checkpoint")
     content = load_torch(file)
     try:
-        if not isinstance(content, dict):
-            raise TypeError("not a dict")
+        check_weights(content["model"], file)
         content = nanogpt.converted(content) if nanogpt.is_nanogpt(content) else content
-        weights, config, tokenizer = content["model"], VariantConfig(**content["config"]), content["tokenizer"]
-        if isinstance(tokenizer, str | None) and all(isinstance(p, torch.Tensor) for p in weights.values()):
-            return content, config, tokenizer
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError, RuntimeError):
-        pass
-    raise ValueError(f"{file} is not a checkpoint of this project, nanoGPT or build-nanogpt: use one with model, config and tokenizer")
+        settings, tokenizer = content["config"], content["tokenizer"]
+        if not isinstance(settings, dict) or not isinstance(tokenizer, str | None):
+            raise TypeError("config or tokenizer")
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"{file} {NO_CHECKPOINT}") from e
+    config = from_dict(VariantConfig, settings, file)
+    raise_errors([f"{file}: {error}" for error in config.errors()])
+    return content, config, tokenizer
+
+
+def check_weights(weights: dict[str, Tensor], file: Path):
+    """ValueError if these are not a model's weights, or more numbers than the file holds: a small file can describe huge tensors.
+    TypeError if they are no state dict."""
+    if not isinstance(weights, dict) or not all(isinstance(name, str) and isinstance(p, Tensor) for name, p in weights.items()):
+        raise TypeError("no state dict")
+    for name, p in weights.items():
+        if p.layout != torch.strided or p.device.type != "cpu" or not (p.is_floating_point() or name.endswith(".attn.bias")):
+            raise ValueError(f"{file}: {name} is {p.dtype} on {p.device}, and only plain floating-point weights can be loaded")
+    if sum(p.nbytes for p in tensors_in(weights).values()) > file.stat().st_size:
+        raise ValueError(f"{file} is damaged: its tensors are larger than the file; use another one, or copy it again")
 
 
 def load_config(path: str, revision: str = "") -> VariantConfig:
@@ -345,6 +371,7 @@ def load_gpt(path: str, revision: str = "") -> tuple[GPT, str | None]:
     content, config, tokenizer = open_checkpoint(path, revision)
     if content is None:
         return GPT.from_pretrained(path, revision or None), tokenizer
+    check_fit(config, content["model"], path)
     model = build(config)
     load_weights(model, content["model"], path)
     return model, tokenizer
@@ -390,9 +417,24 @@ def load_training(folder: Path, step: int) -> tuple[dict, dict]:
     return load_torch(files.model), load_torch(files.state)
 
 
+def check_fit(config: VariantConfig, state: dict, source):
+    """ValueError if the weights don't fit a model of this config. Allocates no model: a damaged config may ask for terabytes."""
+    if config.n_layer // config.share_layers * config.n_expert > len(state):
+        layers = f"{config.n_layer} layers of {config.n_expert} experts"
+        raise ValueError(f"{source} does not fit the model: its config has {layers}, its weights are {len(state)} tensors")
+    matched(build_on_meta(config), state, source)
+
+
 @torch.no_grad()
 def load_weights(model: GPT, state: dict, source):
     """Copies a state dict into the model. ValueError names the first parameter that does not fit. source: for that message."""
+    own = model.state_dict()
+    for name, p in matched(model, state, source).items():
+        own[name].copy_(p)
+
+
+def matched(model: GPT, state: dict, source) -> dict[str, Tensor]:
+    """Returns the state dict with the model's padding rows. ValueError names the first parameter that does not fit."""
     own, state = model.state_dict(), dict(state)
     pad_tables(model, state)
     if unmatched := sorted(own.keys() ^ state.keys()):
@@ -401,4 +443,4 @@ def load_weights(model: GPT, state: dict, source):
         if p.shape != state[name].shape:
             shapes = f"{name} is {tuple(state[name].shape)} there, {tuple(p.shape)} here"
             raise ValueError(f"{source} does not fit the model: {shapes}; use another checkpoint")
-        p.copy_(state[name])
+    return state

@@ -6,20 +6,30 @@
 Without a manifest, a folder is read as GPT-2 shards: .npy from build-nanogpt or .bin from llm.c.
 """
 
+import hashlib
+import os
 import re
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common import cli
-from common.files import read_json, sha256, write_atomically
+from common.files import naming, read_json, sha256, write_atomically
+from common.validation import has_type
 
 MANIFEST = "manifest.json"
+PROGRESS = "progress.json"  # beside it while a preparation runs, or after it was interrupted
+NPY_MAGIC = b"\x93NUMPY"
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4  # llm.c's header: 256 little-endian int32
+BIN_MAGIC_UINT32 = 20240801  # llm.c's files of Llama 3's tokens
 
-REMEDY = "delete the folder and run fineweb.py again"
+MAKE_AGAIN = "run fineweb.py again with another --out-dir"
+REMEDY = f"copy it again from its source, or {MAKE_AGAIN}"
 
 # ---- shards ----
 
@@ -36,33 +46,115 @@ def write_shard(path: Path, tokens: np.ndarray) -> dict:
     return {"file": path.name, "tokens": len(tokens), "sha256": sha256(path)}
 
 
-def open_shard(folder: Path, entry: dict) -> np.ndarray:
-    """Memory-maps the tokens of a manifest's entry, uint16 (N,). ValueError if the file is missing or damaged."""
+class Shard(NamedTuple):
+    """Where a file's tokens are. All ranks and both splits keep these instead of open files: a run may have 20,000 shards."""
+
+    path: Path
+    offset: int  # of the first token, in bytes
+    tokens: int
+    version: tuple[int, int]  # inode and time of modification: a file that was replaced is another shard
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Returns tokens [start, start + count), fewer at the shard's end, as uint16."""
+        count = min(count, self.tokens - start)
+        with naming(self.path):
+            data = read_bytes(open_file(self), self.offset + 2 * start, 2 * count)
+        if len(data) < 2 * count:
+            raise ValueError(f"shard {self.path} has become shorter since the start: restore it, then run the same command again")
+        return np.frombuffer(data, "<u2")
+
+
+class OpenFile:
+    """A file that closes when this object is freed."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self.descriptor)
+
+
+@lru_cache(maxsize=100)  # macOS allows a process 256 open files; opening a file on a network disk is slow
+def open_file(shard: Shard) -> OpenFile:
+    return OpenFile(shard.path)
+
+
+def read_bytes(file: OpenFile, offset: int, count: int) -> bytes:
+    """Reads up to count bytes. Unlike a memory map, it raises OSError if the disk fails; a map would kill the process."""
+    if hasattr(os, "pread"):
+        return os.pread(file.descriptor, count, offset)
+    os.lseek(file.descriptor, offset, os.SEEK_SET)  # Windows
+    return os.read(file.descriptor, count)
+
+
+def inspect_shard(folder: Path, entry: dict) -> Shard:
+    """Reads the header of a manifest's entry. ValueError if the file is missing, damaged or no shard, OSError if it can't be read."""
     path = folder / entry["file"]
-    if not path.exists():
-        raise ValueError(f"shard {path} is missing: copy it back, or {REMEDY}")
     try:
-        tokens = open_bin(path) if path.suffix == ".bin" else np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
-        raise ValueError(f"shard {path} is damaged ({e}): {REMEDY}") from e
-    if not isinstance(tokens, np.ndarray):
-        raise ValueError(f"shard {path} is an archive of arrays, expected one array: {REMEDY}")
-    if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        raise ValueError(f"shard {path} holds {tokens.ndim}-dimensional {tokens.dtype}, expected 1-dimensional uint16: {REMEDY}")
-    if len(tokens) != entry.get("tokens", len(tokens)):
-        raise ValueError(f"shard {path} has {len(tokens):,} tokens, the manifest says {entry['tokens']:,}: {REMEDY}")
-    return tokens
+        with naming(path), open(path, "rb") as file:
+            status, read_header = os.fstat(file.fileno()), bin_header if path.suffix == ".bin" else npy_header
+            offset, tokens = read_header(file, path)
+    except FileNotFoundError:
+        raise ValueError(f"shard {path} is missing: copy it back, or {MAKE_AGAIN}") from None
+    if status.st_size != offset + 2 * tokens:
+        raise damaged(path, f"its header promises {offset + 2 * tokens:,} bytes, it has {status.st_size:,}")
+    if tokens != entry.get("tokens", tokens):
+        raise ValueError(f"shard {path} has {tokens:,} tokens, the manifest says {entry['tokens']:,}: {REMEDY}")
+    return Shard(path, offset, tokens, (status.st_ino, status.st_mtime_ns))
 
 
-def open_bin(path: Path) -> np.ndarray:
-    """Memory-maps a .bin file of llm.c or modded-nanogpt: 256 int32 (magic, version, token count, …), then uint16 tokens."""
-    header = np.fromfile(path, "<i4", 3)
-    if len(header) < 3 or header[0] != BIN_MAGIC or header[1] != BIN_VERSION:
-        raise ValueError(f"its header is not magic {BIN_MAGIC}, version {BIN_VERSION}")
-    expected, found = BIN_HEADER_BYTES + 2 * int(header[2]), path.stat().st_size
-    if found != expected:
-        raise ValueError(f"its header promises {expected:,} bytes, it has {found:,}")
-    return np.memmap(path, "<u2", mode="r", offset=BIN_HEADER_BYTES)
+def damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"shard {path} is damaged ({why}): {REMEDY}")
+
+
+def npy_header(file, path: Path) -> tuple[int, int]:
+    """Returns the offset of the first token and the number of tokens, from the header that np.save writes. Reads it by itself: numpy
+    would evaluate it as Python, and reserve as much memory as a damaged header asks for."""
+    start = file.read(12)
+    if start[:2] == b"PK":
+        raise ValueError(f"shard {path} is an archive of arrays (.npz), expected one array: save each with np.save")
+    if start[:6] != NPY_MAGIC or start[6:8] not in (b"\1\0", b"\2\0", b"\3\0"):
+        raise damaged(path, "it does not begin like a .npy file" if start else "it is empty")
+    width = 2 if start[6] == 1 else 4
+    file.seek(8 + width)
+    size = int.from_bytes(start[8 : 8 + width], "little")
+    header = file.read(min(size, 10_000)).decode("latin-1")
+    dtype, shape = re.search(r"'descr': *'([^']{1,20})'", header), re.search(r"'shape': *\(([0-9, ]{0,100})\)", header)
+    if not (dtype and shape and len(header) == size):
+        raise damaged(path, "its header can't be read")
+    sizes = [int(part) for part in shape[1].split(",") if part.strip(" ").isdigit()]
+    if dtype[1] not in ("<u2", "=u2", "|u2") or len(sizes) != 1:
+        raise wrong_type(path, f"{len(sizes)}-dimensional {type_name(dtype[1])}")
+    return 8 + width + size, sizes[0]
+
+
+def type_name(code: str) -> str:
+    try:
+        return str(np.dtype(code))
+    except (TypeError, ValueError, SyntaxError):
+        return repr(code)
+
+
+def wrong_type(path: Path, found: str) -> ValueError:
+    return ValueError(
+        f"shard {path} holds {found}, expected 1-dimensional uint16: if all ids are below 65,536, write them as uint16 into another "
+        "folder; if it was uint16 once, copy it again from its source"
+    )
+
+
+def bin_header(file, path: Path) -> tuple[int, int]:
+    """The same from a .bin file of llm.c or modded-nanogpt: 256 int32 (magic, version, token count, …), then uint16 tokens."""
+    data = file.read(BIN_HEADER_BYTES)
+    header = np.frombuffer(data, "<i4") if len(data) == BIN_HEADER_BYTES else (0, 0, 0)
+    if header[0] == BIN_MAGIC_UINT32:
+        raise wrong_type(path, "llm.c's uint32")
+    if header[0] != BIN_MAGIC or header[1] != BIN_VERSION:
+        raise damaged(path, f"its header is not llm.c's: magic {BIN_MAGIC}, version {BIN_VERSION}")
+    return BIN_HEADER_BYTES, int(header[2])
+
+
+def open_shard(folder: Path, entry: dict) -> np.ndarray:
+    """Returns all tokens of a manifest's entry, uint16 (N,), memory-mapped. ValueError and OSError as inspect_shard."""
+    shard = inspect_shard(folder, entry)
+    return np.memmap(shard.path, "<u2", "r", shard.offset, (shard.tokens,)) if shard.tokens else np.empty(0, np.uint16)
 
 
 # ---- a folder of shards ----
@@ -125,47 +217,110 @@ def find_shards(folder: str | Path) -> Shards:
     if not folder.is_dir():
         raise ValueError(f"no shards: the folder {folder} does not exist; make it: python fineweb.py --out-dir {folder}")
     if (folder / MANIFEST).exists():
-        manifest = read_json(folder / MANIFEST, REMEDY)
-        try:
-            entries = [
-                {"file": str(entry["file"]), "tokens": int(entry["tokens"]), "sha256": entry["sha256"]} for entry in manifest["shards"]
-            ]
-            shards = Shards(folder, str(manifest["tokenizer"]), int(manifest["vocab_size"]), entries)
-        except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{folder / MANIFEST} is not a manifest of shards ({type(e).__name__}: {e}): {REMEDY}") from e
+        manifest = read_manifest(folder)
+        shards = Shards(folder, manifest["tokenizer"], manifest["vocab_size"], manifest["shards"])
     else:
+        if (folder / PROGRESS).exists():
+            raise ValueError(f"{folder} is not finished: run the same fineweb.py command again, or wait if it is still running")
         if part_folders(folder):
             raise ValueError(f"{folder} has parts that are not joined yet: run the same fineweb.py command without --part")
-        files = sorted(path.name for path in folder.iterdir() if path.suffix in (".npy", ".bin"))
+        # macOS writes files like ._x_train_000001.npy
+        files = sorted(path.name for path in folder.iterdir() if split_of(path.name) and not path.name.startswith("."))
         shards = Shards(folder, entries=[{"file": name} for name in files])
+    raise_repeated(shards)
     for split in ("train", "val"):
         if not shards.split(split):
-            raise ValueError(f"no {split} shard in {folder}; make or finish the shards: python fineweb.py --out-dir {folder}")
+            raise ValueError(f"no {split} shard in {folder}{make_shards(folder, split)}")
     return shards
+
+
+def make_shards(folder: Path, split: str) -> str:
+    """How to get a split's shard, for messages."""
+    if not (folder / f"{split}.bin").exists():
+        return f"; make or finish the shards: python fineweb.py --out-dir {folder}"
+    return (
+        f": {split}.bin looks like nanoGPT's, which has no header; if its tokens are GPT-2's, write them as a shard: "
+        f"np.save('data_{split}_000000.npy', np.memmap('{split}.bin', np.uint16, 'r'))"
+    )
+
+
+def read_manifest(folder: Path) -> dict:
+    """Reads a folder's manifest.json. ValueError if it is damaged."""
+    path = folder / MANIFEST
+    remedy = f"restore it from a copy, or {MAKE_AGAIN}"
+    manifest = read_json(path, remedy)
+    kinds = {"tokenizer": str, "vocab_size": int, "source": str, "revision": str, "settings": dict}
+    wrong = [name for name, kind in kinds.items() if name in manifest and not has_type(manifest[name], kind)]
+    wrong += sorted({"tokenizer", "vocab_size"} - manifest.keys())
+    if not wrong and manifest["vocab_size"] < 1:
+        wrong = ["vocab_size"]
+    if not wrong and not are_entries(manifest.get("shards")):
+        wrong = ["shards"]
+    if wrong:
+        raise ValueError(f"{path} is not a manifest of shards (see its {', '.join(wrong)}): {remedy}")
+    return manifest
+
+
+def are_entries(shards) -> bool:
+    """Whether this, from a file, is a manifest's list of shards."""
+
+    def is_entry(entry) -> bool:
+        kinds = {"file": str, "tokens": int, "sha256": str}
+        typed = isinstance(entry, dict) and all(has_type(entry.get(name), kind) for name, kind in kinds.items())
+        return typed and entry["tokens"] >= 0 and entry["file"].isprintable()
+
+    return isinstance(shards, list) and all(map(is_entry, shards))
+
+
+def raise_repeated(shards: Shards):
+    """ValueError if two entries are the same file, by name or by link: a run would see its tokens twice."""
+    seen = {}
+    for entry in shards.entries:
+        path = shards.folder / entry["file"]
+        try:
+            status = os.stat(path)
+        except OSError:  # inspect_shard says why
+            continue
+        file = (status.st_dev, status.st_ino, status.st_size) if status.st_ino else path  # 0: this file system has no numbers
+        if file in seen:
+            names = f"{entry['file']} twice" if seen[file] == entry["file"] else f"one file as {seen[file]} and {entry['file']}"
+            raise ValueError(f"{shards.folder} lists {names}, by its manifest or by a link: keep one of them, move the other elsewhere")
+        seen[file] = entry["file"]
 
 
 def verify_shards(shards: Shards):
     """Reads every shard and checks its sha256 and its ids. Without a manifest, it fills in each entry's sha256 instead.
     ValueError names the first bad shard."""
 
-    def check(entry, tokens):
-        path = shards.folder / entry["file"]
-        found = sha256(path)
+    def check(entry):
+        shard = inspect_shard(shards.folder, entry)
+        found, largest = checksum(shard)
         if entry.setdefault("sha256", found) != found:
-            raise ValueError(f"shard {path} is damaged (its sha256 is not the manifest's): {REMEDY}")
-        if len(tokens):
-            check_id(int(tokens.max()), shards.vocab_size, path)
+            raise damaged(shard.path, "its sha256 is not the manifest's")
+        check_id(largest, shards.vocab_size, shard.path)
 
     entries = shards.entries
-    opened = [open_shard(shards.folder, entry) for entry in entries]  # outside the threads: Python 3.11 can't parse headers in parallel
     with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
-        checks = pool.map(check, entries, opened)
+        checks = pool.map(check, entries)
         list(cli.bar(checks, desc="verifying shards", total=len(entries), unit="shard", disable=len(entries) < 10))
+
+
+def checksum(shard: Shard) -> tuple[str, int]:
+    """Returns the file's sha256 and its largest id, -1 without tokens. Reads it once, a megabyte at a time."""
+    digest, largest = hashlib.sha256(), -1
+    with naming(shard.path), open(shard.path, "rb") as file:
+        digest.update(file.read(shard.offset))
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            largest = max(largest, int(np.frombuffer(chunk, "<u2", len(chunk) // 2).max(initial=0)))
+    return digest.hexdigest(), largest
 
 
 def check_id(largest: int, vocab_size: int, path: Path):
     if largest >= vocab_size:
-        raise ValueError(f"shard {path} holds id {largest}, the vocabulary has {vocab_size}: {REMEDY}")
+        raise ValueError(
+            f"shard {path} holds id {largest}, the vocabulary has {vocab_size}: it is damaged or another tokenizer made it; {REMEDY}"
+        )
 
 
 # ---- the stream ----
@@ -181,9 +336,8 @@ class TokenStream:
     """
 
     def __init__(self, shards: Shards, split: str, seq_len: int, shuffle: bool = True, seed: int = 1337):
-        self.paths = [shards.folder / entry["file"] for entry in shards.split(split)]
-        self.tokens = [open_shard(shards.folder, entry) for entry in shards.split(split)]
-        self.ends = np.cumsum([len(tokens) for tokens in self.tokens])  # of each shard, in the row
+        self.shards = [inspect_shard(shards.folder, entry) for entry in shards.split(split)]
+        self.ends = np.cumsum([shard.tokens for shard in self.shards])  # of each shard, in the row
         self.vocab_size = shards.vocab_size
         self.seq_len = seq_len
         self.shuffle = shuffle
@@ -209,20 +363,20 @@ class TokenStream:
     def place(self, position: int) -> str:
         """Names the shard and token where the sequence at a position begins, for messages."""
         shard, offset = self.locate(self.sequence_at(position) * self.seq_len)
-        return f"{self.paths[shard].name} from token {offset:,}"
+        return f"{self.shards[shard].path.name} from token {offset:,}"
 
     def locate(self, start: int) -> tuple[int, int]:
         """Returns the shard of the row's token `start`, and the token's offset in it."""
         shard = int(np.searchsorted(self.ends, start, side="right"))
-        return shard, start - int(self.ends[shard]) + len(self.tokens[shard])
+        return shard, start - int(self.ends[shard]) + self.shards[shard].tokens
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Returns tokens [start, start + count) of the row as int64, across shards."""
         parts = []
         while count > 0:
             shard, offset = self.locate(start)
-            part = self.tokens[shard][offset : offset + count].astype(np.int64)
-            check_id(int(part.max()), self.vocab_size, self.paths[shard])  # a shard may be unverified, or change later
+            part = self.shards[shard].read(offset, count).astype(np.int64)
+            check_id(int(part.max()), self.vocab_size, self.shards[shard].path)  # a shard may be unverified, or change later
             parts.append(part)
             start += len(part)
             count -= len(part)

@@ -36,12 +36,23 @@ import numpy as np
 from common import cli
 from common.files import lock_folder, read_json, sha256, write_json
 from common.tokenizer import VOCAB_SIZES, fast_encode, get_tokenizer, tokenize
-from common.validation import raise_errors
-from dataloader import MANIFEST, REMEDY, open_shard, part_folder, part_folders, split_of, write_shard
+from common.validation import has_type, raise_errors
+from dataloader import (
+    MAKE_AGAIN,
+    MANIFEST,
+    PROGRESS,
+    REMEDY,
+    are_entries,
+    inspect_shard,
+    part_folder,
+    part_folders,
+    read_manifest,
+    split_of,
+    write_shard,
+)
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
-PROGRESS = "progress.json"
 CHUNK_CHARS = 1 << 20  # one worker's unit of work
 
 
@@ -117,6 +128,8 @@ class LocalDocuments:
 
     def load_state(self, state: dict):
         self.file, self.done = state.get("file", 0), state["documents"]  # older states count documents from the first file
+        if not (has_type(self.file, int) and has_type(self.done, int) and 0 <= self.file < len(self.files) and self.done >= 0):
+            raise ValueError(f"no document {self.done!r} in file {self.file!r}")
 
     def __iter__(self) -> Iterator[str]:
         first, to_skip = self.file, self.done
@@ -378,7 +391,7 @@ def explain_full_disk(folder: Path):
     try:
         yield
     except OSError as e:
-        if not cli.disk_failed(e):
+        if cli.MACHINE_REMEDIES.get(e.errno) != cli.FULL:
             raise
         free = shutil.disk_usage(folder).free / 1e6
         raise OSError(e.errno, f"{e.strerror}: {folder} has {free:,.0f} MB free, a token takes two bytes") from e
@@ -398,7 +411,7 @@ def tokenize_documents(out: Path, config: PrepareConfig):
     if progress["revision"] not in ("", documents.revision):
         raise ValueError(f"the files changed after the first run into {out}: restore them, or choose another --out-dir")
     if progress["state"] is not None:
-        documents.load_state(progress["state"])
+        load_state(documents, progress["state"], out / PROGRESS)
     progress["revision"] = documents.revision
     write_json(out / PROGRESS, progress)
 
@@ -422,6 +435,14 @@ def tokenize_documents(out: Path, config: PrepareConfig):
             (out / name).unlink()
         raise ValueError(f"{' '.join(config.dataset)}: not enough tokens for a val and a train shard: give more text")
     write_manifest(out, progress, shards)
+
+
+def load_state(documents, state: dict, path: Path):
+    """Continues the documents where progress.json says. ValueError if that state is damaged. path: of progress.json."""
+    try:
+        documents.load_state(state)
+    except (LookupError, TypeError, ValueError, AttributeError) as e:  # the datasets library raises any of them
+        raise ValueError(f"{path} is damaged ({brief(e)}): {START_AGAIN}") from e
 
 
 def shard_name(config: PrepareConfig, split: str, index: int) -> str:
@@ -455,7 +476,7 @@ def pack(stream, room: int, budget: int, skip: int, on_tokens: Callable[[int], N
         yield piece[:filled], resume_from
 
 
-START_AGAIN = "delete the folder and run the same command again"
+START_AGAIN = f"restore it from a copy, or {MAKE_AGAIN}"
 
 
 def settings_of(config: PrepareConfig) -> dict:
@@ -470,10 +491,10 @@ def is_complete(out: Path, config: PrepareConfig) -> bool:
     """Whether this run's manifest exists; prints so. ValueError if it belongs to other settings or files."""
     if not (out / MANIFEST).exists():
         return False
-    manifest, documents = read_json(out / MANIFEST, START_AGAIN), local_documents(config)
+    manifest, documents = read_manifest(out), local_documents(config)
     if manifest.get("settings") != settings_of(config):
         raise ValueError(f"{out} has shards made with other settings: choose another --out-dir")
-    if documents and documents.revision != manifest["revision"]:
+    if documents and documents.revision != manifest.get("revision"):
         raise ValueError(f"the files changed since {out} was made from them: choose another --out-dir")
     (out / PROGRESS).unlink(missing_ok=True)  # left by a kill between the last two steps
     print(f"{out} is already complete")
@@ -488,9 +509,7 @@ def resume_point(out: Path, config: PrepareConfig) -> dict | None:
     settings = settings_of(config)
     fresh = {"settings": settings, "revision": "", "shards": [], "state": None, "skip": 0}
     if (out / PROGRESS).exists():
-        progress = read_json(out / PROGRESS, START_AGAIN)
-        if progress.keys() != fresh.keys():
-            raise ValueError(f"{out / PROGRESS} is damaged: {START_AGAIN}")
+        progress = read_progress(out / PROGRESS)
         if not progress["shards"]:  # nothing to lose, so settings may change; keep the recorded commit of the hub
             same = progress["settings"] == settings and not progress["revision"].startswith("files-")
             return fresh | {"revision": progress["revision"]} if same else fresh
@@ -500,6 +519,16 @@ def resume_point(out: Path, config: PrepareConfig) -> dict | None:
     if any(path.suffix in (".npy", ".bin") for path in out.iterdir()):
         raise ValueError(f"{out} has shards that this command did not make: choose another --out-dir")
     return fresh
+
+
+def read_progress(path: Path) -> dict:
+    """Reads progress.json. ValueError if it is damaged."""
+    progress = read_json(path, START_AGAIN)
+    kinds = {"settings": dict, "revision": str, "shards": list, "state": dict | None, "skip": int}
+    valid = progress.keys() == kinds.keys() and all(has_type(progress[name], kind) for name, kind in kinds.items())
+    if not valid or progress["skip"] < 0 or not are_entries(progress["shards"]):
+        raise ValueError(f"{path} is damaged: {START_AGAIN}")
+    return progress
 
 
 def write_manifest(out: Path, progress: dict, shards: list[dict]):
@@ -552,13 +581,20 @@ def join_parts(out: Path, config: PrepareConfig):
         folders = [part_folder(out, index, count) for index in range(count)]
         if missing := [folder.name for folder in folders if not (folder / MANIFEST).exists()]:
             return report_missing_parts(out, config, missing)
-        manifests = [read_json(folder / MANIFEST, START_AGAIN) for folder in folders]
+        manifests = [read_part_manifest(folder) for folder in folders]
         check_parts_match(config, folders, manifests)
         shards = move_shards(out, config, folders, manifests)
         settings = {key: value for key, value in manifests[0]["settings"].items() if key != "part"}
         write_manifest(out, {"settings": settings, "revision": manifests[0]["revision"]}, shards)
     for folder in part_folders(out):  # some may remain from a kill
         shutil.rmtree(folder)
+
+
+def read_part_manifest(folder: Path) -> dict:
+    manifest = read_manifest(folder)
+    if missing := {"settings", "revision"} - manifest.keys():
+        raise ValueError(f"{folder / MANIFEST} is damaged, it has no {min(missing)}: {START_AGAIN}")
+    return manifest
 
 
 def report_missing_parts(out: Path, config: PrepareConfig, missing: list[str]):
@@ -597,9 +633,9 @@ def move_shards(out: Path, config: PrepareConfig, folders: list[Path], manifests
             shards.append(entry | {"file": shard_name(config, split, len(shards))})
             source, target = folder / entry["file"], out / shards[-1]["file"]
             if target.exists() and not source.exists():  # already renamed before a kill
-                open_shard(out, shards[-1])
+                inspect_shard(out, shards[-1])
                 continue
-            open_shard(folder, entry)
+            inspect_shard(folder, entry)
             if target.exists():
                 raise ValueError(f"{target} is in the way of {source}: move it elsewhere")
             moves.append((source, target))
@@ -645,7 +681,7 @@ def check_download(out: Path, file: str, expected: str | None) -> dict:
     """Returns the manifest entry of a downloaded file. Deletes a damaged file, since the hub's client would keep it forever.
     expected: the hub's sha256, if it has one."""
     try:
-        entry = {"file": file, "tokens": len(open_shard(out, {"file": file})), "sha256": sha256(out / file)}
+        entry = {"file": file, "tokens": inspect_shard(out, {"file": file}).tokens, "sha256": sha256(out / file)}
         if expected not in (None, entry["sha256"]):
             raise ValueError(f"shard {out / file} is damaged (its sha256 is not the hub's)")
         return entry

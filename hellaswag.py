@@ -28,7 +28,7 @@ from checkpoint import load_with_tokenizer
 from common import cli
 from common.device import pick_dtype
 from common.distributed import DistContext, join_world
-from common.files import write_atomically
+from common.files import parse_json, write_atomically
 from common.tokenizer import Tokenizer
 from common.validation import raise_errors
 from model import GPT
@@ -73,7 +73,7 @@ def load_tasks(path: str | Path, limit: int = 0) -> list[dict]:
         download(URL, path)
     raise_errors(missing(path))
     downloaded = path.name == HellaSwagConfig.file
-    tasks, remedy = [], "delete the file to download it again" if downloaded else f"pass HellaSwag's {HellaSwagConfig.file}"
+    tasks, remedy = [], "move the file elsewhere to download it again" if downloaded else f"pass HellaSwag's {HellaSwagConfig.file}"
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if limit and len(tasks) == limit:
@@ -98,10 +98,10 @@ def missing(path: Path) -> list[str]:
 def read_task(line: bytes) -> dict | None:
     """The task in a line, or None if the line is not a task."""
     try:
-        task = json.loads(line)
-        texts = [task["ctx"], task["ctx_a"], task["ctx_b"], task["activity_label"], *task["endings"]]
-        valid = len(task["endings"]) == 4 and 0 <= int(task["label"]) < 4 and all(isinstance(text, str) for text in texts)
-        return task if valid else None
+        task = parse_json(line)
+        texts, endings = [task["ctx"], task["ctx_a"], task["ctx_b"], task["activity_label"]], task["endings"]
+        valid = isinstance(endings, list) and len(endings) == 4 and all(isinstance(text, str) for text in texts + endings)
+        return task if valid and str(task["label"]) in ("0", "1", "2", "3") else None
     except (ValueError, KeyError, TypeError):
         return None
 

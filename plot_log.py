@@ -4,7 +4,6 @@ python plot_log.py log/log.txt                               # one run
 python plot_log.py a/log.txt b/log.txt --x tokens --smooth 0.98 --panels lr grad_norm --out ab.svg    # two runs in one plot
 """
 
-import json
 import math
 import os
 import re
@@ -16,8 +15,9 @@ from typing import Annotated, Literal
 import tyro
 
 from common import cli
+from common.files import parse_json, read_json
 from common.picture import label_of, picture
-from common.validation import raise_errors
+from common.validation import has_type, raise_errors
 
 # OpenAI's models, by GPT-2's four sizes. build-nanogpt measured GPT-2's released weights: the loss on FineWeb-Edu's val shard,
 # HellaSwag as completion style acc_norm. GPT-3's HellaSwag is zero-shot, from Brown et al., 2020, table H.1, next to the
@@ -107,8 +107,8 @@ def read_log(path: Path) -> dict[str, dict[int, float]]:
 def size_beside(log: Path) -> str:
     """The size in the run.json next to a log, else 124M."""
     try:
-        size = json.loads(log.with_name("run.json").read_text())["size"]
-    except (OSError, ValueError, KeyError, TypeError):
+        size = read_json(log.with_name("run.json"), "")["size"]
+    except (OSError, ValueError, KeyError):
         size = None
     return size if size in (*GPT2_HELLASWAG, "none") else "124M"
 
@@ -121,9 +121,9 @@ def read_metrics(path: Path, names: list[str], having: str = "") -> dict[str, di
         if having not in line:  # skips most lines without parsing JSON
             continue
         try:
-            row = json.loads(line)
-            for name in names if not having or having in row else ():
-                if row.get(name) is not None:
+            row = parse_json(line)
+            for name in names if has_type(row["step"], int) and (not having or having in row) else ():
+                if has_type(row.get(name), float):
                     found[name][row["step"]] = row[name]
         except (ValueError, KeyError, TypeError, AttributeError):
             pass  # a killed run leaves half a line

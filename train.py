@@ -154,6 +154,7 @@ def set_up(config: TrainConfig, world: DistContext, folder: RunFolder) -> tuple[
     if config.teacher:
         checks.check_teacher(config, world, shards)
     step = world.on_main(lambda: checkpoint.newest_step(out_dir, config.replay_step)) if config.resume else None
+    world.on_main(lambda: checks.check_checkpoint(config, step))
 
     torch.manual_seed(config.seed)
     lines = flags.warnings(config)

@@ -5,6 +5,7 @@ With no switch on, build returns model.py's GPT. Letters in the shapes as in mod
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ class VariantConfig(GPTConfig):
         *GPTConfig.rules,
         *rule("n_layer is {n_layer}: it must be at most 1000", lambda c: c.n_layer <= 1000),
         *rule("n_embd is {n_embd}: it must be at most 10^6", lambda c: c.n_embd <= 10**6),
+        *rule("vocab_size is {vocab_size}: it must be at most 10^9", lambda c: c.vocab_size <= 10**9),
+        *rule("seq_len is {seq_len}: it must be at most 10^9", lambda c: c.seq_len <= 10**9),
     )
 
     pos: Literal["learned", "rope"] = "learned"
@@ -204,13 +207,18 @@ def scoring_copy(model: GPT) -> GPT:
 def from_pretrained(name_or_dir: str, revision: str | None = None) -> GPT:
     """Loads a GPT-2 as GPT.from_pretrained does. Its config.json may turn on a switch, such as another activation."""
     folder = huggingface.hf_folder(name_or_dir, revision)
-    shape = huggingface.shape_from_hf(folder)
-    config = VariantConfig(**shape)
-    if errors := config.errors():
-        raise ValueError(f"{folder / 'config.json'}: {'; '.join(errors)}")
+    config = hf_config(folder)
+    state = huggingface.load_state(folder, vars(config))  # fails before a damaged config allocates a model
     model = build(config)
-    model.load_state_dict(huggingface.load_state(folder, shape))
+    model.load_state_dict(state)
     return model
+
+
+def hf_config(folder: Path) -> VariantConfig:
+    """Returns the config of the GPT-2 in a Hugging Face folder. ValueError if its config.json can't be read or is not valid."""
+    config = VariantConfig(**huggingface.shape_from_hf(folder))
+    raise_errors([f"{folder / 'config.json'}: {error}" for error in config.errors()])
+    return config
 
 
 @torch.no_grad()

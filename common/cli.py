@@ -81,8 +81,23 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+FULL = "free some space and run the command again"
+# the machine is at fault, not the user or a file's content
+MACHINE_REMEDIES = {
+    errno.ENOSPC: FULL,
+    errno.EFBIG: FULL,
+    getattr(errno, "EDQUOT", errno.ENOSPC): FULL,  # Windows has no quotas
+    errno.EIO: "the disk or its connection failed; check both, then run the command again",
+    getattr(errno, "ESTALE", errno.EIO): "the file server changed under this mount; mount it again, then run the command again",
+    errno.EMFILE: "raise the limit of open files, such as ulimit -n 4096, then run the command again",
+    errno.ENFILE: "the machine has too many open files; end other programs, then run the command again",
+    errno.ENOMEM: "memory ran out; end other programs, then run the command again",
+}
+
+
 def disk_failed(e: Exception) -> bool:
-    return isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+    """Whether the machine is at fault: a full or broken disk, too many open files, no memory."""
+    return isinstance(e, OSError) and e.errno in MACHINE_REMEDIES
 
 
 class TryAgain(ValueError):
@@ -90,7 +105,7 @@ class TryAgain(ValueError):
 
 
 AGAIN = "run the same command again to continue"  # for scripts that can stop at any time
-REMEDIES = {
+REMEDIES = MACHINE_REMEDIES | {
     errno.EEXIST: "it is a file, give a folder",
     errno.ENOTDIR: "part of that path is a file, give folders",
     errno.EACCES: "give a path that you can read and write",
@@ -99,10 +114,16 @@ REMEDIES = {
 }
 
 
+def in_one_line(e: Exception) -> str:
+    """An error's message, which may quote a damaged file."""
+    return printable(" ".join(str(e).splitlines()))
+
+
 @contextmanager
 def one_line_errors(after_ctrl_c: str = ""):
-    """Turns errors into one line and an exit status: 2 for a user's mistake (ValueError, a file that can't be used), 1 for a full or
-    broken disk, 130 for Ctrl-C. Anything else is a bug and keeps its traceback. after_ctrl_c: how to continue then."""
+    """Turns errors into one line and an exit status: 2 for a user's mistake (ValueError, a file that can't be used), 1 if the machine
+    fails (a full or broken disk, too many open files), 130 for Ctrl-C. Anything else is a bug and keeps its traceback.
+    after_ctrl_c: how to continue then."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write characters that the terminal lacks
     try:
@@ -111,13 +132,10 @@ def one_line_errors(after_ctrl_c: str = ""):
         drop(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as e:
-        full = disk_failed(e)
-        remedy = ""
-        if isinstance(e, OSError):
-            remedy = f": {'free some space and run the command again' if full else REMEDIES.get(e.errno, 'check the path')}"
+        remedy = f": {REMEDIES.get(e.errno, 'check the path')}" if isinstance(e, OSError) else ""
         if not getattr(e, "is_shared", False):
-            print(f"error: {e}{remedy}", file=sys.stderr)
-        sys.exit(1 if full else 2)
+            print(f"error: {in_one_line(e)}{remedy}", file=sys.stderr)
+        sys.exit(1 if disk_failed(e) else 2)
     except KeyboardInterrupt:
         print(f"\nstopped by Ctrl-C{after_ctrl_c and ': '}{after_ctrl_c}", file=sys.stderr)
         sys.exit(130)

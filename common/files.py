@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import sys
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -72,10 +73,47 @@ def write_json(path: Path, content):
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
+def parse_json(text: bytes | str):
+    """Parses JSON strictly. ValueError also for NaN, numbers too large for a float, keys that appear twice, and nesting too deep to
+    read."""
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError(f"{number:.20} is not a finite number")
+        return float(number)
+
+    def whole(number: str) -> int:
+        finite(number)
+        return int(number)
+
+    def unique(pairs: list[tuple]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key appears twice")
+        return found
+
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        return json.loads(text, parse_float=finite, parse_int=whole, parse_constant=finite, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+@contextmanager
+def naming(path: Path):
+    """Adds the path to an OSError that lacks it, as errors while reading do."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
+
+
 def read_json(path: Path, remedy: str) -> dict:
     """Reads a JSON object. ValueError, with the remedy, if the file holds none."""
     try:
-        content = json.loads(path.read_text())
+        with naming(path):
+            content = parse_json(path.read_bytes())
     except ValueError as e:
         raise ValueError(f"{path} is not valid JSON ({e}): {remedy}") from e
     if not isinstance(content, dict):
@@ -84,7 +122,7 @@ def read_json(path: Path, remedy: str) -> dict:
 
 
 def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import fields
 from string import Formatter
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 
 def rule(message: str, holds: Callable[[object], bool]) -> tuple:
@@ -16,25 +16,50 @@ def field_errors(config, rules: tuple) -> list[str]:
     wrong = {
         f.name: f"{f.name} is {getattr(config, f.name)!r}: {describe_type(f.type)}"
         for f in fields(config)
-        if not has_type(getattr(config, f.name), f.type)
+        if not has_type(getattr(config, f.name), f.type) or below_one(getattr(config, f.name), f.type)
     }
     checkable = [(text, holds) for text, holds in rules if not wrong.keys() & {name for _, name, _, _ in Formatter().parse(text)}]
     return [*wrong.values(), *(text.format(**vars(config)) for text, holds in checkable if not holds(config))]
 
 
 def has_type(value, kind) -> bool:
-    """Whether a value, perhaps from a file, has a field's type. Whole numbers are counts: at least 1."""
+    """Whether a value, perhaps from a file, has a field's type."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
-    return isinstance(value, int | float if kind is float else kind) and not (isinstance(value, int) and kind is not float and value < 1)
+    if kind is float:
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)  # more would not fit into a float
+    return isinstance(value, kind)
 
 
-def describe_type(kind) -> str:
+def below_one(value, kind) -> bool:
+    """Whether a model's whole number is too small: all of them are counts."""
+    return kind in (int, int | None) and value is not None and value < 1
+
+
+def describe_type(kind, whole_number: str = "a whole number of at least 1") -> str:
     if get_origin(kind) is Literal:
         return f"choose {' or '.join(get_args(kind))}"
-    return f"it must be {'a whole number of at least 1' if kind in (int, int | None) else f'a {kind.__name__}'}"
+    return f"it must be {whole_number if kind in (int, int | None) else f'a {kind.__name__}'}"
+
+
+def from_dict(cls, values, source):
+    """Builds a dataclass from a dict in a file; missing fields get their defaults. ValueError names a setting that this code does not
+    know, or that has the wrong type. source: for these messages."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} is damaged: its settings are no dict; restore it from a copy")
+    kinds = {f.name: f.type for f in fields(cls)}
+    for name, value in values.items():
+        shown = " ".join(f"{name}={value!r}".split())[:80]
+        if name not in kinds:
+            raise ValueError(f"{source} has the setting {shown}, which this code does not know: use the code (branch) that made it")
+        if not has_type(value, kinds[name]):
+            wanted = describe_type(kinds[name], "a whole number")
+            raise ValueError(f"{source} has the setting {shown}, {wanted}: restore it from a copy, or use the code (branch) that made it")
+    return cls(**values)
 
 
 def raise_errors(errors: list[str]):

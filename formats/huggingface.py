@@ -4,7 +4,6 @@ that computes the same.
 Here a model is a shape and a state. shape: the fields of its config by name; missing switches are off. state: its state dict.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import cli
-from common.files import replace, write_json
+from common.files import read_json, replace, write_json
 from common.tokenizer import ROWS, VOCAB_SIZES
 from ops.attention import layer_windows
 
@@ -326,10 +325,7 @@ def shape_from_hf(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} has no config.json: give a checkpoint, a Hugging Face GPT-2 folder, or a run's folder")
-    try:
-        hf = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{path} is not a JSON object ({e}): fetch the folder again") from e
+    hf = read_json(path, "fetch the folder again")
     if hf.get("model_type") != "gpt2":
         raise ValueError(f"{path} describes a {hf.get('model_type')!r} model: only gpt2 can be loaded")
     missing = [key for key in SIZE_KEYS if key not in hf]
@@ -376,7 +372,7 @@ def load_safetensors(folder: Path) -> dict[str, Tensor]:
 
     index = folder / "model.safetensors.index.json"
     try:
-        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        files = set(read_json(index, "")["weight_map"].values()) if index.exists() else {"model.safetensors"}
         paths = sorted(folder / file for file in files)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{index} is not an index of weight files: fetch the folder again") from e
@@ -389,7 +385,7 @@ def load_safetensors(folder: Path) -> dict[str, Tensor]:
         try:
             state.update(load_file(path))
         except SafetensorError as e:
-            raise ValueError(f"{path} is damaged ({e}): fetch it again") from e
+            raise ValueError(f"{path} is damaged ({str(e).splitlines()[0][:200]}): fetch it again") from e
     return state
 
 

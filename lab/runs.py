@@ -7,16 +7,15 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from common.files import read_json
 from dataloader import differences, find_shards
-from training.run_json import RUN, RUN_REMEDY, other_code, read_run
+from training.run_json import RUN, other_code, read_run, read_run_json
 
 
 def code_notes(folders: list[Path], reference: dict) -> list[str]:
     """Names the runs in these folders that were made by other code than the reference, which code_now() or a launch is."""
     notes = []
     for folder in recorded(folders):
-        launches = read_json(folder / RUN, RUN_REMEDY)["launches"]
+        launches = read_run_json(folder / RUN)["launches"]
         if why := next(filter(None, (other_code(launch, reference) for launch in launches)), ""):
             notes.append(f"{folder} was trained by other code ({why})")
     return notes
@@ -27,7 +26,7 @@ def data_notes(folders: list[Path]) -> list[str]:
     the same --data-dir."""
     contents, weights, first, notes = cache(lambda data_dir: find_shards(data_dir).contents()), cache(checkpoint.fingerprint), {}, []
     for folder in recorded(folders):
-        config, run = read_run(folder), read_json(folder / RUN, RUN_REMEDY)
+        config, run = read_run(folder), read_run_json(folder / RUN)
         data_dir, data = config.data_dir, run["data"]
         if changed := differences(data, contents(data_dir)) or differences(data, first.setdefault(data_dir, data)):
             notes.append(f"{folder} was trained on other data than {data_dir} has now ({shortened(changed)})")
@@ -53,7 +52,7 @@ def shortened(items: list[str]) -> str:
 
 def machine_notes(folders: list[Path]) -> list[str]:
     """Names the devices, and the versions of torch, if the runs in these folders had several: their speeds can't be compared."""
-    launches = [launch for folder in folders for launch in read_json(folder / RUN, RUN_REMEDY)["launches"]]
+    launches = [launch for folder in folders for launch in read_run_json(folder / RUN)["launches"]]
     notes = []
     for name in ("device", "torch"):
         found = sorted({str(launch.get(name)) for launch in launches})

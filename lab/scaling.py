@@ -30,7 +30,7 @@ from train import find_data
 from training.checks import fit_vocabulary
 from training.config import MAY_CHANGE, TrainConfig
 from training.flags import raise_if_changed
-from training.run_json import RUN, RUN_REMEDY, code_now, read_run
+from training.run_json import RUN, code_now, read_run, read_run_json
 from variants import VariantConfig, build_on_meta
 
 LAW = "law.json"
@@ -239,7 +239,7 @@ def folders_of(out_dir: Path) -> list[Path]:
 
 
 def data_of(folder: Path) -> dict[str, list]:
-    return read_json(folder / RUN, "")["data"]
+    return read_run_json(folder / RUN)["data"]
 
 
 def finished_in(out_dir: Path) -> list[Path]:
@@ -536,7 +536,7 @@ def do_fit(config: FitConfig):
     out_dir = Path(config.out_dir)
     finished = [] if config.points else finished_in(out_dir)
     points = points_of(finished) if finished else read_points(Path(config.points))
-    first = read_json(finished[0] / RUN, RUN_REMEDY)["launches"][-1] if finished else {}
+    first = read_run_json(finished[0] / RUN)["launches"][-1] if finished else {}
     found = report(config, points) | {"notes": refuse_unless(config.mixed, code_notes(finished, first))}
     out_dir.mkdir(parents=True, exist_ok=True)
     write_json(out_dir / LAW, found)

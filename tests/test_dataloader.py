@@ -1,14 +1,23 @@
 """Shards must match numpy.load and llm.c's layout; the stream must serve every token of every epoch."""
 
+import errno
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from conftest import Trap, write_shards
+from conftest import REPO, TINY, Trap, forked, read_stream, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.files import read_json, write_json
+from common import cli
+from common.files import read_json, sha256, write_json
 from dataloader import Shards, TokenStream, differences, find_shards, open_shard, permute, rank_positions, verify_shards, write_shard
 
 
@@ -171,7 +180,8 @@ def flip(path):
         (lambda path: path.write_text("<html>404</html>"), "is damaged"),
         (lambda path: np.save(path, np.arange(5003, dtype=np.int64)), "1-dimensional int64, expected 1-dimensional uint16"),
         (lambda path: np.save(path, np.zeros((2, 3), dtype=np.uint16)), "2-dimensional uint16"),
-        (lambda path: np.save(path, np.array([Trap()], dtype=object), allow_pickle=True), "is damaged"),
+        (lambda path: np.save(path, np.array([Trap()], dtype=object), allow_pickle=True), "1-dimensional object"),
+        (lambda path: np.save(path, np.zeros(5003, dtype=">u2")), "1-dimensional >u2"),
         (archive, "an archive of arrays"),
         (lambda path: np.save(path, np.zeros(9, dtype=np.uint16)), "has 9 tokens, the manifest says"),
     ],
@@ -182,17 +192,101 @@ def test_damaged_shard_is_named(tmp_path, damage, message, monkeypatch):
     damage(tmp_path / "tiny_train_000001.npy")
     with pytest.raises(ValueError, match=message) as error:
         verify_shards(shards)
-    assert "tiny_train_000001.npy" in str(error.value) and "fineweb.py" in str(error.value)
+    assert "tiny_train_000001.npy" in str(error.value) and "delete" not in str(error.value)
     assert not (tmp_path / "fired").exists()
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [({"magic": 1}, "magic 20240520"), ({"version": 2}, "version 1"), ({"count": 99}, "promises 1,222 bytes")]
+    ("kind", "message"),
+    [
+        ({"magic": 1}, "magic 20240520"),
+        ({"magic": 20240801, "version": 7}, "holds llm.c's uint32, expected 1-dimensional uint16"),
+        ({"version": 2}, "version 1"),
+        ({"count": 99}, "promises 1,222 bytes"),
+        ({"count": -1}, "promises 1,022 bytes"),
+    ],
 )
 def test_damaged_bin_is_refused(tmp_path, kind, message):
     llmc_bin(tmp_path / "a_train_000001.bin", range(10), **kind)
     with pytest.raises(ValueError, match=message):
         open_shard(tmp_path, {"file": "a_train_000001.bin"})
+
+
+def test_npy_headers_of_other_programs_load(tmp_path):
+    """numpy writes version 1.0; other programs may write 2.0 or 3.0, other spaces and another order."""
+    header = b"{ 'shape':(3, ), 'fortran_order': True, 'descr':'<u2' }\n"
+    for version in (2, 3):
+        data = b"\x93NUMPY" + bytes([version, 0]) + len(header).to_bytes(4, "little") + header + np.arange(3, dtype="<u2").tobytes()
+        (tmp_path / "a_train_000001.npy").write_bytes(data)
+        assert open_shard(tmp_path, {"file": "a_train_000001.npy"}).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("code", ["EACCES", "EIO", "EMFILE", "ENFILE", "ENOMEM", "ESTALE"])
+@pytest.mark.parametrize("call", ["open", "read"])
+def test_unreadable_shard_is_not_called_damaged(tmp_path, code, call, monkeypatch, capsys):
+    shards, number = find_shards(write_shards(tmp_path, [100, 5003])), getattr(errno, code)
+    stream = TokenStream(shards, "train", 8)
+    plain = open
+
+    def failing(path, *arguments, **how):
+        if "train" in str(path):
+            raise OSError(number, os.strerror(number), *([str(path)] if call == "open" else []))
+        return plain(path, *arguments, **how)
+
+    monkeypatch.setattr("builtins.open", failing)
+    monkeypatch.setattr(os, call if call == "open" else "pread", lambda *_: failing("train"))
+    for read in (lambda: verify_shards(shards), lambda: stream.batch([0])):
+        with pytest.raises(SystemExit) as status, cli.one_line_errors():
+            read()
+        error = capsys.readouterr().err
+        assert os.strerror(number) in error and "train" in error and len(error.splitlines()) == 1
+        assert "damaged" not in error and "again in another" not in error and status.value.code == (2 if code == "EACCES" else 1)
+        assert ("ulimit -n" in error) == (code == "EMFILE")
+
+
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+
+
+def test_more_shards_than_open_files(tmp_path):
+    """Under ulimit -n 128; a fresh Python with PyTorch has fewer than 20 files open."""
+    write_shards(tmp_path / "shards", [300, *[70] * 400])
+    run = forked(tmp_path, "train", *TINY, "--data-dir", tmp_path / "shards", "--out-dir", tmp_path / "run", first=limit_files)
+    assert run.returncode == 0, run.stderr
+    assert len(read_stream(tmp_path / "run", "train")) == 20
+
+
+@pytest.mark.slow
+def test_twenty_thousand_shards_train(tmp_path):
+    """Opens, verifies and trains under ulimit -n 256, macOS's limit."""
+    entries = []
+    for index in range(20_000):
+        path = tmp_path / f"many_{'train' if index else 'val'}_{index:06d}.npy"
+        np.save(path, np.random.default_rng(index).integers(0, 257, 100).astype(np.uint16))
+        entries.append({"file": path.name, "tokens": 100, "sha256": sha256(path)})
+    write_json(tmp_path / "manifest.json", {"tokenizer": "bytes", "vocab_size": 257, "shards": entries})
+    flags = shlex.join([*TINY, "--data-dir", str(tmp_path), "--out-dir", str(tmp_path / "run"), "--total-batch-tokens", "32768"])
+    command = f"ulimit -n 256 && exec {sys.executable} {REPO / 'train.py'} {flags} --micro-batch-size 128"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(read_stream(tmp_path / "run", "train")) == 20  # each step reads from about a thousand shards
+
+
+def test_shard_shortened_while_open_is_named(tmp_path):
+    shards = find_shards(write_shards(tmp_path, [100, 5003]))
+    stream = TokenStream(shards, "train", 8, shuffle=False)
+    stream.batch([0])
+    os.truncate(tmp_path / "tiny_train_000001.npy", 1000)
+    with pytest.raises(ValueError, match=r"tiny_train_000001.npy has become shorter since the start: restore it"):
+        stream.batch([600])
+
+
+def test_replaced_shard_is_read_anew(tmp_path):
+    """Another stream in the same process must not get the open file of the earlier shard."""
+    for seed in (0, 1):
+        shards = find_shards(write_shards(tmp_path, [100, 5003], seed))
+        expected = np.load(tmp_path / "tiny_train_000001.npy")[:8].tolist()
+        assert TokenStream(shards, "train", 8, shuffle=False).batch([0])[0].tolist() == [expected]
 
 
 def test_batch_refuses_ids_beyond_the_vocabulary(tmp_path):
@@ -210,6 +304,74 @@ def test_missing_split_or_folder_is_refused(tmp_path):
         find_shards(tmp_path)
     with pytest.raises(ValueError, match="does not exist; make it: python fineweb.py"):
         find_shards(tmp_path / "nowhere")
+
+
+def test_other_files_are_no_shards(tmp_path):
+    for name in ("x_val_000000", "x_train_000001"):
+        np.save(tmp_path / f"{name}.npy", np.arange(20, dtype=np.uint16))
+        (tmp_path / f"._{name}.npy").write_bytes(b"\0\5\x16\7 Mac OS X")  # AppleDouble
+    for name in ("training_args.bin", "pytorch_model.bin", "scores.npy"):
+        (tmp_path / name).write_bytes(b"PK")
+    shards = find_shards(tmp_path)
+    assert [entry["file"] for entry in shards.entries] == ["x_train_000001.npy", "x_val_000000.npy"]
+    verify_shards(shards)
+
+
+def test_nanogpt_bin_is_named_as_such(tmp_path, monkeypatch):
+    """The advice in the message works."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        np.arange(50, dtype=np.uint16).tofile(f"{split}.bin")
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match=f"no {split} shard in .*: {split}.bin looks like nanoGPT's") as error:
+            find_shards(tmp_path)
+        exec(re.search(r"np\.save.*\)$", str(error.value))[0])
+    assert TokenStream(find_shards(tmp_path), "train", 8, shuffle=False).batch([0])[0].tolist() == [list(range(8))]
+
+
+@pytest.mark.parametrize("how", ["twice", "hard link", "symbolic link"])
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_repeated_shard_is_refused(tmp_path, how, with_manifest):
+    write_shards(tmp_path, [100, 200, 300])
+    manifest, first, name = read_json(tmp_path / "manifest.json", ""), tmp_path / "tiny_train_000001.npy", "tiny_train_000003.npy"
+    if how == "twice":
+        name = first.name
+    elif how == "hard link":
+        os.link(first, tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to(first.name)
+    manifest["shards"].append(manifest["shards"][1] | {"file": name})
+    write_json(tmp_path / "manifest.json", manifest)
+    if not with_manifest:
+        (tmp_path / "manifest.json").unlink()
+    with nullcontext() if how == "twice" and not with_manifest else pytest.raises(ValueError, match="tiny_train_000001.npy (twice|and)"):
+        find_shards(tmp_path)
+
+
+def test_equal_shards_are_accepted(tmp_path):
+    """Repetitive text makes them."""
+    for name in ("x_val_000000", "x_train_000001", "x_train_000002"):
+        np.save(tmp_path / f"{name}.npy", np.arange(20, dtype=np.uint16))
+    assert len(find_shards(tmp_path).split("train")) == 2
+
+
+def test_unfinished_preparation_is_refused(tmp_path):
+    write_shards(tmp_path, [100, 200])
+    (tmp_path / "progress.json").write_text("{}")
+    find_shards(tmp_path)  # a kill between the manifest and the removal of progress.json
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="is not finished: run the same fineweb.py command again"):
+        find_shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "part", [{"vocab_size": 257.0}, {"vocab_size": 0}, {"tokenizer": 5}, {"shards": [{}]}, {"shards": {}}, {"settings": []}]
+)
+def test_manifest_with_wrong_types_is_refused(tmp_path, part):
+    write_shards(tmp_path, [100, 100])
+    write_json(tmp_path / "manifest.json", read_json(tmp_path / "manifest.json", "") | part)
+    with pytest.raises(ValueError, match=f"not a manifest of shards \\(see its {next(iter(part))}\\): restore it from a copy"):
+        find_shards(tmp_path)
 
 
 def test_invalid_manifest_is_refused(tmp_path):

@@ -264,7 +264,11 @@ def test_plan_uses_the_measured_rate(tmp_path, shards, capsys):
         (out / "run.json").write_text(json.dumps(run | {"launches": [run["launches"][0] | {"device": card}]}))
         assert run_main(train.main, "--resume", "--plan", "--out-dir", out) == 2
         error = capsys.readouterr().err
-        assert ("unknown CPU throughput" if card else "run.json is damaged: restore it") in error
+        assert (
+            "unknown CPU throughput"
+            if card
+            else "run.json is damaged, or was written by another version of train.py (see its launches): restore it"
+        ) in error
 
 
 def test_largest_micro_batch_divides_and_fits():

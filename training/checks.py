@@ -10,15 +10,15 @@ from pathlib import Path
 import checkpoint
 from common import device
 from common.distributed import DistContext
-from common.files import read_json
 from common.tokenizer import VOCAB_SIZES
+from common.validation import from_dict
 from dataloader import Shards, differences, verify_shards
 from training import self_check, sharding
-from training.config import TrainConfig
+from training.config import MAY_CHANGE, TrainConfig
 from training.log import Log
 from training.memory import Setting, memory
 from training.presets import PRESETS
-from training.run_json import RUN, RUN_REMEDY
+from training.run_json import RUN, read_run_json
 from training.trainer import Trainer
 from variants import VariantConfig, build_on_meta
 
@@ -28,7 +28,7 @@ def check_data(config: TrainConfig, shards: Shards) -> Shards:
     if config.verify_shards:
         verify_shards(shards)
     if config.resume:
-        before = read_json(Path(config.out_dir, RUN), RUN_REMEDY)["data"]
+        before = read_run_json(Path(config.out_dir, RUN))["data"]
         if changed := differences(before, shards.contents()):
             more = f" and {len(changed) - 3} more" if changed[3:] else ""
             raise ValueError(
@@ -46,8 +46,10 @@ def check_host(config: TrainConfig, world: DistContext, shards: Shards):
         shards.contents()
         if config.verify_shards:
             verify_shards(shards)
-    except (ValueError, OSError) as e:
+    except (ValueError, FileNotFoundError) as e:
         raise ValueError(f"{platform.node()} needs the same shards in its --data-dir as the others: {e}") from e
+    except OSError as e:
+        raise OSError(e.errno, f"{e.strerror} on {platform.node()}", e.filename) from e
 
 
 def check_dtype(config: TrainConfig, world: DistContext):
@@ -123,7 +125,7 @@ def check_teacher_fits(config: TrainConfig, shards: Shards):
 
 def teacher_of_run(config: TrainConfig) -> str | None:
     """Returns the teacher's fingerprint in run.json; None for a new run, or if an older version began the run with this path."""
-    run = read_json(Path(config.out_dir, RUN), RUN_REMEDY) if config.resume else {"config": {"teacher": config.teacher}}
+    run = read_run_json(Path(config.out_dir, RUN)) if config.resume else {"config": {"teacher": config.teacher}}
     if "teacher_sha256" not in run and run["config"]["teacher"] != config.teacher:
         raise ValueError(f"--teacher {config.teacher}: this run began with {run['config']['teacher']}: put it back there")
     return run.get("teacher_sha256")
@@ -141,6 +143,18 @@ def check_memory(config: TrainConfig, world: DistContext):
             f"this model's weights, gradients and optimizer need {need / 1e9:.1f} GB, {world.device.type} has {have / 1e9:.1f} GB: choose "
             f"a smaller --n-layer{', --n-expert' if config.model.n_expert > 1 else ''} or --n-embd, or --shard it over more processes"
         )
+
+
+def check_checkpoint(config: TrainConfig, step: int | None):
+    """ValueError if run.json describes another model than the checkpoint to resume. It may be damaged and ask for terabytes."""
+    if step is None:
+        return
+    file = checkpoint.files_of(Path(config.out_dir), step).model
+    theirs = from_dict(VariantConfig, checkpoint.load_torch(file)["config"], file)
+    for name, value in vars(theirs).items():
+        if name not in MAY_CHANGE and value != getattr(config.model, name):
+            ours = f"{Path(config.out_dir, RUN)} has {name} {getattr(config.model, name)}"
+            raise ValueError(f"{ours}, {file.name} has {value}: restore {RUN} from a copy")
 
 
 def check_compiled(trainer: Trainer, step: int, log: Log):

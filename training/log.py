@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import cli, device
 from common.distributed import DistContext
-from common.files import append, sync
+from common.files import append, parse_json, sync
 from common.run_folder import RunFolder
 from plot_log import read_metrics
 from training.config import TrainConfig
@@ -150,8 +150,9 @@ def logged_loss(out_dir: Path, step: int) -> float | None:
     path = out_dir / "metrics.jsonl"
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         if line.startswith(f'{{"step": {step}, "loss": ') and line.endswith("}"):
-            loss = json.loads(line)["loss"]
-            loss = math.nan if loss is None else loss
+            with suppress(ValueError, KeyError, TypeError, OverflowError):  # a damaged line
+                found = parse_json(line)["loss"]
+                loss = math.nan if found is None else float(found)
     return loss
 
 

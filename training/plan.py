@@ -8,11 +8,10 @@ import torch
 
 from common import device
 from common.device import ASSUMED_MFU
-from common.files import read_json
 from plot_log import read_metrics
 from training.config import TrainConfig
 from training.memory import CUDA_ITSELF, Setting, largest_micro_batch, memory
-from training.run_json import RUN, RUN_REMEDY, last_launch
+from training.run_json import RUN, RUN_REMEDY, last_launch, read_run_json
 from training.sharding import reject_fp16
 from training.step_time import step_on
 from variants import build_on_meta, flops_per_token
@@ -27,7 +26,7 @@ def measured_rate(config: TrainConfig, name: str) -> float | None:
     path = Path(config.out_dir, RUN)
     if not path.exists():
         return None
-    launch, settings = last_launch(read_json(path, RUN_REMEDY), None), asdict(config)
+    launch, settings = last_launch(read_run_json(path), None), asdict(config)
     cpu = device.describe(torch.device("cpu"))
     try:
         card = "cpu" if launch["device"] == cpu else device.card_of(launch["device"])

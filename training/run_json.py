@@ -18,6 +18,7 @@ from common import device
 from common.distributed import DistContext
 from common.files import read_json
 from common.run_folder import RUN, RunFolder
+from common.validation import from_dict, has_type
 from training.config import TrainConfig
 from training.trainer import Trainer
 from variants import VariantConfig
@@ -30,21 +31,42 @@ def read_run(out_dir: Path, step: int | None = None) -> TrainConfig:
     path = out_dir / RUN
     if not path.exists():
         raise ValueError(f"there is no run in {out_dir}; check --out-dir, or start one without --resume")
+    run = read_run_json(path)
+    launch = run if step is None else last_launch(run, step)
+    if "config" not in launch:
+        raise ValueError(f"{path} has no launch that did step {step}: {RUN_REMEDY}")
+    settings = launch["config"]
+    return from_dict(TrainConfig, settings | {"model": from_dict(VariantConfig, settings["model"], path)}, path)
+
+
+def read_run_json(path: Path) -> dict:
+    """Reads a run.json, and checks the types of everything that some script reads from it. ValueError if it is damaged."""
     run = read_json(path, RUN_REMEDY)
-    try:
-        settings = run["config"] if step is None else last_launch(run, step)["config"]
-        if not isinstance(run["data"], dict) or not isinstance(run["launches"], list):
-            raise TypeError("data or launches")
-        return TrainConfig(**settings | {"model": VariantConfig(**settings["model"])})
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"{path} was written by another version of train.py ({e}): resume with that one") from e
+
+    def is_config(value) -> bool:
+        return isinstance(value, dict) and isinstance(value.get("model"), dict)
+
+    def is_data(value) -> bool:
+        entries = value.values() if isinstance(value, dict) else [None]
+        return all(isinstance(e, list) and len(e) == 2 and has_type(e[0], int) and has_type(e[1], str | None) for e in entries)
+
+    def is_launch(value) -> bool:
+        """Older launches lack some of these, and had one torchrun."""
+        kinds = {"step": int, "torchrun": list | str, "device": str, "world_size": int, "token": str, "code": dict}
+        known = isinstance(value, dict) and all(has_type(value[name], kind) for name, kind in kinds.items() if name in value)
+        return known and ("config" not in value or is_config(value["config"])) and value.get("world_size", 1) >= 1
+
+    checks = {"config": is_config, "data": is_data, "launches": lambda value: isinstance(value, list) and all(map(is_launch, value))}
+    wrong = [name for name, holds in checks.items() if not holds(run.get(name))]
+    wrong += [name for name in ("id", "size", "teacher_sha256", "init") if not has_type(run.get(name, ""), str)]
+    if wrong:
+        raise ValueError(f"{path} is damaged, or was written by another version of train.py (see its {', '.join(wrong)}): {RUN_REMEDY}")
+    return run
 
 
 def last_launch(run: dict, step: int | None) -> dict:
     """Returns run.json's last launch, or the last one that did this step; {} if there is none."""
-    launches = run.get("launches")
-    launches = [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
-    return ([launch for launch in launches if step is None or launch.get("step", 0) <= step] or [{}])[-1]
+    return ([launch for launch in run["launches"] if step is None or launch.get("step", 0) <= step] or [{}])[-1]
 
 
 def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, folder: RunFolder, step: int, torchruns: list[str]) -> str:
@@ -55,7 +77,7 @@ def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, fol
     if config.teacher:
         before["teacher_sha256"] = checkpoint.fingerprint(config.teacher)
     if path.exists():
-        before |= read_json(path, RUN_REMEDY)
+        before |= read_run_json(path)
     elif config.init_from:
         before["init"] = checkpoint.fingerprint(config.init_from, config.init_revision)
     settings = asdict(config) | {"resume": False, "replay_step": None}
@@ -130,7 +152,7 @@ def is_restart(out_dir: Path) -> bool:
     it misses a restart after a host came back."""
     if torchrun_id() == "" or not (out_dir / RUN).exists():
         return False
-    return torchrun_id() in last_launch(read_json(out_dir / RUN, RUN_REMEDY), None).get("torchrun", [])
+    return torchrun_id() in last_launch(read_run_json(out_dir / RUN), None).get("torchrun", [])
 
 
 def torchrun_id() -> str:
