@@ -211,6 +211,7 @@ def raise_full(out, *args):
 def test_unknown_backend_is_one_line(log, tmp_path):
     result = script("plot_log.py", log, "--out", tmp_path / "p.png", MPLBACKEND="nonsense")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "'nonsense' is not a valid value" in result.stderr
+    assert result.stderr.startswith(f"error: can't draw {tmp_path}/p.png (") and "look at MPLBACKEND" in result.stderr
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no\nfont"), OSError(28, "No space left on device")])

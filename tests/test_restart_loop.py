@@ -77,6 +77,17 @@ def test_another_run_at_work_is_left_alone(under_torchrun, shards, tmp_path):
         assert not (tmp_path / "run" / "failed.txt").exists()
 
 
+def test_lock_of_the_own_run_is_no_obstacle(under_torchrun, shards, tmp_path):
+    """A rank may fail while rank 0 still trains."""
+    assert run_train(shards, tmp_path / "run", "--max-steps", 2) == 0
+    with lock_folder(tmp_path / "run"):
+        failure.leave(tmp_path / "run" / "failed.txt", "no room")
+        under_torchrun("two")
+        with pytest.raises(ValueError, match="another process is writing"):
+            failure.leave(tmp_path / "run" / "failed.txt", "not this")
+    assert (tmp_path / "run" / "failed.txt").read_text().splitlines()[0] == "no room"
+
+
 def test_without_torchrun_a_mistake_writes_nothing(shards, tmp_path):
     assert run_train(shards, tmp_path / "run", "--micro-batch-size", 3) == 2 and not (tmp_path / "run").exists()
 
@@ -88,7 +99,6 @@ def test_quickstarts_folder_gets_its_failure(under_torchrun, tmp_path, monkeypat
 
 
 def test_one_ranks_failure_is_left_during_a_run(shards, tmp_path):
-    """Rank 0 still holds the lock then."""
     argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--timeout-minutes", 0.2]
     result = forked(tmp_path, "train", *argv, processes=2, first=out_of_memory_on_rank_1, TORCHELASTIC_ERROR_FILE=error_file("one"))
     assert result.returncode != 0
