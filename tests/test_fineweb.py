@@ -26,11 +26,12 @@ from hub import SHA, serve
 from test_dataloader import llmc_bin
 
 import fineweb
+from common import documents as reading
 from common import tokenizer as tokenizers
+from common.documents import LocalDocuments, read_file, stdlib_files
 from common.files import lock_folder, read_json
 from common.tokenizer import get_tokenizer
 from dataloader import find_shards, open_shard, verify_shards
-from fineweb import read_file
 
 TEXTS = [f"Document {i}: " + "naïve café, 日本語, \n\ttabs… " * (i % 7) + "<|endoftext|>" * (i % 2) for i in range(40)] + [""]
 
@@ -130,8 +131,8 @@ def test_read_a_folder_recursively_by_name(tmp_path):
 
 
 def test_stdlib_is_this_python_without_site_packages():
-    files = fineweb.stdlib_files()
-    assert files == fineweb.stdlib_files() and files != sorted(files)
+    files = stdlib_files()
+    assert files == stdlib_files() and files != sorted(files)
     assert json.__file__ in map(str, files) and not any("site-packages" in str(path) for path in files)
     assert sum(path.stat().st_size for path in files) > 8_000_000
 
@@ -375,12 +376,12 @@ def test_parts_divide_max_tokens(tmp_path, files, limit):
 
 
 def test_resume_opens_no_finished_file(tmp_path, files, monkeypatch):
-    opened, read = [], fineweb.read_file
-    monkeypatch.setattr(fineweb, "read_file", lambda path: opened.append(path.name) or read(path))
-    documents = fineweb.LocalDocuments(sorted(files.iterdir()))
+    opened, read = [], reading.read_file
+    monkeypatch.setattr(reading, "read_file", lambda path: opened.append(path.name) or read(path))
+    documents = LocalDocuments(sorted(files.iterdir()))
     states = [documents.state() for _ in documents]
     for number, state in enumerate(states, 1):
-        again, opened[:] = fineweb.LocalDocuments(documents.files), []
+        again, opened[:] = LocalDocuments(documents.files), []
         again.load_state(json.loads(json.dumps(state)))
         assert list(again) == TEXTS[number:]
         assert opened[0] == f"{0 if number <= 9 else 1 if number <= 20 else 3 if number <= 31 else 4}.parquet"
