@@ -1,13 +1,14 @@
 """Turns documents into tokens, and tokens into shards.
 
     python fineweb.py                                          # FineWeb-Edu's 10 B token sample, streamed from the hub
-    python fineweb.py --dataset docs/ more.jsonl.gz --out-dir mine    # your own .parquet .jsonl(.gz) .txt .md .py
+    python fineweb.py --dataset docs/ more.jsonl.gz --out-dir mine    # your own .parquet .jsonl .json .txt .md .py, also as .gz or .zst
     python fineweb.py --name sample-100BT --out-dir edu_fineweb100B --part 3/8      # on the third of eight machines
     python fineweb.py --pretokenized --out-dir fineweb10B      # ready GPT-2 shards: download only
 
 Kill it whenever you like. Run the same command again: it continues where it stopped.
 """
 
+import copy
 import itertools
 import multiprocessing
 import os
@@ -29,7 +30,24 @@ from typing import Literal
 import numpy as np
 
 from common import cli
-from common.documents import READABLE, LocalDocuments, check_part_count, local_files, require_text, stdlib_files
+from common.documents import (
+    BadRow,
+    BadRows,
+    How,
+    Listing,
+    LocalDocuments,
+    add_bad,
+    changes,
+    check_part_count,
+    check_text,
+    describe_bad,
+    kind_of,
+    list_files,
+    older_files,
+    older_revision,
+    shown,
+    stdlib_files,
+)
 from common.files import lock_folder, read_json, sha256, write_json
 from common.tokenizer import VOCAB_SIZES, fast_encode, get_tokenizer, tokenize
 from common.validation import raise_errors
@@ -37,7 +55,7 @@ from dataloader import MANIFEST, REMEDY, open_shard, part_folder, part_folders, 
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
-PROGRESS = "progress.json"
+PROGRESS, SOURCES = "progress.json", "sources.json"  # how far it is; which files the text is from, with their sha256
 CHUNK_CHARS = 1 << 20  # one worker's unit of work
 
 
@@ -51,6 +69,10 @@ class PrepareConfig:
     """Configuration of the hub's dataset; '' takes its default."""
     revision: str = ""
     """Branch, tag or commit on the hub. fineweb.py records the commit and keeps it on resume."""
+    text_field: str = "text"
+    """Field or column that has the text, in .parquet, .jsonl, .json and on the hub."""
+    skip_bad_rows: bool = False
+    """Leave out rows that can't be read (null, no string, not UTF-8, not JSON, truncated files), and count them."""
     out_dir: str = "edu_fineweb10B"
     """Folder for the shards."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
@@ -135,11 +157,14 @@ def busy_or_unreachable(e: Exception) -> bool:
 
 
 class HubDocuments:
-    """Streams the column 'text' of a dataset on the hub. part_range (index, count) takes one of `count` blocks of its files.
-    The state is that of the datasets library."""
+    """Streams a column of a dataset on the hub. part_range (index, count) takes one of `count` blocks of its files.
+    The state is that of the datasets library, the number of rows read, and the bad rows among them."""
 
-    def __init__(self, repo: str, name: str, revision: str, part_range: tuple[int, int] = (0, 1)):
-        self.repo, self.name, self.part_range = repo, name, part_range
+    sources = ()  # the commit identifies the files
+
+    def __init__(self, config: PrepareConfig, repo: str, revision: str):
+        self.repo, self.name, self.part_range, self.text_field = repo, config.name, config.part_range, config.text_field
+        self.rows, self.bad = 0, BadRows(config.skip_bad_rows)
         problem = f"{repo} is no local path, and looking it up on the hub failed"
         self.revision = hub_info(repo, revision, problem, "check the name, the revision and the network").sha
         self.dataset = retry(f"could not open {repo}", "check --name, --part and the network", busy, self.open)
@@ -147,16 +172,20 @@ class HubDocuments:
     def open(self):
         from datasets import load_dataset
 
-        dataset = load_dataset(self.repo, self.name or None, split="train", streaming=True, revision=self.revision, columns=["text"])
+        how = {"split": "train", "streaming": True, "revision": self.revision, "columns": [self.text_field]}
+        dataset = load_dataset(self.repo, self.name or None, **how)
         index, count = self.part_range
         check_part_count(self.part_range, dataset.num_shards)  # a shard of datasets is a file
         return dataset.shard(count, index, contiguous=True)
 
     def state(self) -> dict:
-        return self.dataset.state_dict()
+        return {"datasets": self.dataset.state_dict(), "rows": self.rows, "skipped": copy.deepcopy(self.bad.found)}
 
     def load_state(self, state: dict):
-        self.dataset.load_state_dict(state)
+        """Continues after a state. Older ones are the datasets library's alone."""
+        self.dataset.load_state_dict(state.get("datasets", state))
+        self.rows = int(state.get("rows", 0))
+        self.bad.load(state.get("skipped", {}))
 
     def __iter__(self) -> Iterator[str]:
         failures = 0
@@ -166,11 +195,17 @@ class HubDocuments:
                     state, self.dataset = self.state(), self.open()
                     self.load_state(state)
                 for row in self.dataset:
-                    yield require_text(row["text"], self.repo)
+                    self.rows += 1
+                    yield from self.bad.good([check_text(row[self.text_field], f"{self.repo}, row {self.rows:,}", self.text_field)])
                     failures = 0
                 return
+            except BadRow:
+                raise
             except (ValueError, KeyError, TypeError) as e:  # the data is at fault, not the network
-                raise ValueError(f"could not read {self.repo} ({brief(e)}): choose a dataset of parquet files with a column 'text'") from e
+                fix = f"choose a dataset of parquet files with a column '{self.text_field}', or another --text-field"
+                if isinstance(e, UnicodeDecodeError):  # the datasets library can't pass over a row
+                    fix = "a row is not UTF-8: download the files and give them as --dataset, with --skip-bad-rows"
+                raise ValueError(f"could not read {self.repo} after {self.rows:,} rows ({brief(e)}): {fix}") from e
             except Exception as e:
                 if cli.disk_failed(e):
                     raise
@@ -178,61 +213,81 @@ class HubDocuments:
                 back_off(f"could not read {self.repo}", e, failures)
 
 
-def local_documents(config: PrepareConfig) -> LocalDocuments | None:
-    """Opens --dataset if it is stdlib or if all its paths exist. None otherwise."""
+def list_dataset(config: PrepareConfig) -> Listing | None:
+    """Lists the files of --dataset if it is stdlib or if all its paths exist. None otherwise."""
     if config.dataset == ("stdlib",):
-        return LocalDocuments(stdlib_files(), config.part_range)
+        return Listing(stdlib_files())
     paths = [Path(name) for name in config.dataset]
-    return LocalDocuments(local_files(paths), config.part_range) if all(path.exists() for path in paths) else None
+    return list_files(paths, config.text_field, Path(config.out_dir)) if all(path.exists() for path in paths) else None
+
+
+def local_documents(config: PrepareConfig, revision: str = "", quiet: bool = False) -> LocalDocuments | None:
+    """Opens --dataset if it is local; None otherwise. revision: the recorded one, or ''. Says what is read and what is skipped."""
+    listing, stdlib = list_dataset(config), config.dataset == ("stdlib",)
+    if listing is None:
+        return None
+    if not (stdlib or quiet):
+        print("\n".join(listing.summary()), file=sys.stderr)
+    if revision.startswith("files-"):  # from a version that read other files and didn't hash them: continue as it began
+        files = listing.files if stdlib else older_files([Path(name) for name in config.dataset])
+        return LocalDocuments(files, config.part_range, How(tolerant=True), config.skip_bad_rows, older_revision(files))
+    # Python's library has wrong bytes on purpose, in tests of encodings
+    how = How(config.text_field, tolerant=stdlib)
+    return LocalDocuments(listing.files, config.part_range, how, config.skip_bad_rows)
 
 
 def open_documents(config: PrepareConfig, revision: str):
-    """Opens --dataset, local or on the hub. revision: the commit that an interrupted run recorded, or ''."""
-    if documents := local_documents(config):
+    """Opens --dataset, local or on the hub. revision: what an interrupted run recorded, or ''."""
+    if documents := local_documents(config, revision):
         return documents
     paths = [Path(name) for name in config.dataset]
     missing = [str(path) for path in paths if not path.exists()]
-    if len(paths) == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", missing[0]) and not missing[0].endswith(READABLE):
-        return HubDocuments(missing[0], config.name, revision or config.revision, config.part_range)
-    raise ValueError(f"--dataset: {', '.join(missing)} not found: give files, folders, 'stdlib', or one dataset on the hub")
+    if len(paths) == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", missing[0]) and not kind_of(paths[0]):
+        return HubDocuments(config, missing[0], revision or config.revision)
+    raise ValueError(f"--dataset: {shown(', '.join(missing))} not found: give files, folders, 'stdlib', or one dataset on the hub")
 
 
 # ---- documents → shards ----
 
 
-def chunks(documents) -> Iterator[tuple[dict, list[str]]]:
-    """Groups documents into chunks of about CHUNK_CHARS. Yields each with the state to load before reading it again."""
-    state, texts, size = documents.state(), [], 0
+def chunks(documents) -> Iterator[tuple[tuple[dict, dict], list[str]]]:
+    """Groups documents into chunks of about CHUNK_CHARS. Yields each with the states before and after it."""
+    before, texts, size = documents.state(), [], 0
     for text in documents:
         texts.append(text)
         size += len(text)
         if size >= CHUNK_CHARS:
-            yield state, texts
-            state, texts, size = documents.state(), [], 0
-    if texts:
-        yield state, texts
+            after = documents.state()
+            yield (before, after), texts
+            before, texts, size = after, [], 0
+    if texts or before != documents.state():  # bad rows at the end count too
+        yield (before, documents.state()), texts
 
 
-def tokenized(documents, tokenizer_name: str, workers: int) -> Iterator[tuple[dict, np.ndarray]]:
-    """Yields each chunk's state and tokens, in order.
+def encode(tokenizer_name: str, texts: list[str]) -> np.ndarray:
+    return tokenize(tokenizer_name, texts) if texts else np.empty(0, np.uint16)
+
+
+def tokenized(documents, tokenizer_name: str, workers: int) -> Iterator[tuple[tuple[dict, dict], np.ndarray]]:
+    """Yields each chunk's states and tokens, in order.
 
     One worker runs in this thread. More workers are threads if there is a fast encoder, since it releases the GIL; otherwise they are
     processes. To bound memory, it prefetches at most 2 · workers chunks.
     """
     if workers == 1:
-        for state, texts in chunks(documents):
-            yield state, tokenize(tokenizer_name, texts)
+        for states, texts in chunks(documents):
+            yield states, encode(tokenizer_name, texts)
         return
     with ThreadPoolExecutor(workers) if fast_encode(tokenizer_name) else processes(workers) as pool:
         pending = deque()
         try:
-            for state, texts in chunks(documents):
-                pending.append((state, pool.submit(tokenize, tokenizer_name, texts)))
+            for states, texts in chunks(documents):
+                pending.append((states, pool.submit(encode, tokenizer_name, texts)))
                 if len(pending) > 2 * workers:
-                    state, result = pending.popleft()
-                    yield state, result.result()
-            for state, result in pending:
-                yield state, result.result()
+                    states, result = pending.popleft()
+                    yield states, result.result()
+            for states, result in pending:
+                yield states, result.result()
         except BrokenProcessPool as e:
             raise ValueError("a tokenizing process was killed, probably because memory ran out: try fewer --workers") from e
         finally:
@@ -292,21 +347,16 @@ def tokenize_documents(out: Path, config: PrepareConfig):
     if progress is None:
         return
     documents = open_documents(config, progress["revision"])
-    if progress["revision"] not in ("", documents.revision):
-        raise ValueError(f"the files changed after the first run into {out}: restore them, or choose another --out-dir")
-    if progress["state"] is not None:
-        documents.load_state(progress["state"])
-    progress["revision"] = documents.revision
-    write_json(out / PROGRESS, progress)
+    begin(out, progress, documents)
 
-    shards, size = progress["shards"], config.shard_size
+    shards, size, end = progress["shards"], config.shard_size, {}
     done = sum(shard["tokens"] for shard in shards)
     index, count = config.part_range
     limit = config.max_tokens * (index + 1) // count - config.max_tokens * index // count
     budget = (limit if config.max_tokens else sys.maxsize) - done
     stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count())
     with cli.bar(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=limit or None, initial=done) as bar:
-        for tokens, resume_from in pack(stream, 2 * size, budget, progress["skip"], bar.update):
+        for tokens, resume_from in pack(stream, 2 * size, budget, progress["skip"], end, bar.update):
             first = size
             if not (index or shards) and len(tokens) < 2 * size:  # the whole corpus
                 first = len(tokens) // 10 or 1
@@ -314,15 +364,53 @@ def tokenize_documents(out: Path, config: PrepareConfig):
                 name = shard_name(config, "train" if index or shards else "val", len(shards))
                 shards.append(write_shard(out / name, piece))
             write_json(out / PROGRESS, progress | {"shards": shards, **resume_from})
+    progress["skipped"] = end.get("skipped", {})
     if not index and len(shards) < 2:
-        for name in (PROGRESS, *(shard["file"] for shard in shards)):
-            (out / name).unlink()
-        raise ValueError(f"{' '.join(config.dataset)}: not enough tokens for a val and a train shard: give more text")
+        for name in (PROGRESS, SOURCES, *(shard["file"] for shard in shards)):
+            (out / name).unlink(missing_ok=True)
+        why = describe_bad(progress["skipped"])
+        raise ValueError(f"{' '.join(config.dataset)}: not enough tokens for a val and a train shard{why and f' ({why})'}: give more text")
     write_manifest(out, progress, shards)
 
 
+def begin(out: Path, progress: dict, documents):
+    """Moves the documents to where the progress ends, and records which files they come from. ValueError if the files changed."""
+    if progress["revision"] not in ("", documents.revision):
+        changed = describe_changes(out, documents.sources)
+        raise ValueError(f"the files changed after the first run into {out}{changed}: restore them, or choose another --out-dir")
+    if progress["state"] is not None:
+        try:
+            documents.load_state(progress["state"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+            raise ValueError(f"{out / PROGRESS} is damaged ({type(e).__name__}: {e}): {START_AGAIN}") from e
+    write_sources(out, documents.revision, documents.sources)
+    progress["revision"] = documents.revision
+    write_json(out / PROGRESS, progress)
+
+
+def write_sources(out: Path, revision: str, sources: list):
+    if sources:
+        write_json(out / SOURCES, {"revision": revision, "files": sources})
+
+
+def describe_changes(folder: Path, sources: list) -> str:
+    """Names the files that differ from those that a folder was made from; '' if that is not known."""
+    names = changes(recorded_sources(folder), sources)
+    return names and f" ({names})"
+
+
+def recorded_sources(folder: Path) -> list:
+    """Returns [name, sha256] of each file that a folder was made from. [] for the hub, and for folders of older versions."""
+    if not (folder / SOURCES).exists():
+        return []
+    sources = read_json(folder / SOURCES, START_AGAIN).get("files")
+    if not (isinstance(sources, list) and all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in sources)):
+        raise ValueError(f"{folder / SOURCES} is damaged: {START_AGAIN}")
+    return sources
+
+
 def shard_name(config: PrepareConfig, split: str, index: int) -> str:
-    prefix = re.sub(r"[^a-z0-9]", "", Path(config.dataset[0]).stem.lower()) or "documents"
+    prefix = re.sub(r"[^a-z0-9]", "", Path(config.dataset[0]).stem.lower())[:200] or "documents"  # a name has at most 255 bytes
     return f"{prefix}_{split}_{index:06d}.npy"
 
 
@@ -330,11 +418,13 @@ def cut(tokens: np.ndarray, size: int) -> list[np.ndarray]:
     return [tokens[start : start + size] for start in range(0, len(tokens), size)]
 
 
-def pack(stream, room: int, budget: int, skip: int, on_tokens: Callable[[int], None]) -> Iterator[tuple[np.ndarray, dict]]:
+def pack(stream, room: int, budget: int, skip: int, end: dict, on_tokens: Callable[[int], None]) -> Iterator[tuple[np.ndarray, dict]]:
     """Packs chunks into pieces of `room` tokens; the last may be shorter. Drops the first `skip` tokens, then takes `budget`.
-    Yields each piece with the point to resume from after it. on_tokens is called with each number of tokens packed."""
+    Yields each piece with the point to resume from after it. on_tokens is called with each number of tokens packed. `end` becomes the
+    state after the last chunk that was used."""
     piece, filled, resume_from = np.empty(room, np.uint16), 0, {}
-    for state, tokens in stream:
+    for (state, after), tokens in stream:
+        end.update(after)
         taken, skip = skip, 0
         while taken < len(tokens) and budget:
             n = min(len(tokens) - taken, room - filled, budget)
@@ -352,7 +442,7 @@ def pack(stream, room: int, budget: int, skip: int, on_tokens: Callable[[int], N
         yield piece[:filled], resume_from
 
 
-START_AGAIN = "delete the folder and run the same command again"
+START_AGAIN = "move the folder away and run the same command again, or choose another --out-dir"
 
 
 def settings_of(config: PrepareConfig) -> dict:
@@ -360,21 +450,69 @@ def settings_of(config: PrepareConfig) -> dict:
     settings = {key: value for key, value in asdict(config).items() if key not in ("out_dir", "workers")}
     if not config.part:
         del settings["part"]
-    return settings | {"dataset": list(config.dataset)}
+    return settings | {"dataset": [str(Path(name)) for name in config.dataset]}  # d/ is d
+
+
+def other_settings(recorded: dict, config: PrepareConfig, skipped: dict, leave_out: tuple[str, ...] = ()) -> str:
+    """Names the settings that differ from recorded ones: '--shard-size 200 here, 100 there'. '' if none does.
+    --skip-bad-rows counts only if there were bad rows. A setting that an older version lacked had today's default."""
+    ours, defaults = settings_of(config), {"part": ""} | settings_of(PrepareConfig())
+    ignored = {*leave_out, *(() if skipped and not config.skip_bad_rows else ("skip_bad_rows",))}
+    names = [name for name in {**ours, **recorded} if name not in ignored]
+    pairs = {name: [settings.get(name, defaults.get(name)) for settings in (ours, recorded)] for name in names}
+    return "; ".join(f"{cli.flag(name)} {as_typed(a)} here, {as_typed(b)} there" for name, (a, b) in pairs.items() if not same(name, a, b))
+
+
+def same(name: str, a, b) -> bool:
+    """Whether two values of a setting are equal. Different spellings of a path are."""
+    if name == "dataset" and isinstance(b, list) and all(isinstance(path, str) for path in b):
+        return list(map(os.path.realpath, a)) == list(map(os.path.realpath, b))
+    return a == b and type(a) is type(b)
+
+
+def as_typed(value) -> str:
+    """A setting's value as on a command line; '' as quotes."""
+    return shown(" ".join(map(str, value))) if isinstance(value, list) else shown(value) or "''"
 
 
 def is_complete(out: Path, config: PrepareConfig) -> bool:
     """Whether this run's manifest exists; prints so. ValueError if it belongs to other settings or files."""
     if not (out / MANIFEST).exists():
         return False
-    manifest, documents = read_json(out / MANIFEST, START_AGAIN), local_documents(config)
-    if manifest.get("settings") != settings_of(config):
-        raise ValueError(f"{out} has shards made with other settings: choose another --out-dir")
+    manifest = read_manifest(out)
+    if other := other_settings(manifest["settings"], config, manifest.get("skipped", {})):
+        raise ValueError(f"{out} has shards made with other settings ({other}): choose another --out-dir")
+    documents = local_documents(config, manifest["revision"], quiet=True)
     if documents and documents.revision != manifest["revision"]:
-        raise ValueError(f"the files changed since {out} was made from them: choose another --out-dir")
+        changed = describe_changes(out, documents.sources)
+        raise ValueError(f"the files changed since {out} was made from them{changed}: choose another --out-dir")
     (out / PROGRESS).unlink(missing_ok=True)  # left by a kill between the last two steps
     print(f"{out} is already complete")
     return True
+
+
+def read_manifest(folder: Path) -> dict:
+    """Reads a manifest that this script wrote. ValueError if it is damaged or another program's."""
+    manifest = read_json(folder / MANIFEST, START_AGAIN)
+    if not has_types(
+        manifest | {"skipped": manifest.get("skipped", {})}, {"settings": dict, "revision": str, "shards": list, "skipped": dict}
+    ):
+        raise ValueError(f"{folder / MANIFEST} is damaged, or not made by this command: choose another --out-dir")
+    return manifest
+
+
+def has_types(content: dict, types: dict) -> bool:
+    """Whether a file's content has these fields with these types, and well-formed shards."""
+    if not all(name in content and isinstance(content[name], kind) and not isinstance(content[name], bool) for name, kind in types.items()):
+        return False
+    return all(
+        isinstance(entry, dict)
+        and all(type(entry.get(name)) is kind for name, kind in {"file": str, "tokens": int, "sha256": str}.items())
+        and Path(entry["file"]).name == entry["file"]
+        and split_of(entry["file"])
+        and entry["tokens"] > 0
+        for entry in content["shards"]
+    )
 
 
 def resume_point(out: Path, config: PrepareConfig) -> dict | None:
@@ -382,18 +520,19 @@ def resume_point(out: Path, config: PrepareConfig) -> dict | None:
     ValueError if it contains something else."""
     if is_complete(out, config):
         return None
-    settings = settings_of(config)
-    fresh = {"settings": settings, "revision": "", "shards": [], "state": None, "skip": 0}
+    fresh = {"settings": settings_of(config), "revision": "", "shards": [], "state": None, "skip": 0}
     if (out / PROGRESS).exists():
         progress = read_json(out / PROGRESS, START_AGAIN)
-        if progress.keys() != fresh.keys():
+        types = {"settings": dict, "revision": str, "shards": list, "state": dict | None, "skip": int}
+        if progress.keys() != fresh.keys() or not has_types(progress, types) or progress["skip"] < 0:
             raise ValueError(f"{out / PROGRESS} is damaged: {START_AGAIN}")
+        other = other_settings(progress["settings"], config, (progress["state"] or {}).get("skipped", {}))
         if not progress["shards"]:  # nothing to lose, so settings may change; keep the recorded commit of the hub
-            same = progress["settings"] == settings and not progress["revision"].startswith("files-")
-            return fresh | {"revision": progress["revision"]} if same else fresh
-        if progress["settings"] != settings:
-            raise ValueError(f"{out} has an unfinished run with other settings: use the same settings, or choose another --out-dir")
-        return progress
+            keep = not other and not progress["revision"].startswith(("files-", "sha256-"))
+            return fresh | {"revision": progress["revision"]} if keep else fresh
+        if other:
+            raise ValueError(f"{out} has an unfinished run with other settings ({other}): use the same, or choose another --out-dir")
+        return progress | {"settings": progress["settings"] | {"skip_bad_rows": config.skip_bad_rows}}
     if any(path.suffix in (".npy", ".bin") for path in out.iterdir()):
         raise ValueError(f"{out} has shards that this command did not make: choose another --out-dir")
     return fresh
@@ -411,6 +550,9 @@ def write_manifest(out: Path, progress: dict, shards: list[dict]):
         "settings": settings,
         "shards": shards,
     }
+    if skipped := progress.get("skipped"):
+        manifest["skipped"] = skipped
+        print(describe_bad(skipped), file=sys.stderr)
     write_json(out / MANIFEST, manifest)
     (out / PROGRESS).unlink(missing_ok=True)
     val_tokens = sum(shard["tokens"] for shard in shards if split_of(shard["file"]) == "val")
@@ -449,11 +591,13 @@ def join_parts(out: Path, config: PrepareConfig):
         folders = [part_folder(out, index, count) for index in range(count)]
         if missing := [folder.name for folder in folders if not (folder / MANIFEST).exists()]:
             return report_missing_parts(out, config, missing)
-        manifests = [read_json(folder / MANIFEST, START_AGAIN) for folder in folders]
+        manifests = [read_manifest(folder) for folder in folders]
         check_parts_match(config, folders, manifests)
         shards = move_shards(out, config, folders, manifests)
         settings = {key: value for key, value in manifests[0]["settings"].items() if key != "part"}
-        write_manifest(out, {"settings": settings, "revision": manifests[0]["revision"]}, shards)
+        write_sources(out, manifests[0]["revision"], recorded_sources(folders[0]))  # the same in all parts
+        skipped = add_bad(manifest.get("skipped", {}) for manifest in manifests)
+        write_manifest(out, {"settings": settings, "revision": manifests[0]["revision"], "skipped": skipped}, shards)
     for folder in part_folders(out):  # some may remain from a kill
         shutil.rmtree(folder)
 
@@ -468,17 +612,14 @@ def report_missing_parts(out: Path, config: PrepareConfig, missing: list[str]):
 
 def check_parts_match(config: PrepareConfig, folders: list[Path], manifests: list[dict]):
     """ValueError if parts differ in their settings from ours, or in their data from each other."""
-
-    def comparable(settings: dict) -> dict:
-        return {key: value for key, value in settings.items() if key not in ("part", "revision")}
-
-    ours, revision, errors = comparable(settings_of(config)), manifests[0]["revision"], []
+    revision, errors = manifests[0]["revision"], []
     for folder, manifest in zip(folders, manifests, strict=True):
-        if comparable(manifest["settings"]) != ours:
-            errors.append(f"{folder} was made with other settings: use the same, or move it away and make that part again")
+        if other := other_settings(manifest["settings"], config, manifest.get("skipped", {}), ("part", "revision")):
+            errors.append(f"{folder} was made with other settings ({other}): use the same, or move it away and make that part again")
         if manifest["revision"] != revision:
             errors.append(
-                f"{folder} was made from {manifest['revision']}, {folders[0]} from {revision}: "
+                f"{folder} was made from {manifest['revision']}, {folders[0]} from {revision}"
+                f"{describe_changes(folder, recorded_sources(folders[0]))}: "
                 "move one away and make it again from the same data"
             )
     raise_errors(errors)
@@ -547,6 +688,8 @@ def check_download(out: Path, file: str, expected: str | None) -> dict:
             raise ValueError(f"shard {out / file} is damaged (its sha256 is not the hub's)")
         return entry
     except ValueError as e:
+        if expected == sha256(out / file):
+            raise  # it is as on the hub, so another download would not help
         (out / file).unlink()
         fault = str(e).removesuffix(f": {REMEDY}")
         raise ValueError(f"{fault}: deleted it, run the same command again to download it") from e
