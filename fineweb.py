@@ -213,26 +213,19 @@ class HubDocuments:
                 back_off(f"could not read {self.repo}", e, failures)
 
 
-def list_dataset(config: PrepareConfig) -> Listing | None:
-    """Lists the files of --dataset if it is stdlib or if all its paths exist. None otherwise."""
-    if config.dataset == ("stdlib",):
-        return Listing(stdlib_files())
-    paths = [Path(name) for name in config.dataset]
-    return list_files(paths, config.text_field, Path(config.out_dir)) if all(path.exists() for path in paths) else None
-
-
 def local_documents(config: PrepareConfig, revision: str = "", quiet: bool = False) -> LocalDocuments | None:
-    """Opens --dataset if it is local; None otherwise. revision: the recorded one, or ''. Says what is read and what is skipped."""
-    listing, stdlib = list_dataset(config), config.dataset == ("stdlib",)
-    if listing is None:
+    """Opens --dataset if it is stdlib, or if all its paths exist; None otherwise. revision: the recorded one, or ''. Says what is read
+    and what is skipped, unless quiet."""
+    stdlib, paths = config.dataset == ("stdlib",), [Path(name) for name in config.dataset]
+    if not (stdlib or all(path.exists() for path in paths)):
         return None
+    if revision.startswith("files-"):  # from a version that read other files and didn't hash them: continue as it began
+        files = stdlib_files() if stdlib else older_files(paths)
+        return LocalDocuments(files, config.part_range, How(tolerant=True), config.skip_bad_rows, older_revision(files))
+    listing = Listing(stdlib_files()) if stdlib else list_files(paths, config.text_field, Path(config.out_dir))
     if not (stdlib or quiet):
         print("\n".join(listing.summary()), file=sys.stderr)
-    if revision.startswith("files-"):  # from a version that read other files and didn't hash them: continue as it began
-        files = listing.files if stdlib else older_files([Path(name) for name in config.dataset])
-        return LocalDocuments(files, config.part_range, How(tolerant=True), config.skip_bad_rows, older_revision(files))
-    # Python's library has wrong bytes on purpose, in tests of encodings
-    how = How(config.text_field, tolerant=stdlib)
+    how = How(config.text_field, tolerant=stdlib)  # Python's library has wrong bytes on purpose, in tests of encodings
     return LocalDocuments(listing.files, config.part_range, how, config.skip_bad_rows)
 
 
@@ -532,6 +525,8 @@ def resume_point(out: Path, config: PrepareConfig) -> dict | None:
             return fresh | {"revision": progress["revision"]} if keep else fresh
         if other:
             raise ValueError(f"{out} has an unfinished run with other settings ({other}): use the same, or choose another --out-dir")
+        for entry in progress["shards"]:
+            open_shard(out, entry)
         return progress | {"settings": progress["settings"] | {"skip_bad_rows": config.skip_bad_rows}}
     if any(path.suffix in (".npy", ".bin") for path in out.iterdir()):
         raise ValueError(f"{out} has shards that this command did not make: choose another --out-dir")

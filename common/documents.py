@@ -227,9 +227,9 @@ def read_parquet(path: Path, text_field: str) -> Iterator[str | Bad]:
     import pyarrow.parquet
 
     try:
-        file, number = pyarrow.parquet.ParquetFile(path), 0
+        file, name, number = pyarrow.parquet.ParquetFile(path), shown(path), 0
         if text_field not in file.schema_arrow.names:
-            yield no_field(file.schema_arrow.names, shown(path), text_field)
+            yield no_field(file.schema_arrow.names, name, text_field)
             return
         for batch in file.iter_batches(1024, columns=[text_field]):
             column = batch.column(text_field)
@@ -239,7 +239,7 @@ def read_parquet(path: Path, text_field: str) -> Iterator[str | Bad]:
                 texts = map(scalar, column)
             for text in texts:
                 number += 1
-                yield check_text(text, f"{shown(path)}, row {number:,}", text_field)
+                yield check_text(text, f"{name}, row {number:,}", text_field)
     except (pyarrow.ArrowException, OSError, KeyError, IndexError) as e:
         if isinstance(e, OSError) and e.errno is not None:
             raise
@@ -276,11 +276,15 @@ def json_lines(file: io.BufferedIOBase, path: Path, tolerant: bool) -> Iterator[
     """Yields the lines, each with its place. Splits at LF and CR alone: other line separators may stand inside a string."""
     encoding = "utf-8" if tolerant else encoding_of(file.peek(4)[:4])
     utf8 = encoding == "utf-8"
-    pieces = (piece for line in file for piece in line.splitlines()) if utf8 else io.TextIOWrapper(file, encoding)
-    number = 0
+    pieces = (
+        (piece for line in file for piece in (line.splitlines() if b"\r" in line else (line,)))
+        if utf8
+        else io.TextIOWrapper(file, encoding)
+    )
+    name, number = shown(path), 0
     try:
         for number, piece in enumerate(pieces, 1):
-            where = f"{shown(path)}, line {number:,}"
+            where = f"{name}, line {number:,}"
             if number == 1 and utf8:
                 piece = piece.removeprefix(codecs.BOM_UTF8)
             if isinstance(piece, bytes):
@@ -288,23 +292,33 @@ def json_lines(file: io.BufferedIOBase, path: Path, tolerant: bool) -> Iterator[
             if isinstance(piece, Bad) or piece.strip():
                 yield where, piece
     except UnicodeError as e:  # in UTF-16, only the rest can be left out
-        yield f"{shown(path)}, line {number + 1:,}", damaged(path, e)
+        yield f"{name}, line {number + 1:,}", damaged(path, e)
+
+
+LARGEST_VALUE = 1 << 31  # characters of JSON that are parsed in one piece
 
 
 def read_rows(lines: Iterator[tuple[str, str | Bad]], path: Path, how: How, kind: str) -> Iterator[str | Bad]:
     """Yields the document in each line of JSON. A .json whose first line is no row by itself is parsed as one value."""
-    if kind == ".json":
-        head = next(lines, None)
-        if head and not isinstance(parse(head[1]), dict):
-            text = [head, *lines]
-            rows = value_rows([line for _, line in text], path, how)
-            if rows or head[1][:1] == "[":
-                yield from rows
+    head = list(itertools.islice(lines, 1)) if kind == ".json" else []
+    if head and isinstance(head[0][1], str) and not isinstance(parse(head[0][1]), dict):
+        size = len(head[0][1])
+        for where, line in lines:
+            head.append((where, line))
+            size += len(line)
+            if size > LARGEST_VALUE:
+                fix = "make lines of it, with jq -c '.[]' for example"
+                yield Bad("too large", shown(path), "it is one value of more than 2 GB, and its first line is no row", fix)
                 return
-            lines, head = iter(text), None
-        lines = itertools.chain([head] if head else [], lines)
-    for where, line in lines:
-        yield line if isinstance(line, Bad) else read_row(parse(line), where, how)
+        rows = value_rows([line for _, line in head], path, how)
+        yield from rows
+        if rows:
+            return
+    for where, line in itertools.chain(head, lines):
+        if isinstance(line, Bad):
+            yield line
+        else:
+            yield read_row(parse(line), where, how, escapes="\\u" in line)
 
 
 def value_rows(lines: list[str | Bad], path: Path, how: How) -> list[str | Bad]:
@@ -313,7 +327,8 @@ def value_rows(lines: list[str | Bad], path: Path, how: How) -> list[str | Bad]:
     if isinstance(value, dict):
         return [read_row(value, shown(path), how)]
     if isinstance(value, list):
-        return [read_row(item, f"{shown(path)}, item {number:,}", how) for number, item in enumerate(value, 1)]
+        name = shown(path)
+        return [read_row(item, f"{name}, item {number:,}", how) for number, item in enumerate(value, 1)]
     return [value if isinstance(value, Bad) else Bad("not JSON", shown(path), f"not JSON ({value})")] if lines[0][:1] == "[" else []
 
 
@@ -325,8 +340,8 @@ def parse(line: str | Bad):
         return e
 
 
-def read_row(row, where: str, how: How) -> str | Bad:
-    """Returns the text in a row of JSON."""
+def read_row(row, where: str, how: How, escapes: bool = True) -> str | Bad:
+    """Returns the text in a row of JSON. Only escapes can hold half a character."""
     if isinstance(row, Exception):
         return Bad("not JSON", where, f"not JSON ({row})")
     if not isinstance(row, dict):
@@ -334,7 +349,7 @@ def read_row(row, where: str, how: How) -> str | Bad:
     if how.text_field not in row:
         return no_field(row, where, how.text_field)
     text = check_text(row[how.text_field], where, how.text_field)
-    if isinstance(text, str) and not text.isascii() and not how.tolerant:
+    if escapes and isinstance(text, str) and not text.isascii() and not how.tolerant:
         try:
             text.encode()
         except UnicodeEncodeError:
