@@ -221,6 +221,8 @@ def local_documents(config: PrepareConfig, revision: str = "", quiet: bool = Fal
         return None
     if revision.startswith("files-"):  # from a version that read other files and didn't hash them: continue as it began
         files = stdlib_files() if stdlib else older_files(paths)
+        if not quiet:
+            print(f"reading {len(files):,} files by the rules of the older version that began this", file=sys.stderr)
         return LocalDocuments(files, config.part_range, How(tolerant=True), config.skip_bad_rows, older_revision(files))
     listing = Listing(stdlib_files()) if stdlib else list_files(paths, config.text_field, Path(config.out_dir))
     if not (stdlib or quiet):
@@ -501,9 +503,9 @@ def has_types(content: dict, types: dict) -> bool:
     return all(
         isinstance(entry, dict)
         and all(type(entry.get(name)) is kind for name, kind in {"file": str, "tokens": int, "sha256": str}.items())
-        and Path(entry["file"]).name == entry["file"]
-        and split_of(entry["file"])
-        and entry["tokens"] > 0
+        and not Path(entry["file"]).is_absolute()
+        and ".." not in Path(entry["file"]).parts
+        and entry["tokens"] >= 0
         for entry in content["shards"]
     )
 

@@ -445,7 +445,10 @@ def walk(root: Path, out: Path | None, listing: Listing):
 
 def identity(path: Path):
     """Returns what two names of one file or folder have in common."""
-    info = os.stat(path)
+    try:
+        info = os.stat(path)
+    except OSError:  # a folder around the root may be closed to us
+        return os.path.realpath(path)
     return (info.st_dev, info.st_ino) if info.st_ino else os.path.realpath(path)  # some file systems have no inodes
 
 

@@ -1066,6 +1066,10 @@ def test_resume_streams_the_same_commit(tmp_path, fineweb_edu, monkeypatch):
         assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "stopped", first=stop_after_two_shards).returncode == 9
         progress = read_json(tmp_path / "stopped" / "progress.json", "")
         assert progress["revision"] == SHA and len(progress["shards"]) == 2
+        shutil.copytree(tmp_path / "stopped", tmp_path / "older")
+        (tmp_path / "older" / "progress.json").write_text(json.dumps(progress | {"state": progress["state"]["datasets"]}))
+        assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "older").returncode == 0
+        assert bytes_of(tmp_path / "complete") == bytes_of(tmp_path / "older")
         requests.clear()
         result = from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "stopped")
         assert result.returncode == 0, result.stderr
