@@ -249,7 +249,7 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     remedy = f"restore it from a copy, or {MAKE_AGAIN}"
     manifest = read_json(path, remedy)
-    kinds = {"tokenizer": str, "vocab_size": int, "source": str, "revision": str, "settings": dict}
+    kinds = {"tokenizer": str, "vocab_size": int, "source": str, "revision": str, "settings": dict, "skipped": dict}
     wrong = [name for name, kind in kinds.items() if name in manifest and not has_type(manifest[name], kind)]
     wrong += sorted({"tokenizer", "vocab_size"} - manifest.keys())
     if not wrong and manifest["vocab_size"] < 1:
@@ -267,7 +267,8 @@ def are_entries(shards) -> bool:
     def is_entry(entry) -> bool:
         kinds = {"file": str, "tokens": int, "sha256": str}
         typed = isinstance(entry, dict) and all(has_type(entry.get(name), kind) for name, kind in kinds.items())
-        return typed and entry["tokens"] >= 0 and entry["file"].isprintable()
+        inside = typed and not Path(entry["file"]).is_absolute() and ".." not in Path(entry["file"]).parts
+        return inside and entry["tokens"] >= 0 and entry["file"].isprintable()
 
     return isinstance(shards, list) and all(map(is_entry, shards))
 

@@ -1,27 +1,23 @@
 """Turns documents into tokens, and tokens into shards.
 
     python fineweb.py                                          # FineWeb-Edu's 10 B token sample, streamed from the hub
-    python fineweb.py --dataset docs/ more.jsonl.gz --out-dir mine    # your own .parquet .jsonl(.gz) .txt .md .py
+    python fineweb.py --dataset docs/ more.jsonl.gz --out-dir mine    # your own .parquet .jsonl .json .txt .md .py, also as .gz or .zst
     python fineweb.py --name sample-100BT --out-dir edu_fineweb100B --part 3/8      # on the third of eight machines
     python fineweb.py --pretokenized --out-dir fineweb10B      # ready GPT-2 shards: download only
 
 Kill it whenever you like. Run the same command again: it continues where it stopped.
 """
 
-import gzip
-import hashlib
+import copy
 import itertools
-import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
-import sysconfig
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -34,6 +30,24 @@ from typing import Literal
 import numpy as np
 
 from common import cli
+from common.documents import (
+    BadRow,
+    BadRows,
+    How,
+    Listing,
+    LocalDocuments,
+    add_bad,
+    changes,
+    check_part_count,
+    check_text,
+    describe_bad,
+    kind_of,
+    list_files,
+    older_files,
+    older_revision,
+    shown,
+    stdlib_files,
+)
 from common.files import lock_folder, read_json, sha256, write_json
 from common.tokenizer import VOCAB_SIZES, fast_encode, get_tokenizer, tokenize
 from common.validation import has_type, raise_errors
@@ -53,6 +67,7 @@ from dataloader import (
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
+SOURCES = "sources.json"  # which files the text is from, with their sha256
 CHUNK_CHARS = 1 << 20  # one worker's unit of work
 
 
@@ -66,6 +81,10 @@ class PrepareConfig:
     """Configuration of the hub's dataset; '' takes its default."""
     revision: str = ""
     """Branch, tag or commit on the hub. fineweb.py records the commit and keeps it on resume."""
+    text_field: str = "text"
+    """Field or column that has the text, in .parquet, .jsonl, .json and on the hub."""
+    skip_bad_rows: bool = False
+    """Leave out rows that can't be read (null, no string, not UTF-8, not JSON, truncated files), and count them."""
     out_dir: str = "edu_fineweb10B"
     """Folder for the shards."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
@@ -101,107 +120,6 @@ class PrepareConfig:
 
 
 # ---- documents ----
-
-
-def check_part_count(part_range: tuple[int, int], n_files: int):
-    index, count = part_range
-    if count > n_files:
-        raise ValueError(f"--part {index + 1}/{count} is too fine, the dataset has {n_files} files: make at most {n_files} parts")
-
-
-class LocalDocuments:
-    """Iterates over the documents of local files, in order. part_range (index, count) takes one of `count` blocks of the files.
-
-    The state is the current file and how many of its documents were read. So a resumed run does not open the files before it.
-    """
-
-    def __init__(self, files: list[Path], part_range: tuple[int, int] = (0, 1)):
-        index, count = part_range
-        check_part_count(part_range, len(files))
-        listing = [f"{path.name} {path.stat().st_size}" for path in files]
-        self.revision = "files-" + hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
-        self.files = files[index * len(files) // count : (index + 1) * len(files) // count]
-        self.file, self.done = 0, 0
-
-    def state(self) -> dict:
-        return {"file": self.file, "documents": self.done}
-
-    def load_state(self, state: dict):
-        self.file, self.done = state.get("file", 0), state["documents"]  # older states count documents from the first file
-        if not (has_type(self.file, int) and has_type(self.done, int) and 0 <= self.file < len(self.files) and self.done >= 0):
-            raise ValueError(f"no document {self.done!r} in file {self.file!r}")
-
-    def __iter__(self) -> Iterator[str]:
-        first, to_skip = self.file, self.done
-        for file in range(first, len(self.files)):
-            for done, text in enumerate(read_file(self.files[file]), 1):
-                if to_skip:
-                    to_skip -= 1
-                else:
-                    self.file, self.done = file, done
-                    yield text
-
-
-READABLE = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".md", ".py")
-
-
-def read_file(path: Path) -> Iterator[str]:
-    """Yields a file's documents: each row of .parquet, each line of .jsonl (field 'text'), or a whole .txt, .md or .py file."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024, columns=["text"]):
-                for text in batch.column("text").to_pylist():
-                    yield require_text(text, str(path))
-        except (pyarrow.ArrowException, OSError, KeyError, IndexError) as e:
-            raise ValueError(f"can't read {path} as parquet with a column 'text' ({e}): download it again or leave it out") from e
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", errors="replace") as file:
-            try:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield require_text(parse_line(line), f"{path}, line {number}")
-            except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-                raise ValueError(f"{path} is truncated or damaged ({e}): download it again or leave it out") from e
-    else:
-        yield path.read_text(encoding="utf-8", errors="replace")
-
-
-def parse_line(line: str):
-    """Returns the field 'text' of a line of JSON, or None."""
-    try:
-        return json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def require_text(text, where: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: the field 'text' is missing or not a string: fix or remove this document")
-    return text
-
-
-def local_files(paths: list[Path]) -> list[Path]:
-    """Lists the files, and all readable files below each folder, sorted by name."""
-    files = []
-    for path in paths:
-        if not path.is_dir() and not (path.is_file() and path.name.endswith(READABLE)):
-            raise ValueError(f"can't read {path}: give a folder, or a file that ends in {' '.join(READABLE)}")
-        found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(READABLE)) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"{path} contains no {' '.join(READABLE)} files: give another folder")
-        files += found
-    return files
-
-
-def stdlib_files() -> list[Path]:
-    """Lists the files of Python's standard library. They are sorted by a hash of the name, so that the val shard is a fair sample."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = (path.relative_to(root) for pattern in ("*.py", "*.txt") for path in root.rglob(pattern))
-    files = (path for path in files if not {"site-packages", "dist-packages", "__pycache__"} & set(path.parts))
-    return [root / path for path in sorted(files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())]
-
 
 HUB_TIMEOUT = 30  # seconds without a byte; dataset_info has no limit by default
 
@@ -251,11 +169,14 @@ def busy_or_unreachable(e: Exception) -> bool:
 
 
 class HubDocuments:
-    """Streams the column 'text' of a dataset on the hub. part_range (index, count) takes one of `count` blocks of its files.
-    The state is that of the datasets library."""
+    """Streams a column of a dataset on the hub. part_range (index, count) takes one of `count` blocks of its files.
+    The state is that of the datasets library, the number of rows read, and the bad rows among them."""
 
-    def __init__(self, repo: str, name: str, revision: str, part_range: tuple[int, int] = (0, 1)):
-        self.repo, self.name, self.part_range = repo, name, part_range
+    sources = ()  # the commit identifies the files
+
+    def __init__(self, config: PrepareConfig, repo: str, revision: str):
+        self.repo, self.name, self.part_range, self.text_field = repo, config.name, config.part_range, config.text_field
+        self.rows, self.bad = 0, BadRows(config.skip_bad_rows)
         problem = f"{repo} is no local path, and looking it up on the hub failed"
         self.revision = hub_info(repo, revision, problem, "check the name, the revision and the network").sha
         self.dataset = retry(f"could not open {repo}", "check --name, --part and the network", busy, self.open)
@@ -263,16 +184,20 @@ class HubDocuments:
     def open(self):
         from datasets import load_dataset
 
-        dataset = load_dataset(self.repo, self.name or None, split="train", streaming=True, revision=self.revision, columns=["text"])
+        how = {"split": "train", "streaming": True, "revision": self.revision, "columns": [self.text_field]}
+        dataset = load_dataset(self.repo, self.name or None, **how)
         index, count = self.part_range
         check_part_count(self.part_range, dataset.num_shards)  # a shard of datasets is a file
         return dataset.shard(count, index, contiguous=True)
 
     def state(self) -> dict:
-        return self.dataset.state_dict()
+        return {"datasets": self.dataset.state_dict(), "rows": self.rows, "skipped": copy.deepcopy(self.bad.found)}
 
     def load_state(self, state: dict):
-        self.dataset.load_state_dict(state)
+        """Continues after a state. Older ones are the datasets library's alone."""
+        self.dataset.load_state_dict(state.get("datasets", state))
+        self.rows = int(state.get("rows", 0))
+        self.bad.load(state.get("skipped", {}))
 
     def __iter__(self) -> Iterator[str]:
         failures = 0
@@ -282,11 +207,17 @@ class HubDocuments:
                     state, self.dataset = self.state(), self.open()
                     self.load_state(state)
                 for row in self.dataset:
-                    yield require_text(row["text"], self.repo)
+                    self.rows += 1
+                    yield from self.bad.good([check_text(row[self.text_field], f"{self.repo}, row {self.rows:,}", self.text_field)])
                     failures = 0
                 return
+            except BadRow:
+                raise
             except (ValueError, KeyError, TypeError) as e:  # the data is at fault, not the network
-                raise ValueError(f"could not read {self.repo} ({brief(e)}): choose a dataset of parquet files with a column 'text'") from e
+                fix = f"choose a dataset of parquet files with a column '{self.text_field}', or another --text-field"
+                if isinstance(e, UnicodeDecodeError):  # the datasets library can't pass over a row
+                    fix = "a row is not UTF-8: download the files and give them as --dataset, with --skip-bad-rows"
+                raise ValueError(f"could not read {self.repo} after {self.rows:,} rows ({brief(e)}): {fix}") from e
             except Exception as e:
                 if cli.disk_failed(e):
                     raise
@@ -294,61 +225,76 @@ class HubDocuments:
                 back_off(f"could not read {self.repo}", e, failures)
 
 
-def local_documents(config: PrepareConfig) -> LocalDocuments | None:
-    """Opens --dataset if it is stdlib or if all its paths exist. None otherwise."""
-    if config.dataset == ("stdlib",):
-        return LocalDocuments(stdlib_files(), config.part_range)
-    paths = [Path(name) for name in config.dataset]
-    return LocalDocuments(local_files(paths), config.part_range) if all(path.exists() for path in paths) else None
+def local_documents(config: PrepareConfig, revision: str = "", quiet: bool = False) -> LocalDocuments | None:
+    """Opens --dataset if it is stdlib, or if all its paths exist; None otherwise. revision: the recorded one, or ''. Says what is read
+    and what is skipped, unless quiet."""
+    stdlib, paths = config.dataset == ("stdlib",), [Path(name) for name in config.dataset]
+    if not (stdlib or all(path.exists() for path in paths)):
+        return None
+    if revision.startswith("files-"):  # from a version that read other files and didn't hash them: continue as it began
+        files = stdlib_files() if stdlib else older_files(paths)
+        if not quiet:
+            print(f"reading {len(files):,} files by the rules of the older version that began this", file=sys.stderr)
+        return LocalDocuments(files, config.part_range, How(tolerant=True), config.skip_bad_rows, older_revision(files))
+    listing = Listing(stdlib_files()) if stdlib else list_files(paths, config.text_field, Path(config.out_dir))
+    if not (stdlib or quiet):
+        print("\n".join(listing.summary()), file=sys.stderr)
+    how = How(config.text_field, tolerant=stdlib)  # Python's library has wrong bytes on purpose, in tests of encodings
+    return LocalDocuments(listing.files, config.part_range, how, config.skip_bad_rows)
 
 
 def open_documents(config: PrepareConfig, revision: str):
-    """Opens --dataset, local or on the hub. revision: the commit that an interrupted run recorded, or ''."""
-    if documents := local_documents(config):
+    """Opens --dataset, local or on the hub. revision: what an interrupted run recorded, or ''."""
+    if documents := local_documents(config, revision):
         return documents
     paths = [Path(name) for name in config.dataset]
     missing = [str(path) for path in paths if not path.exists()]
-    if len(paths) == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", missing[0]) and not missing[0].endswith(READABLE):
-        return HubDocuments(missing[0], config.name, revision or config.revision, config.part_range)
-    raise ValueError(f"--dataset: {', '.join(missing)} not found: give files, folders, 'stdlib', or one dataset on the hub")
+    if len(paths) == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", missing[0]) and not kind_of(paths[0]):
+        return HubDocuments(config, missing[0], revision or config.revision)
+    raise ValueError(f"--dataset: {shown(', '.join(missing))} not found: give files, folders, 'stdlib', or one dataset on the hub")
 
 
 # ---- documents → shards ----
 
 
-def chunks(documents) -> Iterator[tuple[dict, list[str]]]:
-    """Groups documents into chunks of about CHUNK_CHARS. Yields each with the state to load before reading it again."""
-    state, texts, size = documents.state(), [], 0
+def chunks(documents) -> Iterator[tuple[tuple[dict, dict], list[str]]]:
+    """Groups documents into chunks of about CHUNK_CHARS. Yields each with the states before and after it."""
+    before, texts, size = documents.state(), [], 0
     for text in documents:
         texts.append(text)
         size += len(text)
         if size >= CHUNK_CHARS:
-            yield state, texts
-            state, texts, size = documents.state(), [], 0
-    if texts:
-        yield state, texts
+            after = documents.state()
+            yield (before, after), texts
+            before, texts, size = after, [], 0
+    if texts or before != documents.state():  # bad rows at the end count too
+        yield (before, documents.state()), texts
 
 
-def tokenized(documents, tokenizer_name: str, workers: int) -> Iterator[tuple[dict, np.ndarray]]:
-    """Yields each chunk's state and tokens, in order.
+def encode(tokenizer_name: str, texts: list[str]) -> np.ndarray:
+    return tokenize(tokenizer_name, texts) if texts else np.empty(0, np.uint16)
+
+
+def tokenized(documents, tokenizer_name: str, workers: int) -> Iterator[tuple[tuple[dict, dict], np.ndarray]]:
+    """Yields each chunk's states and tokens, in order.
 
     One worker runs in this thread. More workers are threads if there is a fast encoder, since it releases the GIL; otherwise they are
     processes. To bound memory, it prefetches at most 2 · workers chunks.
     """
     if workers == 1:
-        for state, texts in chunks(documents):
-            yield state, tokenize(tokenizer_name, texts)
+        for states, texts in chunks(documents):
+            yield states, encode(tokenizer_name, texts)
         return
     with ThreadPoolExecutor(workers) if fast_encode(tokenizer_name) else processes(workers) as pool:
         pending = deque()
         try:
-            for state, texts in chunks(documents):
-                pending.append((state, pool.submit(tokenize, tokenizer_name, texts)))
+            for states, texts in chunks(documents):
+                pending.append((states, pool.submit(encode, tokenizer_name, texts)))
                 if len(pending) > 2 * workers:
-                    state, result = pending.popleft()
-                    yield state, result.result()
-            for state, result in pending:
-                yield state, result.result()
+                    states, result = pending.popleft()
+                    yield states, result.result()
+            for states, result in pending:
+                yield states, result.result()
         except BrokenProcessPool as e:
             raise ValueError("a tokenizing process was killed, probably because memory ran out: try fewer --workers") from e
         finally:
@@ -408,21 +354,16 @@ def tokenize_documents(out: Path, config: PrepareConfig):
     if progress is None:
         return
     documents = open_documents(config, progress["revision"])
-    if progress["revision"] not in ("", documents.revision):
-        raise ValueError(f"the files changed after the first run into {out}: restore them, or choose another --out-dir")
-    if progress["state"] is not None:
-        load_state(documents, progress["state"], out / PROGRESS)
-    progress["revision"] = documents.revision
-    write_json(out / PROGRESS, progress)
+    begin(out, progress, documents)
 
-    shards, size = progress["shards"], config.shard_size
+    shards, size, end = progress["shards"], config.shard_size, {}
     done = sum(shard["tokens"] for shard in shards)
     index, count = config.part_range
     limit = config.max_tokens * (index + 1) // count - config.max_tokens * index // count
     budget = (limit if config.max_tokens else sys.maxsize) - done
     stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count())
     with cli.bar(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=limit or None, initial=done) as bar:
-        for tokens, resume_from in pack(stream, 2 * size, budget, progress["skip"], bar.update):
+        for tokens, resume_from in pack(stream, 2 * size, budget, progress["skip"], end, bar.update):
             first = size
             if not (index or shards) and len(tokens) < 2 * size:  # the whole corpus
                 first = len(tokens) // 10 or 1
@@ -430,23 +371,53 @@ def tokenize_documents(out: Path, config: PrepareConfig):
                 name = shard_name(config, "train" if index or shards else "val", len(shards))
                 shards.append(write_shard(out / name, piece))
             write_json(out / PROGRESS, progress | {"shards": shards, **resume_from})
+    progress["skipped"] = end.get("skipped", {})
     if not index and len(shards) < 2:
-        for name in (PROGRESS, *(shard["file"] for shard in shards)):
-            (out / name).unlink()
-        raise ValueError(f"{' '.join(config.dataset)}: not enough tokens for a val and a train shard: give more text")
+        for name in (PROGRESS, SOURCES, *(shard["file"] for shard in shards)):
+            (out / name).unlink(missing_ok=True)
+        why = describe_bad(progress["skipped"])
+        raise ValueError(f"{' '.join(config.dataset)}: not enough tokens for a val and a train shard{why and f' ({why})'}: give more text")
     write_manifest(out, progress, shards)
 
 
-def load_state(documents, state: dict, path: Path):
-    """Continues the documents where progress.json says. ValueError if that state is damaged. path: of progress.json."""
-    try:
-        documents.load_state(state)
-    except (LookupError, TypeError, ValueError, AttributeError) as e:  # the datasets library raises any of them
-        raise ValueError(f"{path} is damaged ({brief(e)}): {START_AGAIN}") from e
+def begin(out: Path, progress: dict, documents):
+    """Moves the documents to where the progress ends, and records which files they come from. ValueError if the files changed."""
+    if progress["revision"] not in ("", documents.revision):
+        changed = describe_changes(out, documents.sources)
+        raise ValueError(f"the files changed after the first run into {out}{changed}: restore them, or choose another --out-dir")
+    if progress["state"] is not None:
+        try:
+            documents.load_state(progress["state"])
+        except (LookupError, TypeError, ValueError, AttributeError) as e:  # the datasets library raises any of them
+            raise ValueError(f"{out / PROGRESS} is damaged ({brief(e)}): {START_AGAIN}") from e
+    write_sources(out, documents.revision, documents.sources)
+    progress["revision"] = documents.revision
+    write_json(out / PROGRESS, progress)
+
+
+def write_sources(out: Path, revision: str, sources: list):
+    if sources:
+        write_json(out / SOURCES, {"revision": revision, "files": sources})
+
+
+def describe_changes(folder: Path, sources: list) -> str:
+    """Names the files that differ from those that a folder was made from; '' if that is not known."""
+    names = changes(recorded_sources(folder), sources)
+    return names and f" ({names})"
+
+
+def recorded_sources(folder: Path) -> list:
+    """Returns [name, sha256] of each file that a folder was made from. [] for the hub, and for folders of older versions."""
+    if not (folder / SOURCES).exists():
+        return []
+    sources = read_json(folder / SOURCES, START_AGAIN).get("files")
+    if not (isinstance(sources, list) and all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in sources)):
+        raise ValueError(f"{folder / SOURCES} is damaged: {START_AGAIN}")
+    return sources
 
 
 def shard_name(config: PrepareConfig, split: str, index: int) -> str:
-    prefix = re.sub(r"[^a-z0-9]", "", Path(config.dataset[0]).stem.lower()) or "documents"
+    prefix = re.sub(r"[^a-z0-9]", "", Path(config.dataset[0]).stem.lower())[:200] or "documents"  # a name has at most 255 bytes
     return f"{prefix}_{split}_{index:06d}.npy"
 
 
@@ -454,11 +425,13 @@ def cut(tokens: np.ndarray, size: int) -> list[np.ndarray]:
     return [tokens[start : start + size] for start in range(0, len(tokens), size)]
 
 
-def pack(stream, room: int, budget: int, skip: int, on_tokens: Callable[[int], None]) -> Iterator[tuple[np.ndarray, dict]]:
+def pack(stream, room: int, budget: int, skip: int, end: dict, on_tokens: Callable[[int], None]) -> Iterator[tuple[np.ndarray, dict]]:
     """Packs chunks into pieces of `room` tokens; the last may be shorter. Drops the first `skip` tokens, then takes `budget`.
-    Yields each piece with the point to resume from after it. on_tokens is called with each number of tokens packed."""
+    Yields each piece with the point to resume from after it. on_tokens is called with each number of tokens packed. `end` becomes the
+    state after the last chunk that was used."""
     piece, filled, resume_from = np.empty(room, np.uint16), 0, {}
-    for state, tokens in stream:
+    for (state, after), tokens in stream:
+        end.update(after)
         taken, skip = skip, 0
         while taken < len(tokens) and budget:
             n = min(len(tokens) - taken, room - filled, budget)
@@ -484,21 +457,53 @@ def settings_of(config: PrepareConfig) -> dict:
     settings = {key: value for key, value in asdict(config).items() if key not in ("out_dir", "workers")}
     if not config.part:
         del settings["part"]
-    return settings | {"dataset": list(config.dataset)}
+    return settings | {"dataset": [str(Path(name)) for name in config.dataset]}  # d/ is d
+
+
+def other_settings(recorded: dict, config: PrepareConfig, skipped: dict, leave_out: tuple[str, ...] = ()) -> str:
+    """Names the settings that differ from recorded ones: '--shard-size 200 here, 100 there'. '' if none does.
+    --skip-bad-rows counts only if there were bad rows. A setting that an older version lacked had today's default."""
+    ours, defaults = settings_of(config), {"part": ""} | settings_of(PrepareConfig())
+    ignored = {*leave_out, *(() if skipped and not config.skip_bad_rows else ("skip_bad_rows",))}
+    names = [name for name in {**ours, **recorded} if name not in ignored]
+    pairs = {name: [settings.get(name, defaults.get(name)) for settings in (ours, recorded)] for name in names}
+    return "; ".join(f"{cli.flag(name)} {as_typed(a)} here, {as_typed(b)} there" for name, (a, b) in pairs.items() if not same(name, a, b))
+
+
+def same(name: str, a, b) -> bool:
+    """Whether two values of a setting are equal. Different spellings of a path are."""
+    if name == "dataset" and isinstance(b, list) and all(isinstance(path, str) for path in b):
+        return list(map(os.path.realpath, a)) == list(map(os.path.realpath, b))
+    return a == b and type(a) is type(b)
+
+
+def as_typed(value) -> str:
+    """A setting's value as on a command line; '' as quotes."""
+    return shown(" ".join(map(str, value))) if isinstance(value, list) else shown(value) or "''"
 
 
 def is_complete(out: Path, config: PrepareConfig) -> bool:
     """Whether this run's manifest exists; prints so. ValueError if it belongs to other settings or files."""
     if not (out / MANIFEST).exists():
         return False
-    manifest, documents = read_manifest(out), local_documents(config)
-    if manifest.get("settings") != settings_of(config):
-        raise ValueError(f"{out} has shards made with other settings: choose another --out-dir")
-    if documents and documents.revision != manifest.get("revision"):
-        raise ValueError(f"the files changed since {out} was made from them: choose another --out-dir")
+    manifest = own_manifest(out)
+    if other := other_settings(manifest["settings"], config, manifest.get("skipped", {})):
+        raise ValueError(f"{out} has shards made with other settings ({other}): choose another --out-dir")
+    documents = local_documents(config, manifest["revision"], quiet=True)
+    if documents and documents.revision != manifest["revision"]:
+        changed = describe_changes(out, documents.sources)
+        raise ValueError(f"the files changed since {out} was made from them{changed}: choose another --out-dir")
     (out / PROGRESS).unlink(missing_ok=True)  # left by a kill between the last two steps
     print(f"{out} is already complete")
     return True
+
+
+def own_manifest(folder: Path) -> dict:
+    """Reads a manifest that this script wrote. ValueError if it is damaged or another program's."""
+    manifest = read_manifest(folder)
+    if missing := {"settings", "revision"} - manifest.keys():
+        raise ValueError(f"{folder / MANIFEST} is damaged or not made by fineweb.py, it has no {min(missing)}: {START_AGAIN}")
+    return manifest
 
 
 def resume_point(out: Path, config: PrepareConfig) -> dict | None:
@@ -506,16 +511,18 @@ def resume_point(out: Path, config: PrepareConfig) -> dict | None:
     ValueError if it contains something else."""
     if is_complete(out, config):
         return None
-    settings = settings_of(config)
-    fresh = {"settings": settings, "revision": "", "shards": [], "state": None, "skip": 0}
+    fresh = {"settings": settings_of(config), "revision": "", "shards": [], "state": None, "skip": 0}
     if (out / PROGRESS).exists():
         progress = read_progress(out / PROGRESS)
+        other = other_settings(progress["settings"], config, (progress["state"] or {}).get("skipped", {}))
         if not progress["shards"]:  # nothing to lose, so settings may change; keep the recorded commit of the hub
-            same = progress["settings"] == settings and not progress["revision"].startswith("files-")
-            return fresh | {"revision": progress["revision"]} if same else fresh
-        if progress["settings"] != settings:
-            raise ValueError(f"{out} has an unfinished run with other settings: use the same settings, or choose another --out-dir")
-        return progress
+            keep = not other and not progress["revision"].startswith(("files-", "sha256-"))
+            return fresh | {"revision": progress["revision"]} if keep else fresh
+        if other:
+            raise ValueError(f"{out} has an unfinished run with other settings ({other}): use the same, or choose another --out-dir")
+        for entry in progress["shards"]:
+            inspect_shard(out, entry)
+        return progress | {"settings": progress["settings"] | {"skip_bad_rows": config.skip_bad_rows}}
     if any(path.suffix in (".npy", ".bin") for path in out.iterdir()):
         raise ValueError(f"{out} has shards that this command did not make: choose another --out-dir")
     return fresh
@@ -543,6 +550,9 @@ def write_manifest(out: Path, progress: dict, shards: list[dict]):
         "settings": settings,
         "shards": shards,
     }
+    if skipped := progress.get("skipped"):
+        manifest["skipped"] = skipped
+        print(describe_bad(skipped), file=sys.stderr)
     write_json(out / MANIFEST, manifest)
     (out / PROGRESS).unlink(missing_ok=True)
     val_tokens = sum(shard["tokens"] for shard in shards if split_of(shard["file"]) == "val")
@@ -581,20 +591,15 @@ def join_parts(out: Path, config: PrepareConfig):
         folders = [part_folder(out, index, count) for index in range(count)]
         if missing := [folder.name for folder in folders if not (folder / MANIFEST).exists()]:
             return report_missing_parts(out, config, missing)
-        manifests = [read_part_manifest(folder) for folder in folders]
+        manifests = [own_manifest(folder) for folder in folders]
         check_parts_match(config, folders, manifests)
         shards = move_shards(out, config, folders, manifests)
         settings = {key: value for key, value in manifests[0]["settings"].items() if key != "part"}
-        write_manifest(out, {"settings": settings, "revision": manifests[0]["revision"]}, shards)
+        write_sources(out, manifests[0]["revision"], recorded_sources(folders[0]))  # the same in all parts
+        skipped = add_bad(manifest.get("skipped", {}) for manifest in manifests)
+        write_manifest(out, {"settings": settings, "revision": manifests[0]["revision"], "skipped": skipped}, shards)
     for folder in part_folders(out):  # some may remain from a kill
         shutil.rmtree(folder)
-
-
-def read_part_manifest(folder: Path) -> dict:
-    manifest = read_manifest(folder)
-    if missing := {"settings", "revision"} - manifest.keys():
-        raise ValueError(f"{folder / MANIFEST} is damaged, it has no {min(missing)}: {START_AGAIN}")
-    return manifest
 
 
 def report_missing_parts(out: Path, config: PrepareConfig, missing: list[str]):
@@ -607,17 +612,14 @@ def report_missing_parts(out: Path, config: PrepareConfig, missing: list[str]):
 
 def check_parts_match(config: PrepareConfig, folders: list[Path], manifests: list[dict]):
     """ValueError if parts differ in their settings from ours, or in their data from each other."""
-
-    def comparable(settings: dict) -> dict:
-        return {key: value for key, value in settings.items() if key not in ("part", "revision")}
-
-    ours, revision, errors = comparable(settings_of(config)), manifests[0]["revision"], []
+    revision, errors = manifests[0]["revision"], []
     for folder, manifest in zip(folders, manifests, strict=True):
-        if comparable(manifest["settings"]) != ours:
-            errors.append(f"{folder} was made with other settings: use the same, or move it away and make that part again")
+        if other := other_settings(manifest["settings"], config, manifest.get("skipped", {}), ("part", "revision")):
+            errors.append(f"{folder} was made with other settings ({other}): use the same, or move it away and make that part again")
         if manifest["revision"] != revision:
             errors.append(
-                f"{folder} was made from {manifest['revision']}, {folders[0]} from {revision}: "
+                f"{folder} was made from {manifest['revision']}, {folders[0]} from {revision}"
+                f"{describe_changes(folder, recorded_sources(folders[0]))}: "
                 "move one away and make it again from the same data"
             )
     raise_errors(errors)
@@ -686,6 +688,8 @@ def check_download(out: Path, file: str, expected: str | None) -> dict:
             raise ValueError(f"shard {out / file} is damaged (its sha256 is not the hub's)")
         return entry
     except ValueError as e:
+        if expected == sha256(out / file):
+            raise  # it is as on the hub, so another download would not help
         (out / file).unlink()
         fault = str(e).removesuffix(f": {REMEDY}")
         raise ValueError(f"{fault}: deleted it, run the same command again to download it") from e

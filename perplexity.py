@@ -19,6 +19,7 @@ import tyro
 from checkpoint import load_with_tokenizer
 from common import cli
 from common.device import pick_device, pick_dtype
+from common.documents import BadRows, How, describe_bad, read_file, shown
 from common.tokenizer import Tokenizer
 from common.validation import raise_errors
 from dataloader import Shards, TokenStream, find_shards
@@ -32,7 +33,7 @@ class PerplexityConfig:
     """Measure how well a model predicts text."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Text files, or folders of shards."""
+    """Text files (.jsonl, .json and .parquet: rows of text), or folders of shards."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "gpt2"
     """A checkpoint.pt, a run's folder, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
     device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
@@ -47,6 +48,10 @@ class PerplexityConfig:
     """Windows per forward pass. Changes only the rounding."""
     json: bool = False
     """Print JSON."""
+    text_field: str = "text"
+    """Field or column that has the text, in .parquet, .jsonl and .json."""
+    skip_bad_rows: bool = False
+    """Leave out rows that can't be read (null, no string, not UTF-8, not JSON, truncated files), and count them."""
 
     def validate(self):
         """ValueError with all errors at once."""
@@ -106,16 +111,19 @@ def score(model: GPT, tokenizer: Tokenizer, rows: Iterator[Row], batch_size: int
     }
 
 
-def read_text(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
-    """The ids of a text file, after an <|endoftext|>, as in the training data. Warns if the file is not all UTF-8.
-    ValueError if it is empty."""
-    text = path.read_bytes().decode("utf-8", "replace")  # read_text would change line ends
-    if "\N{REPLACEMENT CHARACTER}" in text:
-        print(f"warning: {path} is not all UTF-8: scoring replacement characters instead", file=sys.stderr)
-    ids = tokenizer.encode(text)
-    if not ids:
-        raise ValueError(f"{path} is empty: pass a file with text")
-    return [tokenizer.eot, *(ids[:max_tokens] if max_tokens else ids)]
+def read_ids(path: Path, config: PerplexityConfig, tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids of a file's documents, each after an <|endoftext|>: those that fineweb.py writes into shards. ValueError if
+    there are none."""
+    bad, ids = BadRows(config.skip_bad_rows), []
+    for text in bad.good(read_file(path, How(config.text_field))):
+        ids += [tokenizer.eot, *tokenizer.encode(text)]
+        if config.max_tokens and len(ids) > config.max_tokens:
+            break
+    if bad.found:
+        print(f"{shown(path)}: {describe_bad(bad.found)}", file=sys.stderr)
+    if len(ids) < 2:
+        raise ValueError(f"{shown(path)} is empty: pass a file with text")
+    return ids[: config.max_tokens + 1] if config.max_tokens else ids
 
 
 def main():
@@ -135,7 +143,7 @@ def main():
                     raise ValueError(f"{path} has {shards.vocab_size} ids, the model {model.config.vocab_size}: score the text itself")
                 rows, total = rows_of_shards(shards, T, config.max_tokens)
             else:
-                ids = read_text(Path(path), tokenizer, config.max_tokens)
+                ids = read_ids(Path(path), config, tokenizer)
                 rows, total = rows_of_text(ids, T, min(config.stride, T)), len(ids) - 1
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 results.append({"path": path, **score(model, tokenizer, rows, config.batch_size, total)})

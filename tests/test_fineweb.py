@@ -16,6 +16,8 @@ import threading
 import time
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +28,12 @@ from hub import SHA, serve
 from test_dataloader import llmc_bin
 
 import fineweb
+from common import documents as reading
 from common import tokenizer as tokenizers
+from common.documents import LocalDocuments, read_file, stdlib_files
 from common.files import lock_folder, read_json
 from common.tokenizer import get_tokenizer
 from dataloader import find_shards, open_shard, verify_shards
-from fineweb import read_file
 
 TEXTS = [f"Document {i}: " + "naïve café, 日本語, \n\ttabs… " * (i % 7) + "<|endoftext|>" * (i % 2) for i in range(40)] + [""]
 
@@ -111,14 +114,6 @@ def test_read_every_local_format(tmp_path):
     for name in ("d.txt", "e.md", "f.py"):
         (tmp_path / name).write_text("é\n", encoding="utf-8")
         assert list(read_file(tmp_path / name)) == ["é\n"]
-    malformed, read = b'{"text": "caf\xe9 \\ud800"}\n\n{"text": ""}\n{"text": "b"}', ["caf\N{REPLACEMENT CHARACTER} \ud800", "", "b"]
-    (tmp_path / "g.txt").write_bytes(b"caf\xe9")
-    assert list(read_file(tmp_path / "g.txt")) == ["caf\N{REPLACEMENT CHARACTER}"]
-    (tmp_path / "h.jsonl").write_bytes(malformed)
-    (tmp_path / "i.jsonl.gz").write_bytes(gzip.compress(malformed))
-    assert list(read_file(tmp_path / "h.jsonl")) == list(read_file(tmp_path / "i.jsonl.gz")) == read
-    assert prepare("--dataset", tmp_path / "h.jsonl", "--out-dir", tmp_path / "out") == 0
-    assert row(tmp_path / "out") == expected(read)
 
 
 def test_read_a_folder_recursively_by_name(tmp_path):
@@ -130,8 +125,8 @@ def test_read_a_folder_recursively_by_name(tmp_path):
 
 
 def test_stdlib_is_this_python_without_site_packages():
-    files = fineweb.stdlib_files()
-    assert files == fineweb.stdlib_files() and files != sorted(files)
+    files = [found.path for found in stdlib_files()]
+    assert files == [found.path for found in stdlib_files()] and files != sorted(files)
     assert json.__file__ in map(str, files) and not any("site-packages" in str(path) for path in files)
     assert sum(path.stat().st_size for path in files) > 8_000_000
 
@@ -291,7 +286,11 @@ def test_too_small_corpus_leaves_no_files(tmp_path, capsys):
         ({}, ["--dataset", "{}"], "contains no .parquet"),
         ({"a.pdf": b"x"}, ["--dataset", "{}/a.pdf"], "give a folder, or a file that ends in .parquet"),
         ({"a.txt": b""}, ["--dataset", "{}/a.txt"], "not enough tokens"),
-        ({"a.jsonl": b'{"text": "x"}\n{"txt": 1}\n'}, ["--dataset", "{}/a.jsonl"], "line 2: the field 'text' is missing or not a string"),
+        (
+            {"a.jsonl": b'{"text": "x"}\n{"txt": 1}\n'},
+            ["--dataset", "{}/a.jsonl"],
+            "line 2: the field 'text' is missing (it has txt): choose another with --text-field",
+        ),
         ({"a.jsonl": b"not json"}, ["--dataset", "{}/a.jsonl"], "line 1"),
         ({"a.jsonl": b"[" * 200_000}, ["--dataset", "{}/a.jsonl"], "line 1"),
         ({}, ["--dataset"], "--dataset has no value"),
@@ -304,7 +303,7 @@ def test_too_small_corpus_leaves_no_files(tmp_path, capsys):
         ({"a.jsonl": b'{"text": "x"}\n\n{"text": null}'}, ["--dataset", "{}/a.jsonl"], "line 3"),
         ({}, ["--dataset", "/dev/zero"], "give a folder, or a file that ends in .parquet"),
         ({"a.jsonl.gz": b"not gzip"}, ["--dataset", "{}/a.jsonl.gz"], "a.jsonl.gz"),
-        ({"a.parquet": b"PAR1"}, ["--dataset", "{}/a.parquet"], "a.parquet as parquet with a column 'text'"),
+        ({"a.parquet": b"PAR1"}, ["--dataset", "{}/a.parquet"], "a.parquet: it is truncated or damaged"),
         ({"a.txt": b"hello"}, ["--dataset", "{}/a.txt", "--shard-size", "0"], "--shard-size is 0: it must be at least 1"),
         ({"a.txt": b"hello", "out/a_train_000001.npy": b""}, ["--dataset", "{}/a.txt"], "shards that this command did not make"),
     ],
@@ -321,7 +320,7 @@ def test_bad_input_is_a_one_line_error(tmp_path, capsys, files, argv, message):
 def test_parquet_without_text_column_is_named(tmp_path, capsys):
     pq.write_table(pa.table({"content": ["x"]}), tmp_path / "a.parquet")
     assert prepare("--dataset", tmp_path / "a.parquet", "--out-dir", tmp_path / "out") == 2
-    assert "column 'text'" in capsys.readouterr().err
+    assert "a.parquet: the field 'text' is missing (it has content): choose another with --text-field" in the_error(capsys.readouterr().err)
 
 
 # ---- parts ----
@@ -349,7 +348,7 @@ def test_joined_parts_equal_a_run_without_parts(tmp_path, files, capsys, parts, 
     manifest = read_json(out / "manifest.json", "")
     names = [shard["file"] for shard in manifest["shards"]]
     assert names == [f"in_{'train' if i else 'val'}_{i:06d}.npy" for i in range(len(names))]
-    assert sorted(path.name for path in out.iterdir()) == sorted([".lock", "manifest.json", *names])
+    assert sorted(path.name for path in out.iterdir()) == sorted([".lock", "manifest.json", "sources.json", *names])
     bounds = {1: [0, 41], 2: [0, 20, 41], 3: [0, 9, 20, 41], 5: [0, 9, 20, 20, 31, 41]}[parts]  # of the parts, in TEXTS
     first, *others = [len(expected(TEXTS[start:stop])) for start, stop in itertools.pairwise(bounds)]
     val = size if first >= 2 * size else first // 10
@@ -375,12 +374,12 @@ def test_parts_divide_max_tokens(tmp_path, files, limit):
 
 
 def test_resume_opens_no_finished_file(tmp_path, files, monkeypatch):
-    opened, read = [], fineweb.read_file
-    monkeypatch.setattr(fineweb, "read_file", lambda path: opened.append(path.name) or read(path))
-    documents = fineweb.LocalDocuments(sorted(files.iterdir()))
+    opened, read = [], reading.read_file
+    monkeypatch.setattr(reading, "read_file", lambda path, how: opened.append(path.name) or read(path, how))
+    documents = LocalDocuments(reading.list_files([files], "text").files)
     states = [documents.state() for _ in documents]
     for number, state in enumerate(states, 1):
-        again, opened[:] = fineweb.LocalDocuments(documents.files), []
+        again, opened[:] = LocalDocuments(documents.files), []
         again.load_state(json.loads(json.dumps(state)))
         assert list(again) == TEXTS[number:]
         assert opened[0] == f"{0 if number <= 9 else 1 if number <= 20 else 3 if number <= 31 else 4}.parquet"
@@ -459,7 +458,7 @@ def test_mismatched_parts_are_refused_and_nothing_moves(tmp_path, files, capsys)
     check_refused("mixes parts of 2 and of 3: move one kind elsewhere", "--part", "1/3")
     prepare(*argv, "--shard-size", 200, "--part", "2/2")
     capsys.readouterr()
-    check_refused("part-2-of-2 was made with other settings: use the same, or move it away and make that part again")
+    check_refused("part-2-of-2 was made with other settings (--shard-size 300 here, 200 there): use the same, or move it away and make")
     shutil.rmtree(second)
     (files / "5.txt").write_text("one more file")
     prepare(*argv, "--part", "2/2")
@@ -499,6 +498,46 @@ def test_invalid_part_is_a_one_line_error(tmp_path, files, capsys, argv, message
     assert message in the_error(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("damage", ["progress.json", "manifest.json", "sources.json"])
+def test_damaged_record_is_one_line(tmp_path, corpus, capsys, monkeypatch, damage):
+    """Puts a wrong value at each place of a JSON file. No traceback, and no advice to delete."""
+    out, argv = tmp_path / "out", ["--dataset", corpus, "--shard-size", 1000, "--out-dir", tmp_path / "out"]
+    if damage != "manifest.json":
+        monkeypatch.setattr(fineweb, "CHUNK_CHARS", 70)
+        with monkeypatch.context() as patch:
+            stop_after(patch, 2)
+            assert prepare(*argv) == 130
+    else:
+        assert prepare(*argv) == 0
+    if damage == "sources.json":
+        corpus.write_text(corpus.read_text().replace("Document", "DOCUMENT"))
+    kept, refused = bytes_of_tree(out), 0
+    for content in damaged_values(json.loads(kept[str(out / damage)])):
+        for path, old in kept.items():
+            Path(path).write_bytes(old)
+        (out / damage).write_text(json.dumps(content))
+        capsys.readouterr()
+        if status := prepare(*argv):
+            refused += 1
+            error = the_error(capsys.readouterr().err)
+            assert status == 2 and "delete" not in error, error
+    assert refused > 5
+
+
+def damaged_values(content):
+    """Yields copies of JSON, each with one value replaced by one of another type or size."""
+    for key in list(content) if isinstance(content, dict) else range(len(content))[:1]:
+        for wrong in (None, -1, 10**30, "x", [], {}, True):
+            copy = json.loads(json.dumps(content))
+            copy[key] = wrong
+            yield copy
+        if isinstance(content[key], dict | list):
+            for inner in damaged_values(content[key]):
+                copy = json.loads(json.dumps(content))
+                copy[key] = inner
+                yield copy
+
+
 def test_part_in_an_unfinished_folder_is_refused(tmp_path, files, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "progress.json").write_text("{}")
@@ -513,6 +552,239 @@ def test_training_needs_joined_parts(tmp_path, files, capsys):
     assert "has parts that are not joined yet: run the same fineweb.py command without --part" in the_error(capsys.readouterr().err)
     prepare(*argv, "2/2")
     assert run_train(tmp_path / "out", tmp_path / "log", "--max-steps", 2, "--val-tokens", 64) == 0
+
+
+# ---- which text it is ----
+
+
+def text_folder(folder, **texts):
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def stop_after(monkeypatch, count: int):
+    """Stops each launch like a kill, right after it recorded its `count`-th progress."""
+    write_json, recorded = fineweb.write_json, []
+
+    def stop(path, content):
+        write_json(path, content)
+        recorded.append(path.name)
+        if recorded.count("progress.json") == count:
+            recorded.clear()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fineweb, "write_json", stop)
+
+
+def test_edit_that_keeps_the_size_is_named(tmp_path, capsys):
+    docs = text_folder(tmp_path / "d", a="the cat sat\n" * 50, b="on the mat\n")
+    before = (docs / "a.txt").stat()
+    argv = ["--dataset", docs, "--out-dir", tmp_path / "out"]
+    assert prepare(*argv) == 0
+    text_folder(docs, a="the dog sat\n" * 50)
+    os.utime(docs / "a.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
+    capsys.readouterr()
+    assert prepare(*argv) == 2
+    assert "out was made from them (changed: d/a.txt): choose another --out-dir" in the_error(capsys.readouterr().err)
+    text_folder(docs, a="the cat sat\n" * 50, c="new")
+    (docs / "b.txt").unlink()
+    assert prepare(*argv) == 2 and "(missing: d/b.txt; new: d/c.txt)" in the_error(capsys.readouterr().err)
+
+
+def test_resume_never_mixes_old_and_new_text(tmp_path, capsys, monkeypatch):
+    docs = text_folder(tmp_path / "d", a="a" * 500, b="b" * 500, c="c" * 500)
+    argv = ["--dataset", docs, "--shard-size", 200, "--out-dir"]
+    assert prepare(*argv, tmp_path / "complete") == 0
+    monkeypatch.setattr(fineweb, "CHUNK_CHARS", 70)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert prepare(*argv, tmp_path / "out") == 130
+    text_folder(docs, a="A" * 500)
+    capsys.readouterr()
+    assert prepare(*argv, tmp_path / "out") == 2
+    assert (
+        "files changed after the first run into" in (error := the_error(capsys.readouterr().err)) and "(changed: d/a.txt): restore" in error
+    )
+    text_folder(docs, a="a" * 500)
+    assert prepare(*argv, tmp_path / "out") == 0
+    assert bytes_of(tmp_path / "complete") == bytes_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_text("B" * 500), os.unlink])
+def test_file_that_changes_midway_is_named(tmp_path, capsys, monkeypatch, change):
+    docs = text_folder(tmp_path / "d", a="a" * 500, b="b" * 500)
+    read = reading.read_file
+
+    def change_the_next(path, how):
+        yield from read(path, how)
+        if path.name == "a.txt":
+            change(docs / "b.txt")
+
+    monkeypatch.setattr(reading, "read_file", change_the_next)
+    assert prepare("--dataset", docs, "--out-dir", tmp_path / "out") == 2
+    error = the_error(capsys.readouterr().err)
+    assert "d/b.txt changed while it was read" in error or "d/b.txt can't be read any more (No such file or directory)" in error
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_other_settings_are_named(tmp_path, capsys, monkeypatch):
+    docs = text_folder(tmp_path / "d", a="a" * 500)
+    argv = ["--dataset", docs, "--out-dir", tmp_path / "out"]
+    assert prepare(*argv, "--shard-size", 100) == 0
+    capsys.readouterr()
+    assert prepare(*argv, "--shard-size", 200, "--text-field", "body", "--name", "") == 2
+    named = "(--name '' here, sample-10BT there; --text-field body here, text there; --shard-size 200 here, 100 there)"
+    assert f"{tmp_path}/out has shards made with other settings {named}: choose another --out-dir" in the_error(capsys.readouterr().err)
+    monkeypatch.chdir(tmp_path)
+    for same in ("d", "d/", "./d", "d/../d"):
+        assert prepare("--dataset", same, "--out-dir", "out", "--shard-size", 100, "--skip-bad-rows") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert prepare("--dataset", docs, "--out-dir", "half", "--shard-size", 100) == 130
+    capsys.readouterr()
+    assert prepare("--dataset", docs, "--out-dir", "half", "--shard-size", 100, "--max-tokens", 300) == 2
+    assert "has an unfinished run with other settings (--max-tokens 300 here, 0 there)" in the_error(capsys.readouterr().err)
+
+
+def as_older(folder, files: list):
+    """Rewrites a folder's manifest or progress as versions before --skip-bad-rows wrote it."""
+    for path in (folder / "manifest.json", folder / "progress.json"):
+        if path.exists():
+            content = read_json(path, "")
+            content["revision"] = reading.older_revision([reading.Found("", file) for file in files])
+            for name in ("text_field", "skip_bad_rows"):
+                del content["settings"][name]
+            if content.get("state"):
+                del content["state"]["skipped"]
+            path.write_text(json.dumps(content))
+    (folder / "sources.json").unlink()
+
+
+def test_older_folder_is_compared_by_names_and_sizes(tmp_path, capsys):
+    docs = text_folder(tmp_path / "d", a="a" * 500)
+    assert prepare("--dataset", docs, "--out-dir", tmp_path / "out") == 0
+    text_folder(docs / ".hidden", h="older versions read this too")
+    (docs / "B.TXT").write_text("but not this")
+    as_older(tmp_path / "out", [docs / ".hidden" / "h.txt", docs / "a.txt"])
+    assert prepare("--dataset", docs, "--out-dir", tmp_path / "out") == 0 and "already complete" in capsys.readouterr().out
+    text_folder(docs, a="a" * 501)
+    assert prepare("--dataset", docs, "--out-dir", tmp_path / "out") == 2 and "the files changed since" in capsys.readouterr().err
+
+
+def test_older_preparation_continues_as_it_began(tmp_path, monkeypatch):
+    """Its second half reads a hidden file, a byte order mark and wrong bytes as older versions did."""
+    docs = text_folder(tmp_path / "d", a="a" * 500)
+    argv = ["--dataset", docs, "--shard-size", 200, "--out-dir", tmp_path / "out"]
+    monkeypatch.setattr(fineweb, "CHUNK_CHARS", 70)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert prepare(*argv) == 130
+    (docs / "b.txt").write_bytes("\ufeffb\r\n".encode() + b"\xff")
+    text_folder(docs, c="c")
+    (docs / ".d.txt").write_text("d")
+    as_older(tmp_path / "out", [docs / "a.txt", docs / "b.txt", docs / "c.txt"])
+    assert prepare(*argv) == 2  # .d.txt is new
+    (docs / ".d.txt").rename(docs / "c.py")
+    as_older_files = sorted(docs.iterdir())
+    progress = read_json(tmp_path / "out" / "progress.json", "")
+    progress["revision"] = reading.older_revision([reading.Found("", file) for file in as_older_files])
+    (tmp_path / "out" / "progress.json").write_text(json.dumps(progress))
+    assert prepare(*argv) == 0
+    assert row(tmp_path / "out") == expected(["a" * 500, "\ufeffb\n\N{REPLACEMENT CHARACTER}", "d", "c"])
+
+
+# ---- bad rows ----
+
+BAD_ROWS = [b'{"text": null}', b"cut", b'{"text": "\xff"}', b'{"body": "x"}']
+
+
+@pytest.fixture
+def bad_files(tmp_path):
+    """Returns a folder of three files. Bad rows are everywhere, also at the start, at the end and alone in a file."""
+    rows = [json.dumps({"text": f"good {i} " + "x" * (i * 7 % 40)}).encode() for i in range(40)]
+    mixed = [BAD_ROWS[0], *(line for i, row in enumerate(rows) for line in (row, *BAD_ROWS[: i % 5])), BAD_ROWS[1]]
+    (tmp_path / "in").mkdir()
+    for name, lines in {"a": mixed[:60], "b": BAD_ROWS, "c": mixed[60:], "d": BAD_ROWS}.items():
+        (tmp_path / "in" / f"{name}.jsonl").write_bytes(b"\n".join(lines))
+    return tmp_path / "in", [json.loads(row)["text"] for row in rows], len(mixed) + 8 - 40
+
+
+def test_skipped_rows_are_counted_in_the_manifest(tmp_path, bad_files, capsys, monkeypatch):
+    folder, texts, count = bad_files
+    monkeypatch.setattr(fineweb, "CHUNK_CHARS", 1)  # so the last chunk has bad rows alone
+    argv = ["--dataset", folder, "--shard-size", 300, "--out-dir"]
+    assert prepare(*argv, tmp_path / "strict") == 2
+    assert f"{folder}/a.jsonl, line 1: the field 'text' is null: fix" in the_error(capsys.readouterr().err)
+    assert prepare(*argv, tmp_path / "out", "--skip-bad-rows") == 0
+    assert row(tmp_path / "out") == expected(texts)
+    skipped = read_json(tmp_path / "out" / "manifest.json", "")["skipped"]
+    assert sum(entry["rows"] for entry in skipped.values()) == count
+    assert f"--skip-bad-rows left out {count} documents: " in capsys.readouterr().err
+    assert prepare(*argv, tmp_path / "out") == 2
+    assert "(--skip-bad-rows False here, True there)" in the_error(capsys.readouterr().err)
+
+
+def test_skipped_rows_survive_a_kill_anywhere(tmp_path, bad_files, monkeypatch):
+    folder, _, _ = bad_files
+    argv = ["--dataset", folder, "--shard-size", 60, "--skip-bad-rows", "--out-dir"]
+    monkeypatch.setattr(fineweb, "CHUNK_CHARS", 70)
+    assert prepare(*argv, tmp_path / "complete") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        launches = 0
+        while prepare(*argv, tmp_path / "stopped") == 130:
+            launches += 1
+    assert launches > 8
+    assert bytes_of(tmp_path / "complete") == bytes_of(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("limit", [0, 500])
+def test_count_of_skipped_rows_ignores_workers_and_parts(tmp_path, bad_files, monkeypatch, limit):
+    folder, _, count = bad_files
+    monkeypatch.setattr(fineweb, "CHUNK_CHARS", 70)
+    argv = ["--dataset", folder, "--shard-size", 300, "--max-tokens", limit, "--skip-bad-rows", "--out-dir"]
+    for workers in (1, 3):
+        assert prepare(*argv, tmp_path / f"out{workers}", "--workers", workers) == 0
+    assert bytes_of(tmp_path / "out1") == bytes_of(tmp_path / "out3")
+    if not limit:
+        for part in (1, 2):
+            assert prepare(*argv, tmp_path / "parts", "--part", f"{part}/2") == 0
+        plain, joined = (read_json(tmp_path / name / "manifest.json", "") for name in ("out1", "parts"))
+        assert joined["skipped"].keys() == plain["skipped"].keys() and joined["revision"] == plain["revision"]
+        assert sum(entry["rows"] for entry in joined["skipped"].values()) == count
+
+
+def test_skip_bad_rows_may_be_added_later(tmp_path, monkeypatch, capsys):
+    """A bad row late in a large file must not cost what is already tokenized."""
+    rows = [json.dumps({"text": "x" * 100}) for _ in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, "cut off", *rows]))
+    argv = ["--dataset", tmp_path / "a.jsonl", "--shard-size", 300, "--out-dir"]
+    monkeypatch.setattr(fineweb, "CHUNK_CHARS", 70)
+    assert prepare(*argv, tmp_path / "out") == 2 and "line 21: not JSON" in the_error(capsys.readouterr().err)
+    before = (tmp_path / "out" / "a_val_000000.npy").stat().st_mtime_ns
+    assert prepare(*argv, tmp_path / "out", "--skip-bad-rows") == 0
+    assert (tmp_path / "out" / "a_val_000000.npy").stat().st_mtime_ns == before
+    assert prepare(*argv, tmp_path / "complete", "--skip-bad-rows") == 0
+    assert bytes_of(tmp_path / "complete") == bytes_of(tmp_path / "out")
+
+
+def test_hub_rows_are_named_or_skipped(tmp_path, fineweb_edu):
+    texts = ["one", None, "two", "three"]
+    pq.write_table(pa.table({"body": texts, "id": range(4)}), tmp_path / "rows.parquet")
+    repo = {"README.md": CARD, "sample/10BT/000_00000.parquet": (tmp_path / "rows.parquet").read_bytes()}
+    with serve({"datasets/HuggingFaceFW/fineweb-edu": repo}) as (url, _):
+        result = from_hub(url, tmp_path, "--out-dir", tmp_path / "none")
+        assert result.returncode == 2 and "--text-field" in the_error(result.stderr)
+        argv = ("--text-field", "body", "--out-dir", tmp_path / "out")
+        result = from_hub(url, tmp_path, *argv)
+        assert result.returncode == 2 and "fineweb-edu, row 2: the field 'body' is null" in the_error(result.stderr)
+        result = from_hub(url, tmp_path, *argv, "--skip-bad-rows")
+    assert result.returncode == 0, result.stderr
+    assert row(tmp_path / "out") == expected(["one", "two", "three"])
+    manifest = read_json(tmp_path / "out" / "manifest.json", "")
+    assert manifest["skipped"] == {"null": {"rows": 1, "first": ["HuggingFaceFW/fineweb-edu, row 2"]}}
 
 
 # ---- a full disk ----
@@ -575,8 +847,9 @@ def test_full_disk_while_downloading_is_not_retried(monkeypatch):
 
     monkeypatch.setattr("tiktoken.get_encoding", disk_full)
     monkeypatch.setattr(fineweb.time, "sleep", no_sleep)
-    monkeypatch.setattr(fineweb.HubDocuments, "__init__", lambda self: setattr(self, "repo", "x/y"))
-    documents = fineweb.HubDocuments()
+    monkeypatch.setattr(fineweb, "hub_info", lambda *args: SimpleNamespace(sha=SHA))
+    monkeypatch.setattr(fineweb, "retry", lambda *args: None)
+    documents = fineweb.HubDocuments(fineweb.PrepareConfig(), "x/y", "")
     documents.dataset = map(disk_full, [1])
     for fetch in (lambda: get_tokenizer.__wrapped__("gpt2"), lambda: next(iter(documents))):
         with pytest.raises(OSError, match="No space left"):
@@ -755,10 +1028,11 @@ def test_lost_connection_drops_or_doubles_no_document(monkeypatch):
             raise ConnectionError("still gone")
         return Dataset()
 
-    monkeypatch.setattr(fineweb.HubDocuments, "__init__", lambda self: setattr(self, "repo", "x/y"))
+    monkeypatch.setattr(fineweb, "hub_info", lambda *args: SimpleNamespace(sha=SHA))
+    monkeypatch.setattr(fineweb, "retry", lambda *args: None)
     monkeypatch.setattr(fineweb.HubDocuments, "open", reopen)
     monkeypatch.setattr(fineweb.time, "sleep", lambda seconds: None)
-    documents = fineweb.HubDocuments()
+    documents = fineweb.HubDocuments(fineweb.PrepareConfig(), "x/y", "")
     documents.dataset = documents.open()
     assert list(documents) == list("012345") and len(opened) == 4
 
@@ -792,6 +1066,10 @@ def test_resume_streams_the_same_commit(tmp_path, fineweb_edu, monkeypatch):
         assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "stopped", first=stop_after_two_shards).returncode == 9
         progress = read_json(tmp_path / "stopped" / "progress.json", "")
         assert progress["revision"] == SHA and len(progress["shards"]) == 2
+        shutil.copytree(tmp_path / "stopped", tmp_path / "older")
+        (tmp_path / "older" / "progress.json").write_text(json.dumps(progress | {"state": progress["state"]["datasets"]}))
+        assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "older").returncode == 0
+        assert bytes_of(tmp_path / "complete") == bytes_of(tmp_path / "older")
         requests.clear()
         result = from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "stopped")
         assert result.returncode == 0, result.stderr
@@ -813,7 +1091,7 @@ def test_unknown_dataset_is_a_one_line_error(tmp_path, fineweb_edu):
         assert result.returncode == 2 and "sample-9BT" in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(("recorded", "kept"), [("abc", "abc"), ("files-abc", "")])
+@pytest.mark.parametrize(("recorded", "kept"), [("abc", "abc"), ("files-abc", ""), ("sha256-abc", "")])
 def test_kill_before_first_shard_keeps_the_commit(tmp_path, recorded, kept):
     config = fineweb.PrepareConfig(dataset=("owner/name",), out_dir=str(tmp_path))
     progress = fineweb.resume_point(tmp_path, config)

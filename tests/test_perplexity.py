@@ -1,11 +1,14 @@
 """Compares perplexity.py with Hugging Face's losses over lm-evaluation-harness's windows, and with train.py's log."""
 
+import gzip
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +16,10 @@ from conftest import REPO, read_stream, run_main, run_train
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fineweb
 import perplexity
 from common.tokenizer import get_tokenizer
+from dataloader import find_shards, open_shard
 from perplexity import rows_of_text, score
 from variants import VariantConfig, build
 
@@ -92,20 +97,43 @@ def test_shard_loss_matches_the_log(shards, tmp_path, capsys):
 
 def test_files_are_scored_separately(models, tmp_path, capsys):
     (tmp_path / "a.txt").write_text(TEXT)
-    (tmp_path / "b.txt").write_bytes(b"\xff\xfe not UTF-8")
+    (tmp_path / "b.txt").write_bytes("\ufeffUTF-16".encode("utf-16-le"))
     argv = [tmp_path / "a.txt", tmp_path / "b.txt", "-m", models[0], "--stride", 16]
     assert run_main(perplexity.main, *argv) == 0
     out, err = capsys.readouterr()
     a, b = out.splitlines()
-    assert f"warning: {tmp_path}/b.txt is not all UTF-8" in err and "a.txt is not" not in err
-    assert a.startswith(f"{tmp_path}/a.txt: {len(TEXT.encode()):,} tokens, loss ") and a.endswith(" bits a byte") and "b.txt: " in b
+    assert "error" not in err
+    assert a.startswith(f"{tmp_path}/a.txt: {len(TEXT.encode()):,} tokens, loss ") and a.endswith(" bits a byte") and "b.txt: 6 tokens" in b
     assert run_main(perplexity.main, *argv, "--max-tokens", 100, "--dtype", "bf16") == 0
     assert "a.txt: 100 tokens" in capsys.readouterr().out
     (tmp_path / "u.txt").write_bytes("ü\r\n".encode())
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, REPO / "perplexity.py", tmp_path / "u.txt", "-m", models[0]]
     result = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert "u.txt: 4 tokens" in result.stdout and "warning" not in result.stderr
+    assert "u.txt: 3 tokens" in result.stdout and "warning" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "\ufeffGrüße\r\nfrom\rWindows\n".encode()),
+        ("a.TXT", "Grüße\r\n".encode("utf-16")),
+        ("a.md.gz", gzip.compress(b"packed\r\n")),
+        ("a.jsonl", b'{"text": "one\\r\\n"}\r\n\r\n{"text": ""}\n{"text": null}\n{"text": "two"}'),
+        ("a.json", b'[{"text": "one"}, {"text": "two"}, 3]'),
+    ],
+)
+def test_tokens_are_those_of_the_shards(tmp_path, capsys, name, content):
+    (tmp_path / name).write_bytes(content)
+    flags = ["--skip-bad-rows"] if "json" in name else []
+    argv = ["--dataset", tmp_path / name, "--out-dir", tmp_path / "out", "--tokenizer", "bytes", "--workers", 1, *flags]
+    assert run_main(fineweb.main, *argv) == 0
+    shards = find_shards(tmp_path / "out")
+    row = np.concatenate([open_shard(shards.folder, entry) for entry in shards.entries]).tolist()
+    config = perplexity.PerplexityConfig(paths=(), skip_bad_rows=bool(flags))
+    assert perplexity.read_ids(tmp_path / name, config, get_tokenizer("bytes")) == row
+    assert perplexity.read_ids(tmp_path / name, replace(config, max_tokens=2), get_tokenizer("bytes")) == row[:3]
+    assert capsys.readouterr().err.count("--skip-bad-rows left out 1 document:") == (2 if flags else 0)
 
 
 @pytest.mark.parametrize(
@@ -117,15 +145,17 @@ def test_files_are_scored_separately(models, tmp_path, capsys):
         (["-m", "M", "EMPTY", "none.txt", "x.npy"], "no file none.txt: pass text files or folders of shards; no file x.npy"),
         (["-m", "M", "GPT2/x_val_000000.npy"], "x_val_000000.npy is a shard: pass its folder"),
         (["-m", "M", "EMPTY"], "is empty: pass a file with text"),
+        (["-m", "M", "LATIN"], "not UTF-8 at byte offset 3 (0xe9): save it as UTF-8, or leave it out with --skip-bad-rows"),
         (["-m", "M", "GPT2"], "has gpt2 tokens, the model uses bytes: score the text itself"),
     ],
 )
 def test_wrong_inputs_are_one_line(models, tmp_path, capsys, argv, message):
     (tmp_path / "empty").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "gpt2").mkdir()
     for split in ("train", "val"):
         (tmp_path / "gpt2" / f"x_{split}_000000.npy").touch()
-    names = {"M": models[0], "EMPTY": tmp_path / "empty", "GPT2": tmp_path / "gpt2"}
+    names = {"M": models[0], "EMPTY": tmp_path / "empty", "LATIN": tmp_path / "latin.txt", "GPT2": tmp_path / "gpt2"}
     assert run_main(perplexity.main, *(str(names.get(word, word)).replace("GPT2/", f"{tmp_path}/gpt2/") for word in argv)) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in error
