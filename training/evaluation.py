@@ -1,5 +1,6 @@
 """Validation, HellaSwag and samples during a run."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,7 +91,7 @@ class Evaluation:
             try:
                 plot_log.plot(plot_log.PlotConfig((str(log),), str(log.with_name("log_plot.png"))))
             except Exception as e:
-                self.log.progress(f"warning: no plot: {e}; try again: python plot_log.py {self.config.out_dir}")
+                self.log.progress(f"warning: no plot: {e}; try again: python plot_log.py {shlex.quote(self.config.out_dir)}")
 
 
 def is_due(every: int, step: int) -> bool:
