@@ -8,7 +8,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.cli import TryAgain
+from common import cli
 
 
 def write_temporary(path: Path, write) -> Path:
@@ -80,7 +80,7 @@ def lock_folder(folder: Path, wait: bool = False):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise TryAgain(f"another process is writing into {folder}: wait for it, or choose another --out-dir") from None
+            raise cli.TryAgain(f"another process is writing into {folder}: wait for it, or choose another --out-dir") from None
         try:
             yield
         finally:
