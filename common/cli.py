@@ -76,6 +76,10 @@ def at_most(limit: int, config, *names: str) -> list[str]:
     return [f"{flag(name)} is {getattr(config, name)}: it must be at most {limit:,}" for name in names if getattr(config, name) > limit]
 
 
+class TryAgain(ValueError):
+    """An error that passes by itself, such as one of the network: the same command may succeed later."""
+
+
 def printable(text: str) -> str:
     """Replaces control characters by a box: a model may write anything, and some would control the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -98,10 +102,6 @@ MACHINE_REMEDIES = {
 def disk_failed(e: Exception) -> bool:
     """Whether the machine is at fault: a full or broken disk, too many open files, no memory."""
     return isinstance(e, OSError) and e.errno in MACHINE_REMEDIES
-
-
-class TryAgain(ValueError):
-    """An error that passes by itself, such as one of the network: the same command may succeed later."""
 
 
 AGAIN = "run the same command again to continue"  # for scripts that can stop at any time

@@ -14,7 +14,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from common.cli import TryAgain
+from common import cli
 
 
 def write_temporary(path: Path, write) -> Path:
@@ -215,7 +215,7 @@ def lock(held: HeldFolder, wait: bool, stack: ExitStack) -> Path:
     except (BlockingIOError, PermissionError, TimeoutError) as e:
         if isinstance(e, PermissionError) and e.filename:  # opening the file failed, not locking it
             raise
-        raise TryAgain(f"another process is writing into {held.path}: wait for it, or choose another --out-dir") from None
+        raise cli.TryAgain(f"another process is writing into {held.path}: wait for it, or choose another --out-dir") from None
     return file
 
 

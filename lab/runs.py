@@ -63,6 +63,7 @@ def machine_notes(folders: list[Path]) -> list[str]:
 def environment(workers: int, slot: int) -> dict:
     """Returns the environment of a worker's run: its part of the cores, and one of the GPUs that this process may use."""
     env = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers))} | os.environ
-    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    gpus = cards if cards != [""] else [str(i) for i in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = cards.split(",")[:count] if cards else [str(i) for i in range(count)]
     return env | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if workers > 1 and gpus else {})

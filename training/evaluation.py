@@ -1,5 +1,6 @@
 """Validation, HellaSwag and samples during a run."""
 
+import shlex
 from collections.abc import Callable
 
 import torch
@@ -98,7 +99,7 @@ class Evaluation:
             try:
                 plot_log.plot(plot_log.PlotConfig((str(log),), str(log.with_name("log_plot.png"))))
             except Exception as e:
-                self.log.progress(f"warning: no plot: {e}; try again: python plot_log.py {log.parent}")
+                self.log.progress(f"warning: no plot: {e}; try again: python plot_log.py {shlex.quote(str(log.parent))}")
 
 
 def is_due(every: int, step: int) -> bool:
