@@ -48,7 +48,7 @@ from common.documents import (
     shown,
     stdlib_files,
 )
-from common.files import lock_folder, read_json, sha256, write_json
+from common.files import HeldFolder, lock_folder, read_json, sha256, write_json
 from common.tokenizer import VOCAB_SIZES, fast_encode, get_tokenizer, tokenize
 from common.validation import has_type, raise_errors
 from dataloader import (
@@ -322,13 +322,13 @@ def prepare(config: PrepareConfig):
     out = Path(config.out_dir)
     if config.part:
         make_part(out, config)
-    with lock_folder(out, wait=bool(config.part)), explain_full_disk(out):  # wait: another part may be joining
+    with lock_folder(out, wait=bool(config.part)) as held, explain_full_disk(out):  # wait: another part may be joining
         if config.part or part_folders(out):
             join_parts(out, config)
         elif config.pretokenized:
-            fetch_pretokenized(config)
+            fetch_pretokenized(held, config)
         else:
-            tokenize_documents(out, config)
+            tokenize_documents(held, config)
 
 
 @contextmanager
@@ -343,13 +343,14 @@ def explain_full_disk(folder: Path):
         raise OSError(e.errno, f"{e.strerror}: {folder} has {free:,.0f} MB free, a token takes two bytes") from e
 
 
-def tokenize_documents(out: Path, config: PrepareConfig):
+def tokenize_documents(held: HeldFolder, config: PrepareConfig):
     """Writes the shards, then the manifest. Resumes after a kill and ends with the same bytes.
 
     The first shard is for val. A corpus smaller than two shards gives a tenth to val and the rest to train, so two shards are
     gathered in memory before any is written. Only the first of several parts has a val shard.
     """
     get_tokenizer(config.tokenizer)  # fail before downloading data if the vocabulary is missing
+    out = held.path
     progress = resume_point(out, config)
     if progress is None:
         return
@@ -369,7 +370,9 @@ def tokenize_documents(out: Path, config: PrepareConfig):
                 first = len(tokens) // 10 or 1
             for piece in (tokens[:first], *cut(tokens[first:], size)):
                 name = shard_name(config, "train" if index or shards else "val", len(shards))
+                held.check()
                 shards.append(write_shard(out / name, piece))
+            held.check()
             write_json(out / PROGRESS, progress | {"shards": shards, **resume_from})
     progress["skipped"] = end.get("skipped", {})
     if not index and len(shards) < 2:
@@ -377,6 +380,7 @@ def tokenize_documents(out: Path, config: PrepareConfig):
             (out / name).unlink(missing_ok=True)
         why = describe_bad(progress["skipped"])
         raise ValueError(f"{' '.join(config.dataset)}: not enough tokens for a val and a train shard{why and f' ({why})'}: give more text")
+    held.check()
     write_manifest(out, progress, shards)
 
 
@@ -566,13 +570,13 @@ def make_part(out: Path, config: PrepareConfig):
     """Tokenizes a part into its folder. Does nothing if all parts are already joined."""
     index, count = config.part_range
     folder = part_folder(out, index, count)
-    with lock_folder(folder), explain_full_disk(folder):
+    with lock_folder(folder) as held, explain_full_disk(folder):
         if (out / MANIFEST).exists():
             return
         if (out / PROGRESS).exists():
             raise ValueError(f"{out} has an unfinished run without --part: finish it, or choose another --out-dir")
         count_of_parts(out)
-        tokenize_documents(folder, config)
+        tokenize_documents(held, config)
 
 
 def count_of_parts(out: Path) -> int:
@@ -649,11 +653,11 @@ def move_shards(out: Path, config: PrepareConfig, folders: list[Path], manifests
 # ---- ready shards ----
 
 
-def fetch_pretokenized(config: PrepareConfig):
+def fetch_pretokenized(held: HeldFolder, config: PrepareConfig):
     """Downloads .bin shards from the hub until they have --max-tokens train tokens. Skips files that are already there."""
     from huggingface_hub import hf_hub_download
 
-    out = Path(config.out_dir)
+    out = held.path
     repo = PRETOKENIZED if config.dataset == (FINEWEB_EDU,) else config.dataset[0]
     config = PrepareConfig(**asdict(config) | {"dataset": (repo,), "name": "", "tokenizer": "gpt2"})
     progress = resume_point(out, config)
@@ -674,8 +678,10 @@ def fetch_pretokenized(config: PrepareConfig):
             break
         problem = f"could not fetch {file} of {repo} from the hub"
         retry(problem, remedy, busy_or_unreachable, hf_hub_download, repo, file, repo_type="dataset", revision=info.sha, local_dir=out)
+        held.check()
         shards.append(check_download(out, file, files[file] and files[file].sha256))
         train_tokens += shards[-1]["tokens"] if split_of(file) != "val" else 0
+    held.check()
     write_manifest(out, progress, shards)
 
 

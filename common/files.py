@@ -168,6 +168,13 @@ class HeldFolder:
         found = Path(os.fsdecode(place))
         return found if self.is_at(found) else None
 
+    def check(self):
+        """ValueError if the path leads elsewhere by now."""
+        if not self.is_here():
+            place = self.whereabouts()
+            where = f"moved to {place}: continue there" if place else "deleted: run the same command again"
+            raise ValueError(f"{self.path} was {where}; this process was writing into it")
+
 
 @contextmanager
 def lock_folder(folder: Path, wait: bool = False):

@@ -6,18 +6,21 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from conftest import TINY, Forked, forked, read_stream, run_main, run_train
+from conftest import TINY, Forked, forked, read_stream, run_main, run_train, write_shards
 
 import checkpoint
+import fineweb
 import train
 from checkpoint import files_of, find_problem, newest_step
 from common import files
 from common.files import HeldFolder, append, lock_folder, sha256, write_json
 from common.run_folder import RUN, RunFolder
+from dataloader import find_shards, verify_shards
 from training import run_json
 from training.trainer import Trainer
 
@@ -265,6 +268,40 @@ def test_save_never_replaces_another_runs_checkpoint(finished, other, tmp_path, 
     with pytest.raises(OSError, match="belongs to another run now"):
         checkpoint.write_checkpoint(ours, 15, content, state)
     assert files_of(tmp_path / "run", 15).seal.read_text() == before and find_problem(tmp_path / "run", 15) is None
+
+
+# ---- preparations of shards ----
+
+
+@pytest.mark.parametrize("what", ["moved", "deleted"])
+def test_preparation_never_writes_into_anothers_folder(tmp_path, monkeypatch, what):
+    """Another preparation's shards lie under the name when the first one writes its third shard."""
+    (tmp_path / "text.txt").write_text("one two three four five " * 20)
+    settings = dict(tokenizer="bytes", out_dir=str(tmp_path / "out"), shard_size=50, workers=1)
+    config = fineweb.PrepareConfig(
+        (str(tmp_path / "text.txt"),), tokenizer="bytes", out_dir=str(tmp_path / "out"), shard_size=50, workers=1
+    )
+    plain, written = fineweb.write_shard, []
+
+    def write_shard(path, tokens):
+        written.append(path)
+        entry = plain(path, tokens)
+        if len(written) == 2:
+            os.rename(tmp_path / "out", tmp_path / "moved")
+            write_shards(tmp_path / "out", [50, 50, 50])
+            if what == "deleted":
+                shutil.rmtree(tmp_path / "moved")
+        return entry
+
+    monkeypatch.setattr(fineweb, "write_shard", write_shard)
+    with pytest.raises(ValueError, match="moved to .*/moved: continue there" if what == "moved" else "deleted: run the same command again"):
+        fineweb.prepare(config)
+    assert len(written) == 2 and not (tmp_path / "out" / "progress.json").exists()
+    verify_shards(find_shards(tmp_path / "out"))
+    if what == "moved":
+        monkeypatch.undo()
+        fineweb.prepare(replace(config, out_dir=str(tmp_path / "moved")))
+        assert len(find_shards(tmp_path / "moved").entries) == 10
 
 
 # ---- the log ----
