@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -31,10 +32,11 @@ import plot_log
 import train
 import variants
 from common import cli
+from common.distributed import DistContext
 from common.files import read_json, write_json
 from dataloader import TokenStream, find_shards, inspect_shard, verify_shards
 from lab import scaling
-from training import plan, run_json
+from training import checks, plan, run_json
 from variants import VariantConfig, build
 
 # ---- damages ----
@@ -344,13 +346,13 @@ def test_every_bit_of_a_shard_header(tmp_path, kind):
     path = tmp_path / file
     data, expected = path.read_bytes(), inspect_shard(tmp_path, {"file": file}).read(0, 3000)
     loaded, header = 0, 1024 if kind == "bin" else 128
-    for bit in range(8 * header):
-        changed = bytearray(data)
-        changed[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(changed)
-        with one_line():
-            assert (inspect_shard(tmp_path, {"file": file}).read(0, 3000) == expected).all()
-            loaded += 1
+    with open(path, "r+b", buffering=0) as damaged:
+        for bit in range(8 * header):
+            os.pwrite(damaged.fileno(), bytes([data[bit // 8] ^ 1 << bit % 8]), bit // 8)
+            with one_line():
+                assert (inspect_shard(tmp_path, {"file": file}).read(0, 3000) == expected).all()
+                loaded += 1
+            os.pwrite(damaged.fileno(), data[bit // 8 : bit // 8 + 1], bit // 8)
     assert 0 < loaded < 8 * header
 
 
@@ -485,14 +487,7 @@ def test_odd_weights_are_refused(tmp_path, content, weight, message):
 
 
 def test_unreadable_checkpoint_is_not_called_damaged(tmp_path, content, monkeypatch):
-    plain = open
-
-    def failing(path, *arguments, **how):
-        if str(path).endswith(".pt"):
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
-        return plain(path, *arguments, **how)
-
-    monkeypatch.setattr("builtins.open", failing)
+    monkeypatch.setattr("builtins.open", failing(errno.EMFILE, "model_00005.pt"))
     with pytest.raises(OSError, match="Too many open files"):
         checkpoint.load_gpt(str(tmp_path / "model_00005.pt"))
 
@@ -502,3 +497,25 @@ def test_damaged_metrics_lines_are_skipped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "[" * 9000, '{"step": 4, "loss": null}']))
     assert plot_log.read_metrics(tmp_path / "metrics.jsonl", ["loss"]) == {"loss": {3: 1.5}}
     assert train.logged_loss(tmp_path, 3) == 1.5 and math.isnan(train.logged_loss(tmp_path, 4))
+
+
+def test_machine_trouble_on_a_host_keeps_its_name(tmp_path, monkeypatch):
+    """It does not ask for other shards."""
+    make_shards(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr("builtins.open", failing(errno.EMFILE, "tiny_"))
+    shards = find_shards(tmp_path)
+    with pytest.raises(OSError, match=f"Too many open files on {platform.node()}: .*tiny_val_000000.npy"):
+        checks.check_host(train.TrainConfig(), DistContext(torch.device("cpu"), 1, 2), shards)
+
+
+def failing(code: int, part: str) -> Callable:
+    """Returns an open that fails for paths with this part."""
+    plain = open
+
+    def fail(path, *arguments, **how):
+        if part in str(path):
+            raise OSError(code, os.strerror(code), str(path))
+        return plain(path, *arguments, **how)
+
+    return fail
