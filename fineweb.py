@@ -43,6 +43,7 @@ from common.documents import (
     describe_bad,
     kind_of,
     list_files,
+    not_decodable,
     older_files,
     older_revision,
     shown,
@@ -200,29 +201,36 @@ class HubDocuments:
         self.bad.load(state.get("skipped", {}))
 
     def __iter__(self) -> Iterator[str]:
-        failures = 0
+        failures, again, stuck = 0, False, None
         while True:
             try:
-                if failures:  # reconnect and continue from the same document
+                if again:  # reconnect and continue after the last row
                     state, self.dataset = self.state(), self.open()
                     self.load_state(state)
                 for row in self.dataset:
                     self.rows += 1
-                    yield from self.bad.good([check_text(row[self.text_field], f"{self.repo}, row {self.rows:,}", self.text_field)])
+                    yield from self.bad.good([check_text(row[self.text_field], self.place(), self.text_field)])
                     failures = 0
                 return
             except BadRow:
                 raise
+            except UnicodeDecodeError as e:  # this iterator is at its end, but its state is after the row
+                self.rows, again = self.rows + 1, True
+                self.bad.add(not_decodable(e, self.place()))
+                if stuck == self.dataset.state_dict():
+                    raise ValueError(f"{self.place()} can't be skipped: download the files and give them as --dataset") from e
+                stuck = self.dataset.state_dict()
             except (ValueError, KeyError, TypeError) as e:  # the data is at fault, not the network
                 fix = f"choose a dataset of parquet files with a column '{self.text_field}', or another --text-field"
-                if isinstance(e, UnicodeDecodeError):  # the datasets library can't pass over a row
-                    fix = "a row is not UTF-8: download the files and give them as --dataset, with --skip-bad-rows"
                 raise ValueError(f"could not read {self.repo} after {self.rows:,} rows ({brief(e)}): {fix}") from e
             except Exception as e:
                 if cli.disk_failed(e):
                     raise
-                failures += 1
+                failures, again = failures + 1, True
                 back_off(f"could not read {self.repo}", e, failures)
+
+    def place(self) -> str:
+        return f"{self.repo}, row {self.rows:,}"
 
 
 def local_documents(config: PrepareConfig, revision: str = "", quiet: bool = False) -> LocalDocuments | None:

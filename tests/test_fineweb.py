@@ -771,8 +771,9 @@ def test_skip_bad_rows_may_be_added_later(tmp_path, monkeypatch, capsys):
 
 
 def test_hub_rows_are_named_or_skipped(tmp_path, fineweb_edu):
-    texts = ["one", None, "two", "three"]
-    pq.write_table(pa.table({"body": texts, "id": range(4)}), tmp_path / "rows.parquet")
+    values = pa.array([b"one", None, b"two", b"\xff", b"\xfe", b"three", b"\xfd"])
+    texts = pa.StringArray.from_buffers(len(values), values.buffers()[1], values.buffers()[2], values.buffers()[0])
+    pq.write_table(pa.table({"body": texts, "id": range(7)}), tmp_path / "rows.parquet", row_group_size=3)
     repo = {"README.md": CARD, "sample/10BT/000_00000.parquet": (tmp_path / "rows.parquet").read_bytes()}
     with serve({"datasets/HuggingFaceFW/fineweb-edu": repo}) as (url, _):
         result = from_hub(url, tmp_path, "--out-dir", tmp_path / "none")
@@ -784,7 +785,9 @@ def test_hub_rows_are_named_or_skipped(tmp_path, fineweb_edu):
     assert result.returncode == 0, result.stderr
     assert row(tmp_path / "out") == expected(["one", "two", "three"])
     manifest = read_json(tmp_path / "out" / "manifest.json", "")
-    assert manifest["skipped"] == {"null": {"rows": 1, "first": ["HuggingFaceFW/fineweb-edu, row 2"]}}
+    places = {kind: (entry["rows"], entry["first"]) for kind, entry in manifest["skipped"].items()}
+    rows = [f"HuggingFaceFW/fineweb-edu, row {number}" for number in (2, 4, 5, 7)]
+    assert places == {"null": (1, rows[:1]), "not UTF-8": (3, rows[1:])}
 
 
 # ---- a full disk ----
