@@ -278,9 +278,7 @@ def test_preparation_never_writes_into_anothers_folder(tmp_path, monkeypatch, wh
     """Another preparation's shards lie under the name when the first one writes its third shard."""
     (tmp_path / "text.txt").write_text("one two three four five " * 20)
     settings = dict(tokenizer="bytes", out_dir=str(tmp_path / "out"), shard_size=50, workers=1)
-    config = fineweb.PrepareConfig(
-        (str(tmp_path / "text.txt"),), tokenizer="bytes", out_dir=str(tmp_path / "out"), shard_size=50, workers=1
-    )
+    config = fineweb.PrepareConfig((str(tmp_path / "text.txt"),), **settings)
     plain, written = fineweb.write_shard, []
 
     def write_shard(path, tokens):
