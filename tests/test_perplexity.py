@@ -118,7 +118,7 @@ def test_files_are_scored_separately(models, tmp_path, capsys):
     [
         ("a.txt", "\ufeffGrüße\r\nfrom\rWindows\n".encode()),
         ("a.TXT", "Grüße\r\n".encode("utf-16")),
-        ("a.md.gz", gzip.compress(b"packed\r\n")),
+        ("a.md.gz", gzip.compress(b"packed\r\n", mtime=0)),
         ("a.jsonl", b'{"text": "one\\r\\n"}\r\n\r\n{"text": ""}\n{"text": null}\n{"text": "two"}'),
         ("a.json", b'[{"text": "one"}, {"text": "two"}, 3]'),
     ],
