@@ -9,7 +9,9 @@ Kill it whenever you like. Run the same command again: it continues where it sto
 """
 
 import copy
+import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -366,7 +368,7 @@ def tokenize_documents(out: Path, config: PrepareConfig):
             for piece in (tokens[:first], *cut(tokens[first:], size)):
                 name = shard_name(config, "train" if index or shards else "val", len(shards))
                 shards.append(write_shard(out / name, piece))
-            write_json(out / PROGRESS, progress | {"shards": shards, **resume_from})
+            write_progress(out, progress | {"shards": shards, **resume_from})
     progress["skipped"] = end.get("skipped", {})
     if not index and len(shards) < 2:
         for name in (PROGRESS, SOURCES, *(shard["file"] for shard in shards)):
@@ -388,7 +390,7 @@ def begin(out: Path, progress: dict, documents):
             raise ValueError(f"{out / PROGRESS} is damaged ({type(e).__name__}: {e}): {START_AGAIN}") from e
     write_sources(out, documents.revision, documents.sources)
     progress["revision"] = documents.revision
-    write_json(out / PROGRESS, progress)
+    write_progress(out, progress)
 
 
 def write_sources(out: Path, revision: str, sources: list):
@@ -525,10 +527,7 @@ def resume_point(out: Path, config: PrepareConfig) -> dict | None:
         return None
     fresh = {"settings": settings_of(config), "revision": "", "shards": [], "state": None, "skip": 0}
     if (out / PROGRESS).exists():
-        progress = read_json(out / PROGRESS, START_AGAIN)
-        types = {"settings": dict, "revision": str, "shards": list, "state": dict | None, "skip": int}
-        if progress.keys() != fresh.keys() or not has_types(progress, types) or progress["skip"] < 0:
-            raise ValueError(f"{out / PROGRESS} is damaged: {START_AGAIN}")
+        progress = read_progress(out)
         other = other_settings(progress["settings"], config, (progress["state"] or {}).get("skipped", {}))
         if not progress["shards"]:  # nothing to lose, so settings may change; keep the recorded commit of the hub
             keep = not other and not progress["revision"].startswith(("files-", "sha256-"))
@@ -541,6 +540,25 @@ def resume_point(out: Path, config: PrepareConfig) -> dict | None:
     if any(path.suffix in (".npy", ".bin") for path in out.iterdir()):
         raise ValueError(f"{out} has shards that this command did not make: choose another --out-dir")
     return fresh
+
+
+def write_progress(out: Path, progress: dict):
+    write_json(out / PROGRESS, progress | {"seal": seal(progress)})
+
+
+def read_progress(out: Path) -> dict:
+    """Reads the progress file. ValueError if it is damaged: one wrong digit would lose or repeat text."""
+    progress = read_json(out / PROGRESS, START_AGAIN)
+    sealed = progress.pop("seal", "")  # older versions had none
+    types = {"settings": dict, "revision": str, "shards": list, "state": dict | None, "skip": int}
+    intact = progress.keys() == types.keys() and has_types(progress, types) and progress["skip"] >= 0
+    if not intact or sealed not in ("", seal(progress)):
+        raise ValueError(f"{out / PROGRESS} is damaged: {START_AGAIN}")
+    return progress
+
+
+def seal(progress: dict) -> str:
+    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_manifest(out: Path, progress: dict, shards: list[dict]):
@@ -669,7 +687,7 @@ def fetch_pretokenized(config: PrepareConfig):
     problem, remedy = f"could not fetch {repo} from the hub", "check the name and the network, then run the same command again"
     info = hub_info(repo, progress["revision"] or config.revision, problem, remedy, files_metadata=True)
     progress["revision"] = info.sha
-    write_json(out / PROGRESS, progress)
+    write_progress(out, progress)
     files = {file.rfilename: file.lfs for file in info.siblings if file.rfilename.endswith(".bin")}
     if not files:
         raise ValueError(f"{repo} has no .bin shards: leave out --dataset or --pretokenized")
