@@ -396,6 +396,8 @@ def begin(out: Path, progress: dict, documents):
 def write_sources(out: Path, revision: str, sources: list):
     if sources:
         write_json(out / SOURCES, {"revision": revision, "files": sources})
+    else:
+        (out / SOURCES).unlink(missing_ok=True)  # of an earlier start with other --dataset
 
 
 def describe_changes(folder: Path, sources: list) -> str:
