@@ -9,7 +9,9 @@ Kill it whenever you like. Run the same command again: it continues where it sto
 """
 
 import copy
+import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -381,7 +383,7 @@ def tokenize_documents(held: HeldFolder, config: PrepareConfig):
                 held.check()
                 shards.append(write_shard(out / name, piece))
             held.check()
-            write_json(out / PROGRESS, progress | {"shards": shards, **resume_from})
+            write_progress(out, progress | {"shards": shards, **resume_from})
     progress["skipped"] = end.get("skipped", {})
     if not index and len(shards) < 2:
         for name in (PROGRESS, SOURCES, *(shard["file"] for shard in shards)):
@@ -404,12 +406,14 @@ def begin(out: Path, progress: dict, documents):
             raise ValueError(f"{out / PROGRESS} is damaged ({brief(e)}): {START_AGAIN}") from e
     write_sources(out, documents.revision, documents.sources)
     progress["revision"] = documents.revision
-    write_json(out / PROGRESS, progress)
+    write_progress(out, progress)
 
 
 def write_sources(out: Path, revision: str, sources: list):
     if sources:
         write_json(out / SOURCES, {"revision": revision, "files": sources})
+    else:
+        (out / SOURCES).unlink(missing_ok=True)  # of an earlier start with other --dataset
 
 
 def describe_changes(folder: Path, sources: list) -> str:
@@ -525,7 +529,7 @@ def resume_point(out: Path, config: PrepareConfig) -> dict | None:
         return None
     fresh = {"settings": settings_of(config), "revision": "", "shards": [], "state": None, "skip": 0}
     if (out / PROGRESS).exists():
-        progress = read_progress(out / PROGRESS)
+        progress = read_progress(out)
         other = other_settings(progress["settings"], config, (progress["state"] or {}).get("skipped", {}))
         if not progress["shards"]:  # nothing to lose, so settings may change; keep the recorded commit of the hub
             keep = not other and not progress["revision"].startswith(("files-", "sha256-"))
@@ -540,14 +544,23 @@ def resume_point(out: Path, config: PrepareConfig) -> dict | None:
     return fresh
 
 
-def read_progress(path: Path) -> dict:
-    """Reads progress.json. ValueError if it is damaged."""
-    progress = read_json(path, START_AGAIN)
+def write_progress(out: Path, progress: dict):
+    write_json(out / PROGRESS, progress | {"seal": seal(progress)})
+
+
+def read_progress(out: Path) -> dict:
+    """Reads the progress file. ValueError if it is damaged: one wrong digit would lose or repeat text."""
+    progress = read_json(out / PROGRESS, START_AGAIN)
+    sealed = progress.pop("seal", "")  # older versions had none
     kinds = {"settings": dict, "revision": str, "shards": list, "state": dict | None, "skip": int}
-    valid = progress.keys() == kinds.keys() and all(has_type(progress[name], kind) for name, kind in kinds.items())
-    if not valid or progress["skip"] < 0 or not are_entries(progress["shards"]):
-        raise ValueError(f"{path} is damaged: {START_AGAIN}")
+    intact = progress.keys() == kinds.keys() and all(has_type(progress[name], kind) for name, kind in kinds.items())
+    if not intact or progress["skip"] < 0 or not are_entries(progress["shards"]) or sealed not in ("", seal(progress)):
+        raise ValueError(f"{out / PROGRESS} is damaged: {START_AGAIN}")
     return progress
+
+
+def seal(progress: dict) -> str:
+    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_manifest(out: Path, progress: dict, shards: list[dict]):
@@ -676,7 +689,7 @@ def fetch_pretokenized(held: HeldFolder, config: PrepareConfig):
     problem, remedy = f"could not fetch {repo} from the hub", "check the name and the network, then run the same command again"
     info = hub_info(repo, progress["revision"] or config.revision, problem, remedy, files_metadata=True)
     progress["revision"] = info.sha
-    write_json(out / PROGRESS, progress)
+    write_progress(out, progress)
     files = {file.rfilename: file.lfs for file in info.siblings if file.rfilename.endswith(".bin")}
     if not files:
         raise ValueError(f"{repo} has no .bin shards: leave out --dataset or --pretokenized")

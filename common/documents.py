@@ -123,7 +123,7 @@ BOMS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-SAVE = "save it as UTF-8"
+SAVE, SAVE_UTF16 = (f"save it as UTF-8 (such as: iconv -f {name} -t utf-8)" for name in ("cp1252", "utf-16le"))
 
 
 def encoding_of(head: bytes) -> str:
@@ -134,7 +134,7 @@ def encoding_of(head: bytes) -> str:
 def decode(raw: bytes, where: str, encoding: str = "utf-8") -> str | Bad:
     """Decodes bytes strictly: a wrong character in a million would be trained on without a word."""
     if encoding == "utf-8" and raw[:4096].count(0) > len(raw[:4096]) // 4:
-        return Bad("not UTF-8", where, "it looks like UTF-16 without a byte order mark", SAVE)
+        return Bad("not UTF-8", where, "it looks like UTF-16 without a byte order mark", SAVE_UTF16)
     try:
         return raw.decode(encoding)
     except UnicodeDecodeError as e:
@@ -156,7 +156,7 @@ def read_text(path: Path, tolerant: bool = False) -> str | Bad:
     if isinstance(text, Bad) and kind_of(path) == ".py":
         text = decode_python(raw) or text
     if isinstance(text, str) and "\0" in text:
-        return Bad("binary", shown(path), "it has NUL characters, so it is no plain text", SAVE)
+        return Bad("binary", shown(path), "it has NUL characters, so it is no plain text", "give another file")
     return text if isinstance(text, Bad) else unix_lines(text.removeprefix("\ufeff"))
 
 

@@ -73,7 +73,7 @@ class RunFolder:
     def check(self):
         """Raises OSError if this folder is no longer this launch's."""
         if problem := self.problem():
-            raise OSError(errno.ESTALE, problem)
+            raise OSError(errno.ENOENT, problem)
 
     def rescue(self):
         """Finds a place for what this launch still has to write: where its folder is now, or a new folder beside the old one."""

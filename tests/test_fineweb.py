@@ -521,6 +521,7 @@ def test_damaged_record_is_one_line(tmp_path, corpus, capsys, monkeypatch, damag
             refused += 1
             error = the_error(capsys.readouterr().err)
             assert status == 2 and "delete" not in error, error
+        assert status or damage == "manifest.json"  # a wrong digit in the progress would lose or repeat text
     assert refused > 5
 
 
@@ -530,7 +531,8 @@ def damaged_values(content):
         for wrong in (None, -1, 10**30, "x", [], {}, True):
             copy = json.loads(json.dumps(content))
             copy[key] = wrong
-            yield copy
+            if copy != content:
+                yield copy
         if isinstance(content[key], dict | list):
             for inner in damaged_values(content[key]):
                 copy = json.loads(json.dumps(content))
@@ -653,6 +655,7 @@ def as_older(folder, files: list):
     for path in (folder / "manifest.json", folder / "progress.json"):
         if path.exists():
             content = read_json(path, "")
+            content.pop("seal", None)
             content["revision"] = reading.older_revision([reading.Found("", file) for file in files])
             for name in ("text_field", "skip_bad_rows"):
                 del content["settings"][name]
@@ -1070,6 +1073,7 @@ def test_resume_streams_the_same_commit(tmp_path, fineweb_edu, monkeypatch):
         progress = read_json(tmp_path / "stopped" / "progress.json", "")
         assert progress["revision"] == SHA and len(progress["shards"]) == 2
         shutil.copytree(tmp_path / "stopped", tmp_path / "older")
+        del progress["seal"]
         (tmp_path / "older" / "progress.json").write_text(json.dumps(progress | {"state": progress["state"]["datasets"]}))
         assert from_hub(url, tmp_path, *argv, "--out-dir", tmp_path / "older").returncode == 0
         assert bytes_of(tmp_path / "complete") == bytes_of(tmp_path / "older")

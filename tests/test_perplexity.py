@@ -145,7 +145,10 @@ def test_tokens_are_those_of_the_shards(tmp_path, capsys, name, content):
         (["-m", "M", "EMPTY", "none.txt", "x.npy"], "no file none.txt: pass text files or folders of shards; no file x.npy"),
         (["-m", "M", "GPT2/x_val_000000.npy"], "x_val_000000.npy is a shard: pass its folder"),
         (["-m", "M", "EMPTY"], "is empty: pass a file with text"),
-        (["-m", "M", "LATIN"], "not UTF-8 at byte offset 3 (0xe9): save it as UTF-8, or leave it out with --skip-bad-rows"),
+        (
+            ["-m", "M", "LATIN"],
+            "not UTF-8 at byte offset 3 (0xe9): save it as UTF-8 (such as: iconv -f cp1252 -t utf-8), or leave it out with --skip-bad-rows",
+        ),
         (["-m", "M", "GPT2"], "has gpt2 tokens, the model uses bytes: score the text itself"),
     ],
 )

@@ -59,7 +59,7 @@ def final_reason(e: BaseException) -> str:
     if isinstance(e, SystemExit):
         return "train.py rejects these flags" if e.code == 2 else ""
     wrong = isinstance(e, ValueError) and not isinstance(e, cli.TryAgain)
-    unusable = isinstance(e, OSError) and e.errno in cli.REMEDIES
+    unusable = isinstance(e, OSError) and e.errno in cli.REMEDIES and not cli.disk_failed(e)
     return str(e) if wrong or unusable or isinstance(e, (torch.OutOfMemoryError, MemoryError)) else ""
 
 
