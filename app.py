@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -175,7 +176,9 @@ def build(choices: dict[str, str], device: torch.device, dtype: torch.dtype):
         try:
             models = [load(choices[one], device, dtype) for one in (name, beside) if one in choices]
             yield from growing([Column(request[0], write(*model, *request)) for model in models])
-        except (ValueError, OSError) as e:  # the checkpoint is gone, or its weights are NaN
+        except Exception as e:  # the checkpoint is gone, its weights are NaN, or memory ran out
+            if not (isinstance(e, ValueError | OSError) or cli.out_of_memory(e)):
+                raise
             raise gr.Error(html.escape(str(e)), print_exception=False) from e
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
@@ -233,6 +236,9 @@ def sliders(gr) -> list:
         ]
 
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+
+
 class BodyLimit:
     """Answers 413 to a request of more than BODY_BYTES, before it fills the memory, and 404 to an uploaded file."""
 
@@ -259,6 +265,18 @@ class BodyLimit:
         await self.app(scope, counting_receive, send)
 
 
+@contextmanager
+def without_proxies():
+    """Lets this process reach its own page. At the start, Gradio asks for it through the proxies of the environment."""
+    before = {name: value for name, value in os.environ.items() if name.lower() in PROXIES}
+    for name in before:
+        del os.environ[name]
+    try:
+        yield
+    finally:  # the hub's client needs them
+        os.environ |= before
+
+
 def main():
     with cli.one_line_errors():
         config = cli.parse(AppConfig)
@@ -277,10 +295,11 @@ def main():
         system = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # no fonts from the network
         page = build(offered(config.model), device, dtype)
         try:
-            url = page.launch(
-                share=False, css=CSS, theme=gr.themes.Default(**system), footer_links=[], ssr_mode=False, quiet=True,
-                app_kwargs={"middleware": [Middleware(BodyLimit)]}, prevent_thread_lock=True,
-            )[1]  # fmt: skip
+            with without_proxies():
+                url = page.launch(
+                    share=False, css=CSS, theme=gr.themes.Default(**system), footer_links=[], ssr_mode=False, quiet=True,
+                    app_kwargs={"middleware": [Middleware(BodyLimit)]}, prevent_thread_lock=True,
+                )[1]  # fmt: skip
         except (OSError, ValueError, OverflowError) as e:
             raise ValueError(f"can't serve the page ({e}): check GRADIO_SERVER_PORT and GRADIO_SERVER_NAME") from e
         print(f"open {url}  (Ctrl-C to stop)", file=sys.stderr, flush=True)

@@ -313,7 +313,7 @@ def load_with_tokenizer(path: str, device: str | torch.device = "cpu") -> tuple[
 def seal_of(folder: Path, step: int) -> str:
     """The text of a checkpoint's seal, '' if it has none."""
     seal = files_of(folder, step).seal
-    return seal.read_text() if seal.exists() else ""
+    return seal.read_text(encoding="utf-8") if seal.exists() else ""
 
 
 def load_training(folder: Path, step: int) -> tuple[dict, dict]:

@@ -79,7 +79,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, seq_len: int):
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, **special}
     config["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 adds token types, which GPT-2 would embed
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer), ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def main():

@@ -348,8 +348,9 @@ def processes(workers: int) -> ProcessPoolExecutor:
 
 
 def begin_worker():
-    """Leaves Ctrl-C to the parent, and exits when the parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leaves Ctrl-C and a closed terminal to the parent, and exits when the parent dies."""
+    for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
     def follow_parent():
         multiprocessing.parent_process().join()
@@ -407,7 +408,7 @@ def tokenize_documents(out: Path, config: PrepareConfig):
     index, count = config.part_range
     limit = config.max_tokens * (index + 1) // count - config.max_tokens * index // count
     budget = (limit if config.max_tokens else sys.maxsize) - done
-    stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count())
+    stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count() or 1)
     with cli.bar(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=limit or None, initial=done) as bar:
         for tokens, resume_from in pack(stream, 2 * size, budget, progress["skip"], bar.update):
             first = size
@@ -425,7 +426,7 @@ def tokenize_documents(out: Path, config: PrepareConfig):
 
 
 def shard_name(config: PrepareConfig, split: str, index: int) -> str:
-    prefix = re.sub(r"[^a-z0-9]", "", Path(config.dataset[0]).stem.lower()) or "documents"
+    prefix = re.sub(r"[^a-z0-9]", "", Path(config.dataset[0]).stem.lower())[:200] or "documents"  # a name has at most 255 bytes
     return f"{prefix}_{split}_{index:06d}.npy"
 
 
@@ -656,8 +657,8 @@ def check_download(out: Path, file: str, expected: str | None) -> dict:
 
 
 def main():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # sys.exit shuts the pool down cleanly
-    with cli.one_line_errors(cli.AGAIN):
+    cli.exit_on_stop_signals()  # shuts the pool down cleanly
+    with cli.one_line_errors(cli.AGAIN, "pass fewer --workers or a smaller --shard-size"):
         config = cli.parse(PrepareConfig)
         raise_errors(config.errors())
         prepare(config)

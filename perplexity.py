@@ -119,7 +119,7 @@ def read_text(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
 
 
 def main():
-    with cli.one_line_errors():
+    with cli.one_line_errors(if_memory_runs_out="lower --batch-size, or use a smaller model"):
         config = cli.parse(PerplexityConfig)
         config.validate()
         device = pick_device(config.device)

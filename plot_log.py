@@ -84,7 +84,7 @@ def read_log(path: Path) -> dict[str, dict[int, float]]:
     if not path.is_file():
         raise ValueError(f"no log {path}: pass the log.txt in a run's folder")
     streams, skipped = {}, 0
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         match = next((match for pattern in LINES if (match := pattern.match(line.strip()))), None)
         try:
             found = match.groupdict()
@@ -105,7 +105,7 @@ def read_log(path: Path) -> dict[str, dict[int, float]]:
 def size_beside(log: Path) -> str:
     """The size in the run.json next to a log, else 124M."""
     try:
-        size = json.loads(log.with_name("run.json").read_text())["size"]
+        size = json.loads(log.with_name("run.json").read_text(encoding="utf-8"))["size"]
     except (OSError, ValueError, KeyError, TypeError):
         size = None
     return size if size in (*GPT2_HELLASWAG, "none") else "124M"
@@ -115,7 +115,7 @@ def read_metrics(path: Path, names: list[str], having: str = "") -> dict[str, di
     """Name → step → number, from a metrics.jsonl; nothing if the file is missing. having: reads only lines with this key.
     If a step appears twice, the later line wins."""
     found = {name: {} for name in names}
-    for line in path.read_text(errors="replace").splitlines() if names and path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if names and path.is_file() else ():
         if having not in line:  # skips most lines without parsing JSON
             continue
         try:

@@ -293,7 +293,7 @@ def sample_texts(
 
 
 def main():
-    with cli.one_line_errors():
+    with cli.one_line_errors(if_memory_runs_out="lower --num-samples or --max-new-tokens, or use a smaller model"):
         config = cli.parse(SampleConfig)
         config.validate()
         device = pick_device(config.device)

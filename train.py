@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -24,12 +24,12 @@ import checkpoint
 import fineweb
 import variants
 from common import cli, device
-from common.distributed import DistContext, PeerLost, Stopped, join_world, rendezvous
+from common.distributed import DistContext, PeerLost, Stopped, join_world, launched, rendezvous
 from common.files import lock_folder
 from common.validation import raise_errors
 from dataloader import MANIFEST, Shards, find_shards
 from training import checks, flags, run_json
-from training.config import TrainConfig
+from training.config import LOWER_MEMORY, TrainConfig
 from training.evaluation import Evaluation, is_due
 from training.guard import largest_weight
 from training.log import Log, step_metrics
@@ -107,7 +107,7 @@ def logged_loss(out_dir: Path, step: int) -> float | None:
     """Returns a step's exact loss from metrics.jsonl; nan if it was not finite, None if the step is missing."""
     loss = None
     path = out_dir / "metrics.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         if line.startswith(f'{{"step": {step}, "loss": ') and line.endswith("}"):
             loss = json.loads(line)["loss"]
             loss = math.nan if loss is None else loss
@@ -115,7 +115,7 @@ def logged_loss(out_dir: Path, step: int) -> float | None:
 
 
 class StopSignal:
-    """On SIGTERM or Ctrl-C, the run finishes its step or cancels its evaluation, saves everything and exits.
+    """On SIGTERM, SIGHUP or Ctrl-C, the run finishes its step or cancels its evaluation, saves everything and exits.
 
     It exits at once if there is nothing to save yet (the first step compiles), or at a second signal. A second signal within one
     second of the first doesn't count: torchrun forwards a signal that the scheduler has also sent to its processes.
@@ -125,20 +125,20 @@ class StopSignal:
 
     def __init__(self):
         self.received, self.at, self.unsaved = 0, 0.0, False
-        signal.signal(signal.SIGTERM, self.handle)
-        signal.signal(signal.SIGINT, self.handle)
+        cli.on_stop_signals(self.handle, signal.SIGINT)
 
     def handle(self, number, frame):
         if not self.received:
             self.received, self.at = number, time.monotonic()
             if not self.unsaved:
-                os.write(2, b"stopped by a signal before the first step: nothing to save\n")  # print is not for signal handlers
+                with suppress(OSError):  # the terminal is gone
+                    os.write(2, b"stopped by a signal before the first step: nothing to save\n")  # print is not for signal handlers
                 # Python drops an exception that is raised in a weakref's callback, and torch.compile has many of those
                 StopSignal.hard_exit = threading.Timer(5, os._exit, [128 + number])  # main cancels it
                 StopSignal.hard_exit.daemon = True
                 StopSignal.hard_exit.start()
                 sys.exit(128 + number)
-        elif time.monotonic() - self.at > 1:
+        elif time.monotonic() - self.at > 1 and number in (signal.SIGTERM, signal.SIGINT):
             raise KeyboardInterrupt
 
 
@@ -204,7 +204,8 @@ def describe(trainer: Trainer) -> str:
 
 def validated_config() -> TrainConfig:
     config = flags.parse_config()
-    config.validate(int(os.environ.get("WORLD_SIZE", 1)))
+    launch = launched()
+    config.validate(launch.size if launch else 1)
     return config
 
 
@@ -217,7 +218,7 @@ def main():
 
 
 def launch():
-    with cli.one_line_errors():
+    with cli.one_line_errors(if_memory_runs_out=LOWER_MEMORY):
         given = flags.parse_flags()  # an unknown flag ends every process here
         if given.plan:
             print(report(flags.parse_config()))
@@ -237,9 +238,6 @@ def launch():
         except checkpoint.SaveError as e:
             if not getattr(e, "is_shared", False):
                 print(f"error: {e}: free some space, then --resume --out-dir {config.out_dir}", file=sys.stderr)
-            sys.exit(1)
-        except torch.OutOfMemoryError as e:
-            print(f"error: out of memory ({e}): lower --micro-batch-size", file=sys.stderr)
             sys.exit(1)
 
 

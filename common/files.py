@@ -1,22 +1,58 @@
 """Atomic writes, checksums and locks."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
+from common import cli
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+MAX_NAME = 255  # bytes in a file's name
+
+
+def sync(number: int):
+    """Waits until an open file or folder is on disk, if its file system can say so. Some refuse: FUSE, CIFS."""
+    try:
+        os.fsync(number)
+    except OSError as e:
+        if cli.disk_failed(e):
+            raise
+
+
+def sync_folder(folder: Path):
+    """sync, for the names in a folder. Windows can't open a folder."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        if cli.disk_failed(e):
+            raise
+        return
+    try:
+        sync(number)
+    finally:
+        os.close(number)
+
+
+def temporary_name(name: str) -> str:
+    """The name to write a file under before it gets its own. It must not be too long if the file's own name is not."""
+    return f"{name}.tmp" if len(os.fsencode(name)) + 4 <= MAX_NAME else f"{name[:60]}.tmp"
+
 
 def write_temporary(path: Path, write) -> Path:
     """Calls write(file) on a temporary file next to path, syncs it to disk and returns it. Deletes it if anything fails."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -26,9 +62,7 @@ def write_temporary(path: Path, write) -> Path:
 def replace(temporary: Path, path: Path):
     """Renames, and returns once that is on disk. So the disk sees renames in the order of the calls."""
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync_folder(path.parent)
 
 
 def write_atomically(path: Path, write):
@@ -55,7 +89,7 @@ def write_json(path: Path, content):
 def read_json(path: Path, remedy: str) -> dict:
     """Reads a JSON object. ValueError, with the remedy, if the file holds none."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{path} is not valid JSON ({e}): {remedy}") from e
     if not isinstance(content, dict):
@@ -74,9 +108,10 @@ def lock_folder(folder: Path, wait: bool = False):
     Creates the folder if needed, and removes it at the end if it is new and still empty."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ValueError(f"another process is writing into {folder}: wait for it, or choose another --out-dir") from None
         try:

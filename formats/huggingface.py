@@ -313,7 +313,7 @@ def shape_from_hf(folder: Path) -> dict:
     if not path.exists():
         raise ValueError(f"{folder} has no config.json: give a checkpoint, a Hugging Face GPT-2 folder, or a run's folder")
     try:
-        hf = dict(json.loads(path.read_text()))
+        hf = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
         raise ValueError(f"{path} is not a JSON object ({e}): fetch the folder again") from e
     if hf.get("model_type") != "gpt2":
@@ -362,7 +362,7 @@ def load_safetensors(folder: Path) -> dict[str, Tensor]:
 
     index = folder / "model.safetensors.index.json"
     try:
-        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else {"model.safetensors"}
         paths = sorted(folder / file for file in files)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{index} is not an index of weight files: fetch the folder again") from e

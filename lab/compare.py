@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -247,7 +246,7 @@ def run_all(runs: list[Run], workers: int):
     folder = os.path.commonpath([run.folder for run in runs])
     runs, running = [run for run in runs if run.state() != "finished"], []
     pool = ThreadPoolExecutor(workers)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    cli.exit_on_stop_signals()
     try:
         done = pool.map(lambda run: train_one(run, running), runs)
         for _ in cli.bar(done, total=len(runs), desc=f"runs in {folder}", unit="run", disable=not runs):

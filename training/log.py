@@ -13,7 +13,7 @@ from pathlib import Path
 from common import cli, device
 from common.distributed import DistContext
 from common.files import append
-from training.config import TrainConfig
+from training.config import LOWER_LR, TrainConfig
 from training.tracker import Tracker
 from training.trainer import Trainer, Update
 from variants import flops_per_token
@@ -83,7 +83,7 @@ class Log:
     def stop_if_diverged(self, what: str, number: float):
         """Ends the run on all ranks without saving, if a loss or a weight is not finite."""
         if not math.isfinite(number):
-            self.progress(f"error: {what} is {number}: start again with a lower --max-lr, in another --out-dir")
+            self.progress(f"error: {what} is {number}: start again with {LOWER_LR}, in another --out-dir")
             sys.exit(1)
 
     def skipped(self, step: int, why: str, in_a_row: int):
@@ -92,7 +92,7 @@ class Log:
         self.progress(f"warning: step {step} changes no weight ({in_a_row} in a row, {limit} end the run): {why}")
         if in_a_row >= limit:
             self.progress(
-                f"error: {in_a_row} updates in a row were skipped: start again with a lower --max-lr in another --out-dir, or look into it "
+                f"error: {in_a_row} updates in a row were skipped: start again with {LOWER_LR} in another --out-dir, or look into it "
                 f"with --replay-step {step} --out-dir {out_dir}; --resume with a higher --max-bad-steps continues from the last checkpoint"
             )
             sys.exit(1)
@@ -113,12 +113,15 @@ class Log:
             f"step {step:{len(str(max_steps))}}/{max_steps} | loss {metrics['loss']:.4f} | lr {metrics['lr']:.2e} | "
             f"norm {metrics['grad_norm']:.2f} | {metrics['tokens_per_second']:,.0f} tok/s | mfu {mfu} | eta {eta}"
         )
-        if self.world.is_main and cli.on_a_screen():
+        if not (self.world.is_main and cli.on_a_screen()):
+            self.progress(line)
+            return
+        try:
             self.bar = self.bar or cli.bar(total=max_steps, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar:10}| {desc}")
             self.bar.n = step + 1
             self.bar.set_description_str(line)
-        else:
-            self.progress(line)
+        except OSError:  # the terminal is gone
+            cli.drop(sys.stderr)
 
 
 def axes(trainer: Trainer, step: int) -> dict:
