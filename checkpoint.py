@@ -7,6 +7,7 @@
 write_checkpoint explains why a kill at any moment is safe.
 """
 
+import os
 import pickle
 import re
 import shutil
@@ -228,8 +229,9 @@ def load_torch(path: Path) -> dict:
     if not path.exists():
         raise ValueError(f"no checkpoint {path}: check the path")
     try:
-        with nanogpt.allowed():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with nanogpt.allowed(), open(path, "rb") as file:
+            by_name = str(path).encode("utf-8", "replace") == os.fsencode(path)  # mmap needs the name, and PyTorch only takes UTF-8
+            return torch.load(path if by_name else file, map_location="cpu", weights_only=True, mmap=by_name)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
         raise ValueError(f"{path} can't be loaded safely, it is damaged or not a checkpoint: use another one") from e
 

@@ -108,7 +108,7 @@ class LocalDocuments:
         index, count = part_range
         check_part_count(part_range, len(files))
         listing = [f"{path.name} {path.stat().st_size}" for path in files]
-        self.revision = "files-" + hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
+        self.revision = "files-" + hashlib.sha256("\n".join(listing).encode(errors="surrogateescape")).hexdigest()[:16]
         self.files = files[index * len(files) // count : (index + 1) * len(files) // count]
         self.file, self.done = 0, 0
 

@@ -159,7 +159,7 @@ def plot(config: PlotConfig):
         metrics, x_axes = metrics_beside(log, config)
         same_folders = len({path.parent.name for path in logs}) < len(logs)
         name = str(log) if same_folders else log.parent.name or str(log)
-        draw_run(axes, name.replace("$", r"\$"), f"C{number}", streams, metrics, x_axes, config)
+        draw_run(axes, cli.printable(name).replace("$", r"\$"), f"C{number}", streams, metrics, x_axes, config)
     for panel in config.panels:
         if not axes[panel].get_lines():
             raise ValueError(f"--panels {panel} is in no log or metrics.jsonl: drop it")
@@ -226,7 +226,7 @@ def draw_baselines(axes: dict, size: str, others: dict[str, tuple[float, str]]):
     if size in GPT2_LOSS:
         axes["loss"].axhline(GPT2_LOSS[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size}), FineWeb-Edu val")
     for name, (loss, color) in others.items():
-        axes["loss"].axhline(loss, color=color, linestyle=":", label=name.replace("$", r"\$"))
+        axes["loss"].axhline(loss, color=color, linestyle=":", label=cli.printable(name).replace("$", r"\$"))
     if size != "none":
         axes["hella"].axhline(GPT2_HELLASWAG[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size})")
         gpt3, accuracy = GPT3_HELLASWAG[size]

@@ -163,8 +163,9 @@ def open_streams():
                     os.dup2(unused, number)
                     os.close(unused)
             setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may write characters that the terminal lacks; stderr replaces them anyway
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)  # a model may write characters that the terminal lacks; file names may not be UTF-8
 
 
 def on_stop_signals(handler, *more: int):
@@ -193,6 +194,23 @@ def on_a_screen() -> bool:
     return False
 
 
+class Unbroken:
+    """A stream that drops what it can't write, as when its terminal has closed or its disk is full."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            drop(self.stream)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 def bar(iterable=None, **how) -> tqdm:
-    """A progress bar on stderr. In a terminal it updates ten times a second, in a file twice a minute."""
-    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, **how)
+    """A progress bar on stderr. In a terminal it updates ten times a second, in a file twice a minute. Never ends the work."""
+    return tqdm(iterable, file=Unbroken(sys.stderr), mininterval=0.1 if sys.stderr.isatty() else 30, **how)

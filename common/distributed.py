@@ -129,7 +129,7 @@ def launched() -> Launch | None:
         for name in lone:  # another launcher's leftover
             warn_once(f"warning: ignoring {name}={given[name]}, since {'WORLD_SIZE' if name == 'RANK' else 'RANK'} is not set")
         return None
-    remedy = "start with torchrun, or run one process: env -u RANK -u WORLD_SIZE python …"
+    remedy = "start with torchrun, or unset RANK and WORLD_SIZE to run one process"
     try:
         numbers = {name: int(value) for name, value in given.items() if name != "MASTER_ADDR"}
     except ValueError as e:
@@ -140,7 +140,7 @@ def launched() -> Launch | None:
     if size == 1:
         return None
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in given]:
-        raise ValueError(f"RANK={rank} and WORLD_SIZE={size} are set, {' and '.join(missing)} not: {remedy}")
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={size} are set, but {' and '.join(missing)} not: {remedy}")
     return Launch(rank, size, numbers.get("LOCAL_RANK"), numbers.get("LOCAL_WORLD_SIZE"), "TORCHELASTIC_RUN_ID" in os.environ)
 
 

@@ -113,15 +113,12 @@ class Log:
             f"step {step:{len(str(max_steps))}}/{max_steps} | loss {metrics['loss']:.4f} | lr {metrics['lr']:.2e} | "
             f"norm {metrics['grad_norm']:.2f} | {metrics['tokens_per_second']:,.0f} tok/s | mfu {mfu} | eta {eta}"
         )
-        if not (self.world.is_main and cli.on_a_screen()):
-            self.progress(line)
-            return
-        try:
+        if self.world.is_main and cli.on_a_screen():
             self.bar = self.bar or cli.bar(total=max_steps, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar:10}| {desc}")
             self.bar.n = step + 1
             self.bar.set_description_str(line)
-        except OSError:  # the terminal is gone
-            cli.drop(sys.stderr)
+        else:
+            self.progress(line)
 
 
 def axes(trainer: Trainer, step: int) -> dict:
