@@ -149,8 +149,9 @@ def on_terminal(name: str):
     slow_steps()
     os.setsid()
     terminal = os.open(name, os.O_RDWR)
-    for number in (1, 2):
+    for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(terminal, number)
+        setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
     termios.tcsetwinsize(terminal, (24, 200))
 
 
