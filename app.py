@@ -267,7 +267,7 @@ class BodyLimit:
 
 @contextmanager
 def without_proxies():
-    """Lets this process reach its own page. At the start, Gradio asks for it through the proxies of the environment."""
+    """Hides proxies from Gradio, which at the start would ask for its own page through them, and fail on a kind that it lacks."""
     before = {name: value for name, value in os.environ.items() if name.lower() in PROXIES}
     for name in before:
         del os.environ[name]
@@ -275,6 +275,26 @@ def without_proxies():
         yield
     finally:  # the hub's client needs them
         os.environ |= before
+
+
+def serve(config: AppConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Starts the page in a thread and returns its address. ValueError if Gradio is missing or can't serve."""
+    try:
+        import gradio as gr
+        from starlette.middleware import Middleware
+    except ImportError as e:
+        raise ValueError(f"the page needs Gradio ({e}): pip install gradio") from e
+    except ValueError as e:
+        raise ValueError(f"Gradio can't read its environment ({e}): check the GRADIO_… variables") from e
+    system = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # no fonts from the network
+    page = build(offered(config.model), device, dtype)
+    try:
+        return page.launch(
+            share=False, css=CSS, theme=gr.themes.Default(**system), footer_links=[], ssr_mode=False, quiet=True,
+            app_kwargs={"middleware": [Middleware(BodyLimit)]}, prevent_thread_lock=True,
+        )[1]  # fmt: skip
+    except (OSError, ValueError, OverflowError) as e:
+        raise ValueError(f"can't serve the page ({e}): check GRADIO_SERVER_PORT and GRADIO_SERVER_NAME") from e
 
 
 def main():
@@ -285,23 +305,8 @@ def main():
         dtype = pick_dtype(config.dtype, device)
         for path in config.model:
             load(path, device, dtype)
-        try:
-            import gradio as gr
-            from starlette.middleware import Middleware
-        except ImportError as e:
-            raise ValueError(f"the page needs Gradio ({e}): pip install gradio") from e
-        except ValueError as e:
-            raise ValueError(f"Gradio can't read its environment ({e}): check the GRADIO_… variables") from e
-        system = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # no fonts from the network
-        page = build(offered(config.model), device, dtype)
-        try:
-            with without_proxies():
-                url = page.launch(
-                    share=False, css=CSS, theme=gr.themes.Default(**system), footer_links=[], ssr_mode=False, quiet=True,
-                    app_kwargs={"middleware": [Middleware(BodyLimit)]}, prevent_thread_lock=True,
-                )[1]  # fmt: skip
-        except (OSError, ValueError, OverflowError) as e:
-            raise ValueError(f"can't serve the page ({e}): check GRADIO_SERVER_PORT and GRADIO_SERVER_NAME") from e
+        with without_proxies():
+            url = serve(config, device, dtype)
         print(f"open {url}  (Ctrl-C to stop)", file=sys.stderr, flush=True)
         try:
             threading.Event().wait()
