@@ -8,10 +8,10 @@ import functools
 import html
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -175,7 +175,9 @@ def build(choices: dict[str, str], device: torch.device, dtype: torch.dtype):
         try:
             models = [load(choices[one], device, dtype) for one in (name, beside) if one in choices]
             yield from growing([Column(request[0], write(*model, *request)) for model in models])
-        except (ValueError, OSError) as e:  # the checkpoint is gone, or its weights are NaN
+        except Exception as e:  # the checkpoint is gone, its weights are NaN, or memory ran out
+            if not (isinstance(e, ValueError | OSError) or cli.out_of_memory(e)):
+                raise
             raise gr.Error(html.escape(str(e)), print_exception=False) from e
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
@@ -233,6 +235,9 @@ def sliders(gr) -> list:
         ]
 
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+
+
 class BodyLimit:
     """Answers 413 to a request of more than BODY_BYTES, before it fills the memory, and 404 to an uploaded file."""
 
@@ -259,6 +264,38 @@ class BodyLimit:
         await self.app(scope, counting_receive, send)
 
 
+@contextmanager
+def without_proxies():
+    """Hides proxies from Gradio, which at the start would ask for its own page through them, and fail on a kind that it lacks."""
+    before = {name: value for name, value in os.environ.items() if name.lower() in PROXIES}
+    for name in before:
+        del os.environ[name]
+    try:
+        yield
+    finally:  # the hub's client needs them
+        os.environ |= before
+
+
+def serve(config: AppConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Starts the page in a thread and returns its address. ValueError if Gradio is missing or can't serve."""
+    try:
+        import gradio as gr
+        from starlette.middleware import Middleware
+    except ImportError as e:
+        raise ValueError(f"the page needs Gradio ({e}): pip install gradio") from e
+    except ValueError as e:
+        raise ValueError(f"Gradio can't read its environment ({e}): check the GRADIO_… variables") from e
+    system = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # no fonts from the network
+    page = build(offered(config.model), device, dtype)
+    try:
+        return page.launch(
+            share=False, css=CSS, theme=gr.themes.Default(**system), footer_links=[], ssr_mode=False, quiet=True,
+            app_kwargs={"middleware": [Middleware(BodyLimit)]}, prevent_thread_lock=True,
+        )[1]  # fmt: skip
+    except (OSError, ValueError, OverflowError) as e:
+        raise ValueError(f"can't serve the page ({e}): check GRADIO_SERVER_PORT and GRADIO_SERVER_NAME") from e
+
+
 def main():
     with cli.one_line_errors():
         config = cli.parse(AppConfig)
@@ -267,27 +304,13 @@ def main():
         dtype = pick_dtype(config.dtype, device)
         for path in config.model:
             load(path, device, dtype)
-        try:
-            import gradio as gr
-            from starlette.middleware import Middleware
-        except ImportError as e:
-            raise ValueError(f"the page needs Gradio ({e}): pip install gradio") from e
-        except ValueError as e:
-            raise ValueError(f"Gradio can't read its environment ({e}): check the GRADIO_… variables") from e
-        system = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # no fonts from the network
-        page = build(offered(config.model), device, dtype)
-        try:
-            url = page.launch(
-                share=False, css=CSS, theme=gr.themes.Default(**system), footer_links=[], ssr_mode=False, quiet=True,
-                app_kwargs={"middleware": [Middleware(BodyLimit)]}, prevent_thread_lock=True,
-            )[1]  # fmt: skip
-        except (OSError, ValueError, OverflowError) as e:
-            raise ValueError(f"can't serve the page ({e}): check GRADIO_SERVER_PORT and GRADIO_SERVER_NAME") from e
-        print(f"open {url}  (Ctrl-C to stop)", file=sys.stderr, flush=True)
+        with without_proxies():
+            url = serve(config, device, dtype)
+        cli.say(f"open {url}  (Ctrl-C to stop)")
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
-            print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
+            cli.say("\nstopped by Ctrl-C")
             os._exit(130)  # a normal exit would abort if a thread is still generating
 
 

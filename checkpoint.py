@@ -9,9 +9,9 @@ sha256 of its model file, so files of other steps or runs don't pass for this on
 """
 
 import hashlib
+import os
 import re
 import shutil
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -264,7 +264,7 @@ def newest_step(folder: Path, at_most: int | None = None, weights_only: bool = F
         problem = find_problem(folder, step, weights_only)
         if problem is None:
             return step
-        print(f"warning: skipping the checkpoint of step {step} in {folder}: {problem}", file=sys.stderr)
+        cli.say(f"warning: skipping the checkpoint of step {step} in {folder}: {problem}")
     if steps:
         raise ValueError(f"none of the {len(steps)} checkpoints in {folder} is complete: restore one, or use another folder")
     return None
@@ -283,9 +283,10 @@ def load_torch(path: Path) -> dict:
     with naming(path), open(path, "rb") as file:  # OSError says why, if the file can't be read
         file.read(1)
     try:
-        with nanogpt.allowed(), warnings.catch_warnings():
+        by_name = str(path).encode("utf-8", "replace") == os.fsencode(path)  # mmap needs the name, and PyTorch only takes UTF-8
+        with nanogpt.allowed(), warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # about types in a damaged file
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path if by_name else file, map_location="cpu", weights_only=True, mmap=by_name)
     except Exception as e:  # damaged bytes make the unpickler raise anything
         if cli.disk_failed(e):
             raise
@@ -408,7 +409,7 @@ def load_with_tokenizer(path: str, device: str | torch.device = "cpu") -> tuple[
 def seal_of(folder: Path, step: int) -> str:
     """The text of a checkpoint's seal, '' if it has none."""
     seal = files_of(folder, step).seal
-    return seal.read_text() if seal.exists() else ""
+    return seal.read_text(encoding="utf-8") if seal.exists() else ""
 
 
 def load_training(folder: Path, step: int) -> tuple[dict, dict]:

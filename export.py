@@ -5,7 +5,6 @@ python export.py -m log --out-dir exported
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -84,7 +83,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, seq_len: int):
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, **special}
     config["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 adds token types, which GPT-2 would embed
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer), ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def special_ids(source: Path | None, tokenizer: Tokenizer | None) -> dict:
@@ -113,7 +112,7 @@ def export(config: ExportConfig) -> str:
         save_tokenizer(tokenizer, folder, model.config.seq_len)
     if why:
         note = "copied the files of its own tokenizer" if copied else f"wrote no tokenizer; put the files of the right one into {folder}"
-        print(f"warning: {why}: {note}", file=sys.stderr)
+        cli.say(f"warning: {why}: {note}")
     kind = read_json(folder / "config.json", "")["architectures"][0]
     label = f"tokenizer {name}" if not why else "its own tokenizer" if copied else "no tokenizer"
     return f"{folder}: {kind}, {model.num_params():,} parameters in {config.dtype}, {label}"

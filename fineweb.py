@@ -152,7 +152,7 @@ def back_off(problem: str, e: Exception, failures: int):
     several times, and it respects Retry-After."""
     if failures > 8:
         raise ValueError(f"{problem} ({brief(e)}) after {failures} attempts: run the same command again later") from e
-    print(f"{problem} ({brief(e)}): retrying in {2**failures} s", file=sys.stderr)
+    cli.say(f"{problem} ({brief(e)}): retrying in {2**failures} s")
     time.sleep(2**failures)
 
 
@@ -244,11 +244,11 @@ def local_documents(config: PrepareConfig, revision: str = "", quiet: bool = Fal
     if revision.startswith("files-"):  # from a version that read other files and didn't hash them: continue as it began
         files = stdlib_files() if stdlib else older_files(paths)
         if not quiet:
-            print(f"reading {len(files):,} files by the rules of the older version that began this", file=sys.stderr)
+            cli.say(f"reading {len(files):,} files by the rules of the older version that began this")
         return LocalDocuments(files, config.part_range, How(tolerant=True), config.skip_bad_rows, older_revision(files))
     listing = Listing(stdlib_files()) if stdlib else list_files(paths, config.text_field, Path(config.out_dir))
     if not (stdlib or quiet):
-        print("\n".join(listing.summary()), file=sys.stderr)
+        cli.say("\n".join(listing.summary()))
     how = How(config.text_field, tolerant=stdlib)  # Python's library has wrong bytes on purpose, in tests of encodings
     return LocalDocuments(listing.files, config.part_range, how, config.skip_bad_rows)
 
@@ -317,8 +317,9 @@ def processes(workers: int) -> ProcessPoolExecutor:
 
 
 def begin_worker():
-    """Leaves Ctrl-C to the parent, and exits when the parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leaves Ctrl-C and a closed terminal to the parent, and exits when the parent dies."""
+    for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
     def follow_parent():
         multiprocessing.parent_process().join()
@@ -372,7 +373,7 @@ def tokenize_documents(held: HeldFolder, config: PrepareConfig):
     index, count = config.part_range
     limit = config.max_tokens * (index + 1) // count - config.max_tokens * index // count
     budget = (limit if config.max_tokens else sys.maxsize) - done
-    stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count())
+    stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count() or 1)
     with cli.bar(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=limit or None, initial=done) as bar:
         for tokens, resume_from in pack(stream, 2 * size, budget, progress["skip"], end, bar.update):
             first = size
@@ -577,7 +578,7 @@ def write_manifest(out: Path, progress: dict, shards: list[dict]):
     }
     if skipped := progress.get("skipped"):
         manifest["skipped"] = skipped
-        print(describe_bad(skipped), file=sys.stderr)
+        cli.say(describe_bad(skipped))
     write_json(out / MANIFEST, manifest)
     (out / PROGRESS).unlink(missing_ok=True)
     val_tokens = sum(shard["tokens"] for shard in shards if split_of(shard["file"]) == "val")
@@ -723,8 +724,8 @@ def check_download(out: Path, file: str, expected: str | None) -> dict:
 
 
 def main():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # sys.exit shuts the pool down cleanly
-    with cli.one_line_errors(cli.AGAIN):
+    cli.exit_on_stop_signals()  # shuts the pool down cleanly
+    with cli.one_line_errors(cli.AGAIN, "pass fewer --workers or a smaller --shard-size"):
         config = cli.parse(PrepareConfig)
         raise_errors(config.errors())
         prepare(config)

@@ -279,7 +279,7 @@ def evaluate(
 
 
 def main():
-    with cli.one_line_errors():
+    with cli.one_line_errors(if_memory_runs_out="lower --batch-tokens, or use a smaller model"):
         config = cli.parse(HellaSwagConfig)
         errors = cli.at_least(0, config, "limit", "batch_tokens")
         if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):

@@ -6,7 +6,6 @@ python perplexity.py -m gpt2 edu_fineweb10B       # a folder of shards: what tra
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -120,14 +119,14 @@ def read_ids(path: Path, config: PerplexityConfig, tokenizer: Tokenizer) -> list
         if config.max_tokens and len(ids) > config.max_tokens:
             break
     if bad.found:
-        print(f"{shown(path)}: {describe_bad(bad.found)}", file=sys.stderr)
+        cli.say(f"{shown(path)}: {describe_bad(bad.found)}")
     if len(ids) < 2:
         raise ValueError(f"{shown(path)} is empty: pass a file with text")
     return ids[: config.max_tokens + 1] if config.max_tokens else ids
 
 
 def main():
-    with cli.one_line_errors():
+    with cli.one_line_errors(if_memory_runs_out="lower --batch-size, or use a smaller model"):
         config = cli.parse(PerplexityConfig)
         config.validate()
         device = pick_device(config.device)

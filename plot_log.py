@@ -7,7 +7,6 @@ python plot_log.py a/log.txt b/log.txt --x tokens --smooth 0.98 --panels lr grad
 import math
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -86,7 +85,7 @@ def read_log(path: Path) -> dict[str, dict[int, float]]:
     if not path.is_file():
         raise ValueError(f"no log {path}: pass the log.txt in a run's folder")
     streams, skipped = {}, 0
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         match = next((match for pattern in LINES if (match := pattern.match(line.strip()))), None)
         try:
             found = match.groupdict()
@@ -100,7 +99,7 @@ def read_log(path: Path) -> dict[str, dict[int, float]]:
     if not streams:
         raise ValueError(f"{path} has no line 'step stream value': pass a log.txt")
     if skipped:
-        print(f"warning: {path}: skipped {skipped} lines that are not 'step stream value'", file=sys.stderr)
+        cli.say(f"warning: {path}: skipped {skipped} lines that are not 'step stream value'")
     return streams
 
 
@@ -117,7 +116,7 @@ def read_metrics(path: Path, names: list[str], having: str = "") -> dict[str, di
     """Name → step → number, from a metrics.jsonl; nothing if the file is missing. having: reads only lines with this key.
     If a step appears twice, the later line wins."""
     found = {name: {} for name in names}
-    for line in path.read_text(errors="replace").splitlines() if names and path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if names and path.is_file() else ():
         if having not in line:  # skips most lines without parsing JSON
             continue
         try:

@@ -293,7 +293,7 @@ def sample_texts(
 
 
 def main():
-    with cli.one_line_errors():
+    with cli.one_line_errors(if_memory_runs_out="lower --num-samples or --max-new-tokens, or use a smaller model"):
         config = cli.parse(SampleConfig)
         config.validate()
         device = pick_device(config.device)
@@ -319,14 +319,14 @@ def main():
             draft=draft, draft_tokens=config.draft_tokens, counts=counts, progress=True,
         )  # fmt: skip
         for number, text in enumerate(texts, 1):
-            print(f"--- sample {number} of {len(texts)}", file=sys.stderr, flush=True)
+            cli.say(f"--- sample {number} of {len(texts)}")
             print(cli.printable(text) if sys.stdout.isatty() else text, flush=True)
         if counts["proposed"]:
             rate, per_pass = counts["accepted"] / counts["proposed"], config.max_new_tokens / counts["passes"]
-            print(
+            cli.say(
                 f"draft: {counts['accepted']:,} of {counts['proposed']:,} tokens accepted ({rate:.0%}); "
-                f"each pass of the model added {per_pass:.2f} tokens to a sample", file=sys.stderr,
-            )  # fmt: skip
+                f"each pass of the model added {per_pass:.2f} tokens to a sample"
+            )
 
 
 if __name__ == "__main__":

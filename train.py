@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -24,13 +24,13 @@ import checkpoint
 import fineweb
 import variants
 from common import cli, device
-from common.distributed import DistContext, PeerLost, Stopped, join_world, rendezvous
+from common.distributed import DistContext, PeerLost, Stopped, join_world, launched, rendezvous
 from common.files import lock_folder
 from common.run_folder import RunFolder
 from common.validation import raise_errors
 from dataloader import MANIFEST, Shards, find_shards
 from training import checks, failure, flags, run_json
-from training.config import TrainConfig
+from training.config import LOWER_MEMORY, TrainConfig
 from training.evaluation import Evaluation, is_due
 from training.guard import largest_weight
 from training.log import Log, logged_loss, resume_notice, step_metrics
@@ -105,7 +105,7 @@ def replay(config: TrainConfig, world: DistContext, folder: RunFolder):
 
 
 class StopSignal:
-    """On SIGTERM or Ctrl-C, the run finishes its step or cancels its evaluation, saves everything and exits.
+    """On SIGTERM, SIGHUP or Ctrl-C, the run finishes its step or cancels its evaluation, saves everything and exits.
 
     It exits at once if there is nothing to save yet (the first step compiles), or at a second signal. A second signal within one
     second of the first doesn't count: torchrun forwards a signal that the scheduler has also sent to its processes.
@@ -115,20 +115,20 @@ class StopSignal:
 
     def __init__(self):
         self.received, self.at, self.unsaved = 0, 0.0, False
-        signal.signal(signal.SIGTERM, self.handle)
-        signal.signal(signal.SIGINT, self.handle)
+        cli.on_stop_signals(self.handle, signal.SIGINT)
 
     def handle(self, number, frame):
         if not self.received:
             self.received, self.at = number, time.monotonic()
             if not self.unsaved:
-                os.write(2, b"stopped by a signal before the first step: nothing to save\n")  # print is not for signal handlers
+                with suppress(OSError):  # the terminal is gone
+                    os.write(2, b"stopped by a signal before the first step: nothing to save\n")  # print is not for signal handlers
                 # Python drops an exception that is raised in a weakref's callback, and torch.compile has many of those
                 StopSignal.hard_exit = threading.Timer(5, os._exit, [128 + number])  # main cancels it
                 StopSignal.hard_exit.daemon = True
                 StopSignal.hard_exit.start()
                 sys.exit(128 + number)
-        elif time.monotonic() - self.at > 1:
+        elif time.monotonic() - self.at > 1 and number in (signal.SIGTERM, signal.SIGINT):
             raise KeyboardInterrupt
 
 
@@ -200,7 +200,8 @@ def claim_folder(folder: RunFolder, given: TrainConfig, stack: ExitStack) -> Tra
     if given.replay_step is None:
         folder.held = stack.enter_context(lock_folder(folder.path))
     config = flags.parse_config()
-    config.validate(int(os.environ.get("WORLD_SIZE", 1)))
+    launch = launched()
+    config.validate(launch.size if launch else 1)
     return config
 
 
@@ -213,7 +214,7 @@ def main():
 
 
 def launch():
-    with cli.one_line_errors(), failure.noted():
+    with cli.one_line_errors(if_memory_runs_out=LOWER_MEMORY), failure.noted():
         given = flags.parse_flags()  # an unknown flag ends every process here
         if given.plan:
             print(report(flags.parse_config()))
@@ -228,14 +229,11 @@ def launch():
                     run = replay if config.replay_step is not None else train
                     run(config, world, folder)
         except PeerLost as e:
-            print(f"error: {e}", file=sys.stderr)
+            cli.say(f"error: {e}")
             sys.exit(1)
         except checkpoint.SaveError as e:
             if not getattr(e, "is_shared", False):
-                print(f"error: {e}: free some space, then --resume --out-dir {shlex.quote(config.out_dir)}", file=sys.stderr)
-            sys.exit(1)
-        except torch.OutOfMemoryError as e:
-            print(f"error: out of memory ({e}): lower --micro-batch-size", file=sys.stderr)
+                cli.say(f"error: {e}: free some space, then --resume --out-dir {shlex.quote(config.out_dir)}")
             sys.exit(1)
 
 

@@ -4,6 +4,7 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager, suppress
@@ -104,6 +105,17 @@ def disk_failed(e: Exception) -> bool:
     return isinstance(e, OSError) and e.errno in MACHINE_REMEDIES
 
 
+# PyTorch on a CPU, on CUDA (also cuBLAS and a CUDA context), on MPS; the C library
+OUT_OF_MEMORY = re.compile("out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED|Invalid buffer size", re.I)
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether an error means that memory ran out: the machine's or a card's. PyTorch has a type of its own only for CUDA."""
+    if isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno == errno.ENOMEM):
+        return True
+    return isinstance(e, RuntimeError) and OUT_OF_MEMORY.search(str(e)) is not None
+
+
 AGAIN = "run the same command again to continue"  # for scripts that can stop at any time
 REMEDIES = MACHINE_REMEDIES | {
     errno.EEXIST: "it is a file, give a folder",
@@ -111,6 +123,7 @@ REMEDIES = MACHINE_REMEDIES | {
     errno.EACCES: "give a path that you can read and write",
     errno.EPERM: "give a path that you can read and write",
     errno.EROFS: "that disk is read-only, give another folder",
+    errno.ENAMETOOLONG: "give a shorter name",
 }
 
 
@@ -120,25 +133,81 @@ def in_one_line(e: Exception) -> str:
 
 
 @contextmanager
-def one_line_errors(after_ctrl_c: str = ""):
+def one_line_errors(after_ctrl_c: str = "", if_memory_runs_out: str = "close other programs, or use a smaller model"):
     """Turns errors into one line and an exit status: 2 for a user's mistake (ValueError, a file that can't be used), 1 if the machine
-    fails (a full or broken disk, too many open files), 130 for Ctrl-C. Anything else is a bug and keeps its traceback.
-    after_ctrl_c: how to continue then."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may write characters that the terminal lacks
+    fails (a full or broken disk, too many open files, too little memory), 130 for Ctrl-C. Anything else is a bug and keeps its
+    traceback. after_ctrl_c: how to continue then."""
+    open_streams()
     try:
         yield
     except BrokenPipeError:
         drop(sys.stdout)
-        sys.exit(128 + signal.SIGPIPE)
-    except (ValueError, OSError) as e:
+        sys.exit(BROKEN_PIPE)
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        if out_of_memory(e):
+            fail(f"out of memory ({first_line(e)}): {if_memory_runs_out}", 1)
+        if isinstance(e, RuntimeError):
+            raise
         remedy = f": {REMEDIES.get(e.errno, 'check the path')}" if isinstance(e, OSError) else ""
-        if not getattr(e, "is_shared", False):
-            print(f"error: {in_one_line(e)}{remedy}", file=sys.stderr)
-        sys.exit(1 if disk_failed(e) else 2)
+        fail("" if getattr(e, "is_shared", False) else f"{in_one_line(e)}{remedy}", 1 if disk_failed(e) else 2)
     except KeyboardInterrupt:
-        print(f"\nstopped by Ctrl-C{after_ctrl_c and ': '}{after_ctrl_c}", file=sys.stderr)
+        say(f"\nstopped by Ctrl-C{after_ctrl_c and ': '}{after_ctrl_c}")
         sys.exit(130)
+
+
+def fail(message: str, status: int):
+    if message:
+        say(f"error: {message}")
+    sys.exit(status)
+
+
+def first_line(e: BaseException) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0]
+
+
+# ---- streams and signals ----
+
+BROKEN_PIPE = 128 + 13  # SIGPIPE's number, which Windows lacks
+
+
+def open_streams():
+    """Makes stdout and stderr accept any text. A stream that was closed at the start (2>&-) discards it: otherwise the next file that
+    we open would get its number, and messages of C code would go into that file."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                unused = os.open(os.devnull, os.O_RDWR)
+                if unused != number:
+                    os.dup2(unused, number)
+                    os.close(unused)
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)  # a model may write characters that the terminal lacks; file names may not be UTF-8
+
+
+def on_stop_signals(handler, *more: int):
+    """Calls handler(number, frame) on SIGTERM, on SIGHUP and on more signals. SIGHUP means that the terminal or ssh session has closed;
+    nohup makes a process ignore it, and that stays so."""
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    for number in (signal.SIGTERM, hangup, *more):
+        if number and not (number == hangup and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, handler)
+
+
+def exit_on_stop_signals():
+    """Ends this process on SIGTERM and SIGHUP with an exception, so that it can clean up."""
+    on_stop_signals(lambda number, frame: sys.exit(128 + number))
+
+
+def say(text: str):
+    """Prints a message to stderr. If its terminal is gone or its disk is full, the work continues without messages."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        drop(sys.stderr)
 
 
 def drop(stream):
@@ -148,9 +217,28 @@ def drop(stream):
 
 def on_a_screen() -> bool:
     """Whether stderr is a terminal with room for a line that is redrawn in place."""
-    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 1
+    with suppress(OSError, ValueError):  # some terminals don't tell their size
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 1
+    return False
+
+
+class Unbroken:
+    """A stream that drops what it can't write, as when its terminal has closed or its disk is full."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            drop(self.stream)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 def bar(iterable=None, **how) -> tqdm:
-    """A progress bar on stderr. In a terminal it updates ten times a second, in a file twice a minute."""
-    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, **how)
+    """A progress bar on stderr. In a terminal it updates ten times a second, in a file twice a minute. Never ends the work."""
+    return tqdm(iterable, file=Unbroken(sys.stderr), mininterval=0.1 if sys.stderr.isatty() else 30, **how)

@@ -4,7 +4,6 @@ import ctypes
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -100,7 +99,7 @@ def is_gcc(compiler: str) -> bool:
     if re.fullmatch(r"(.+-)?g\+\+(-[\d.]+)?", name):
         return True
     with suppress(OSError, subprocess.SubprocessError):
-        return "Free Software Foundation" in subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=10).stdout
+        return b"Free Software Foundation" in subprocess.run([compiler, "--version"], capture_output=True, timeout=10).stdout
     return False
 
 
@@ -154,17 +153,28 @@ def total_memory(device: torch.device) -> int:
     """Memory in bytes: the card's on CUDA, the machine's elsewhere."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        import psutil
+    except ImportError:  # on Linux and macOS the system can tell
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return psutil.virtual_memory().total
 
 
 def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes so far: the card's on CUDA, the process's elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if os.path.exists("/proc/self/status"):  # Linux's getrusage also counts the parent's memory before the fork
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    with suppress(OSError, TypeError):  # Linux's getrusage also counts the parent's memory before the fork
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.uname().machine}, {os.cpu_count()} cores"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"

@@ -1,5 +1,6 @@
 """One process of a torchrun job, and what its processes do together."""
 
+import functools
 import gc
 import os
 import pickle
@@ -10,10 +11,12 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from common import cli
 from common.device import pick_device
 
 
@@ -32,6 +35,8 @@ class DistContext:
     device: torch.device
     rank: int = 0
     size: int = 1
+    first_on_host: bool = True  # also if the launcher doesn't say which processes share a host
+    several_hosts: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -95,25 +100,74 @@ class DistContext:
         return self.on_all(lambda: function() if self.is_main else None)[0]
 
 
+# ---- how this process was started ----
+
+
+class Launch(NamedTuple):
+    """What the launcher of several processes says about this one."""
+
+    rank: int
+    size: int
+    local_rank: int | None  # among the processes on this host; Kubeflow's PyTorchJob doesn't tell
+    local_size: int | None
+    by_torchrun: bool
+
+    def gpu(self, count: int) -> int:
+        """Returns the index of this process's GPU, of `count` that it sees. ValueError if torchrun started too many processes.
+        Other launchers may show each process only its own GPU."""
+        if self.by_torchrun and (self.local_size or 1) > max(1, count):
+            raise ValueError(f"{self.local_size} processes on this host, but PyTorch sees {count} GPUs: pass --nproc_per_node={count}")
+        return (self.rank if self.local_rank is None else self.local_rank) % max(1, count)
+
+
+def launched() -> Launch | None:
+    """Reads how this process was started, from the variables that torchrun, Kubeflow and others set. None if it works alone.
+    ValueError if they are incomplete or contradict each other. Nothing else reads them."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {name: value for name in names if (value := os.environ.get(name, "").strip())}
+    if len(lone := given.keys() & {"RANK", "WORLD_SIZE"}) < 2:
+        for name in lone:  # another launcher's leftover
+            warn_once(f"warning: ignoring {name}={given[name]}, since {'WORLD_SIZE' if name == 'RANK' else 'RANK'} is not set")
+        return None
+    remedy = "start with torchrun, or unset RANK and WORLD_SIZE to run one process"
+    try:
+        numbers = {name: int(value) for name, value in given.items() if name != "MASTER_ADDR"}
+    except ValueError as e:
+        raise ValueError(f"one of {', '.join(names[:2] + names[3:])} is not a number ({e}): {remedy}") from e
+    rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={size} contradict each other: {remedy}")
+    if size == 1:
+        return None
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in given]:
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={size} are set, but {' and '.join(missing)} not: {remedy}")
+    return Launch(rank, size, numbers.get("LOCAL_RANK"), numbers.get("LOCAL_WORLD_SIZE"), "TORCHELASTIC_RUN_ID" in os.environ)
+
+
+@functools.cache
+def warn_once(text: str):
+    cli.say(text)
+
+
 @contextmanager
 def join_world(device: str, timeout_minutes: float = 10.0, store: dist.Store | None = None):
-    """Joins the process group while the block runs: nccl on CUDA, gloo on a CPU, none without torchrun. PeerLost if another process
+    """Joins the process group while the block runs: nccl on CUDA, gloo on a CPU, none for a single process. PeerLost if another process
     ends, or does not join a collective operation within the timeout. store: from rendezvous, if that was called before."""
-    device = pick_device(device)
-    if "RANK" not in os.environ:
+    device, launch = pick_device(device), launched()
+    if launch is None:
         yield DistContext(device)
         return
     if store is None:
         _, store = rendezvous(lambda: None, timeout_minutes)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", launch.gpu(torch.cuda.device_count()))
         torch.cuda.set_device(device)
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = launch.rank, launch.size
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
     try:
-        with naming_lost_peers():
+        with naming_lost_peers(rank):
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-            yield DistContext(device, rank, size)
+            yield DistContext(device, rank, size, launch.local_rank in (None, 0), launch.local_size != size)
     except BaseException as e:
         traceback.clear_frames(e.__traceback__)  # frames hold DDP, which must be freed before the group
         raise
@@ -124,7 +178,7 @@ def join_world(device: str, timeout_minutes: float = 10.0, store: dist.Store | N
 
 
 @contextmanager
-def naming_lost_peers():
+def naming_lost_peers(rank: int):
     """Turns PyTorch's errors about a lost process into PeerLost."""
     try:
         yield
@@ -132,7 +186,7 @@ def naming_lost_peers():
         if "gloo" not in str(e) and not isinstance(e, dist.DistError):
             raise
         traceback.clear_frames(e.__traceback__)
-        rank, why = os.environ["RANK"], str(e).splitlines()[0]
+        why = str(e).splitlines()[0]
         raise PeerLost(
             f"rank {rank} lost touch with another rank, which died or hangs: look for its own error; if it was only slow, raise "
             f"--timeout-minutes ({why})"
@@ -150,9 +204,10 @@ def rendezvous(load: Callable, timeout_minutes: float):
     confirmed. The store may hold entries of dead processes: torchrun keeps it when it restarts processes
     (pytorch/pytorch#135712), and each host counts restarts by itself. So each answer names a new attempt at random, and the
     group uses only keys under that name."""
-    if "RANK" not in os.environ:
+    launch = launched()
+    if launch is None:
         return load(), None
-    with naming_lost_peers():
+    with naming_lost_peers(launch.rank):
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
         deadline = time.monotonic() + 60 * timeout_minutes
         attempt, result, error = serve_rendezvous(store, size, load, deadline) if rank == 0 else join_rendezvous(store, rank, deadline)
@@ -181,7 +236,7 @@ def serve_rendezvous(store: dist.Store, size: int, load: Callable, deadline: flo
                 store.set(f"answer to {store.get(f'{rank} asks').decode()}", pickle.dumps(answer))
         return not missing
 
-    wait_until(all_confirmed, deadline, lambda: f"ranks {', '.join(map(str, sorted(missing)))}")
+    wait_until(all_confirmed, deadline, 0, lambda: f"ranks {', '.join(map(str, sorted(missing)))}")
     return answer
 
 
@@ -189,16 +244,14 @@ def join_rendezvous(store: dist.Store, rank: int, deadline: float) -> tuple:
     """The other ranks' part of rendezvous. Returns rank 0's answer."""
     me = secrets.token_hex(8)
     store.set(f"{rank} asks", me)
-    wait_until(lambda: store.check([f"answer to {me}"]), deadline, lambda: "rank 0")
+    wait_until(lambda: store.check([f"answer to {me}"]), deadline, rank, lambda: "rank 0")
     attempt, result, error = pickle.loads(store.get(f"answer to {me}"))
     store.set(f"{attempt} heard by {rank}", b"")
     return attempt, result, error
 
 
-def wait_until(done: Callable[[], bool], deadline: float, whom: Callable[[], str]):
+def wait_until(done: Callable[[], bool], deadline: float, rank: int, whom: Callable[[], str]):
     while not done():
         if time.monotonic() > deadline:
-            raise PeerLost(
-                f"rank {os.environ['RANK']} waited too long for {whom()}: start all hosts within --timeout-minutes of each other"
-            )
+            raise PeerLost(f"rank {rank} waited too long for {whom()}: start all hosts within --timeout-minutes of each other")
         time.sleep(0.02)

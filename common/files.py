@@ -9,22 +9,52 @@ import sys
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
+from common import cli
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-from common import cli
+MAX_NAME = 255  # bytes in a file's name
+
+
+def sync(number: int):
+    """Waits until an open file or folder is on disk, if its file system can say so. Some refuse: FUSE, CIFS."""
+    try:
+        os.fsync(number)
+    except OSError as e:
+        if cli.disk_failed(e):
+            raise
+
+
+def sync_folder(folder: Path):
+    """sync, for the names in a folder. Windows can't open a folder."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        if cli.disk_failed(e):
+            raise
+        return
+    try:
+        sync(number)
+    finally:
+        os.close(number)
+
+
+def temporary_name(name: str) -> str:
+    """The name to write a file under before it gets its own. It must not be too long if the file's own name is not."""
+    return f"{name}.tmp" if len(os.fsencode(name)) + 4 <= MAX_NAME else f"{name[:60]}.tmp"
 
 
 def write_temporary(path: Path, write) -> Path:
     """Calls write(file) on a temporary file next to path, syncs it to disk and returns it. Deletes it if anything fails."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -34,9 +64,7 @@ def write_temporary(path: Path, write) -> Path:
 def replace(temporary: Path, path: Path):
     """Renames, and returns once that is on disk. So the disk sees renames in the order of the calls."""
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync_folder(path.parent)
 
 
 def write_atomically(path: Path, write):
@@ -63,10 +91,10 @@ def append(path: Path, text: str):
             raise
 
 
-def sync(path: Path):
-    """Writes a file's changes to the disk now. Does nothing if the file is missing."""
+def sync_file(path: Path):
+    """sync, for a file that is closed. Does nothing if it is missing."""
     with suppress(FileNotFoundError), open(path, "rb+") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def write_json(path: Path, content):
@@ -218,7 +246,7 @@ def lock(held: HeldFolder, wait: bool, stack: ExitStack) -> Path:
         opened = os.open(file, os.O_WRONLY | os.O_CREAT)
         stack.callback(os.close, opened)
         if not flock(opened, wait) and not has_locks:
-            print(f"warning: {held.path} is on a file system without locks: start only one process in it", file=sys.stderr)
+            cli.say(f"warning: {held.path} is on a file system without locks: start only one process in it")
     except (BlockingIOError, PermissionError, TimeoutError) as e:
         if isinstance(e, PermissionError) and e.filename:  # opening the file failed, not locking it
             raise

@@ -1,10 +1,10 @@
 """Draws pictures with matplotlib, and turns its errors into one line."""
 
 import io
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from common import cli
 from common.files import write_atomically
 
 
@@ -30,7 +30,7 @@ def draw_or_warn(draw, *args):
     try:
         draw(*args)
     except (ValueError, OSError) as e:
-        print(f"warning: {e}", file=sys.stderr)
+        cli.say(f"warning: {e}")
 
 
 def label_of(name: str, longest: int = 60) -> str:

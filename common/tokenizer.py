@@ -2,7 +2,6 @@
 
 import base64
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -150,6 +149,6 @@ def fast_rows(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray] | None
     except (TypeError, ValueError):  # gigatoken rejects lone surrogates
         return None
     if first.tolist() != tokenizer.encode(sample):
-        print(f"warning: gigatoken and tiktoken differ on {sample[:40]!r}…: using tiktoken for this chunk", file=sys.stderr)
+        cli.say(f"warning: gigatoken and tiktoken differ on {sample[:40]!r}…: using tiktoken for this chunk")
         return None
     return rows

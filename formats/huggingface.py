@@ -4,6 +4,7 @@ that computes the same.
 Here a model is a shape and a state. shape: the fields of its config by name; missing switches are off. state: its state dict.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -368,7 +369,7 @@ def raise_unsupported(hf: dict, path: Path):
 def load_safetensors(folder: Path) -> dict[str, Tensor]:
     """Loads all tensors of a Hugging Face folder, from one file or from the parts that its index lists."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
     index = folder / "model.safetensors.index.json"
     try:
@@ -383,7 +384,8 @@ def load_safetensors(folder: Path) -> dict[str, Tensor]:
                 f"{folder} has no {path.name}, and pickled weights can't be loaded: save it again with save_pretrained of transformers"
             )
         try:
-            state.update(load_file(path))
+            is_utf8 = str(path).encode("utf-8", "replace") == os.fsencode(path)  # load_file takes no other name
+            state.update(load_file(path) if is_utf8 else load(path.read_bytes()))
         except SafetensorError as e:
             raise ValueError(f"{path} is damaged ({str(e).splitlines()[0][:200]}): fetch it again") from e
     return state

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -209,7 +208,7 @@ class Run(NamedTuple):
         try:
             config = parse_flags(self.argv())
         except SystemExit:
-            print(f"error: train.py rejects the flags of {self.name!r}: correct them", file=sys.stderr)
+            cli.say(f"error: train.py rejects the flags of {self.name!r}: correct them")
             raise
         if config.init_from:  # its weights decide the shape
             config = parse_flags(self.argv(), checkpoint.load_config(config.init_from, config.init_revision))
@@ -258,7 +257,7 @@ def run_all(runs: list[Run], workers: int, mixed: bool) -> list[str]:
     for slot in range(workers):
         free.put(environment(workers, slot))
     pool = ThreadPoolExecutor(workers)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    cli.exit_on_stop_signals()
     try:
         done, name = pool.map(lambda run: train_one(run, running, free), missing), f"runs in {os.path.commonpath(folders)}"
         for _ in cli.bar(done, total=len(missing), desc=name, unit="run", disable=not missing):

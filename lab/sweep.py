@@ -8,12 +8,14 @@ Run the same command again to continue a stopped sweep. --export FILE writes the
 import itertools
 import json
 import math
+import os
 import shlex
-import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -27,7 +29,7 @@ from lab.compare import SCRIPT, Run, last_checkpoint, split
 from lab.runs import code_notes, data_notes, environment, refuse_unless
 from plot_log import read_metrics
 from train import find_data
-from training.config import TrainConfig
+from training.config import LOWER_LR, LOWER_MEMORY, SMALLER_MODEL, TrainConfig
 from training.flags import parse_flags
 from training.run_json import RUN, code_now
 from variants import VariantConfig
@@ -215,7 +217,7 @@ def open_study(config: SweepConfig, points: list[dict]):
     path = Path(config.out_dir, "sweep.db")
     try:
         study = optuna.create_study(
-            storage=f"sqlite:///{path}",
+            storage=storage(path),
             study_name="sweep",
             pruner=optuna.pruners.MedianPruner() if config.prune else optuna.pruners.NopPruner(),
             load_if_exists=True,
@@ -235,6 +237,15 @@ def open_study(config: SweepConfig, points: list[dict]):
     for point in points:
         study.enqueue_trial(point, skip_if_exists=True)
     return study
+
+
+def storage(path: Path):
+    """Returns Optuna's storage in a SQLite file. In a URL, a path with ?, # or % would mean another file."""
+    from optuna.storages import RDBStorage
+    from sqlalchemy.pool import QueuePool
+
+    connect = partial(sqlite3.connect, os.fsencode(path), check_same_thread=False)
+    return RDBStorage("sqlite://", engine_kwargs={"creator": connect, "poolclass": QueuePool})
 
 
 def folder_of(trial) -> str:
@@ -257,12 +268,13 @@ class Running:
     metrics_size: int = 0
     reported: int = 0  # last step whose loss the study has
     pruned: bool = False
+    output_start: int = 0  # where this launch's output begins in the .out file
 
 
 def sweep(config: SweepConfig, space: dict[str, Choice | Range], study):
     """Runs the missing trials. Only this thread uses the study: with SQLite, two threads may get the same trial."""
     running: list[Running] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    cli.exit_on_stop_signals()
     done, name = len(tried(study)), f"trials in {config.out_dir}"
     with cli.bar(total=max(config.trials, done), initial=done, desc=name, unit="trial") as bar:
         try:
@@ -291,10 +303,10 @@ def begin(config: SweepConfig, space: dict[str, Choice | Range], trial, slot: in
     except ValueError as e:
         end(trial, str(e))
         return []
-    with open(folder.with_suffix(".out"), "a") as output:
+    with open(folder.with_suffix(".out"), "ab") as output:
         argv = run.argv(resume=run.state() != "new")
         process = subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=output, stderr=output, env=environment(config.workers, slot))
-    return [Running(trial, run, process, slot)]
+        return [Running(trial, run, process, slot, output_start=output.tell())]
 
 
 def follow(one: Running, study) -> bool:
@@ -318,12 +330,22 @@ def follow(one: Running, study) -> bool:
     elif ended and one.pruned:
         end(one.trial, f"pruned at step {one.reported}")
     elif ended:
-        lines = one.run.folder.with_suffix(".out").read_text(errors="replace").strip().splitlines() or ["no message"]
-        # train.py says "lower --max-lr" or "lower --micro-batch-size" if the settings are to blame. Any other failure stops the sweep
-        if "lower --" not in lines[-1]:
-            raise ValueError(f"{one.run.name}, in {one.run.folder}, exited with {one.process.returncode}: {lines[-1]}")
-        end(one.trial, lines[-1])
+        why, settings_to_blame = reason(one)
+        if not settings_to_blame:
+            raise ValueError(f"{one.run.name}, in {one.run.folder}, exited with {one.process.returncode}: {why}")
+        end(one.trial, why)
     return ended
+
+
+def reason(one: Running) -> tuple[str, bool]:
+    """Returns why a run failed, and whether its settings are to blame: it diverged, or memory ran out."""
+    with open(one.run.folder.with_suffix(".out"), "rb") as output:
+        output.seek(one.output_start)
+        lines = output.read().decode(errors="replace").strip().splitlines()
+    if one.process.returncode == -9:  # SIGKILL: Linux ends the process that uses the most memory
+        return "killed, probably because memory ran out", True
+    why = next((line for line in reversed(lines) if line.startswith("error: ")), (lines or ["no message"])[-1])
+    return why, any(remedy in why for remedy in (LOWER_LR, LOWER_MEMORY, SMALLER_MODEL))
 
 
 def end(trial, why: str):
@@ -357,7 +379,16 @@ def rows_of(study) -> list[dict]:
     return sorted(rows, key=lambda row: (row["val_loss"] is None, row["val_loss"] or 0.0))
 
 
-def show(rows: list[dict], space: dict[str, Choice | Range]) -> str:
+def show(config: SweepConfig, space: dict[str, Choice | Range], study, code: dict):
+    """Prints the trials so far and plots the finished ones. ValueError if none has finished."""
+    rows = rows_of(study)
+    for row in rows:
+        row["note"] = "; ".join(filter(None, [row["note"], *origin_notes(config, code, row["run"])]))
+    print(json.dumps(rows, indent=2) if config.json else table(rows, space), flush=True)
+    draw_or_warn(plot, rows, space, Path(config.out_dir, "sweep.png"))
+
+
+def table(rows: list[dict], space: dict[str, Choice | Range]) -> str:
     def cell(name: str, value) -> str:
         if value is None:
             return ""
@@ -413,13 +444,14 @@ def main():
             if points:  # points that earlier launches ran twice count once
                 done = [trial.params for trial in tried(study)]
                 config.trials = len(done) + sum(point not in done for point in points)
-            sweep(config, space, study)
+            try:
+                sweep(config, space, study)
+            except BaseException:
+                if any(trial.state.name == "COMPLETE" for trial in tried(study)):
+                    show(config, space, study, code)
+                raise
             refuse_unless(config.mixed, origin_notes(config, code))  # someone may edit the code while the trials run
-            rows = rows_of(study)
-            for row in rows:
-                row["note"] = "; ".join(filter(None, [row["note"], *origin_notes(config, code, row["run"])]))
-            draw_or_warn(plot, rows, space, Path(config.out_dir, "sweep.png"))
-        print(json.dumps(rows, indent=2) if config.json else show(rows, space))
+            show(config, space, study, code)
 
 
 if __name__ == "__main__":

@@ -120,12 +120,12 @@ def test_wrong_gradio_environment_is_one_line(tmp_path):
 # ---- a running page ----
 
 
-def serve(*models) -> tuple[subprocess.Popen, str]:
+def serve(*models, **variables) -> tuple[subprocess.Popen, str]:
     """The server and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, REPO / "app.py", "-m", *map(str, models)]
     heed_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a process that a shell starts with & ignores Ctrl-C
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heed_ctrl_c)
@@ -136,14 +136,28 @@ def serve(*models) -> tuple[subprocess.Popen, str]:
 
 
 @contextmanager
-def served(*models):
-    process, url = serve(*models)
+def served(*models, **variables):
+    process, url = serve(*models, **variables)
     try:
         yield url
         assert process.poll() is None
     finally:
         process.terminate()
         process.wait(30)
+
+
+def test_page_starts_behind_a_proxy(tmp_path, monkeypatch):
+    """Gradio asks for its own page at the start, which no proxy can reach."""
+    pytest.importorskip("gradio")
+    nobody = "http://127.0.0.1:9"
+    proxies = {"http_proxy": nobody, "HTTPS_PROXY": nobody, "ALL_PROXY": "socks5://127.0.0.1:9"}
+    with served(save_checkpoint(tmp_path, 1, tiny(1), "bytes", 3.0, {}), **proxies, no_proxy="", NO_PROXY="") as url:
+        assert b"GPT-2 from scratch" in urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=60).read()
+    for name, value in proxies.items():
+        monkeypatch.setenv(name, value)
+    with app.without_proxies():
+        assert not proxies.keys() & os.environ.keys()
+    assert proxies.items() <= os.environ.items()  # the hub's client needs them
 
 
 @pytest.fixture(scope="module")

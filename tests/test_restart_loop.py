@@ -47,9 +47,11 @@ def test_lasting_failure_leaves_its_reason(under_torchrun, shards, tmp_path, arg
 def test_restart_ends_at_once_and_next_launch_trains(under_torchrun, shards, tmp_path, capsys, monkeypatch):
     assert run_train(shards, tmp_path / "run", "--micro-batch-size", 3) == 2
     capsys.readouterr()
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))
     assert run_train(shards, tmp_path / "run") == 2 and capsys.readouterr().err == ""  # one process of each host says it
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
     assert run_train(shards, tmp_path / "run") == 2  # the flags are right now, but torchrun can't have changed them
     assert capsys.readouterr().err.startswith("error: a restart can't mend this: --micro-batch-size 3 × --seq-len 32")
     under_torchrun("two")

@@ -1,6 +1,7 @@
 """lab.sweep: the space in Optuna and W&B; runs that are pruned, fail, stop and resume."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from conftest import TINY, rewrite_run, run_main, run_train
 from lab import sweep
 from lab.compare import Run
 from lab.sweep import Choice, Range, Running, flags_of, follow, parse_space
+from training.config import LOWER_MEMORY, SMALLER_MODEL
 from training.flags import parse_flags
 
 SPACE = ("max_lr=1e-3..1e-1:log", "n-layer=1..3", "mlp=gelu,relu2", "qk_norm=true,false", "ema=0..0.5")
@@ -111,6 +113,52 @@ def test_diverged_run_counts_as_pruned(tmp_path):
     assert follow(one, study)
     (trial,) = study.get_trials()
     assert trial.state.name == "PRUNED" and trial.user_attrs["why"] == "error: the loss is nan: begin again with a lower --max-lr"
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "why"),
+    [
+        (1, f"error: out of memory (DefaultCPUAllocator: can't allocate memory): {LOWER_MEMORY}\nException ignored in: x", "out of memory"),
+        (2, f"error: this model's weights need 9 GB, cpu has 4 GB: {SMALLER_MODEL}", "this model's weights need 9 GB"),
+        (-9, "step 3/9 | loss 4.0", "killed, probably because memory ran out"),
+    ],
+)
+def test_point_without_enough_memory_counts_as_pruned(tmp_path, status, message, why):
+    study = optuna.create_study()
+    write_losses(tmp_path / "0", 9.0, message=message)
+    assert follow(Running(study.ask(), Run("x", [], tmp_path / "0"), Process(status), 0), study)
+    (trial,) = study.get_trials()
+    assert trial.state.name == "PRUNED" and why in trial.user_attrs["why"]
+
+
+def test_only_this_launch_explains_a_failure(tmp_path):
+    study = optuna.create_study()
+    write_losses(tmp_path / "0", message=f"error: out of memory (x): {LOWER_MEMORY}")
+    start = (tmp_path / "0.out").stat().st_size
+    with open(tmp_path / "0.out", "a") as file:
+        file.write("error: another process is writing into x\n")
+    with pytest.raises(ValueError, match="exited with 2: error: another process is writing into x"):
+        follow(Running(study.ask(), Run("x", [], tmp_path / "0"), Process(2), 0, output_start=start), study)
+
+
+def test_stopped_launch_shows_finished_trials(shards, tmp_path, monkeypatch, capsys):
+    """Also with characters in its path that a URL would take for something else."""
+
+    def begin(config, space, trial, slot):
+        lr = space["max_lr"].suggest(trial, "max_lr")
+        if lr == "2e-3":
+            raise ValueError("another process is writing")
+        trial.study.tell(trial, 1.25)
+        return []
+
+    monkeypatch.setattr(sweep, "begin", begin)
+    out = tmp_path / os.fsdecode(b"lr?a=b#c%3F\xff")
+    argv = ["max_lr=1e-3,2e-3", f"--flags=--data-dir {shards}", "--trials", 2, "--out-dir", out]
+    assert run_main(sweep.main, *argv) == 2
+    shown = capsys.readouterr()
+    assert "| 0 | 1e-3 | 1.2500 |  |" in shown.out and "error: another process is writing" in shown.err
+    assert (out / "sweep.db").stat().st_size > 1000 and [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert run_main(sweep.main, *argv) == 2 and "| 0 | 1e-3 | 1.2500 |  |" in capsys.readouterr().out
 
 
 def test_unrelated_failure_stops_the_sweep(tmp_path):

@@ -1,7 +1,6 @@
 """Checks a run before its first step. Each check raises a ValueError that names the remedy."""
 
 import math
-import os
 import platform
 import time
 from dataclasses import replace
@@ -14,7 +13,7 @@ from common.tokenizer import VOCAB_SIZES
 from common.validation import from_dict
 from dataloader import Shards, differences, verify_shards
 from training import self_check, sharding
-from training.config import MAY_CHANGE, TrainConfig
+from training.config import MAY_CHANGE, SMALLER_MODEL, TrainConfig
 from training.log import Log
 from training.memory import Setting, memory
 from training.presets import PRESETS
@@ -40,7 +39,7 @@ def check_data(config: TrainConfig, shards: Shards) -> Shards:
 
 def check_host(config: TrainConfig, world: DistContext, shards: Shards):
     """Checks on one process of each host, except rank 0's, that the host has the same shards as rank 0."""
-    if world.is_main or os.environ.get("LOCAL_RANK") != "0":
+    if world.is_main or not world.first_on_host:
         return
     try:
         shards.contents()
@@ -100,7 +99,7 @@ def check_teacher(config: TrainConfig, world: DistContext, shards: Shards):
     expected = world.on_main(lambda: teacher_of_run(config) or checkpoint.fingerprint(config.teacher))
 
     def check_same():
-        if os.environ.get("LOCAL_RANK", "0") == "0" and checkpoint.fingerprint(config.teacher) != expected:
+        if world.first_on_host and checkpoint.fingerprint(config.teacher) != expected:
             raise ValueError(
                 f"--teacher {config.teacher} on {platform.node()} is not the teacher that this run began with: restore that file, or "
                 "pass --teacher with its new path"
@@ -140,8 +139,8 @@ def check_memory(config: TrainConfig, world: DistContext):
         need += 4 * sum(p.numel() for p in model.parameters()) - parts["gradients"]
     if need > (have := device.total_memory(world.device)):
         raise ValueError(
-            f"this model's weights, gradients and optimizer need {need / 1e9:.1f} GB, {world.device.type} has {have / 1e9:.1f} GB: choose "
-            f"a smaller --n-layer{', --n-expert' if config.model.n_expert > 1 else ''} or --n-embd, or --shard it over more processes"
+            f"this model's weights, gradients and optimizer need {need / 1e9:.1f} GB, {world.device.type} has {have / 1e9:.1f} GB: "
+            f"{SMALLER_MODEL}{', --n-expert' if config.model.n_expert > 1 else ''} or --n-embd, or --shard it over more processes"
         )
 
 

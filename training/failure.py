@@ -1,12 +1,10 @@
 """failed.txt: why a run can't go on. It ends a loop around torchrun, which itself always exits with 1."""
 
-import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
-
 from common import cli
+from common.distributed import launched
 from common.files import lock_folder
 from training.flags import out_dir_of
 from training.run_json import is_restart, torchrun_id
@@ -42,8 +40,9 @@ def noted():
 
 def begin(path: Path):
     """ValueError if this torchrun has failed for good before. Else removes what an earlier one left."""
-    first = os.environ.get("LOCAL_RANK") == "0"
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    launch = launched()
+    first = launch is None or launch.local_rank in (None, 0)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     if torchrun_id() in lines:
         error = ValueError(f"a restart can't mend this: {lines[0]}")
         error.is_shared = not first  # so that one process prints it
@@ -60,7 +59,7 @@ def final_reason(e: BaseException) -> str:
         return "train.py rejects these flags" if e.code == 2 else ""
     wrong = isinstance(e, ValueError) and not isinstance(e, cli.TryAgain)
     unusable = isinstance(e, OSError) and e.errno in cli.REMEDIES and not cli.disk_failed(e)
-    return str(e) if wrong or unusable or isinstance(e, (torch.OutOfMemoryError, MemoryError)) else ""
+    return str(e) if wrong or unusable or cli.out_of_memory(e) else ""
 
 
 def leave(path: Path, reason: str):

@@ -47,9 +47,13 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     return config
 
 
+# also of nanoGPT and Hugging Face, whose large models are in parts. A folder named models is none of them
+OURS_OR_A_MODEL = ("run.json", "log.txt", "config.json", "ckpt.pt", "model_*.pt", "model_*.json", "model*.safetensors")
+
+
 def holds_a_run(out_dir: Path) -> bool:
     """Whether a run in this folder would overwrite a run or a model."""
-    return any((out_dir / name).exists() for name in ("run.json", "log.txt", "config.json")) or any(out_dir.glob("model*"))
+    return any(path.is_file() for pattern in OURS_OR_A_MODEL for path in out_dir.glob(pattern))
 
 
 def out_dir_of(argv: list[str] | None = None) -> Path:

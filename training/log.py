@@ -13,10 +13,10 @@ from pathlib import Path
 
 from common import cli, device
 from common.distributed import DistContext
-from common.files import append, parse_json, sync
+from common.files import append, parse_json, sync_file
 from common.run_folder import RunFolder
 from plot_log import read_metrics
-from training.config import TrainConfig
+from training.config import LOWER_LR, TrainConfig
 from training.failure import Hopeless
 from training.tracker import Tracker
 from training.trainer import Trainer, Update
@@ -62,7 +62,7 @@ class Log:
         with suppress(OSError):
             for name in self.unwritten:
                 write_pending(self.folder, self.unwritten, name)
-                sync(self.folder.path / name)
+                sync_file(self.folder.path / name)
 
     def finish(self):
         """Raises OSError if lines remain that can't be written."""
@@ -94,7 +94,7 @@ class Log:
     def stop_if_diverged(self, what: str, number: float):
         """Ends the run on all ranks without saving, if a loss or a weight is not finite."""
         if not math.isfinite(number):
-            why = f"{what} is {number}: start again with a lower --max-lr, in another --out-dir"
+            why = f"{what} is {number}: start again with {LOWER_LR}, in another --out-dir"
             self.progress(f"error: {why}")
             raise Hopeless(why)
 
@@ -104,7 +104,7 @@ class Log:
         self.progress(f"warning: step {step} changes no weight ({in_a_row} in a row, {limit} end the run): {why}")
         if in_a_row >= limit:
             why = (
-                f"{in_a_row} updates in a row were skipped: start again with a lower --max-lr in another --out-dir, or look into it "
+                f"{in_a_row} updates in a row were skipped: start again with {LOWER_LR} in another --out-dir, or look into it "
                 f"with --replay-step {step} --out-dir {out_dir}; --resume with a higher --max-bad-steps continues from the last checkpoint"
             )
             self.progress(f"error: {why}")
@@ -148,7 +148,7 @@ def logged_loss(out_dir: Path, step: int) -> float | None:
     """Returns a step's exact loss from metrics.jsonl; nan if it was not finite, None if the step is missing."""
     loss = None
     path = out_dir / "metrics.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         if line.startswith(f'{{"step": {step}, "loss": ') and line.endswith("}"):
             with suppress(ValueError, KeyError, TypeError, OverflowError):  # a damaged line
                 found = parse_json(line)["loss"]

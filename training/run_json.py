@@ -4,6 +4,7 @@ import ast
 import hashlib
 import os
 import platform
+import re
 import secrets
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def code_now() -> dict:
 
 def hash_of_code(path: Path) -> str:
     """Returns a hash of what a file computes. Comments, docstrings and layout don't count."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     try:
         tree = ast.parse(text)
         for node in ast.walk(tree):
@@ -157,5 +158,5 @@ def is_restart(out_dir: Path) -> bool:
 
 def torchrun_id() -> str:
     """Identifies this torchrun, the same after its restarts: host and torchrun's temporary folder. '' without torchrun."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # folder/attempt_0/0/error.json
-    return f"{platform.node()} {Path(error_file).parents[2]}" if error_file else ""
+    folder = re.fullmatch(r"(.+)[/\\]attempt_\d+[/\\]\d+[/\\]error\.json", os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    return f"{platform.node()} {folder[1]}" if folder else ""  # another path is another launcher's leftover

@@ -1,6 +1,5 @@
 """A run's checkpoints: saves and loads everything that an exact resume needs."""
 
-import os
 from functools import partial
 
 from torch import Tensor
@@ -67,8 +66,7 @@ class Checkpoints:
     def load(self, step: int):
         """Loads a checkpoint. If a host lacks it, rank 0 sends it to all."""
         trainer, folder = self.trainer, self.folder.path
-        several_hosts = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
-        damaged = several_hosts and checkpoint.find_problem(folder, step)  # another host's copy may be
+        damaged = trainer.world.several_hosts and checkpoint.find_problem(folder, step)  # another host's copy may be
         everywhere = len(set(trainer.world.gather("" if damaged else checkpoint.seal_of(folder, step)))) == 1
         read = partial(checkpoint.load_training, folder, step)
         content, state = read() if everywhere else trainer.world.copy(read)
