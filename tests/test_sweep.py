@@ -136,9 +136,9 @@ def test_only_this_launch_explains_a_failure(tmp_path):
     write_losses(tmp_path / "0", message=f"error: out of memory (x): {LOWER_MEMORY}")
     start = (tmp_path / "0.out").stat().st_size
     with open(tmp_path / "0.out", "a") as file:
-        file.write("error: another process is writing into x\n")
-    with pytest.raises(ValueError, match="exited with 2: error: another process is writing into x"):
-        follow(Running(study.ask(), Run("x", [], tmp_path / "0"), Process(2), 0, output_start=start), study)
+        file.write("Fatal Python error: Aborted\n")
+    with pytest.raises(ValueError, match="exited with -6: Fatal Python error: Aborted"):
+        follow(Running(study.ask(), Run("x", [], tmp_path / "0"), Process(-6), 0, output_start=start), study)
 
 
 def test_stopped_launch_shows_finished_trials(shards, tmp_path, monkeypatch, capsys):
