@@ -51,7 +51,8 @@ from common.documents import (
     shown,
     stdlib_files,
 )
-from common.files import HeldFolder, lock_folder, read_json, sha256, write_json
+from common.files import read_json, sha256, write_json
+from common.locks import HeldFolder, lock_folder
 from common.tokenizer import VOCAB_SIZES, fast_encode, get_tokenizer, tokenize
 from common.validation import has_type, raise_errors
 from dataloader import (

@@ -25,7 +25,7 @@ import fineweb
 import variants
 from common import cli, device
 from common.distributed import DistContext, PeerLost, Stopped, join_world, launched, rendezvous
-from common.files import lock_folder
+from common.locks import lock_folder
 from common.run_folder import RunFolder
 from common.validation import raise_errors
 from dataloader import MANIFEST, Shards, find_shards

@@ -4,7 +4,8 @@ import errno
 import os
 from pathlib import Path
 
-from common.files import HeldFolder, read_json, write_json
+from common.files import read_json, write_json
+from common.locks import HeldFolder
 
 RUN = "run.json"
 

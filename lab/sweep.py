@@ -22,7 +22,8 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from common import cli
-from common.files import lock_folder, write_json
+from common.files import write_json
+from common.locks import lock_folder
 from common.picture import draw_or_warn, label_of, picture
 from common.validation import raise_errors
 from lab.compare import SCRIPT, Run, last_checkpoint, split

@@ -146,6 +146,7 @@ def served(*models, **variables):
         process.wait(30)
 
 
+@pytest.mark.slow
 def test_page_starts_behind_a_proxy(tmp_path, monkeypatch):
     """Gradio asks for its own page at the start, which no proxy can reach."""
     pytest.importorskip("gradio")

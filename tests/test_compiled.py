@@ -236,6 +236,7 @@ def damage_rank_1():
         damage_compiled_gelu(pytest.MonkeyPatch(), 1.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", [[], ["--shard"]])
 def test_one_failing_rank_makes_all_train_eagerly(shards, tmp_path, shard):
     flags = [*TINY, "--compile", *shard, "--max-steps", 3, "--data-dir", shards, "--out-dir", tmp_path / "run"]

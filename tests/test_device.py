@@ -36,6 +36,7 @@ def kept(code: str, *argv, **env) -> str:
     return " ".join(size for size in faults if faults[size] < 2)
 
 
+@pytest.mark.slow
 def test_compiled_training_keeps_freed_memory(shards, tmp_path):
     code = (
         "import train, training.trainer\nfrom common import device\n"
@@ -48,6 +49,7 @@ def test_compiled_training_keeps_freed_memory(shards, tmp_path):
     assert kept(code, *argv, tmp_path / "eager") == GLIBC
 
 
+@pytest.mark.slow
 def test_malloc_settings_in_environment_win():
     code = "import torch; from common import device; device.set_malloc(torch.device('{}'))"
     assert kept(code.format("cpu")) == ALL and kept(code.format("cuda")) == GLIBC

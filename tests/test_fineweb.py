@@ -31,7 +31,8 @@ import fineweb
 from common import documents as reading
 from common import tokenizer as tokenizers
 from common.documents import LocalDocuments, read_file, stdlib_files
-from common.files import lock_folder, read_json
+from common.files import read_json
+from common.locks import lock_folder
 from common.tokenizer import get_tokenizer
 from dataloader import find_shards, open_shard, verify_shards
 

@@ -17,8 +17,9 @@ import checkpoint
 import fineweb
 import train
 from checkpoint import files_of, find_problem, newest_step
-from common import files
-from common.files import HeldFolder, append, lock_folder, sha256, write_json
+from common import locks
+from common.files import append, sha256, write_json
+from common.locks import HeldFolder, lock_folder
 from common.run_folder import RUN, RunFolder
 from dataloader import find_shards, verify_shards
 from training import run_json
@@ -126,7 +127,7 @@ def without_locks():
     def flock(*args):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    files.fcntl.flock = flock
+    locks.fcntl.flock = flock
 
 
 def pause_without_locks(go):
@@ -383,7 +384,7 @@ def test_folder_without_locks_still_works(tmp_path, monkeypatch, capsys):
     def flock(*args):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(files.fcntl, "flock", flock)
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
     with lock_folder(tmp_path / "a") as held:
         assert isinstance(held, HeldFolder)
     assert "without locks: start only one process in it" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from conftest import REPO, TINY, forked, run_main, run_train
 
 import train
 from common.distributed import PeerLost
-from common.files import lock_folder
+from common.locks import lock_folder
 from training import failure
 
 

@@ -144,6 +144,7 @@ def test_shard_refuses_fp16(shards, tmp_path):
     assert run.stderr.count("error: --shard does not scale the loss, which fp16 needs: choose --dtype bf16 or fp32\n") == 1
 
 
+@pytest.mark.slow
 def test_self_check_before_a_resume_changes_no_validation(shards, tmp_path):
     """A resumed run may validate averaged weights first. The self-check must leave the weights sharded."""
     flags = ["--compile", "--ema", 0.5, "--max-lr", 0.02, "--max-steps", 6, "--val-every", 2, "--checkpoint-every", 2]

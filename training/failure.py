@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common import cli
 from common.distributed import launched
-from common.files import lock_folder
+from common.locks import lock_folder
 from training.flags import out_dir_of
 from training.run_json import is_restart, torchrun_id
 
