@@ -266,7 +266,7 @@ def newest_step(folder: Path, at_most: int | None = None, weights_only: bool = F
             return step
         cli.say(f"warning: skipping the checkpoint of step {step} in {folder}: {problem}")
     if steps:
-        raise ValueError(f"none of the {len(steps)} checkpoints in {folder} is complete: restore one, or use another folder")
+        raise ValueError(f"none of the {len(steps)} checkpoints in {folder} can be resumed: restore one, or use another folder")
     return None
 
 
@@ -311,14 +311,22 @@ def checkpoint_file(path: str) -> Path | None:
     return None
 
 
-def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, VariantConfig, str | None]:
-    """A checkpoint's content (None if it is Hugging Face's), its config and its tokenizer's name: None if unknown, OTHER if a folder
-    of Hugging Face has one of its own."""
+class Opened(NamedTuple):
+    """What a path to a model leads to."""
+
+    content: dict | None  # of the .pt file; None if it is Hugging Face's
+    config: VariantConfig
+    tokenizer: str | None  # its name; None if unknown, OTHER if a folder of Hugging Face has one of its own
+    no_tokenizer: str  # why this project can't use it; '' if it can
+
+
+def open_checkpoint(path: str, revision: str = "") -> Opened:
+    """Opens a model's file or folder, and checks it. Allocates no model."""
     file = checkpoint_file(path)
     if file is None:
         folder = hf_folder(path, revision or None)
         config = hf_config(folder)
-        return None, config, tokenizer_files.identify(folder, config.vocab_size)[0]
+        return Opened(None, config, *tokenizer_files.identify(folder, config.vocab_size))
     numbered = re.fullmatch(r"model_(\d+)", file.stem)
     if numbered and file.with_suffix(".json").exists() and (problem := find_problem(file.parent, int(numbered[1]), weights_only=True)):
         raise ValueError(f"{file.parent}: {problem}; use another checkpoint")
@@ -333,7 +341,12 @@ def open_checkpoint(path: str, revision: str = "") -> tuple[dict | None, Variant
         raise ValueError(f"{file} {NO_CHECKPOINT}") from e
     config = from_dict(VariantConfig, settings, file)
     raise_errors([f"{file}: {error}" for error in config.errors()])
-    return content, config, tokenizer
+    if tokenizer in VOCAB_SIZES:
+        return Opened(content, config, tokenizer, misfit(tokenizer, config.vocab_size))
+    why = (
+        f"its tokenizer {tokenizer!r} is not known here" if tokenizer else f"no tokenizer is known for a vocabulary of {config.vocab_size}"
+    )
+    return Opened(content, config, tokenizer, why)
 
 
 def check_weights(weights: dict[str, Tensor], file: Path):
@@ -350,7 +363,7 @@ def check_weights(weights: dict[str, Tensor], file: Path):
 
 def load_config(path: str, revision: str = "") -> VariantConfig:
     """The config of the model that load_model would load."""
-    return open_checkpoint(path, revision)[1]
+    return open_checkpoint(path, revision).config
 
 
 def hub_commit(path: str, revision: str) -> str:
@@ -367,24 +380,16 @@ def fingerprint(path: str, revision: str = "") -> str:
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
-def load_gpt(path: str, revision: str = "") -> tuple[GPT, str | None]:
-    """Loads a model on the CPU. Returns it with its tokenizer's name, as open_checkpoint does."""
-    content, config, tokenizer = open_checkpoint(path, revision)
-    if content is None:
-        return GPT.from_pretrained(path, revision or None), tokenizer
-    check_fit(config, content["model"], path)
-    model = build(config)
-    load_weights(model, content["model"], path)
-    return model, tokenizer
-
-
-def no_tokenizer(path: str, name: str | None, rows: int) -> str:
-    """Says why a model has no tokenizer that this project can use; '' if it has. name: from load_gpt. rows: the model's ids."""
-    if name in VOCAB_SIZES:
-        return misfit(name, rows)
-    if checkpoint_file(path) is None:
-        return tokenizer_files.identify(hf_folder(path), rows)[1]
-    return f"no tokenizer is known for a vocabulary of {rows}" if name is None else f"its tokenizer {name!r} is not known here"
+def load_gpt(path: str, revision: str = "") -> tuple[GPT, Opened]:
+    """Loads a model on the CPU. Returns it with what open_checkpoint says about it."""
+    opened = open_checkpoint(path, revision)
+    if opened.content is None:
+        return GPT.from_pretrained(path, revision or None), opened
+    weights = opened.content["model"]
+    check_fit(opened.config, weights, path)
+    model = build(opened.config)
+    load_weights(model, weights, path)
+    return model, opened
 
 
 def load_model(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer | None]:
@@ -393,17 +398,16 @@ def load_model(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Toke
     path: a checkpoint.pt, a run's folder, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl.
     ValueError if it is missing, damaged, or its weights don't fit its config.
     """
-    model, name = load_gpt(str(path))
-    known = not no_tokenizer(str(path), name, model.config.vocab_size)
-    return model.to(device).eval(), get_tokenizer(name) if known else None
+    model, opened = load_gpt(str(path))
+    return model.to(device).eval(), None if opened.no_tokenizer else get_tokenizer(opened.tokenizer)
 
 
 def load_with_tokenizer(path: str, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
     """load_model for scripts that need a tokenizer. ValueError if none fits."""
-    model, name = load_gpt(str(path))
-    if why := no_tokenizer(str(path), name, model.config.vocab_size):
-        raise ValueError(f"{path}: {why}; use it only with export.py, or with train.py --init-from on shards with its ids")
-    return model.to(device).eval(), get_tokenizer(name)
+    model, opened = load_gpt(str(path))
+    if opened.no_tokenizer:
+        raise ValueError(f"{path}: {opened.no_tokenizer}; use it only with export.py, or with train.py --init-from on shards with its ids")
+    return model.to(device).eval(), get_tokenizer(opened.tokenizer)
 
 
 def seal_of(folder: Path, step: int) -> str:

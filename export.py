@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from checkpoint import checkpoint_file, load_gpt, no_tokenizer
+from checkpoint import checkpoint_file, load_gpt
 from common import cli
 from common.device import pick_dtype
 from common.files import read_json
@@ -98,11 +98,11 @@ def special_ids(source: Path | None, tokenizer: Tokenizer | None) -> dict:
 def export(config: ExportConfig) -> str:
     """Writes the folder, with the tokenizer's own files if it comes from a Hugging Face folder that has some. Writes no tokenizer if the
     right one is not known. Returns a line that says what was written."""
-    model, name = load_gpt(config.model)
+    model, opened = load_gpt(config.model)
     source = hf_folder(config.model) if checkpoint_file(config.model) is None else None
     copied = tokenizer_files.files_of(source) if source else []
-    why = no_tokenizer(config.model, name, model.config.vocab_size)
-    tokenizer = None if why or copied else get_tokenizer(name)
+    why = opened.no_tokenizer
+    tokenizer = None if why or copied else get_tokenizer(opened.tokenizer)
     folder = Path(config.out_dir)
     raise_if_taken(folder, source, WEIGHTS | ({path.name for path in copied} if copied else OURS if tokenizer else set()))
     model.to(pick_dtype(config.dtype, torch.device("cpu"))).save_pretrained(folder, special_ids(source, tokenizer))
@@ -114,7 +114,7 @@ def export(config: ExportConfig) -> str:
         note = "copied the files of its own tokenizer" if copied else f"wrote no tokenizer; put the files of the right one into {folder}"
         cli.say(f"warning: {why}: {note}")
     kind = read_json(folder / "config.json", "")["architectures"][0]
-    label = f"tokenizer {name}" if not why else "its own tokenizer" if copied else "no tokenizer"
+    label = f"tokenizer {opened.tokenizer}" if not why else "its own tokenizer" if copied else "no tokenizer"
     return f"{folder}: {kind}, {model.num_params():,} parameters in {config.dtype}, {label}"
 
 

@@ -78,7 +78,7 @@ def train(config: TrainConfig, world: DistContext, folder: RunFolder):
     evaluation.plot()
     if stopping or folder.lost:
         log.progress(f"stopped after {step} steps, all saved; to continue: --resume --out-dir {shlex.quote(str(folder.path))}")
-        sys.exit(1 if folder.lost else 128 + (stop.received or signal.SIGTERM))
+        raise failure.Hopeless(folder.lost) if folder.lost else SystemExit(128 + (stop.received or signal.SIGTERM))
     log.progress(f"finished: everything is in {folder.path}")
 
 
@@ -214,7 +214,7 @@ def main():
 
 
 def launch():
-    with cli.one_line_errors(if_memory_runs_out=LOWER_MEMORY), failure.noted():
+    with cli.one_line_errors(if_memory_runs_out=LOWER_MEMORY), failure.recorded():
         given = flags.parse_flags()  # an unknown flag ends every process here
         if given.plan:
             print(report(flags.parse_config()))
@@ -233,7 +233,8 @@ def launch():
             sys.exit(1)
         except checkpoint.SaveError as e:
             if not getattr(e, "is_shared", False):
-                cli.say(f"error: {e}: free some space, then --resume --out-dir {shlex.quote(config.out_dir)}")
+                remedy = "free some space" if cli.REMEDIES.get(e.errno) == cli.FULL else cli.REMEDIES.get(e.errno, "check the folder")
+                cli.say(f"error: {e}: {remedy}, then --resume --out-dir {shlex.quote(str(folder.path))}")
             sys.exit(1)
 
 

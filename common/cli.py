@@ -92,11 +92,11 @@ MACHINE_REMEDIES = {
     errno.ENOSPC: FULL,
     errno.EFBIG: FULL,
     getattr(errno, "EDQUOT", errno.ENOSPC): FULL,  # Windows has no quotas
-    errno.EIO: "the disk or its connection failed; check both, then run the command again",
-    getattr(errno, "ESTALE", errno.EIO): "the file server changed under this mount; mount it again, then run the command again",
-    errno.EMFILE: "raise the limit of open files, such as ulimit -n 4096, then run the command again",
-    errno.ENFILE: "the machine has too many open files; end other programs, then run the command again",
-    errno.ENOMEM: "memory ran out; end other programs, then run the command again",
+    errno.EIO: "check the disk and its connection",
+    getattr(errno, "ESTALE", errno.EIO): "the file server changed under this mount, so mount it again",
+    errno.EMFILE: "raise the limit of open files, such as ulimit -n 4096",
+    errno.ENFILE: "the machine has too many open files, so close other programs",
+    errno.ENOMEM: "memory ran out, so close other programs",
 }
 
 
@@ -119,10 +119,10 @@ def out_of_memory(e: BaseException) -> bool:
 AGAIN = "run the same command again to continue"  # for scripts that can stop at any time
 REMEDIES = MACHINE_REMEDIES | {
     errno.EEXIST: "it is a file, give a folder",
-    errno.ENOTDIR: "part of that path is a file, give folders",
-    errno.EACCES: "give a path that you can read and write",
-    errno.EPERM: "give a path that you can read and write",
-    errno.EROFS: "that disk is read-only, give another folder",
+    errno.ENOTDIR: "part of that path is a file: give folders",
+    errno.EACCES: "change its permissions, or give another path",
+    errno.EPERM: "change its permissions, or give another path",
+    errno.EROFS: "that disk is read-only: give another folder",
     errno.ENAMETOOLONG: "give a shorter name",
 }
 

@@ -122,7 +122,7 @@ class Launch(NamedTuple):
 
 def launched() -> Launch | None:
     """Reads how this process was started, from the variables that torchrun, Kubeflow and others set. None if it works alone.
-    ValueError if they are incomplete or contradict each other. Nothing else reads them."""
+    ValueError if they are incomplete or contradict each other. The one place that reads RANK and the like."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = {name: value for name in names if (value := os.environ.get(name, "").strip())}
     if len(lone := given.keys() & {"RANK", "WORLD_SIZE"}) < 2:

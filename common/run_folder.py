@@ -19,6 +19,13 @@ def run_id(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+class LostFolder(OSError):
+    """The run's folder is no longer its own. The message says why."""
+
+    def __str__(self):
+        return self.strerror
+
+
 class RunFolder:
     """The folder that a launch writes into. Check it before each write: someone may move it, delete it or start another run there.
 
@@ -72,9 +79,9 @@ class RunFolder:
         return f"{self.path} belongs to another run now"
 
     def check(self):
-        """Raises OSError if this folder is no longer this launch's."""
+        """Raises LostFolder if this folder is no longer this launch's."""
         if problem := self.problem():
-            raise OSError(errno.ENOENT, problem)
+            raise LostFolder(errno.ENOENT, problem)
 
     def rescue(self):
         """Finds a place for what this launch still has to write: where its folder is now, or a new folder beside the old one."""

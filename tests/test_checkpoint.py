@@ -246,10 +246,10 @@ def save_like(kind: str, rows: int, path) -> torch.nn.Module:
 @pytest.mark.parametrize("rows", [50304, 50257, 65])
 def test_nanogpt_checkpoints_give_the_same_logits(tmp_path, kind, rows, capsys):
     hf = save_like(kind, rows, tmp_path / "ckpt.pt")
-    model, tokenizer = checkpoint.load_gpt(str(tmp_path / "ckpt.pt"))
+    model, opened = checkpoint.load_gpt(str(tmp_path / "ckpt.pt"))
     os.rename(tmp_path / "ckpt.pt", tmp_path / ("ckpt.pt" if kind == "nanoGPT" else "model_00005.pt"))
     assert checkpoint.load_config(str(tmp_path)) == model.config  # found in the folder
-    assert tokenizer == (None if rows == 65 else "gpt2") and model.config.vocab_size == min(rows, 50257)
+    assert opened.tokenizer == (None if rows == 65 else "gpt2") and model.config.vocab_size == min(rows, 50257)
     idx = torch.randint(0, 65, (2, 16))
     with torch.no_grad():
         assert (model.eval()(idx)[0] - hf(idx).logits[..., : model.config.vocab_size]).abs().max() <= 1e-5

@@ -53,7 +53,7 @@ def test_restart_ends_at_once_and_next_launch_trains(under_torchrun, shards, tmp
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)
     assert run_train(shards, tmp_path / "run") == 2  # the flags are right now, but torchrun can't have changed them
-    assert capsys.readouterr().err.startswith("error: a restart can't mend this: --micro-batch-size 3 × --seq-len 32")
+    assert capsys.readouterr().err.startswith("error: restarting won't help: --micro-batch-size 3 × --seq-len 32")
     under_torchrun("two")
     assert run_train(shards, tmp_path / "run", "--max-steps", 2) == 0
     assert not (tmp_path / "run" / "failed.txt").exists()
@@ -83,10 +83,10 @@ def test_lock_of_the_own_run_is_no_obstacle(under_torchrun, shards, tmp_path):
     """A rank may fail while rank 0 still trains."""
     assert run_train(shards, tmp_path / "run", "--max-steps", 2) == 0
     with lock_folder(tmp_path / "run"):
-        failure.leave(tmp_path / "run" / "failed.txt", "no room")
+        failure.write_reason(tmp_path / "run" / "failed.txt", "no room")
         under_torchrun("two")
         with pytest.raises(ValueError, match="another process is writing"):
-            failure.leave(tmp_path / "run" / "failed.txt", "not this")
+            failure.write_reason(tmp_path / "run" / "failed.txt", "not this")
     assert (tmp_path / "run" / "failed.txt").read_text().splitlines()[0] == "no room"
 
 
@@ -137,4 +137,4 @@ def test_docs_loop_ends_by_itself(shards, tmp_path, argv):
     (tmp_path / "train.py").symlink_to(REPO / "train.py")
     env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     result = subprocess.run(["bash", "-c", loop], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
-    assert (tmp_path / "log" / failure.FAILED).exists() and result.stderr.count("a restart can't mend this") == (3 if restarts else 0)
+    assert (tmp_path / "log" / failure.FAILED).exists() and result.stderr.count("restarting won't help") == (3 if restarts else 0)

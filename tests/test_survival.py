@@ -476,7 +476,7 @@ def test_no_rank_samples_if_one_lacks_the_vocabulary(shards, tmp_path):
     ]
     result = forked(tmp_path, "train", *argv, processes=2, first=no_tokenizer_on_rank_1)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("warning: no samples and HellaSwag in this run: could not fetch it") == 1
+    assert result.stderr.count("warning: no samples or HellaSwag in this run: could not fetch it") == 1
 
 
 def test_replay_step_reports_a_different_loss(undisturbed, tmp_path, capsys):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import checkpoint
-from common import device
+from common import cli, device
 from common.distributed import DistContext
 from common.tokenizer import VOCAB_SIZES
 from common.validation import from_dict
@@ -70,14 +70,13 @@ def fit_vocabulary(config: TrainConfig, shards: Shards) -> VariantConfig:
     ValueError if loaded weights or --vocab-size have another vocabulary."""
     ours, theirs = config.model.vocab_size, shards.vocab_size
     loaded = config.resume or config.init_from
-    same = config.resume  # checked when the run began
-    if loaded and not same:
-        same = checkpoint.open_checkpoint(config.init_from, config.init_revision)[2] == shards.tokenizer
+    opened = checkpoint.open_checkpoint(config.init_from, config.init_revision) if config.init_from and not config.resume else None
+    same = config.resume or (opened and opened.tokenizer == shards.tokenizer)  # a resumed run was checked when it began
     if (loaded or ours != PRESETS[config.preset].model.vocab_size) and not (ours == theirs or (same and ours > theirs)):
         remedy = "make shards with the model's tokenizer" if loaded else "leave --vocab-size out"
         raise ValueError(f"the model has {ours} ids, the shards in {config.data_dir} have {theirs}: {remedy}")
-    if loaded and not same:
-        check_tokenizer("--init-from", config.init_from, config.init_revision, shards)
+    if opened:
+        check_tokenizer(f"--init-from {config.init_from}", opened, shards)
     fitted = replace(config.model, vocab_size=ours if loaded else theirs)
     if fitted.doc_mask and VOCAB_SIZES.get(shards.tokenizer) != fitted.vocab_size:
         extra = f" in a model with {fitted.vocab_size} ids" if shards.tokenizer in VOCAB_SIZES else ""
@@ -85,12 +84,11 @@ def fit_vocabulary(config: TrainConfig, shards: Shards) -> VariantConfig:
     return fitted
 
 
-def check_tokenizer(flag: str, path: str, revision: str, shards: Shards):
-    """ValueError if the ids of a model mean something else than those of the shards."""
-    _, config, name = checkpoint.open_checkpoint(path, revision)
-    if shards.tokenizer in VOCAB_SIZES and name not in (None, shards.tokenizer):
-        why = checkpoint.no_tokenizer(path, name, config.vocab_size) or f"its tokenizer is {name}"
-        raise ValueError(f"{flag} {path}: {why}; {shards.folder} has {shards.tokenizer} tokens: use shards of the model's tokenizer")
+def check_tokenizer(source: str, opened: checkpoint.Opened, shards: Shards):
+    """ValueError if the ids of a model mean something else than those of the shards. source: for the message."""
+    if shards.tokenizer in VOCAB_SIZES and opened.tokenizer not in (None, shards.tokenizer):
+        why = opened.no_tokenizer or f"its tokenizer is {opened.tokenizer}"
+        raise ValueError(f"{source}: {why}; {shards.folder} has {shards.tokenizer} tokens: use shards of the model's tokenizer")
 
 
 def check_teacher(config: TrainConfig, world: DistContext, shards: Shards):
@@ -111,15 +109,18 @@ def check_teacher(config: TrainConfig, world: DistContext, shards: Shards):
 def check_teacher_fits(config: TrainConfig, shards: Shards):
     """ValueError if the teacher is missing, has another vocabulary or reads shorter sequences than the student."""
     try:
-        ours, theirs = config.model, checkpoint.load_config(config.teacher)
+        opened = checkpoint.open_checkpoint(config.teacher)
+    except cli.TryAgain:
+        raise
     except ValueError as e:
         raise ValueError(f"--teacher: {e}" + ("; did it move? pass --teacher with its new path" if config.resume else "")) from e
+    ours, theirs = config.model, opened.config
     if theirs.vocab_size != ours.vocab_size or theirs.seq_len < ours.seq_len:
         raise ValueError(
             f"--teacher {config.teacher} has {theirs.vocab_size} ids and {theirs.seq_len} positions, the run has {ours.vocab_size} and "
             f"{ours.seq_len}: choose a teacher with the same vocabulary and at least as many positions"
         )
-    check_tokenizer("--teacher", config.teacher, "", shards)
+    check_tokenizer(f"--teacher {config.teacher}", opened, shards)
 
 
 def teacher_of_run(config: TrainConfig) -> str | None:

@@ -21,7 +21,7 @@ class Evaluation:
     def __init__(self, trainer: Trainer, log: Log, stopped: Callable[[], bool]):
         self.trainer, self.log, self.stopped = trainer, log, stopped
         self.config, self.world = trainer.config, trainer.world
-        self.tokenizer = self.or_warn("samples and HellaSwag in this run", self.get_tokenizer)
+        self.tokenizer = self.or_warn("samples or HellaSwag in this run", self.get_tokenizer)
         wanted = self.tokenizer and self.config.hellaswag_every
         self.tasks = self.or_warn("HellaSwag in this run", self.get_tasks) if wanted else None
 

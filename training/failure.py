@@ -13,7 +13,7 @@ FAILED = "failed.txt"
 
 
 class Hopeless(SystemExit):
-    """Ends a run with status 1, for a reason that a restart can't mend."""
+    """Ends a run with status 1, for a lasting reason: restarting won't help."""
 
     def __init__(self, reason: str):
         super().__init__(1)
@@ -21,30 +21,30 @@ class Hopeless(SystemExit):
 
 
 @contextmanager
-def noted():
-    """Under torchrun, leaves the reason in the run's folder if the block fails and a restart can't mend it. Each host gets the file.
-    If this torchrun restarts its processes after that, ends them at once: ValueError. The next torchrun removes the file."""
+def recorded():
+    """Writes failed.txt if the block fails for a lasting reason. Only under torchrun; once per host. If this torchrun then restarts its
+    processes, ends them at once: ValueError. The next torchrun removes the file."""
     if torchrun_id() == "":  # the exit status says it
         yield
         return
     path = out_dir_of() / FAILED
-    begin(path)
+    raise_if_failed_before(path)
     try:
         yield
     except BaseException as e:
         if reason := final_reason(e):
             with suppress(ValueError, OSError):
-                leave(path, reason)
+                write_reason(path, reason)
         raise
 
 
-def begin(path: Path):
+def raise_if_failed_before(path: Path):
     """ValueError if this torchrun has failed for good before. Else removes what an earlier one left."""
     launch = launched()
     first = launch is None or launch.local_rank in (None, 0)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     if torchrun_id() in lines:
-        error = ValueError(f"a restart can't mend this: {lines[0]}")
+        error = ValueError(f"restarting won't help: {lines[0]}")
         error.is_shared = not first  # so that one process prints it
         raise error
     if first and lines:
@@ -62,18 +62,18 @@ def final_reason(e: BaseException) -> str:
     return str(e) if wrong or unusable or cli.out_of_memory(e) else ""
 
 
-def leave(path: Path, reason: str):
+def write_reason(path: Path, reason: str):
     """Adds the reason to the file. ValueError if another torchrun's run is at work in this folder: its loop must not stop."""
     ours = False
     with suppress(ValueError):
         ours = is_restart(path.parent)
     if ours:
-        add(path, reason)
+        append_reason(path, reason)
     else:
         with lock_folder(path.parent):
-            add(path, reason)
+            append_reason(path, reason)
 
 
-def add(path: Path, reason: str):
+def append_reason(path: Path, reason: str):
     with open(path, "a", encoding="utf-8") as file:  # hosts may share the folder, and each looks for its own line
-        file.write(f"{reason}\n\nA restart can't mend this. The next launch removes this file.\n{torchrun_id()}\n")
+        file.write(f"{reason}\n\nRestarting won't help. The next launch removes this file.\n{torchrun_id()}\n")

@@ -58,7 +58,7 @@ class Log:
                 self.progress(f"warning: {e}: its lines are kept in memory until they can be written")
 
     def sync(self):
-        """Writes the log to the disk now. If that fails, so does the checkpoint, which says so."""
+        """Writes the log to the disk now, as far as possible: a full disk must not prevent a save."""
         with suppress(OSError):
             for name in self.unwritten:
                 write_pending(self.folder, self.unwritten, name)

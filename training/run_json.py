@@ -88,7 +88,6 @@ def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, fol
         "config": settings,
         "command": sys.argv,
         **code_now(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "device": device.describe(world.device),
         "compiled": trainer.compiled,
@@ -107,7 +106,11 @@ def code_now() -> dict:
     """Returns the commit, and a hash of each file in CODE: a dirty commit alone doesn't say which change a run had."""
     root = Path(__file__).parent.parent
     files = sorted(path for pattern in CODE for path in root.glob(pattern))
-    return {"commit": git_commit(), "code": {path.relative_to(root).as_posix(): hash_of_code(path) for path in files}}
+    return {
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "code": {path.relative_to(root).as_posix(): hash_of_code(path) for path in files},
+    }
 
 
 def hash_of_code(path: Path) -> str:
@@ -130,7 +133,9 @@ def other_code(launch: dict, reference: dict) -> str:
     recorded only the commit."""
     ours, theirs = launch.get("code"), reference.get("code")
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        return ", ".join(sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)))
+        names = ", ".join(sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)))
+        before, now = (".".join(str(each.get("python")).split(".")[:2]) for each in (launch, reference))
+        return names and names + (f"; or Python {before} reads it differently than {now}" if before != now else "")
     before, now = (str(each.get("commit") or "unknown") for each in (launch, reference))
     same = before == now != "unknown" and not before.endswith("+")  # '+': files differ from the commit
     return "" if same else f"commit {before[:8]}{'+' * before.endswith('+')} against {now[:8]}{'+' * now.endswith('+')}"
