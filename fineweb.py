@@ -336,7 +336,7 @@ def prepare(config: PrepareConfig):
         make_part(out, config)
     with lock_folder(out, wait=bool(config.part)) as held, explain_full_disk(out):  # wait: another part may be joining
         if config.part or part_folders(out):
-            join_parts(out, config)
+            join_parts(held, config)
         elif config.pretokenized:
             fetch_pretokenized(held, config)
         else:
@@ -610,9 +610,10 @@ def count_of_parts(out: Path) -> int:
     return counts.pop()
 
 
-def join_parts(out: Path, config: PrepareConfig):
+def join_parts(held: HeldFolder, config: PrepareConfig):
     """Moves the shards of all parts into --out-dir, in order, and writes the manifest. Resumes after a kill.
     If parts are missing, it prints them; without --part it raises a ValueError."""
+    out = held.path
     if not is_complete(out, replace(config, part="")):
         count = count_of_parts(out)
         folders = [part_folder(out, index, count) for index in range(count)]
@@ -620,13 +621,25 @@ def join_parts(out: Path, config: PrepareConfig):
             return report_missing_parts(out, config, missing)
         manifests = [own_manifest(folder) for folder in folders]
         check_parts_match(config, folders, manifests)
-        shards = move_shards(out, config, folders, manifests)
+        shards = move_shards(held, config, folders, manifests)
         settings = {key: value for key, value in manifests[0]["settings"].items() if key != "part"}
-        write_sources(out, manifests[0]["revision"], recorded_sources(folders[0]))  # the same in all parts
         skipped = add_bad(manifest.get("skipped", {}) for manifest in manifests)
+        held.check()
+        write_sources(out, manifests[0]["revision"], recorded_sources(folders[0]))  # the same in all parts
+        held.check()
         write_manifest(out, {"settings": settings, "revision": manifests[0]["revision"], "skipped": skipped}, shards)
-    for folder in part_folders(out):  # some may remain from a kill
-        shutil.rmtree(folder)
+    remove_joined(out)
+
+
+def remove_joined(out: Path):
+    """Removes the folders of joined parts; some may remain from a kill. ValueError if one still has shards."""
+    left = []
+    for folder in sorted(part_folders(out)):
+        if any(path.suffix in (".npy", ".bin") for path in folder.rglob("*")):
+            left.append(f"{folder} was not joined: {out} was complete before; move it elsewhere")
+        else:
+            shutil.rmtree(folder)
+    raise_errors(left)
 
 
 def report_missing_parts(out: Path, config: PrepareConfig, missing: list[str]):
@@ -652,10 +665,10 @@ def check_parts_match(config: PrepareConfig, folders: list[Path], manifests: lis
     raise_errors(errors)
 
 
-def move_shards(out: Path, config: PrepareConfig, folders: list[Path], manifests: list[dict]) -> list[dict]:
+def move_shards(held: HeldFolder, config: PrepareConfig, folders: list[Path], manifests: list[dict]) -> list[dict]:
     """Renames the parts' shards into --out-dir and returns their entries for the manifest. ValueError if a shard is missing or
     damaged, before any is renamed."""
-    moves, shards = [], []
+    out, moves, shards = held.path, [], []
     for folder, manifest in zip(folders, manifests, strict=True):
         for entry in manifest["shards"]:
             split = split_of(entry["file"])
@@ -669,6 +682,7 @@ def move_shards(out: Path, config: PrepareConfig, folders: list[Path], manifests
                 raise ValueError(f"{target} is in the way of {source}: move it elsewhere")
             moves.append((source, target))
     for source, target in moves:
+        held.check()
         os.replace(source, target)
     return shards
 

@@ -484,6 +484,39 @@ def bytes_of_tree(folder) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
 
 
+def test_part_that_was_not_joined_is_kept(tmp_path, files, capsys):
+    """Someone copies a part of another set into a finished folder."""
+    argv, out = ["--dataset", files, "--shard-size", 300, "--out-dir"], tmp_path / "out"
+    assert prepare(*argv, tmp_path / "other", "--part", "2/3") == 0 and prepare(*argv, out) == 0
+    shutil.copytree(tmp_path / "other" / "part-2-of-3", out / "part-2-of-3")
+    (out / "part-1-of-3").mkdir()  # as after a kill: its shards are joined
+    before = bytes_of_tree(out)
+    for more in ([], ["--part", "2/3"]):
+        capsys.readouterr()
+        assert prepare(*argv, out, *more) == 2
+        assert f"part-2-of-3 was not joined: {out} was complete before; move it elsewhere" in the_error(capsys.readouterr().err)
+        assert bytes_of_tree(out) == before and not (out / "part-1-of-3").exists()
+
+
+@pytest.mark.parametrize("step", ["check_parts_match", "write_sources"])
+def test_join_never_writes_into_anothers_folder(tmp_path, files, capsys, monkeypatch, step):
+    """The folder is moved away while its parts are joined, and another one lies under its name."""
+    argv, out, plain = ["--dataset", files, "--shard-size", 300, "--out-dir", tmp_path / "out"], tmp_path / "out", getattr(fineweb, step)
+    assert prepare(*argv, "--part", "1/2") == 0
+
+    def move(*args):
+        plain(*args)
+        if step == "check_parts_match" or args[0] == out:
+            os.rename(out, tmp_path / "moved")
+            shutil.copytree(tmp_path / "moved", out)
+
+    monkeypatch.setattr(fineweb, step, move)
+    assert prepare(*argv, "--part", "2/2") == 2
+    assert "moved: continue there; this process was writing into it" in the_error(capsys.readouterr().err)
+    assert bytes_of_tree(out).keys() == {path.replace("/moved/", "/out/") for path in bytes_of_tree(tmp_path / "moved")}
+    assert not (out / "manifest.json").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
