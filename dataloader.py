@@ -28,7 +28,7 @@ NPY_MAGIC = b"\x93NUMPY"
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4  # llm.c's header: 256 little-endian int32
 BIN_MAGIC_UINT32 = 20240801  # llm.c's files of Llama 3's tokens
 
-MAKE_AGAIN = "run fineweb.py again with another --out-dir"
+MAKE_AGAIN = "make the shards again in another folder"  # train.py --preset quickstart makes some too
 REMEDY = f"copy it again from its source, or {MAKE_AGAIN}"
 
 # ---- shards ----
@@ -86,7 +86,7 @@ def read_bytes(file: OpenFile, offset: int, count: int) -> bytes:
 
 
 def inspect_shard(folder: Path, entry: dict) -> Shard:
-    """Reads the header of a manifest's entry. ValueError if the file is missing, damaged or no shard, OSError if it can't be read."""
+    """Reads the header of a manifest's entry. ValueError if the file is missing, damaged or not a shard, OSError if it can't be read."""
     path = folder / entry["file"]
     try:
         with naming(path), open(path, "rb") as file:
@@ -161,7 +161,7 @@ def open_shard(folder: Path, entry: dict) -> np.ndarray:
 
 
 def split_of(file: str) -> str | None:
-    """Returns 'train' or 'val', from a shard's name. None if the file is no shard."""
+    """Returns 'train' or 'val', from a shard's name. None if the file is not a shard."""
     match = re.search(r"_(train|val)_\d+\.(npy|bin)$", file)
     return match and match[1]
 
@@ -230,18 +230,29 @@ def find_shards(folder: str | Path) -> Shards:
     raise_repeated(shards)
     for split in ("train", "val"):
         if not shards.split(split):
-            raise ValueError(f"no {split} shard in {folder}{make_shards(folder, split)}")
+            raise ValueError(no_shard(shards, split))
     return shards
 
 
-def make_shards(folder: Path, split: str) -> str:
-    """How to get a split's shard, for messages."""
-    if not (folder / f"{split}.bin").exists():
-        return f"; make or finish the shards: python fineweb.py --out-dir {folder}"
-    return (
-        f": {split}.bin looks like nanoGPT's, which has no header; if its tokens are GPT-2's, write them as a shard: "
-        f"np.save('data_{split}_000000.npy', np.memmap('{split}.bin', np.uint16, 'r'))"
-    )
+def no_shard(shards: Shards, split: str) -> str:
+    """Says that a split has no shard, and what to do."""
+    folder, problem = shards.folder, f"no {split} shard in {shards.folder}"
+    if (folder / f"{split}.bin").exists():
+        return (
+            f"{problem}: {split}.bin looks like nanoGPT's, which has no header; if its tokens are GPT-2's, write them as a shard: "
+            f"np.save('data_{split}_000000.npy', np.memmap('{split}.bin', np.uint16, 'r'))"
+        )
+    if (folder / MANIFEST).exists():
+        return f"{problem}: its {MANIFEST} lists none; if this is one of several parts, join them and give the whole folder"
+    if not shards.entries:
+        return f"no shards in {folder}: give the folder that shards are in, or make some: python fineweb.py --out-dir {folder}"
+    name = shards.entries[0]["file"]
+    if split == "train":
+        return f"{problem}: {name} alone is there; add train shards, named like {name.replace('_val_', '_train_')}"
+    new = re.sub(r"_train_\d+", "_val_000000", name)
+    if len(shards.entries) == 1:
+        return f"{problem}: {name} alone is there; add a shard named {new}"
+    return f"{problem}: choose a train shard for validation and rename it, such as {name} to {new}"
 
 
 def read_manifest(folder: Path) -> dict:
@@ -284,9 +295,18 @@ def raise_repeated(shards: Shards):
             continue
         file = (status.st_dev, status.st_ino, status.st_size) if status.st_ino else path  # 0: this file system has no numbers
         if file in seen:
-            names = f"{entry['file']} twice" if seen[file] == entry["file"] else f"one file as {seen[file]} and {entry['file']}"
-            raise ValueError(f"{shards.folder} lists {names}, by its manifest or by a link: keep one of them, move the other elsewhere")
+            raise ValueError(repeated(shards.folder, seen[file], entry["file"]))
         seen[file] = entry["file"]
+
+
+def repeated(folder: Path, first: str, second: str) -> str:
+    """Says that two entries are one file, and what to do."""
+    if first == second:
+        return f"{folder / MANIFEST} lists {first} twice: restore it from a copy, or {MAKE_AGAIN}"
+    then = "keep one of them, move the other elsewhere"
+    if (folder / MANIFEST).exists():
+        then = f"keep one of them, move the other elsewhere, and restore that file from a copy ({MANIFEST} lists both)"
+    return f"{folder / first} and {second} are names of one file: {then}"
 
 
 def verify_shards(shards: Shards):

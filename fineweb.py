@@ -88,7 +88,7 @@ class PrepareConfig:
     text_field: str = "text"
     """Field or column that has the text, in .parquet, .jsonl, .json and on the hub."""
     skip_bad_rows: bool = False
-    """Leave out rows that can't be read (null, no string, not UTF-8, not JSON, truncated files), and count them."""
+    """Leave out rows that can't be read (null, not a string, not UTF-8, not JSON, truncated files), and count them."""
     out_dir: str = "edu_fineweb10B"
     """Folder for the shards."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
@@ -181,7 +181,7 @@ class HubDocuments:
     def __init__(self, config: PrepareConfig, repo: str, revision: str):
         self.repo, self.name, self.part_range, self.text_field = repo, config.name, config.part_range, config.text_field
         self.rows, self.bad = 0, BadRows(config.skip_bad_rows)
-        problem = f"{repo} is no local path, and looking it up on the hub failed"
+        problem = f"{repo} is not a local path, and looking it up on the hub failed"
         self.revision = hub_info(repo, revision, problem, "check the name, the revision and the network").sha
         self.dataset = retry(f"could not open {repo}", "check --name, --part and the network", busy, self.open)
 
@@ -400,7 +400,7 @@ def begin(out: Path, progress: dict, documents):
     """Moves the documents to where the progress ends, and records which files they come from. ValueError if the files changed."""
     if progress["revision"] not in ("", documents.revision):
         changed = describe_changes(out, documents.sources)
-        raise ValueError(f"the files changed after the first run into {out}{changed}: restore them, or choose another --out-dir")
+        raise ValueError(f"the files changed after the first run into {out}{changed}: restore them, or choose another folder")
     if progress["state"] is not None:
         try:
             documents.load_state(progress["state"])
@@ -506,11 +506,11 @@ def is_complete(out: Path, config: PrepareConfig) -> bool:
         return False
     manifest = own_manifest(out)
     if other := other_settings(manifest["settings"], config, manifest.get("skipped", {})):
-        raise ValueError(f"{out} has shards made with other settings ({other}): choose another --out-dir")
+        raise ValueError(f"{out} has shards made with other settings ({other}): choose another folder")
     documents = local_documents(config, manifest["revision"], quiet=True)
     if documents and documents.revision != manifest["revision"]:
         changed = describe_changes(out, documents.sources)
-        raise ValueError(f"the files changed since {out} was made from them{changed}: choose another --out-dir")
+        raise ValueError(f"the files changed since {out} was made from them{changed}: choose another folder")
     (out / PROGRESS).unlink(missing_ok=True)  # left by a kill between the last two steps
     print(f"{out} is already complete")
     return True
@@ -537,12 +537,12 @@ def resume_point(out: Path, config: PrepareConfig) -> dict | None:
             keep = not other and not progress["revision"].startswith(("files-", "sha256-"))
             return fresh | {"revision": progress["revision"]} if keep else fresh
         if other:
-            raise ValueError(f"{out} has an unfinished run with other settings ({other}): use the same, or choose another --out-dir")
+            raise ValueError(f"{out} has an unfinished run with other settings ({other}): use the same, or choose another folder")
         for entry in progress["shards"]:
             inspect_shard(out, entry)
         return progress | {"settings": progress["settings"] | {"skip_bad_rows": config.skip_bad_rows}}
     if any(path.suffix in (".npy", ".bin") for path in out.iterdir()):
-        raise ValueError(f"{out} has shards that this command did not make: choose another --out-dir")
+        raise ValueError(f"{out} has shards that this command did not make: choose another folder")
     return fresh
 
 
@@ -597,7 +597,7 @@ def make_part(out: Path, config: PrepareConfig):
         if (out / MANIFEST).exists():
             return
         if (out / PROGRESS).exists():
-            raise ValueError(f"{out} has an unfinished run without --part: finish it, or choose another --out-dir")
+            raise ValueError(f"{out} has an unfinished run without --part: finish it, or choose another folder")
         count_of_parts(out)
         tokenize_documents(held, config)
 

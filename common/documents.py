@@ -5,7 +5,7 @@
     .txt .md .py            the whole file; CRLF and CR become LF, a byte order mark is dropped
 
 All except .parquet may be packed as .gz or .zst. Text is UTF-8; UTF-16 and UTF-32 need a byte order mark.
-A document is a string. Where there should be one and is none, the readers yield a Bad: it ends the run, or is counted and left out.
+A document is a string. Where a document can't be read, the readers yield a Bad: it ends the run, or is counted and left out.
 """
 
 import codecs
@@ -61,10 +61,12 @@ class Bad(NamedTuple):
     where: str  # file and row
     why: str
     fix: str = "fix or remove this document"
+    is_file: bool = False  # a whole file, or the rest of one
+    is_usual: bool = False  # all rows are probably like it, so --skip-bad-rows would leave out everything
 
 
 class BadRow(ValueError):
-    """A row is no document, and --skip-bad-rows is off."""
+    """A row is not a document, and --skip-bad-rows is off."""
 
 
 @dataclass
@@ -72,18 +74,24 @@ class BadRows:
     """Decides what a Bad does: without `skip` it ends the run, with it it is counted."""
 
     skip: bool = False
-    found: dict[str, dict] = field(default_factory=dict)  # kind → {"rows": how many, "first": where the first few are}
+    # kind → {"rows": how many, "first": where the first few are, "files": how many of them are whole files, if any}
+    found: dict[str, dict] = field(default_factory=dict)
 
     def add(self, bad: Bad):
         if not self.skip:
-            raise BadRow(f"{bad.where}: {bad.why}: {bad.fix}, or leave it out with --skip-bad-rows")
+            raise BadRow(f"{bad.where}: {bad.why}: {bad.fix}{'' if bad.is_usual else ', or leave it out with --skip-bad-rows'}")
         entry = self.found.setdefault(bad.kind, {"rows": 0, "first": []})
         entry["rows"] += 1
+        if bad.is_file:
+            entry["files"] = entry.get("files", 0) + 1
         if len(entry["first"]) < FIRST:
             entry["first"].append(bad.where)
 
     def load(self, found: dict[str, dict]):
-        self.found = {str(kind): {"rows": int(e["rows"]), "first": [str(place) for place in e["first"]]} for kind, e in found.items()}
+        self.found = {}
+        for kind, entry in found.items():
+            files = {"files": int(entry["files"])} if "files" in entry else {}
+            self.found[str(kind)] = {"rows": int(entry["rows"]), "first": [str(place) for place in entry["first"]], **files}
 
     def good(self, rows: Iterator[str | Bad]) -> Iterator[str]:
         """Yields the documents among the rows."""
@@ -95,13 +103,15 @@ class BadRows:
 
 
 def describe_bad(found: dict[str, dict]) -> str:
-    """Returns one line about rows that were left out, with the first few places; '' if there are none."""
+    """Returns one line about files and rows that were left out, with the first few places; '' if there are none."""
     kinds = [
         f"{entry['rows']:,} {kind} ({'; '.join(entry['first'])}{'; …' if entry['rows'] > len(entry['first']) else ''})"
         for kind, entry in found.items()
     ]
-    count = sum(entry["rows"] for entry in found.values())
-    return f"--skip-bad-rows left out {count:,} {'document' if count == 1 else 'documents'}: {', '.join(kinds)}" if kinds else ""
+    files = sum(entry.get("files", 0) for entry in found.values())
+    counts = {"file": files, "row": sum(entry["rows"] for entry in found.values()) - files}
+    some = " and ".join(f"{n:,} {what}{'' if n == 1 else 's'}" for what, n in counts.items() if n)
+    return f"--skip-bad-rows left out {some}: {', '.join(kinds)}" if kinds else ""
 
 
 def add_bad(counts: Iterable[dict[str, dict]]) -> dict[str, dict]:
@@ -111,6 +121,8 @@ def add_bad(counts: Iterable[dict[str, dict]]) -> dict[str, dict]:
         for kind, entry in found.items():
             mine = total.found.setdefault(kind, {"rows": 0, "first": []})
             mine["rows"] += entry["rows"]
+            if "files" in entry:
+                mine["files"] = mine.get("files", 0) + entry["files"]
             mine["first"] = [*mine["first"], *entry["first"]][:FIRST]
     return total.found
 
@@ -156,8 +168,8 @@ def read_text(path: Path, tolerant: bool = False) -> str | Bad:
     if isinstance(text, Bad) and kind_of(path) == ".py":
         text = decode_python(raw) or text
     if isinstance(text, str) and "\0" in text:
-        return Bad("binary", shown(path), "it has NUL characters, so it is no plain text", "give another file")
-    return text if isinstance(text, Bad) else unix_lines(text.removeprefix("\ufeff"))
+        text = Bad("binary", shown(path), "it has NUL characters, so it is not plain text", "give another file")
+    return text._replace(is_file=True) if isinstance(text, Bad) else unix_lines(text.removeprefix("\ufeff"))
 
 
 def decode_python(raw: bytes) -> str | None:
@@ -220,7 +232,7 @@ def read_file(path: Path, how: How = USUAL) -> Iterator[str | Bad]:
 
 def damaged(path: Path, e: Exception) -> Bad:
     why = f"it is truncated or damaged ({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__})"
-    return Bad("damaged file", shown(path), why, "download it again")
+    return Bad("damaged file", shown(path), why, "restore or download it again", is_file=True)
 
 
 def read_parquet(path: Path, text_field: str) -> Iterator[str | Bad]:
@@ -229,7 +241,7 @@ def read_parquet(path: Path, text_field: str) -> Iterator[str | Bad]:
     try:
         file, name, number = pyarrow.parquet.ParquetFile(path), shown(path), 0
         if text_field not in file.schema_arrow.names:
-            yield no_field(file.schema_arrow.names, name, text_field)
+            yield no_field(file.schema_arrow.names, name, text_field)._replace(is_file=True, is_usual=True)
             return
         for batch in file.iter_batches(1024, columns=[text_field]):
             column = batch.column(text_field)
@@ -299,7 +311,7 @@ LARGEST_VALUE = 1 << 31  # characters of JSON that are parsed in one piece
 
 
 def read_rows(lines: Iterator[tuple[str, str | Bad]], path: Path, how: How, kind: str) -> Iterator[str | Bad]:
-    """Yields the document in each line of JSON. A .json whose first line is no row by itself is parsed as one value."""
+    """Yields the document in each line of JSON. A .json whose first line is not a row by itself is parsed as one value."""
     head = list(itertools.islice(lines, 1)) if kind == ".json" else []
     if head and isinstance(head[0][1], str) and not isinstance(parse(head[0][1]), dict):
         size = len(head[0][1])
@@ -308,58 +320,63 @@ def read_rows(lines: Iterator[tuple[str, str | Bad]], path: Path, how: How, kind
             size += len(line)
             if size > LARGEST_VALUE:
                 fix = "make lines of it, with jq -c '.[]' for example"
-                yield Bad("too large", shown(path), "it is one value of more than 2 GB, and its first line is no row", fix)
+                yield Bad("too large", shown(path), "it is one value of more than 2 GB, and its first line is not a row", fix, True)
                 return
         rows = value_rows([line for _, line in head], path, how)
         yield from rows
         if rows:
             return
-    for where, line in itertools.chain(head, lines):
+    for number, (where, line) in enumerate(itertools.chain(head, lines)):
         if isinstance(line, Bad):
             yield line
         else:
-            yield read_row(parse(line), where, how, escapes="\\u" in line)
+            yield read_row(parse(line), where, how, not number, escapes="\\u" in line)
 
 
 def value_rows(lines: list[str | Bad], path: Path, how: How) -> list[str | Bad]:
     """Returns the documents of a file that is one array of rows, or one row. A Bad, if it is an array that can't be parsed."""
     value = next((line for line in lines if isinstance(line, Bad)), None) or parse("\n".join(lines))
     if isinstance(value, dict):
-        return [read_row(value, shown(path), how)]
+        return [read_row(value, shown(path), how, True)]
     if isinstance(value, list):
         name = shown(path)
-        return [read_row(item, f"{name}, item {number:,}", how) for number, item in enumerate(value, 1)]
-    return [value if isinstance(value, Bad) else Bad("not JSON", shown(path), f"not JSON ({value})")] if lines[0][:1] == "[" else []
+        return [read_row(item, f"{name}, item {number:,}", how, number == 1) for number, item in enumerate(value, 1)]
+    if lines[0][:1] != "[":
+        return []
+    return [value if isinstance(value, Bad) else Bad("not JSON", shown(path), f"not JSON ({value})", is_file=True)]
 
 
 def parse(line: str | Bad):
-    """Returns the value of a line of JSON; the error, if it is none."""
+    """Returns the value of a line of JSON; the error, if it is not JSON."""
     try:
         return line if isinstance(line, Bad) else json.loads(line)
     except (ValueError, RecursionError) as e:
         return e
 
 
-def read_row(row, where: str, how: How, escapes: bool = True) -> str | Bad:
+def read_row(row, where: str, how: How, is_first: bool, escapes: bool = True) -> str | Bad:
     """Returns the text in a row of JSON. Only escapes can hold half a character."""
     if isinstance(row, Exception):
         return Bad("not JSON", where, f"not JSON ({row})")
     if not isinstance(row, dict):
-        return Bad("without the field", where, f"the field '{how.text_field}' is missing, this is no object")
+        return Bad("without the field", where, f"the field '{how.text_field}' is missing, this is not an object")
     if how.text_field not in row:
-        return no_field(row, where, how.text_field)
+        return no_field(row, where, how.text_field)._replace(is_usual=is_first)
     text = check_text(row[how.text_field], where, how.text_field)
     if escapes and isinstance(text, str) and not text.isascii() and not how.tolerant:
         try:
             text.encode()
         except UnicodeEncodeError:
-            return Bad("half a character", where, "it has half of a surrogate pair, such as \\ud800, which is no character")
+            return Bad("half a character", where, "it has half of a surrogate pair, such as \\ud800, which is not a character")
     return text
 
 
 # ---- folders → files ----
 
 TOOLS = ("__pycache__", "node_modules")
+
+
+AGAIN = "other names of files that are read anyway"
 
 
 class Found(NamedTuple):
@@ -375,6 +392,15 @@ class Listing:
 
     files: list[Found] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    seen: set = field(default_factory=set)  # the identity of each file that is read
+
+    def add(self, found: Found, root: Path):
+        """Adds a file, unless it is there by another name."""
+        if identity(found.path) in self.seen:
+            self.skip(AGAIN, found.path, root)
+        else:
+            self.files.append(found)
+        self.seen.add(identity(found.path))
 
     def skip(self, reason: str, path: Path, root: Path):
         self.skipped[reason].append(str(path.relative_to(root)))
@@ -388,25 +414,25 @@ class Listing:
 
     def reasons(self) -> list[str]:
         return [
-            f"skipping {len(names):,} {reason}: {', '.join(map(shown, names[:5]))}{', …' if names[5:] else ''}"
+            f"skipping {reason} ({len(names):,}): {', '.join(map(shown, names[:5]))}{', …' if names[5:] else ''}"
             for reason, names in self.skipped.items()
         ]
 
 
 def list_files(paths: list[Path], text_field: str, out: Path | None = None) -> Listing:
-    """Lists the files, and all readable files below each folder, sorted by name. Doesn't enter the folder `out`."""
+    """Lists the files, and all readable files below each folder, sorted by name, each file once. Doesn't enter the folder `out`."""
     listing = Listing()
     for path in paths:
         if path.is_dir():
-            found = Listing(skipped=listing.skipped)
+            found, again = Listing(skipped=listing.skipped, seen=listing.seen), len(listing.skipped.get(AGAIN, ()))
             walk(path, out, found)
             leave_out_other_json(found, path, text_field)
-            if not found.files:
+            if not found.files and len(listing.skipped.get(AGAIN, ())) == again:
                 why = "; ".join(found.reasons())
                 raise ValueError(f"{shown(path)} contains no {ENDINGS} files{why and f' ({why})'}: give another folder")
             listing.files += found.files
         elif path.is_file() and kind_of(path):
-            listing.files.append(Found(path.name, path))
+            listing.add(Found(path.name, path), path.parent)
         else:
             raise ValueError(f"can't read {shown(path)}: give a folder, or a file that ends in {ENDINGS}")
     return listing
@@ -422,7 +448,7 @@ def walk(root: Path, out: Path | None, listing: Listing):
             listing.skip("--out-dir", folder, root)
             continue
         if identity(folder) in known:
-            listing.skip("link to a folder that is read anyway, or that this one is in", folder, root)
+            listing.skip("links to folders that are read anyway, or that this one is in", folder, root)
             continue
         known.add(identity(folder))
         for entry in entries_of(folder, root, listing):
@@ -433,14 +459,9 @@ def walk(root: Path, out: Path | None, listing: Listing):
                 folders.append((Path(entry.path), True))  # after all real ones, so that a file keeps its own name
             else:
                 folders.appendleft((Path(entry.path), False))
-    paths, seen = [], set()
     for _, path in sorted(found):
-        if identity(path) in seen:
-            listing.skip("other name of a file that is read anyway", path, root)
-        else:
-            paths.append(path)
-        seen.add(identity(path))
-    listing.files += [Found((Path(root.name) / path.relative_to(root)).as_posix(), path) for path in sorted(paths)]
+        listing.add(Found((Path(root.name) / path.relative_to(root)).as_posix(), path), root)
+    listing.files.sort(key=lambda found: found.path)
 
 
 def identity(path: Path):
@@ -458,14 +479,14 @@ def entries_of(folder: Path, root: Path, listing: Listing) -> list[os.DirEntry]:
         with os.scandir(folder) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
     except OSError as e:
-        listing.skip(f"unreadable ({e.strerror})", folder, root)
+        listing.skip(unreadable(e.strerror), folder, root)
         return []
     kept = []
     for entry in found:
         try:
             reason = skip_reason(entry)
         except OSError as e:
-            reason = f"unreadable ({e.strerror})"
+            reason = unreadable(e.strerror)
         if reason:
             listing.skip(reason, Path(entry.path), root)
         else:
@@ -473,21 +494,25 @@ def entries_of(folder: Path, root: Path, listing: Listing) -> list[os.DirEntry]:
     return kept
 
 
+def unreadable(why: str) -> str:
+    return f"unreadable files and folders, {why}"
+
+
 def skip_reason(entry: os.DirEntry) -> str:
     """Says why a folder's entry is left out; '' if it is read."""
     if entry.name.startswith("."):
-        return "hidden"
+        return "hidden files and folders"
     if entry.is_dir():
-        return "folder of tools" if entry.name in TOOLS or os.path.exists(os.path.join(entry.path, "pyvenv.cfg")) else ""
+        return "folders of tools" if entry.name in TOOLS or os.path.exists(os.path.join(entry.path, "pyvenv.cfg")) else ""
     if not os.path.exists(entry.path):
-        return "broken link"
+        return "broken links"
     if not entry.is_file():
-        return "no file"
+        return "pipes, sockets and devices"
     if not kind_of(Path(entry.name)):
-        return "of another kind"
+        return "files of other kinds"
     if not os.access(entry.path, os.R_OK):
-        return f"unreadable ({os.strerror(errno.EACCES)})"
-    return "" if entry.stat().st_size else "empty"
+        return unreadable(os.strerror(errno.EACCES))
+    return "" if entry.stat().st_size else "empty files"
 
 
 def leave_out_other_json(listing: Listing, root: Path, text_field: str):
@@ -495,7 +520,8 @@ def leave_out_other_json(listing: Listing, root: Path, text_field: str):
     data = []
     for found in listing.files:
         if kind_of(found.path) == ".json" and not has_rows(found.path, text_field):
-            listing.skip(f".json without a field '{text_field}'", found.path, root)
+            listing.skip(f".json files without a field '{text_field}'", found.path, root)
+            listing.seen.discard(identity(found.path))  # --dataset may name it too
         else:
             data.append(found)
     listing.files = data
@@ -586,7 +612,7 @@ class LocalDocuments:
                     yield row
             self.check_unchanged(path)
             if to_skip and not self.across:
-                raise ValueError(f"{shown(path)} has fewer documents than when the run stopped: choose another --out-dir")
+                raise ValueError(f"{shown(path)} has fewer documents than when the run stopped: choose another folder for the shards")
 
     def check_unchanged(self, path: Path):
         """ValueError if a file changed or vanished since it was hashed: the shards would mix old and new text."""
@@ -595,7 +621,7 @@ class LocalDocuments:
         except OSError as e:
             raise ValueError(f"{shown(path)} can't be read any more ({e.strerror}): put it back and run the same command again") from e
         if not same:
-            raise ValueError(f"{shown(path)} changed while it was read: choose another --out-dir, or put the old file back")
+            raise ValueError(f"{shown(path)} changed while it was read: choose another folder for the shards, or put the old file back")
 
 
 def version(path: Path) -> tuple[int, int]:

@@ -623,7 +623,7 @@ def test_edit_that_keeps_the_size_is_named(tmp_path, capsys):
     os.utime(docs / "a.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
     capsys.readouterr()
     assert prepare(*argv) == 2
-    assert "out was made from them (changed: d/a.txt): choose another --out-dir" in the_error(capsys.readouterr().err)
+    assert "out was made from them (changed: d/a.txt): choose another folder" in the_error(capsys.readouterr().err)
     text_folder(docs, a="the cat sat\n" * 50, c="new")
     (docs / "b.txt").unlink()
     assert prepare(*argv) == 2 and "(missing: d/b.txt; new: d/c.txt)" in the_error(capsys.readouterr().err)
@@ -672,7 +672,7 @@ def test_other_settings_are_named(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert prepare(*argv, "--shard-size", 200, "--text-field", "body", "--name", "") == 2
     named = "(--name '' here, sample-10BT there; --text-field body here, text there; --shard-size 200 here, 100 there)"
-    assert f"{tmp_path}/out has shards made with other settings {named}: choose another --out-dir" in the_error(capsys.readouterr().err)
+    assert f"{tmp_path}/out has shards made with other settings {named}: choose another folder" in the_error(capsys.readouterr().err)
     monkeypatch.chdir(tmp_path)
     for same in ("d", "d/", "./d", "d/../d"):
         assert prepare("--dataset", same, "--out-dir", "out", "--shard-size", 100, "--skip-bad-rows") == 0
@@ -758,7 +758,7 @@ def test_skipped_rows_are_counted_in_the_manifest(tmp_path, bad_files, capsys, m
     assert row(tmp_path / "out") == expected(texts)
     skipped = read_json(tmp_path / "out" / "manifest.json", "")["skipped"]
     assert sum(entry["rows"] for entry in skipped.values()) == count
-    assert f"--skip-bad-rows left out {count} documents: " in capsys.readouterr().err
+    assert f"--skip-bad-rows left out {count} rows: " in capsys.readouterr().err
     assert prepare(*argv, tmp_path / "out") == 2
     assert "(--skip-bad-rows False here, True there)" in the_error(capsys.readouterr().err)
 
@@ -1123,7 +1123,7 @@ def test_unknown_dataset_is_a_one_line_error(tmp_path, fineweb_edu):
         result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--dataset", "no/such")
         assert (
             result.returncode == 2
-            and "no/such is no local path, and looking it up on the hub failed" in result.stderr
+            and "no/such is not a local path, and looking it up on the hub failed" in result.stderr
             and "Traceback" not in result.stderr
         )
         result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--revision", "v9")

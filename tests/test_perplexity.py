@@ -133,7 +133,7 @@ def test_tokens_are_those_of_the_shards(tmp_path, capsys, name, content):
     config = perplexity.PerplexityConfig(paths=(), skip_bad_rows=bool(flags))
     assert perplexity.read_ids(tmp_path / name, config, get_tokenizer("bytes")) == row
     assert perplexity.read_ids(tmp_path / name, replace(config, max_tokens=2), get_tokenizer("bytes")) == row[:3]
-    assert capsys.readouterr().err.count("--skip-bad-rows left out 1 document:") == (2 if flags else 0)
+    assert capsys.readouterr().err.count("--skip-bad-rows left out 1 row:") == (2 if flags else 0)
 
 
 @pytest.mark.parametrize(
