@@ -53,9 +53,7 @@ from common.documents import (
 )
 from common.files import read_json, sha256, write_json
 from common.locks import HeldFolder, lock_folder
-from common.tokenizer import VOCAB_SIZES, fast_encode, get_tokenizer, tokenize
-from common.validation import has_type, raise_errors
-from dataloader import (
+from common.shards import (
     MAKE_AGAIN,
     MANIFEST,
     PROGRESS,
@@ -68,6 +66,8 @@ from dataloader import (
     split_of,
     write_shard,
 )
+from common.tokenizer import VOCAB_SIZES, fast_encode, get_tokenizer, tokenize
+from common.validation import has_type, raise_errors
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"

@@ -19,9 +19,10 @@ from checkpoint import load_with_tokenizer
 from common import cli
 from common.device import pick_device, pick_dtype
 from common.documents import BadRows, How, describe_bad, read_file, shown
+from common.shards import Shards, find_shards
 from common.tokenizer import Tokenizer
 from common.validation import raise_errors
-from dataloader import Shards, TokenStream, find_shards
+from dataloader import TokenStream
 from model import GPT
 from ops.loss import log_likelihoods
 from variants import scoring_copy

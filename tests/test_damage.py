@@ -34,7 +34,8 @@ import variants
 from common import cli
 from common.distributed import DistContext
 from common.files import read_json, write_json
-from dataloader import TokenStream, find_shards, inspect_shard, verify_shards
+from common.shards import find_shards, inspect_shard, verify_shards
+from dataloader import TokenStream
 from lab import scaling
 from training import checks, plan, run_json
 from variants import VariantConfig, build

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from common import cli
 from common.files import read_json, sha256, write_json
-from dataloader import Shards, TokenStream, differences, find_shards, open_shard, permute, rank_positions, verify_shards, write_shard
+from common.shards import Shards, differences, find_shards, open_shard, verify_shards, write_shard
+from dataloader import TokenStream, permute, rank_positions
 
 
 def folder_of(tmp_path, sizes):

@@ -33,8 +33,8 @@ from common import tokenizer as tokenizers
 from common.documents import LocalDocuments, read_file, stdlib_files
 from common.files import read_json
 from common.locks import lock_folder
+from common.shards import find_shards, open_shard, verify_shards
 from common.tokenizer import get_tokenizer
-from dataloader import find_shards, open_shard, verify_shards
 
 TEXTS = [f"Document {i}: " + "naïve café, 日本語, \n\ttabs… " * (i % 7) + "<|endoftext|>" * (i % 2) for i in range(40)] + [""]
 

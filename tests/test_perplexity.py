@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import fineweb
 import perplexity
+from common.shards import find_shards, open_shard
 from common.tokenizer import get_tokenizer
-from dataloader import find_shards, open_shard
 from perplexity import rows_of_text, score
 from variants import VariantConfig, build
 
