@@ -29,6 +29,7 @@ from test_dataloader import llmc_bin
 
 import fineweb
 from common import documents as reading
+from common import hub
 from common import tokenizer as tokenizers
 from common.documents import LocalDocuments, read_file, stdlib_files
 from common.files import read_json
@@ -886,10 +887,10 @@ def test_full_disk_while_downloading_is_not_retried(monkeypatch):
         raise AssertionError("retried")
 
     monkeypatch.setattr("tiktoken.get_encoding", disk_full)
-    monkeypatch.setattr(fineweb.time, "sleep", no_sleep)
-    monkeypatch.setattr(fineweb, "hub_info", lambda *args: SimpleNamespace(sha=SHA))
-    monkeypatch.setattr(fineweb, "retry", lambda *args: None)
-    documents = fineweb.HubDocuments(fineweb.PrepareConfig(), "x/y", "")
+    monkeypatch.setattr(time, "sleep", no_sleep)
+    monkeypatch.setattr(hub, "hub_info", lambda *args: SimpleNamespace(sha=SHA))
+    monkeypatch.setattr(hub, "retry", lambda *args: None)
+    documents = hub.HubDocuments("x/y", "", "", (0, 1))
     documents.dataset = map(disk_full, [1])
     for fetch in (lambda: get_tokenizer.__wrapped__("gpt2"), lambda: next(iter(documents))):
         with pytest.raises(OSError, match="No space left"):
@@ -1026,7 +1027,7 @@ def test_hanging_hub_times_out_and_is_retried(tmp_path, fineweb_edu):
 
 
 def short_timeout():
-    fineweb.HUB_TIMEOUT = 1
+    hub.HUB_TIMEOUT = 1
     print_sleeps()
 
 
@@ -1068,11 +1069,11 @@ def test_lost_connection_drops_or_doubles_no_document(monkeypatch):
             raise ConnectionError("still gone")
         return Dataset()
 
-    monkeypatch.setattr(fineweb, "hub_info", lambda *args: SimpleNamespace(sha=SHA))
-    monkeypatch.setattr(fineweb, "retry", lambda *args: None)
-    monkeypatch.setattr(fineweb.HubDocuments, "open", reopen)
-    monkeypatch.setattr(fineweb.time, "sleep", lambda seconds: None)
-    documents = fineweb.HubDocuments(fineweb.PrepareConfig(), "x/y", "")
+    monkeypatch.setattr(hub, "hub_info", lambda *args: SimpleNamespace(sha=SHA))
+    monkeypatch.setattr(hub, "retry", lambda *args: None)
+    monkeypatch.setattr(hub.HubDocuments, "open", reopen)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    documents = hub.HubDocuments("x/y", "", "", (0, 1))
     documents.dataset = documents.open()
     assert list(documents) == list("012345") and len(opened) == 4
 
