@@ -29,10 +29,10 @@ from test_dataloader import llmc_bin
 
 import fineweb
 from common import documents as reading
-from common import hub
+from common import hub, preparation
 from common import tokenizer as tokenizers
 from common.documents import LocalDocuments, read_file, stdlib_files
-from common.files import read_json
+from common.files import read_json, write_json
 from common.locks import lock_folder
 from common.shards import find_shards, open_shard, verify_shards
 from common.tokenizer import get_tokenizer
@@ -236,7 +236,7 @@ def test_resume_from_every_point_gives_same_bytes(tmp_path, corpus, monkeypatch)
     argv = ["--dataset", corpus, "--shard-size", 150]
     prepare(*argv, "--out-dir", tmp_path / "complete")
     monkeypatch.setattr(fineweb, "CHUNK_CHARS", 70)
-    write_json = fineweb.write_json
+    write_json = preparation.write_json
 
     def stop_at_second_progress(path, content):
         write_json(path, content)
@@ -244,7 +244,7 @@ def test_resume_from_every_point_gives_same_bytes(tmp_path, corpus, monkeypatch)
         if recorded.count("progress.json") == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fineweb, "write_json", stop_at_second_progress)
+    monkeypatch.setattr(preparation, "write_json", stop_at_second_progress)
     for launches in range(1, 100):  # noqa: B007
         recorded = []
         if prepare(*argv, "--out-dir", tmp_path / "stopped") == 0:
@@ -603,7 +603,7 @@ def text_folder(folder, **texts):
 
 def stop_after(monkeypatch, count: int):
     """Stops each launch like a kill, right after it recorded its `count`-th progress."""
-    write_json, recorded = fineweb.write_json, []
+    write_json, recorded = preparation.write_json, []
 
     def stop(path, content):
         write_json(path, content)
@@ -612,7 +612,7 @@ def stop_after(monkeypatch, count: int):
             recorded.clear()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fineweb, "write_json", stop)
+    monkeypatch.setattr(preparation, "write_json", stop)
 
 
 def test_edit_that_keeps_the_size_is_named(tmp_path, capsys):
@@ -1032,14 +1032,14 @@ def short_timeout():
 
 
 def stop_after_two_shards():
-    write = fineweb.write_json
+    write = preparation.write_json
 
     def stop(path, content):
         write(path, content)
         if path.name == "progress.json" and content["shards"]:
             sys.exit(9)
 
-    fineweb.CHUNK_CHARS, fineweb.write_json = 60, stop
+    fineweb.CHUNK_CHARS, preparation.write_json = 60, stop
 
 
 def test_lost_connection_drops_or_doubles_no_document(monkeypatch):
@@ -1136,9 +1136,9 @@ def test_unknown_dataset_is_a_one_line_error(tmp_path, fineweb_edu):
 @pytest.mark.parametrize(("recorded", "kept"), [("abc", "abc"), ("files-abc", ""), ("sha256-abc", "")])
 def test_kill_before_first_shard_keeps_the_commit(tmp_path, recorded, kept):
     config = fineweb.PrepareConfig(dataset=("owner/name",), out_dir=str(tmp_path))
-    progress = fineweb.resume_point(tmp_path, config)
-    fineweb.write_json(tmp_path / "progress.json", progress | {"revision": recorded})
-    assert fineweb.resume_point(tmp_path, config)["revision"] == kept
+    progress = preparation.resume_point(tmp_path, config)
+    write_json(tmp_path / "progress.json", progress | {"revision": recorded})
+    assert preparation.resume_point(tmp_path, config)["revision"] == kept
 
 
 def test_download_pretokenized_shards(tmp_path, pretokenized):
