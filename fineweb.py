@@ -27,12 +27,7 @@ from typing import Literal
 import numpy as np
 
 from common import cli
-from common.documents import (
-    add_bad,
-    describe_bad,
-    kind_of,
-    shown,
-)
+from common.documents import add_bad, describe_bad
 from common.files import sha256
 from common.hub import HubDocuments, brief, busy_or_unreachable, hub_info, retry
 from common.locks import HeldFolder, lock_folder
@@ -50,16 +45,8 @@ from common.preparation import (
     write_progress,
     write_sources,
 )
-from common.shards import (
-    MANIFEST,
-    PROGRESS,
-    REMEDY,
-    inspect_shard,
-    part_folder,
-    part_folders,
-    split_of,
-    write_shard,
-)
+from common.shards import MANIFEST, PROGRESS, REMEDY, inspect_shard, part_folder, part_folders, split_of, write_shard
+from common.text import kind_of, shown
 from common.tokenizer import fast_encode, get_tokenizer, tokenize
 from common.validation import raise_errors
 

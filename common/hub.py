@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from common import cli
-from common.documents import BadRow, BadRows, check_part_count, check_text, not_decodable
+from common.documents import BadRow, BadRows, check_part_count, check_text
+from common.text import not_decodable
 
 HUB_TIMEOUT = 30  # seconds without a byte; dataset_info has no limit by default
 

@@ -1,4 +1,4 @@
-"""common/documents.py: what users' files and folders are read as, what is refused, and what is left out with a word."""
+"""common/documents.py, folders.py, text.py: what users' files are read as, what is refused, and what is left out with a word."""
 
 import codecs
 import gzip
@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from common import documents
-from common.documents import Bad, BadRows, How, add_bad, changes, describe_bad, hash_files, kind_of, list_files, read_file, stdlib_files
+from common.documents import BadRows, How, add_bad, changes, describe_bad, hash_files, read_file
+from common.folders import list_files, stdlib_files
+from common.text import Bad, kind_of
 
 TEXT = "The café – “quoted” – 日本語 🙂\nopened.\n"
 

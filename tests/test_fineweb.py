@@ -29,10 +29,11 @@ from test_dataloader import llmc_bin
 
 import fineweb
 from common import documents as reading
-from common import hub, preparation
+from common import folders, hub, preparation
 from common import tokenizer as tokenizers
-from common.documents import LocalDocuments, read_file, stdlib_files
+from common.documents import LocalDocuments, read_file
 from common.files import read_json, write_json
+from common.folders import stdlib_files
 from common.locks import lock_folder
 from common.shards import find_shards, open_shard, verify_shards
 from common.tokenizer import get_tokenizer
@@ -378,7 +379,7 @@ def test_parts_divide_max_tokens(tmp_path, files, limit):
 def test_resume_opens_no_finished_file(tmp_path, files, monkeypatch):
     opened, read = [], reading.read_file
     monkeypatch.setattr(reading, "read_file", lambda path, how: opened.append(path.name) or read(path, how))
-    documents = LocalDocuments(reading.list_files([files], "text").files)
+    documents = LocalDocuments(folders.list_files([files], "text").files)
     states = [documents.state() for _ in documents]
     for number, state in enumerate(states, 1):
         again, opened[:] = LocalDocuments(documents.files), []
@@ -691,7 +692,7 @@ def as_older(folder, files: list):
         if path.exists():
             content = read_json(path, "")
             content.pop("seal", None)
-            content["revision"] = reading.older_revision([reading.Found("", file) for file in files])
+            content["revision"] = folders.older_revision([reading.Found("", file) for file in files])
             for name in ("text_field", "skip_bad_rows"):
                 del content["settings"][name]
             if content.get("state"):
@@ -727,7 +728,7 @@ def test_older_preparation_continues_as_it_began(tmp_path, monkeypatch):
     (docs / ".d.txt").rename(docs / "c.py")
     as_older_files = sorted(docs.iterdir())
     progress = read_json(tmp_path / "out" / "progress.json", "")
-    progress["revision"] = reading.older_revision([reading.Found("", file) for file in as_older_files])
+    progress["revision"] = folders.older_revision([reading.Found("", file) for file in as_older_files])
     (tmp_path / "out" / "progress.json").write_text(json.dumps(progress))
     assert prepare(*argv) == 0
     assert row(tmp_path / "out") == expected(["a" * 500, "\ufeffb\n\N{REPLACEMENT CHARACTER}", "d", "c"])
