@@ -20,27 +20,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from common import cli
-from common.documents import add_bad, describe_bad
+from common.documents import describe_bad
 from common.files import sha256
 from common.hub import HubDocuments, brief, busy_or_unreachable, hub_info, retry
 from common.locks import HeldFolder, lock_folder
+from common.parts import count_of_parts, join_parts
 from common.preparation import (
     SOURCES,
     START_AGAIN,
     describe_changes,
-    is_complete,
     local_documents,
-    other_settings,
-    own_manifest,
-    recorded_sources,
     resume_point,
+    shard_name,
     write_manifest,
     write_progress,
     write_sources,
@@ -264,11 +262,6 @@ def begin(out: Path, progress: dict, documents):
     write_progress(out, progress)
 
 
-def shard_name(config: PrepareConfig, split: str, index: int) -> str:
-    prefix = re.sub(r"[^a-z0-9]", "", Path(config.dataset[0]).stem.lower())[:200] or "documents"  # a name has at most 255 bytes
-    return f"{prefix}_{split}_{index:06d}.npy"
-
-
 def cut(tokens: np.ndarray, size: int) -> list[np.ndarray]:
     return [tokens[start : start + size] for start in range(0, len(tokens), size)]
 
@@ -297,7 +290,7 @@ def pack(stream, room: int, budget: int, skip: int, end: dict, on_tokens: Callab
         yield piece[:filled], resume_from
 
 
-# ---- parts → one set of shards ----
+# ---- parts ----
 
 
 def make_part(out: Path, config: PrepareConfig):
@@ -311,91 +304,6 @@ def make_part(out: Path, config: PrepareConfig):
             raise ValueError(f"{out} has an unfinished run without --part: finish it, or choose another folder")
         count_of_parts(out)
         tokenize_documents(held, config)
-
-
-def count_of_parts(out: Path) -> int:
-    """Returns the number of parts, from the names of their folders."""
-    counts = set(part_folders(out).values())
-    if len(counts) > 1:
-        raise ValueError(f"{out} mixes parts of {' and of '.join(map(str, sorted(counts)))}: move one kind elsewhere")
-    return counts.pop()
-
-
-def join_parts(held: HeldFolder, config: PrepareConfig):
-    """Moves the shards of all parts into --out-dir, in order, and writes the manifest. Resumes after a kill.
-    If parts are missing, it prints them; without --part it raises a ValueError."""
-    out = held.path
-    if not is_complete(out, replace(config, part="")):
-        count = count_of_parts(out)
-        folders = [part_folder(out, index, count) for index in range(count)]
-        if missing := [folder.name for folder in folders if not (folder / MANIFEST).exists()]:
-            return report_missing_parts(out, config, missing)
-        manifests = [own_manifest(folder) for folder in folders]
-        check_parts_match(config, folders, manifests)
-        shards = move_shards(held, config, folders, manifests)
-        settings = {key: value for key, value in manifests[0]["settings"].items() if key != "part"}
-        skipped = add_bad(manifest.get("skipped", {}) for manifest in manifests)
-        held.check()
-        write_sources(out, manifests[0]["revision"], recorded_sources(folders[0]))  # the same in all parts
-        held.check()
-        write_manifest(out, {"settings": settings, "revision": manifests[0]["revision"], "skipped": skipped}, shards)
-    remove_joined(out)
-
-
-def remove_joined(out: Path):
-    """Removes the folders of joined parts; some may remain from a kill. ValueError if one still has shards."""
-    left = []
-    for folder in sorted(part_folders(out)):
-        if any(path.suffix in (".npy", ".bin") for path in folder.rglob("*")):
-            left.append(f"{folder} was not joined: {out} was complete before; move it elsewhere")
-        else:
-            shutil.rmtree(folder)
-    raise_errors(left)
-
-
-def report_missing_parts(out: Path, config: PrepareConfig, missing: list[str]):
-    some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
-    todo = f"{out} still lacks {some}: make them with --part or copy their folders there, then run the same command without --part"
-    if not config.part:
-        raise ValueError(todo)
-    print(todo)
-
-
-def check_parts_match(config: PrepareConfig, folders: list[Path], manifests: list[dict]):
-    """ValueError if parts differ in their settings from ours, or in their data from each other."""
-    revision, errors = manifests[0]["revision"], []
-    for folder, manifest in zip(folders, manifests, strict=True):
-        if other := other_settings(manifest["settings"], config, manifest.get("skipped", {}), ("part", "revision")):
-            errors.append(f"{folder} was made with other settings ({other}): use the same, or move it away and make that part again")
-        if manifest["revision"] != revision:
-            errors.append(
-                f"{folder} was made from {manifest['revision']}, {folders[0]} from {revision}"
-                f"{describe_changes(folder, recorded_sources(folders[0]))}: "
-                "move one away and make it again from the same data"
-            )
-    raise_errors(errors)
-
-
-def move_shards(held: HeldFolder, config: PrepareConfig, folders: list[Path], manifests: list[dict]) -> list[dict]:
-    """Renames the parts' shards into --out-dir and returns their entries for the manifest. ValueError if a shard is missing or
-    damaged, before any is renamed."""
-    out, moves, shards = held.path, [], []
-    for folder, manifest in zip(folders, manifests, strict=True):
-        for entry in manifest["shards"]:
-            split = split_of(entry["file"])
-            shards.append(entry | {"file": shard_name(config, split, len(shards))})
-            source, target = folder / entry["file"], out / shards[-1]["file"]
-            if target.exists() and not source.exists():  # already renamed before a kill
-                inspect_shard(out, shards[-1])
-                continue
-            inspect_shard(folder, entry)
-            if target.exists():
-                raise ValueError(f"{target} is in the way of {source}: move it elsewhere")
-            moves.append((source, target))
-    for source, target in moves:
-        held.check()
-        os.replace(source, target)
-    return shards
 
 
 # ---- ready shards ----

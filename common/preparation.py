@@ -6,6 +6,7 @@
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -161,6 +162,11 @@ def write_sources(out: Path, revision: str, sources: list):
         write_json(out / SOURCES, {"revision": revision, "files": sources})
     else:
         (out / SOURCES).unlink(missing_ok=True)  # of an earlier start with other --dataset
+
+
+def shard_name(config, split: str, index: int) -> str:
+    prefix = re.sub(r"[^a-z0-9]", "", Path(config.dataset[0]).stem.lower())[:200] or "documents"  # a name has at most 255 bytes
+    return f"{prefix}_{split}_{index:06d}.npy"
 
 
 def describe_changes(folder: Path, sources: list) -> str:

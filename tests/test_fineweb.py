@@ -29,7 +29,7 @@ from test_dataloader import llmc_bin
 
 import fineweb
 from common import documents as reading
-from common import folders, hub, preparation
+from common import folders, hub, parts, preparation
 from common import tokenizer as tokenizers
 from common.documents import LocalDocuments, read_file
 from common.files import read_json, write_json
@@ -503,7 +503,7 @@ def test_part_that_was_not_joined_is_kept(tmp_path, files, capsys):
 @pytest.mark.parametrize("step", ["check_parts_match", "write_sources"])
 def test_join_never_writes_into_anothers_folder(tmp_path, files, capsys, monkeypatch, step):
     """The folder is moved away while its parts are joined, and another one lies under its name."""
-    argv, out, plain = ["--dataset", files, "--shard-size", 300, "--out-dir", tmp_path / "out"], tmp_path / "out", getattr(fineweb, step)
+    argv, out, plain = ["--dataset", files, "--shard-size", 300, "--out-dir", tmp_path / "out"], tmp_path / "out", getattr(parts, step)
     assert prepare(*argv, "--part", "1/2") == 0
 
     def move(*args):
@@ -512,7 +512,7 @@ def test_join_never_writes_into_anothers_folder(tmp_path, files, capsys, monkeyp
             os.rename(out, tmp_path / "moved")
             shutil.copytree(tmp_path / "moved", out)
 
-    monkeypatch.setattr(fineweb, step, move)
+    monkeypatch.setattr(parts, step, move)
     assert prepare(*argv, "--part", "2/2") == 2
     assert "moved: continue there; this process was writing into it" in the_error(capsys.readouterr().err)
     assert bytes_of_tree(out).keys() == {path.replace("/moved/", "/out/") for path in bytes_of_tree(tmp_path / "moved")}
