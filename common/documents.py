@@ -186,7 +186,7 @@ def check_text(text, where: str, text_field: str) -> str | Bad:
 
 def no_field(names: Iterable, where: str, text_field: str) -> Bad:
     """Says which fields, or columns, there are instead."""
-    some = shown(", ".join(itertools.islice(map(str, names), 8)))
+    some = cli.some(names, 8)
     why = f"the field '{text_field}' is missing{some and f' (it has {some})'}"
     return Bad("without the field", where, why, "choose another with --text-field")
 
@@ -383,5 +383,5 @@ def changes(before: list[list[str]], now: list[list[str]]) -> str:
         "missing": [name for name in gone if name not in added],
         "new": [name for name in added if name not in gone],
     }
-    texts = [f"{what}: {', '.join(map(shown, names[:5]))}{', …' if names[5:] else ''}" for what, names in groups.items() if names]
+    texts = [f"{what}: {cli.some(names)}" for what, names in groups.items() if names]
     return "; ".join(texts) or ("other order" if before != now else "")

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common import cli
 from common.documents import Found, How, read_file
 from common.text import ENDINGS, PACKED, kind_of, shown
 
@@ -43,10 +44,7 @@ class Listing:
         return [f"reading {len(self.files):,} {'file' if len(self.files) == 1 else 'files'}: {read}", *self.reasons()]
 
     def reasons(self) -> list[str]:
-        return [
-            f"skipping {reason} ({len(names):,}): {', '.join(map(shown, names[:5]))}{', …' if names[5:] else ''}"
-            for reason, names in self.skipped.items()
-        ]
+        return [f"skipping {reason} ({len(names):,}): {cli.some(names)}" for reason, names in self.skipped.items()]
 
 
 def list_files(paths: list[Path], text_field: str, out: Path | None = None) -> Listing:

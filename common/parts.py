@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from common import cli
 from common.documents import add_bad
 from common.locks import HeldFolder
 from common.preparation import (
@@ -51,7 +52,7 @@ def count_of_parts(out: Path) -> int:
 
 
 def report_missing_parts(out: Path, config, missing: list[str]):
-    some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
+    some = cli.some(missing)
     todo = f"{out} still lacks {some}: make them with --part or copy their folders there, then run the same command without --part"
     if not config.part:
         raise ValueError(todo)

@@ -27,7 +27,7 @@ def kind_of(path: Path) -> str:
 
 def shown(path) -> str:
     """Returns a name for messages, with a box for each character that a terminal can't show."""
-    return cli.printable(str(path)).replace("\n", "\N{REPLACEMENT CHARACTER}")
+    return cli.some([path])
 
 
 class Bad(NamedTuple):

@@ -306,6 +306,14 @@ def test_odd_names_are_read_and_shown(tmp_path):
     assert kind_of(tmp_path / ".txt") == ".txt" and len(list_files([tmp_path / "d" / ".txt"], "text").files) == 1
 
 
+def test_long_lists_end_with_a_count(tmp_path):
+    write(tmp_path, {"d/x.txt": "x", **{f"d/{number}\n.png": "x" for number in range(7)}})
+    assert "(7): 0�.png, 1�.png, 2�.png, 3�.png, 4�.png and 2 more" in list_files([tmp_path / "d"], "text").summary()[1]
+    assert changes([["a", "1"]], [["a", "1"], *([str(number), "1"] for number in range(6))]) == "new: 0, 1, 2, 3, 4 and 1 more"
+    write(tmp_path, {"a.jsonl": json.dumps({str(number): "x" for number in range(9)})})
+    assert read(tmp_path / "a.jsonl")[0].endswith("(it has 0, 1, 2, 3, 4, 5, 6, 7 and 1 more)")
+
+
 def test_changes_are_named():
     before = [["a", "1"], ["b", "2"], ["c", "3"]]
     assert changes(before, [["a", "1"], ["b", "4"], ["d", "5"]]) == "changed: b; missing: c; new: d"
