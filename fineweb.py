@@ -218,6 +218,7 @@ def tokenize_documents(held: HeldFolder, config: PrepareConfig):
     if progress is None:
         return
     documents = open_documents(config, progress["revision"])
+    held.check()
     begin(out, progress, documents)
 
     shards, size, end = progress["shards"], config.shard_size, {}
@@ -238,12 +239,12 @@ def tokenize_documents(held: HeldFolder, config: PrepareConfig):
             held.check()
             write_progress(out, progress | {"shards": shards, **resume_from})
     progress["skipped"] = end.get("skipped", {})
+    held.check()
     if not index and len(shards) < 2:
         for name in (PROGRESS, SOURCES, *(shard["file"] for shard in shards)):
             (out / name).unlink(missing_ok=True)
         why = describe_bad(progress["skipped"])
         raise ValueError(f"{' '.join(config.dataset)}: not enough tokens for a val and a train shard{why and f' ({why})'}: give more text")
-    held.check()
     write_manifest(out, progress, shards)
 
 
@@ -324,6 +325,7 @@ def fetch_pretokenized(held: HeldFolder, config: PrepareConfig):
     problem, remedy = f"could not fetch {repo} from the hub", "check the name and the network, then run the same command again"
     info = hub_info(repo, progress["revision"] or config.revision, problem, remedy, files_metadata=True)
     progress["revision"] = info.sha
+    held.check()
     write_progress(out, progress)
     files = {file.rfilename: file.lfs for file in info.siblings if file.rfilename.endswith(".bin")}
     if not files:

@@ -482,6 +482,27 @@ def test_mismatched_parts_are_refused_and_nothing_moves(tmp_path, files, capsys)
     assert row(out) == expected(TEXTS)
 
 
+@pytest.mark.parametrize(("step", "call"), [("open_documents", 1), ("write_progress", 2)])
+def test_start_and_end_spare_anothers_folder(tmp_path, capsys, monkeypatch, step, call):
+    """The folder is moved while files are hashed, or before the shard of a text that is too short is deleted."""
+    (tmp_path / "short.txt").touch()
+    out, plain, calls = tmp_path / "out", getattr(fineweb, step), []
+
+    def move(*args):
+        result = plain(*args)
+        calls.append(args)
+        if len(calls) == call:
+            os.rename(out, tmp_path / "moved")
+            shutil.copytree(tmp_path / "moved", out)
+            calls.append(bytes_of_tree(out))
+        return result
+
+    monkeypatch.setattr(fineweb, step, move)
+    assert prepare("--dataset", tmp_path / "short.txt", "--out-dir", out) == 2
+    assert "moved: continue there; this process was writing into it" in the_error(capsys.readouterr().err)
+    assert bytes_of_tree(out) == calls[call]
+
+
 def bytes_of_tree(folder) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
 
