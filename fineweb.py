@@ -8,10 +8,6 @@
 Kill it whenever you like. Run the same command again: it continues where it stopped.
 """
 
-import copy
-import hashlib
-import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -19,59 +15,41 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from common import cli
-from common.documents import (
-    BadRow,
-    BadRows,
-    How,
-    Listing,
-    LocalDocuments,
-    add_bad,
-    changes,
-    check_part_count,
-    check_text,
-    describe_bad,
-    kind_of,
-    list_files,
-    not_decodable,
-    older_files,
-    older_revision,
-    shown,
-    stdlib_files,
-)
-from common.files import read_json, sha256, write_json
+from common.documents import describe_bad
+from common.files import sha256
+from common.hub import HubDocuments, brief, busy_or_unreachable, hub_info, retry
 from common.locks import HeldFolder, lock_folder
-from common.tokenizer import VOCAB_SIZES, fast_encode, get_tokenizer, tokenize
-from common.validation import has_type, raise_errors
-from dataloader import (
-    MAKE_AGAIN,
-    MANIFEST,
-    PROGRESS,
-    REMEDY,
-    are_entries,
-    inspect_shard,
-    part_folder,
-    part_folders,
-    read_manifest,
-    split_of,
-    write_shard,
+from common.parts import count_of_parts, join_parts
+from common.preparation import (
+    SOURCES,
+    START_AGAIN,
+    describe_changes,
+    local_documents,
+    resume_point,
+    shard_name,
+    write_manifest,
+    write_progress,
+    write_sources,
 )
+from common.shards import MANIFEST, PROGRESS, REMEDY, inspect_shard, part_folder, part_folders, split_of, write_shard
+from common.text import kind_of, shown
+from common.tokenizer import fast_encode, get_tokenizer, tokenize
+from common.validation import raise_errors
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
-SOURCES = "sources.json"  # which files the text is from, with their sha256
 CHUNK_CHARS = 1 << 20  # one worker's unit of work
 
 
@@ -88,7 +66,7 @@ class PrepareConfig:
     text_field: str = "text"
     """Field or column that has the text, in .parquet, .jsonl, .json and on the hub."""
     skip_bad_rows: bool = False
-    """Leave out rows that can't be read (null, no string, not UTF-8, not JSON, truncated files), and count them."""
+    """Leave out rows that can't be read (null, not a string, not UTF-8, not JSON, truncated files), and count them."""
     out_dir: str = "edu_fineweb10B"
     """Folder for the shards."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
@@ -125,134 +103,6 @@ class PrepareConfig:
 
 # ---- documents ----
 
-HUB_TIMEOUT = 30  # seconds without a byte; dataset_info has no limit by default
-
-
-def hub_info(repo: str, revision: str, problem: str, remedy: str, **kwargs):
-    """Asks the hub for a dataset's commit and files at a revision; '' is the newest."""
-    from huggingface_hub import HfApi
-
-    return retry(problem, remedy, busy, HfApi().dataset_info, repo, revision=revision or None, timeout=HUB_TIMEOUT, **kwargs)
-
-
-def retry(problem: str, remedy: str, is_temporary: Callable[[Exception], bool], call: Callable, *args, **kwargs):
-    """Returns the call's result. Tries again after temporary failures; any other failure is a ValueError."""
-    for failures in itertools.count(1):
-        try:
-            return call(*args, **kwargs)
-        except Exception as e:  # the hub's client raises dozens of types
-            if cli.disk_failed(e):
-                raise
-            if not is_temporary(e):
-                raise ValueError(f"{problem} ({brief(e)}): {remedy}") from e
-            back_off(problem, e, failures)
-
-
-def back_off(problem: str, e: Exception, failures: int):
-    """Sleeps before the next attempt. ValueError after too many failures. The hub's client has already retried each attempt
-    several times, and it respects Retry-After."""
-    if failures > 8:
-        raise ValueError(f"{problem} ({brief(e)}) after {failures} attempts: run the same command again later") from e
-    cli.say(f"{problem} ({brief(e)}): retrying in {2**failures} s")
-    time.sleep(2**failures)
-
-
-def brief(e: Exception) -> str:
-    return f"{type(e).__name__}: {str(e).strip()}".splitlines()[0]
-
-
-def busy(e: Exception) -> bool:
-    """Whether the hub answered that it is overloaded or down for now (408, 429 or 5xx)."""
-    status = getattr(getattr(e, "response", None), "status_code", 0)
-    return status in (408, 429) or status >= 500
-
-
-def busy_or_unreachable(e: Exception) -> bool:
-    """Whether the hub is busy or did not answer."""
-    return busy(e) or (getattr(e, "response", None) is None and not isinstance(e, ValueError))
-
-
-class HubDocuments:
-    """Streams a column of a dataset on the hub. part_range (index, count) takes one of `count` blocks of its files.
-    The state is that of the datasets library, the number of rows read, and the bad rows among them."""
-
-    sources = ()  # the commit identifies the files
-
-    def __init__(self, config: PrepareConfig, repo: str, revision: str):
-        self.repo, self.name, self.part_range, self.text_field = repo, config.name, config.part_range, config.text_field
-        self.rows, self.bad = 0, BadRows(config.skip_bad_rows)
-        problem = f"{repo} is no local path, and looking it up on the hub failed"
-        self.revision = hub_info(repo, revision, problem, "check the name, the revision and the network").sha
-        self.dataset = retry(f"could not open {repo}", "check --name, --part and the network", busy, self.open)
-
-    def open(self):
-        from datasets import load_dataset
-
-        how = {"split": "train", "streaming": True, "revision": self.revision, "columns": [self.text_field]}
-        dataset = load_dataset(self.repo, self.name or None, **how)
-        index, count = self.part_range
-        check_part_count(self.part_range, dataset.num_shards)  # a shard of datasets is a file
-        return dataset.shard(count, index, contiguous=True)
-
-    def state(self) -> dict:
-        return {"datasets": self.dataset.state_dict(), "rows": self.rows, "skipped": copy.deepcopy(self.bad.found)}
-
-    def load_state(self, state: dict):
-        """Continues after a state. Older ones are the datasets library's alone."""
-        self.dataset.load_state_dict(state.get("datasets", state))
-        self.rows = int(state.get("rows", 0))
-        self.bad.load(state.get("skipped", {}))
-
-    def __iter__(self) -> Iterator[str]:
-        failures, again, stuck = 0, False, None
-        while True:
-            try:
-                if again:  # reconnect and continue after the last row
-                    state, self.dataset = self.state(), self.open()
-                    self.load_state(state)
-                for row in self.dataset:
-                    self.rows += 1
-                    yield from self.bad.good([check_text(row[self.text_field], self.place(), self.text_field)])
-                    failures = 0
-                return
-            except BadRow:
-                raise
-            except UnicodeDecodeError as e:  # this iterator is at its end, but its state is after the row
-                self.rows, again = self.rows + 1, True
-                self.bad.add(not_decodable(e, self.place()))
-                if stuck == self.dataset.state_dict():
-                    raise ValueError(f"{self.place()} can't be skipped: download the files and give them as --dataset") from e
-                stuck = self.dataset.state_dict()
-            except (ValueError, KeyError, TypeError) as e:  # the data is at fault, not the network
-                fix = f"choose a dataset of parquet files with a column '{self.text_field}', or another --text-field"
-                raise ValueError(f"could not read {self.repo} after {self.rows:,} rows ({brief(e)}): {fix}") from e
-            except Exception as e:
-                if cli.disk_failed(e):
-                    raise
-                failures, again = failures + 1, True
-                back_off(f"could not read {self.repo}", e, failures)
-
-    def place(self) -> str:
-        return f"{self.repo}, row {self.rows:,}"
-
-
-def local_documents(config: PrepareConfig, revision: str = "", quiet: bool = False) -> LocalDocuments | None:
-    """Opens --dataset if it is stdlib, or if all its paths exist; None otherwise. revision: the recorded one, or ''. Says what is read
-    and what is skipped, unless quiet."""
-    stdlib, paths = config.dataset == ("stdlib",), [Path(name) for name in config.dataset]
-    if not (stdlib or all(path.exists() for path in paths)):
-        return None
-    if revision.startswith("files-"):  # from a version that read other files and didn't hash them: continue as it began
-        files = stdlib_files() if stdlib else older_files(paths)
-        if not quiet:
-            cli.say(f"reading {len(files):,} files by the rules of the older version that began this")
-        return LocalDocuments(files, config.part_range, How(tolerant=True), config.skip_bad_rows, older_revision(files))
-    listing = Listing(stdlib_files()) if stdlib else list_files(paths, config.text_field, Path(config.out_dir))
-    if not (stdlib or quiet):
-        cli.say("\n".join(listing.summary()))
-    how = How(config.text_field, tolerant=stdlib)  # Python's library has wrong bytes on purpose, in tests of encodings
-    return LocalDocuments(listing.files, config.part_range, how, config.skip_bad_rows)
-
 
 def open_documents(config: PrepareConfig, revision: str):
     """Opens --dataset, local or on the hub. revision: what an interrupted run recorded, or ''."""
@@ -261,7 +111,8 @@ def open_documents(config: PrepareConfig, revision: str):
     paths = [Path(name) for name in config.dataset]
     missing = [str(path) for path in paths if not path.exists()]
     if len(paths) == 1 and re.fullmatch(r"[\w.-]+/[\w.-]+", missing[0]) and not kind_of(paths[0]):
-        return HubDocuments(config, missing[0], revision or config.revision)
+        how = config.name, config.part_range, config.text_field, config.skip_bad_rows
+        return HubDocuments(missing[0], revision or config.revision, *how)
     raise ValueError(f"--dataset: {shown(', '.join(missing))} not found: give files, folders, 'stdlib', or one dataset on the hub")
 
 
@@ -336,7 +187,7 @@ def prepare(config: PrepareConfig):
         make_part(out, config)
     with lock_folder(out, wait=bool(config.part)) as held, explain_full_disk(out):  # wait: another part may be joining
         if config.part or part_folders(out):
-            join_parts(out, config)
+            join_parts(held, config)
         elif config.pretokenized:
             fetch_pretokenized(held, config)
         else:
@@ -367,6 +218,7 @@ def tokenize_documents(held: HeldFolder, config: PrepareConfig):
     if progress is None:
         return
     documents = open_documents(config, progress["revision"])
+    held.check()
     begin(out, progress, documents)
 
     shards, size, end = progress["shards"], config.shard_size, {}
@@ -387,12 +239,12 @@ def tokenize_documents(held: HeldFolder, config: PrepareConfig):
             held.check()
             write_progress(out, progress | {"shards": shards, **resume_from})
     progress["skipped"] = end.get("skipped", {})
+    held.check()
     if not index and len(shards) < 2:
         for name in (PROGRESS, SOURCES, *(shard["file"] for shard in shards)):
             (out / name).unlink(missing_ok=True)
         why = describe_bad(progress["skipped"])
         raise ValueError(f"{' '.join(config.dataset)}: not enough tokens for a val and a train shard{why and f' ({why})'}: give more text")
-    held.check()
     write_manifest(out, progress, shards)
 
 
@@ -400,7 +252,7 @@ def begin(out: Path, progress: dict, documents):
     """Moves the documents to where the progress ends, and records which files they come from. ValueError if the files changed."""
     if progress["revision"] not in ("", documents.revision):
         changed = describe_changes(out, documents.sources)
-        raise ValueError(f"the files changed after the first run into {out}{changed}: restore them, or choose another --out-dir")
+        raise ValueError(f"the files changed after the first run into {out}{changed}: restore them, or choose another folder")
     if progress["state"] is not None:
         try:
             documents.load_state(progress["state"])
@@ -409,34 +261,6 @@ def begin(out: Path, progress: dict, documents):
     write_sources(out, documents.revision, documents.sources)
     progress["revision"] = documents.revision
     write_progress(out, progress)
-
-
-def write_sources(out: Path, revision: str, sources: list):
-    if sources:
-        write_json(out / SOURCES, {"revision": revision, "files": sources})
-    else:
-        (out / SOURCES).unlink(missing_ok=True)  # of an earlier start with other --dataset
-
-
-def describe_changes(folder: Path, sources: list) -> str:
-    """Names the files that differ from those that a folder was made from; '' if that is not known."""
-    names = changes(recorded_sources(folder), sources)
-    return names and f" ({names})"
-
-
-def recorded_sources(folder: Path) -> list:
-    """Returns [name, sha256] of each file that a folder was made from. [] for the hub, and for folders of older versions."""
-    if not (folder / SOURCES).exists():
-        return []
-    sources = read_json(folder / SOURCES, START_AGAIN).get("files")
-    if not (isinstance(sources, list) and all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in sources)):
-        raise ValueError(f"{folder / SOURCES} is damaged: {START_AGAIN}")
-    return sources
-
-
-def shard_name(config: PrepareConfig, split: str, index: int) -> str:
-    prefix = re.sub(r"[^a-z0-9]", "", Path(config.dataset[0]).stem.lower())[:200] or "documents"  # a name has at most 255 bytes
-    return f"{prefix}_{split}_{index:06d}.npy"
 
 
 def cut(tokens: np.ndarray, size: int) -> list[np.ndarray]:
@@ -467,126 +291,7 @@ def pack(stream, room: int, budget: int, skip: int, end: dict, on_tokens: Callab
         yield piece[:filled], resume_from
 
 
-START_AGAIN = f"restore it from a copy, or {MAKE_AGAIN}"
-
-
-def settings_of(config: PrepareConfig) -> dict:
-    """Returns the settings that determine the shards' bytes, as JSON types."""
-    settings = {key: value for key, value in asdict(config).items() if key not in ("out_dir", "workers")}
-    if not config.part:
-        del settings["part"]
-    return settings | {"dataset": [str(Path(name)) for name in config.dataset]}  # d/ is d
-
-
-def other_settings(recorded: dict, config: PrepareConfig, skipped: dict, leave_out: tuple[str, ...] = ()) -> str:
-    """Names the settings that differ from recorded ones: '--shard-size 200 here, 100 there'. '' if none does.
-    --skip-bad-rows counts only if there were bad rows. A setting that an older version lacked had today's default."""
-    ours, defaults = settings_of(config), {"part": ""} | settings_of(PrepareConfig())
-    ignored = {*leave_out, *(() if skipped and not config.skip_bad_rows else ("skip_bad_rows",))}
-    names = [name for name in {**ours, **recorded} if name not in ignored]
-    pairs = {name: [settings.get(name, defaults.get(name)) for settings in (ours, recorded)] for name in names}
-    return "; ".join(f"{cli.flag(name)} {as_typed(a)} here, {as_typed(b)} there" for name, (a, b) in pairs.items() if not same(name, a, b))
-
-
-def same(name: str, a, b) -> bool:
-    """Whether two values of a setting are equal. Different spellings of a path are."""
-    if name == "dataset" and isinstance(b, list) and all(isinstance(path, str) for path in b):
-        return list(map(os.path.realpath, a)) == list(map(os.path.realpath, b))
-    return a == b and type(a) is type(b)
-
-
-def as_typed(value) -> str:
-    """A setting's value as on a command line; '' as quotes."""
-    return shown(" ".join(map(str, value))) if isinstance(value, list) else shown(value) or "''"
-
-
-def is_complete(out: Path, config: PrepareConfig) -> bool:
-    """Whether this run's manifest exists; prints so. ValueError if it belongs to other settings or files."""
-    if not (out / MANIFEST).exists():
-        return False
-    manifest = own_manifest(out)
-    if other := other_settings(manifest["settings"], config, manifest.get("skipped", {})):
-        raise ValueError(f"{out} has shards made with other settings ({other}): choose another --out-dir")
-    documents = local_documents(config, manifest["revision"], quiet=True)
-    if documents and documents.revision != manifest["revision"]:
-        changed = describe_changes(out, documents.sources)
-        raise ValueError(f"the files changed since {out} was made from them{changed}: choose another --out-dir")
-    (out / PROGRESS).unlink(missing_ok=True)  # left by a kill between the last two steps
-    print(f"{out} is already complete")
-    return True
-
-
-def own_manifest(folder: Path) -> dict:
-    """Reads a manifest that this script wrote. ValueError if it is damaged or another program's."""
-    manifest = read_manifest(folder)
-    if missing := {"settings", "revision"} - manifest.keys():
-        raise ValueError(f"{folder / MANIFEST} is damaged or not made by fineweb.py, it has no {min(missing)}: {START_AGAIN}")
-    return manifest
-
-
-def resume_point(out: Path, config: PrepareConfig) -> dict | None:
-    """Returns the progress to resume from: that of the progress file, or of a new run. None if the folder is complete.
-    ValueError if it contains something else."""
-    if is_complete(out, config):
-        return None
-    fresh = {"settings": settings_of(config), "revision": "", "shards": [], "state": None, "skip": 0}
-    if (out / PROGRESS).exists():
-        progress = read_progress(out)
-        other = other_settings(progress["settings"], config, (progress["state"] or {}).get("skipped", {}))
-        if not progress["shards"]:  # nothing to lose, so settings may change; keep the recorded commit of the hub
-            keep = not other and not progress["revision"].startswith(("files-", "sha256-"))
-            return fresh | {"revision": progress["revision"]} if keep else fresh
-        if other:
-            raise ValueError(f"{out} has an unfinished run with other settings ({other}): use the same, or choose another --out-dir")
-        for entry in progress["shards"]:
-            inspect_shard(out, entry)
-        return progress | {"settings": progress["settings"] | {"skip_bad_rows": config.skip_bad_rows}}
-    if any(path.suffix in (".npy", ".bin") for path in out.iterdir()):
-        raise ValueError(f"{out} has shards that this command did not make: choose another --out-dir")
-    return fresh
-
-
-def write_progress(out: Path, progress: dict):
-    write_json(out / PROGRESS, progress | {"seal": seal(progress)})
-
-
-def read_progress(out: Path) -> dict:
-    """Reads the progress file. ValueError if it is damaged: one wrong digit would lose or repeat text."""
-    progress = read_json(out / PROGRESS, START_AGAIN)
-    sealed = progress.pop("seal", "")  # older versions had none
-    kinds = {"settings": dict, "revision": str, "shards": list, "state": dict | None, "skip": int}
-    intact = progress.keys() == kinds.keys() and all(has_type(progress[name], kind) for name, kind in kinds.items())
-    if not intact or progress["skip"] < 0 or not are_entries(progress["shards"]) or sealed not in ("", seal(progress)):
-        raise ValueError(f"{out / PROGRESS} is damaged: {START_AGAIN}")
-    return progress
-
-
-def seal(progress: dict) -> str:
-    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_manifest(out: Path, progress: dict, shards: list[dict]):
-    """Writes the manifest, the last step: from now on the folder is complete."""
-    settings = progress["settings"]
-    manifest = {
-        "tokenizer": settings["tokenizer"],
-        "vocab_size": VOCAB_SIZES[settings["tokenizer"]],
-        "source": " ".join(settings["dataset"]),
-        "revision": progress["revision"],
-        "tokens": sum(shard["tokens"] for shard in shards),
-        "settings": settings,
-        "shards": shards,
-    }
-    if skipped := progress.get("skipped"):
-        manifest["skipped"] = skipped
-        cli.say(describe_bad(skipped))
-    write_json(out / MANIFEST, manifest)
-    (out / PROGRESS).unlink(missing_ok=True)
-    val_tokens = sum(shard["tokens"] for shard in shards if split_of(shard["file"]) == "val")
-    print(f"{out}: {manifest['tokens']:,} tokens in {len(shards)} shards, {val_tokens:,} of them for validation")
-
-
-# ---- parts → one set of shards ----
+# ---- parts ----
 
 
 def make_part(out: Path, config: PrepareConfig):
@@ -597,80 +302,9 @@ def make_part(out: Path, config: PrepareConfig):
         if (out / MANIFEST).exists():
             return
         if (out / PROGRESS).exists():
-            raise ValueError(f"{out} has an unfinished run without --part: finish it, or choose another --out-dir")
+            raise ValueError(f"{out} has an unfinished run without --part: finish it, or choose another folder")
         count_of_parts(out)
         tokenize_documents(held, config)
-
-
-def count_of_parts(out: Path) -> int:
-    """Returns the number of parts, from the names of their folders."""
-    counts = set(part_folders(out).values())
-    if len(counts) > 1:
-        raise ValueError(f"{out} mixes parts of {' and of '.join(map(str, sorted(counts)))}: move one kind elsewhere")
-    return counts.pop()
-
-
-def join_parts(out: Path, config: PrepareConfig):
-    """Moves the shards of all parts into --out-dir, in order, and writes the manifest. Resumes after a kill.
-    If parts are missing, it prints them; without --part it raises a ValueError."""
-    if not is_complete(out, replace(config, part="")):
-        count = count_of_parts(out)
-        folders = [part_folder(out, index, count) for index in range(count)]
-        if missing := [folder.name for folder in folders if not (folder / MANIFEST).exists()]:
-            return report_missing_parts(out, config, missing)
-        manifests = [own_manifest(folder) for folder in folders]
-        check_parts_match(config, folders, manifests)
-        shards = move_shards(out, config, folders, manifests)
-        settings = {key: value for key, value in manifests[0]["settings"].items() if key != "part"}
-        write_sources(out, manifests[0]["revision"], recorded_sources(folders[0]))  # the same in all parts
-        skipped = add_bad(manifest.get("skipped", {}) for manifest in manifests)
-        write_manifest(out, {"settings": settings, "revision": manifests[0]["revision"], "skipped": skipped}, shards)
-    for folder in part_folders(out):  # some may remain from a kill
-        shutil.rmtree(folder)
-
-
-def report_missing_parts(out: Path, config: PrepareConfig, missing: list[str]):
-    some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
-    todo = f"{out} still lacks {some}: make them with --part or copy their folders there, then run the same command without --part"
-    if not config.part:
-        raise ValueError(todo)
-    print(todo)
-
-
-def check_parts_match(config: PrepareConfig, folders: list[Path], manifests: list[dict]):
-    """ValueError if parts differ in their settings from ours, or in their data from each other."""
-    revision, errors = manifests[0]["revision"], []
-    for folder, manifest in zip(folders, manifests, strict=True):
-        if other := other_settings(manifest["settings"], config, manifest.get("skipped", {}), ("part", "revision")):
-            errors.append(f"{folder} was made with other settings ({other}): use the same, or move it away and make that part again")
-        if manifest["revision"] != revision:
-            errors.append(
-                f"{folder} was made from {manifest['revision']}, {folders[0]} from {revision}"
-                f"{describe_changes(folder, recorded_sources(folders[0]))}: "
-                "move one away and make it again from the same data"
-            )
-    raise_errors(errors)
-
-
-def move_shards(out: Path, config: PrepareConfig, folders: list[Path], manifests: list[dict]) -> list[dict]:
-    """Renames the parts' shards into --out-dir and returns their entries for the manifest. ValueError if a shard is missing or
-    damaged, before any is renamed."""
-    moves, shards = [], []
-    for folder, manifest in zip(folders, manifests, strict=True):
-        for entry in manifest["shards"]:
-            split = split_of(entry["file"])
-            shards.append(entry | {"file": shard_name(config, split, len(shards))})
-            source, target = folder / entry["file"], out / shards[-1]["file"]
-            if target.exists() and not source.exists():  # already renamed before a kill
-                inspect_shard(out, shards[-1])
-                continue
-            inspect_shard(folder, entry)
-            if target.exists():
-                raise ValueError(f"{target} is in the way of {source}: move it elsewhere")
-            moves.append((source, target))
-    for source, target in moves:
-        os.replace(source, target)
-    return shards
 
 
 # ---- ready shards ----
@@ -691,6 +325,7 @@ def fetch_pretokenized(held: HeldFolder, config: PrepareConfig):
     problem, remedy = f"could not fetch {repo} from the hub", "check the name and the network, then run the same command again"
     info = hub_info(repo, progress["revision"] or config.revision, problem, remedy, files_metadata=True)
     progress["revision"] = info.sha
+    held.check()
     write_progress(out, progress)
     files = {file.rfilename: file.lfs for file in info.siblings if file.rfilename.endswith(".bin")}
     if not files:

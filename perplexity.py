@@ -18,10 +18,12 @@ import tyro
 from checkpoint import load_with_tokenizer
 from common import cli
 from common.device import pick_device, pick_dtype
-from common.documents import BadRows, How, describe_bad, read_file, shown
+from common.documents import BadRows, How, describe_bad, read_file
+from common.shards import Shards, find_shards
+from common.text import shown
 from common.tokenizer import Tokenizer
 from common.validation import raise_errors
-from dataloader import Shards, TokenStream, find_shards
+from dataloader import TokenStream
 from model import GPT
 from ops.loss import log_likelihoods
 from variants import scoring_copy

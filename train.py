@@ -27,8 +27,8 @@ from common import cli, device
 from common.distributed import DistContext, PeerLost, Stopped, join_world, launched, rendezvous
 from common.locks import lock_folder
 from common.run_folder import RunFolder
+from common.shards import MANIFEST, Shards, find_shards
 from common.validation import raise_errors
-from dataloader import MANIFEST, Shards, find_shards
 from training import checks, failure, flags, run_json
 from training.config import LOWER_MEMORY, TrainConfig
 from training.evaluation import Evaluation, is_due

@@ -86,6 +86,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def some(items, n: int = 5) -> str:
+    """Names the first n of these, for messages: 'a, b and 3 more'."""
+    items = [printable(str(item)).replace("\n", "\N{REPLACEMENT CHARACTER}") for item in items]
+    return ", ".join(items[:n]) + (f" and {len(items) - n:,} more" if items[n:] else "")
+
+
 FULL = "free some space and run the command again"
 # the machine is at fault, not the user or a file's content
 MACHINE_REMEDIES = {

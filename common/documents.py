@@ -1,70 +1,38 @@
-"""Reads documents from local files and folders. Every script that takes text from files reads it here.
+"""Reads documents from local files. Every script that takes text from files reads it here.
 
     .parquet                each row's field 'text', or another that --text-field names
     .jsonl .json            each line's field 'text'; .json may also be one array of rows, or one row
     .txt .md .py            the whole file; CRLF and CR become LF, a byte order mark is dropped
 
 All except .parquet may be packed as .gz or .zst. Text is UTF-8; UTF-16 and UTF-32 need a byte order mark.
-A document is a string. Where there should be one and is none, the readers yield a Bad: it ends the run, or is counted and left out.
+A document is a string. Where a document can't be read, the readers yield a Bad: it ends the run, or is counted and left out.
 """
 
 import codecs
 import copy
-import errno
-import gzip
 import hashlib
 import io
 import itertools
 import json
-import os
-import sysconfig
-import tokenize
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from common import cli
 from common.files import sha256
-
-TEXT, ROWS, PACKED = (".txt", ".md", ".py"), (".jsonl", ".json"), (".gz", ".zst")
-READABLE = (".parquet", *ROWS, *TEXT)
-ENDINGS = f"{' '.join(READABLE)} (all except .parquet also as {' or '.join(PACKED)})"
-
-
-def kind_of(path: Path) -> str:
-    """Returns '.txt', '.json' and so on, also for BOOK.TXT and c4.json.gz. '' if no reader knows the ending."""
-    name = path.name.lower()
-    packed = name.endswith(PACKED)
-    kind = os.path.splitext("x" + (os.path.splitext(name)[0] if packed else name))[1]
-    return kind if kind in READABLE and not (packed and kind == ".parquet") else ""
-
-
-def shown(path) -> str:
-    """Returns a name for messages, with a box for each character that a terminal can't show."""
-    return cli.printable(str(path)).replace("\n", "\N{REPLACEMENT CHARACTER}")
-
+from common.text import ROWS, Bad, decode, decode_python, encoding_of, kind_of, not_decodable, open_bytes, shown, unix_lines
 
 # ---- bad rows ----
 
 FIRST = 3  # places that a count names
 
 
-class Bad(NamedTuple):
-    """What a reader yields in place of a document."""
-
-    kind: str  # what the count says
-    where: str  # file and row
-    why: str
-    fix: str = "fix or remove this document"
-
-
 class BadRow(ValueError):
-    """A row is no document, and --skip-bad-rows is off."""
+    """A row is not a document, and --skip-bad-rows is off."""
 
 
 @dataclass
@@ -72,18 +40,24 @@ class BadRows:
     """Decides what a Bad does: without `skip` it ends the run, with it it is counted."""
 
     skip: bool = False
-    found: dict[str, dict] = field(default_factory=dict)  # kind → {"rows": how many, "first": where the first few are}
+    # kind → {"rows": how many, "first": where the first few are, "files": how many of them are whole files, if any}
+    found: dict[str, dict] = field(default_factory=dict)
 
     def add(self, bad: Bad):
         if not self.skip:
-            raise BadRow(f"{bad.where}: {bad.why}: {bad.fix}, or leave it out with --skip-bad-rows")
+            raise BadRow(f"{bad.where}: {bad.why}: {bad.fix}{'' if bad.is_usual else ', or leave it out with --skip-bad-rows'}")
         entry = self.found.setdefault(bad.kind, {"rows": 0, "first": []})
         entry["rows"] += 1
+        if bad.is_file:
+            entry["files"] = entry.get("files", 0) + 1
         if len(entry["first"]) < FIRST:
             entry["first"].append(bad.where)
 
     def load(self, found: dict[str, dict]):
-        self.found = {str(kind): {"rows": int(e["rows"]), "first": [str(place) for place in e["first"]]} for kind, e in found.items()}
+        self.found = {}
+        for kind, entry in found.items():
+            files = {"files": int(entry["files"])} if "files" in entry else {}
+            self.found[str(kind)] = {"rows": int(entry["rows"]), "first": [str(place) for place in entry["first"]], **files}
 
     def good(self, rows: Iterator[str | Bad]) -> Iterator[str]:
         """Yields the documents among the rows."""
@@ -95,13 +69,15 @@ class BadRows:
 
 
 def describe_bad(found: dict[str, dict]) -> str:
-    """Returns one line about rows that were left out, with the first few places; '' if there are none."""
+    """Returns one line about files and rows that were left out, with the first few places; '' if there are none."""
     kinds = [
         f"{entry['rows']:,} {kind} ({'; '.join(entry['first'])}{'; …' if entry['rows'] > len(entry['first']) else ''})"
         for kind, entry in found.items()
     ]
-    count = sum(entry["rows"] for entry in found.values())
-    return f"--skip-bad-rows left out {count:,} {'document' if count == 1 else 'documents'}: {', '.join(kinds)}" if kinds else ""
+    files = sum(entry.get("files", 0) for entry in found.values())
+    counts = {"file": files, "row": sum(entry["rows"] for entry in found.values()) - files}
+    some = " and ".join(f"{n:,} {what}{'' if n == 1 else 's'}" for what, n in counts.items() if n)
+    return f"--skip-bad-rows left out {some}: {', '.join(kinds)}" if kinds else ""
 
 
 def add_bad(counts: Iterable[dict[str, dict]]) -> dict[str, dict]:
@@ -111,39 +87,10 @@ def add_bad(counts: Iterable[dict[str, dict]]) -> dict[str, dict]:
         for kind, entry in found.items():
             mine = total.found.setdefault(kind, {"rows": 0, "first": []})
             mine["rows"] += entry["rows"]
+            if "files" in entry:
+                mine["files"] = mine.get("files", 0) + entry["files"]
             mine["first"] = [*mine["first"], *entry["first"]][:FIRST]
     return total.found
-
-
-# ---- bytes → text ----
-
-BOMS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-SAVE, SAVE_UTF16 = (f"save it as UTF-8 (such as: iconv -f {name} -t utf-8)" for name in ("cp1252", "utf-16le"))
-
-
-def encoding_of(head: bytes) -> str:
-    """Returns the encoding that a file's first bytes announce; UTF-8 if they announce none."""
-    return next((name for bom, name in BOMS if head.startswith(bom)), "utf-8")
-
-
-def decode(raw: bytes, where: str, encoding: str = "utf-8") -> str | Bad:
-    """Decodes bytes strictly: a wrong character in a million would be trained on without a word."""
-    if encoding == "utf-8" and raw[:4096].count(0) > len(raw[:4096]) // 4:
-        return Bad("not UTF-8", where, "it looks like UTF-16 without a byte order mark", SAVE_UTF16)
-    try:
-        return raw.decode(encoding)
-    except UnicodeDecodeError as e:
-        return not_decodable(e, where)
-
-
-def not_decodable(e: UnicodeDecodeError, where: str) -> Bad:
-    name = e.encoding.upper().removesuffix("-LE").removesuffix("-BE")
-    return Bad(f"not {name}", where, f"not {name} at byte offset {e.start:,} (0x{e.object[e.start : e.start + 1].hex()})", SAVE)
 
 
 def read_text(path: Path, tolerant: bool = False) -> str | Bad:
@@ -156,36 +103,8 @@ def read_text(path: Path, tolerant: bool = False) -> str | Bad:
     if isinstance(text, Bad) and kind_of(path) == ".py":
         text = decode_python(raw) or text
     if isinstance(text, str) and "\0" in text:
-        return Bad("binary", shown(path), "it has NUL characters, so it is no plain text", "give another file")
-    return text if isinstance(text, Bad) else unix_lines(text.removeprefix("\ufeff"))
-
-
-def decode_python(raw: bytes) -> str | None:
-    """Decodes a Python file in the encoding that its first lines declare (PEP 263). None if they declare none."""
-    try:
-        return raw.decode(tokenize.detect_encoding(io.BytesIO(raw).readline)[0])
-    except (SyntaxError, UnicodeError, LookupError):
-        return None
-
-
-def unix_lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-@contextmanager
-def open_bytes(path: Path) -> Iterator[io.BufferedIOBase]:
-    """Opens a file and unpacks it. Its first bytes tell how, whatever its name: a browser may have unpacked a .gz."""
-    with open(path, "rb") as file:
-        magic = file.peek(4)[:4]
-        if magic[:2] == b"\x1f\x8b":
-            with gzip.open(file) as unpacked:
-                yield unpacked
-        elif magic == b"\x28\xb5\x2f\xfd" or magic[1:] == b"\x2a\x4d\x18":  # a frame of zstd, or one to skip
-            import pyarrow
-
-            yield io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), 1 << 18)
-        else:
-            yield file
+        text = Bad("binary", shown(path), "it has NUL characters, so it is not plain text", "give another file")
+    return text._replace(is_file=True) if isinstance(text, Bad) else unix_lines(text.removeprefix("\ufeff"))
 
 
 # ---- a file → documents ----
@@ -220,7 +139,7 @@ def read_file(path: Path, how: How = USUAL) -> Iterator[str | Bad]:
 
 def damaged(path: Path, e: Exception) -> Bad:
     why = f"it is truncated or damaged ({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__})"
-    return Bad("damaged file", shown(path), why, "download it again")
+    return Bad("damaged file", shown(path), why, "restore or download it again", is_file=True)
 
 
 def read_parquet(path: Path, text_field: str) -> Iterator[str | Bad]:
@@ -229,7 +148,7 @@ def read_parquet(path: Path, text_field: str) -> Iterator[str | Bad]:
     try:
         file, name, number = pyarrow.parquet.ParquetFile(path), shown(path), 0
         if text_field not in file.schema_arrow.names:
-            yield no_field(file.schema_arrow.names, name, text_field)
+            yield no_field(file.schema_arrow.names, name, text_field)._replace(is_file=True, is_usual=True)
             return
         for batch in file.iter_batches(1024, columns=[text_field]):
             column = batch.column(text_field)
@@ -267,7 +186,7 @@ def check_text(text, where: str, text_field: str) -> str | Bad:
 
 def no_field(names: Iterable, where: str, text_field: str) -> Bad:
     """Says which fields, or columns, there are instead."""
-    some = shown(", ".join(itertools.islice(map(str, names), 8)))
+    some = cli.some(names, 8)
     why = f"the field '{text_field}' is missing{some and f' (it has {some})'}"
     return Bad("without the field", where, why, "choose another with --text-field")
 
@@ -299,7 +218,7 @@ LARGEST_VALUE = 1 << 31  # characters of JSON that are parsed in one piece
 
 
 def read_rows(lines: Iterator[tuple[str, str | Bad]], path: Path, how: How, kind: str) -> Iterator[str | Bad]:
-    """Yields the document in each line of JSON. A .json whose first line is no row by itself is parsed as one value."""
+    """Yields the document in each line of JSON. A .json whose first line is not a row by itself is parsed as one value."""
     head = list(itertools.islice(lines, 1)) if kind == ".json" else []
     if head and isinstance(head[0][1], str) and not isinstance(parse(head[0][1]), dict):
         size = len(head[0][1])
@@ -308,58 +227,58 @@ def read_rows(lines: Iterator[tuple[str, str | Bad]], path: Path, how: How, kind
             size += len(line)
             if size > LARGEST_VALUE:
                 fix = "make lines of it, with jq -c '.[]' for example"
-                yield Bad("too large", shown(path), "it is one value of more than 2 GB, and its first line is no row", fix)
+                yield Bad("too large", shown(path), "it is one value of more than 2 GB, and its first line is not a row", fix, True)
                 return
         rows = value_rows([line for _, line in head], path, how)
         yield from rows
         if rows:
             return
-    for where, line in itertools.chain(head, lines):
+    for number, (where, line) in enumerate(itertools.chain(head, lines)):
         if isinstance(line, Bad):
             yield line
         else:
-            yield read_row(parse(line), where, how, escapes="\\u" in line)
+            yield read_row(parse(line), where, how, not number, escapes="\\u" in line)
 
 
 def value_rows(lines: list[str | Bad], path: Path, how: How) -> list[str | Bad]:
     """Returns the documents of a file that is one array of rows, or one row. A Bad, if it is an array that can't be parsed."""
     value = next((line for line in lines if isinstance(line, Bad)), None) or parse("\n".join(lines))
     if isinstance(value, dict):
-        return [read_row(value, shown(path), how)]
+        return [read_row(value, shown(path), how, True)]
     if isinstance(value, list):
         name = shown(path)
-        return [read_row(item, f"{name}, item {number:,}", how) for number, item in enumerate(value, 1)]
-    return [value if isinstance(value, Bad) else Bad("not JSON", shown(path), f"not JSON ({value})")] if lines[0][:1] == "[" else []
+        return [read_row(item, f"{name}, item {number:,}", how, number == 1) for number, item in enumerate(value, 1)]
+    if lines[0][:1] != "[":
+        return []
+    return [value if isinstance(value, Bad) else Bad("not JSON", shown(path), f"not JSON ({value})", is_file=True)]
 
 
 def parse(line: str | Bad):
-    """Returns the value of a line of JSON; the error, if it is none."""
+    """Returns the value of a line of JSON; the error, if it is not JSON."""
     try:
         return line if isinstance(line, Bad) else json.loads(line)
     except (ValueError, RecursionError) as e:
         return e
 
 
-def read_row(row, where: str, how: How, escapes: bool = True) -> str | Bad:
+def read_row(row, where: str, how: How, is_first: bool, escapes: bool = True) -> str | Bad:
     """Returns the text in a row of JSON. Only escapes can hold half a character."""
     if isinstance(row, Exception):
         return Bad("not JSON", where, f"not JSON ({row})")
     if not isinstance(row, dict):
-        return Bad("without the field", where, f"the field '{how.text_field}' is missing, this is no object")
+        return Bad("without the field", where, f"the field '{how.text_field}' is missing, this is not an object")
     if how.text_field not in row:
-        return no_field(row, where, how.text_field)
+        return no_field(row, where, how.text_field)._replace(is_usual=is_first)
     text = check_text(row[how.text_field], where, how.text_field)
     if escapes and isinstance(text, str) and not text.isascii() and not how.tolerant:
         try:
             text.encode()
         except UnicodeEncodeError:
-            return Bad("half a character", where, "it has half of a surrogate pair, such as \\ud800, which is no character")
+            return Bad("half a character", where, "it has half of a surrogate pair, such as \\ud800, which is not a character")
     return text
 
 
-# ---- folders → files ----
-
-TOOLS = ("__pycache__", "node_modules")
+# ---- all files → documents ----
 
 
 class Found(NamedTuple):
@@ -367,170 +286,6 @@ class Found(NamedTuple):
 
     name: str
     path: Path
-
-
-@dataclass
-class Listing:
-    """The files to read, in order, and what was skipped: reason → names."""
-
-    files: list[Found] = field(default_factory=list)
-    skipped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def skip(self, reason: str, path: Path, root: Path):
-        self.skipped[reason].append(str(path.relative_to(root)))
-
-    def summary(self) -> list[str]:
-        """Lines that say what is read, what is skipped, and why."""
-        endings = [os.path.splitext(found.path.name.lower())[1] for found in self.files]
-        kinds = Counter(kind_of(found.path) + (end if end in PACKED else "") for found, end in zip(self.files, endings, strict=True))
-        read = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-        return [f"reading {len(self.files):,} {'file' if len(self.files) == 1 else 'files'}: {read}", *self.reasons()]
-
-    def reasons(self) -> list[str]:
-        return [
-            f"skipping {len(names):,} {reason}: {', '.join(map(shown, names[:5]))}{', …' if names[5:] else ''}"
-            for reason, names in self.skipped.items()
-        ]
-
-
-def list_files(paths: list[Path], text_field: str, out: Path | None = None) -> Listing:
-    """Lists the files, and all readable files below each folder, sorted by name. Doesn't enter the folder `out`."""
-    listing = Listing()
-    for path in paths:
-        if path.is_dir():
-            found = Listing(skipped=listing.skipped)
-            walk(path, out, found)
-            leave_out_other_json(found, path, text_field)
-            if not found.files:
-                why = "; ".join(found.reasons())
-                raise ValueError(f"{shown(path)} contains no {ENDINGS} files{why and f' ({why})'}: give another folder")
-            listing.files += found.files
-        elif path.is_file() and kind_of(path):
-            listing.files.append(Found(path.name, path))
-        else:
-            raise ValueError(f"can't read {shown(path)}: give a folder, or a file that ends in {ENDINGS}")
-    return listing
-
-
-def walk(root: Path, out: Path | None, listing: Listing):
-    """Adds the files below a folder, sorted by name, each file once. Follows links to folders, but enters no folder twice."""
-    known = {identity(folder) for folder in root.resolve().parents}
-    found, folders = [], deque([(root, False)])
-    while folders:
-        folder, linked = folders.popleft()
-        if out and out.exists() and folder != root and os.path.samefile(folder, out):
-            listing.skip("--out-dir", folder, root)
-            continue
-        if identity(folder) in known:
-            listing.skip("link to a folder that is read anyway, or that this one is in", folder, root)
-            continue
-        known.add(identity(folder))
-        for entry in entries_of(folder, root, listing):
-            is_link = linked or entry.is_symlink()
-            if not entry.is_dir():
-                found.append((is_link, Path(entry.path)))
-            elif is_link:
-                folders.append((Path(entry.path), True))  # after all real ones, so that a file keeps its own name
-            else:
-                folders.appendleft((Path(entry.path), False))
-    paths, seen = [], set()
-    for _, path in sorted(found):
-        if identity(path) in seen:
-            listing.skip("other name of a file that is read anyway", path, root)
-        else:
-            paths.append(path)
-        seen.add(identity(path))
-    listing.files += [Found((Path(root.name) / path.relative_to(root)).as_posix(), path) for path in sorted(paths)]
-
-
-def identity(path: Path):
-    """Returns what two names of one file or folder have in common."""
-    try:
-        info = os.stat(path)
-    except OSError:  # a folder around the root may be closed to us
-        return os.path.realpath(path)
-    return (info.st_dev, info.st_ino) if info.st_ino else os.path.realpath(path)  # some file systems have no inodes
-
-
-def entries_of(folder: Path, root: Path, listing: Listing) -> list[os.DirEntry]:
-    """Returns a folder's readable files and the folders to enter. Notes the others."""
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-    except OSError as e:
-        listing.skip(f"unreadable ({e.strerror})", folder, root)
-        return []
-    kept = []
-    for entry in found:
-        try:
-            reason = skip_reason(entry)
-        except OSError as e:
-            reason = f"unreadable ({e.strerror})"
-        if reason:
-            listing.skip(reason, Path(entry.path), root)
-        else:
-            kept.append(entry)
-    return kept
-
-
-def skip_reason(entry: os.DirEntry) -> str:
-    """Says why a folder's entry is left out; '' if it is read."""
-    if entry.name.startswith("."):
-        return "hidden"
-    if entry.is_dir():
-        return "folder of tools" if entry.name in TOOLS or os.path.exists(os.path.join(entry.path, "pyvenv.cfg")) else ""
-    if not os.path.exists(entry.path):
-        return "broken link"
-    if not entry.is_file():
-        return "no file"
-    if not kind_of(Path(entry.name)):
-        return "of another kind"
-    if not os.access(entry.path, os.R_OK):
-        return f"unreadable ({os.strerror(errno.EACCES)})"
-    return "" if entry.stat().st_size else "empty"
-
-
-def leave_out_other_json(listing: Listing, root: Path, text_field: str):
-    """Skips the .json files that hold no rows: most folders have settings in such files."""
-    data = []
-    for found in listing.files:
-        if kind_of(found.path) == ".json" and not has_rows(found.path, text_field):
-            listing.skip(f".json without a field '{text_field}'", found.path, root)
-        else:
-            data.append(found)
-    listing.files = data
-
-
-def has_rows(path: Path, text_field: str) -> bool:
-    """Whether one of a file's first rows has the field, even a bad one."""
-    rows = itertools.islice(read_file(path, How(text_field)), 20)
-    return any(isinstance(row, str) or row.kind not in ("not JSON", "without the field") for row in rows)
-
-
-def stdlib_files() -> list[Found]:
-    """Lists the files of Python's standard library. They are sorted by a hash of the name, so that the val shard is a fair sample."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = (path.relative_to(root) for pattern in ("*.py", "*.txt") for path in root.rglob(pattern))
-    files = (path for path in files if not {"site-packages", "dist-packages", "__pycache__"} & set(path.parts))
-    ordered = sorted(files, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())
-    return [Found(path.as_posix(), root / path) for path in ordered]
-
-
-def older_files(paths: list[Path]) -> list[Found]:
-    """Lists the files that versions before --skip-bad-rows read, in their order."""
-    endings, files = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".md", ".py"), []
-    for path in paths:
-        files += sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(endings)) if path.is_dir() else [path]
-    return [Found(path.name, path) for path in files]
-
-
-def older_revision(files: list[Found]) -> str:
-    """Returns the revision that those versions recorded: of names and sizes."""
-    listing = [f"{found.path.name} {found.path.stat().st_size}" for found in files]
-    return "files-" + hashlib.sha256("\n".join(listing).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-# ---- all files → documents ----
 
 
 def check_part_count(part_range: tuple[int, int], n_files: int):
@@ -586,7 +341,7 @@ class LocalDocuments:
                     yield row
             self.check_unchanged(path)
             if to_skip and not self.across:
-                raise ValueError(f"{shown(path)} has fewer documents than when the run stopped: choose another --out-dir")
+                raise ValueError(f"{shown(path)} has fewer documents than when the run stopped: choose another folder for the shards")
 
     def check_unchanged(self, path: Path):
         """ValueError if a file changed or vanished since it was hashed: the shards would mix old and new text."""
@@ -595,7 +350,7 @@ class LocalDocuments:
         except OSError as e:
             raise ValueError(f"{shown(path)} can't be read any more ({e.strerror}): put it back and run the same command again") from e
         if not same:
-            raise ValueError(f"{shown(path)} changed while it was read: choose another --out-dir, or put the old file back")
+            raise ValueError(f"{shown(path)} changed while it was read: choose another folder for the shards, or put the old file back")
 
 
 def version(path: Path) -> tuple[int, int]:
@@ -628,5 +383,5 @@ def changes(before: list[list[str]], now: list[list[str]]) -> str:
         "missing": [name for name in gone if name not in added],
         "new": [name for name in added if name not in gone],
     }
-    texts = [f"{what}: {', '.join(map(shown, names[:5]))}{', …' if names[5:] else ''}" for what, names in groups.items() if names]
+    texts = [f"{what}: {cli.some(names)}" for what, names in groups.items() if names]
     return "; ".join(texts) or ("other order" if before != now else "")

@@ -37,8 +37,9 @@ from common import tokenizer as tokenizers
 from common.distributed import DistContext
 from common.files import write_json
 from common.run_folder import RunFolder
+from common.shards import find_shards, write_shard
 from common.validation import raise_errors
-from dataloader import TokenStream, find_shards, write_shard
+from dataloader import TokenStream
 from model import GPT
 from sample import generate
 from training.config import TrainConfig

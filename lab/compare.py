@@ -28,8 +28,9 @@ from common import cli
 from common.device import can_compile, pick_device
 from common.distributed import DistContext
 from common.picture import draw_or_warn, picture
+from common.shards import find_shards
 from common.validation import raise_errors
-from dataloader import TokenStream, find_shards
+from dataloader import TokenStream
 from lab.runs import code_notes, data_notes, environment, machine_notes, refuse_unless, shortened
 from model import GPT
 from ops.kv_cache import KVCache

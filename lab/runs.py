@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from dataloader import differences, find_shards
+from common.shards import differences, find_shards
 from training.run_json import RUN, other_code, read_run, read_run_json
 
 

@@ -22,8 +22,8 @@ from common import cli
 from common.device import ASSUMED_MFU, CARDS
 from common.files import read_json, write_json
 from common.picture import draw_or_warn, picture
+from common.shards import differences
 from common.validation import raise_errors
-from dataloader import differences
 from lab.compare import Run, last_checkpoint, run_all, split
 from lab.runs import code_notes, refuse_unless
 from train import find_data

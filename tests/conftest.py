@@ -20,8 +20,8 @@ import checkpoint
 import train
 from common.files import read_json, write_json
 from common.run_folder import RunFolder
+from common.shards import write_shard
 from common.tokenizer import get_tokenizer
-from dataloader import write_shard
 from variants import VariantConfig
 
 REPO = Path(__file__).parent.parent

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import TINY, forked, ids_for, rewrite_run, run_main, run_train, save_checkpoint, script, write_shards
 
-from dataloader import TokenStream, find_shards
+from common.shards import find_shards
+from dataloader import TokenStream
 from lab import compare, runs
 from lab.compare import CompareConfig, amount_for, cache_bytes, loss_by_position, stretched, summary, tokens_to_the_same_loss
 from ops.kv_cache import KVCache

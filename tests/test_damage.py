@@ -31,10 +31,11 @@ import hellaswag
 import plot_log
 import train
 import variants
-from common import cli
+from common import cli, preparation
 from common.distributed import DistContext
 from common.files import read_json, write_json
-from dataloader import TokenStream, find_shards, inspect_shard, verify_shards
+from common.shards import find_shards, inspect_shard, verify_shards
+from dataloader import TokenStream
 from lab import scaling
 from training import checks, plan, run_json
 from variants import VariantConfig, build
@@ -174,7 +175,7 @@ def make_progress(folder: Path):
     documents.mkdir()
     for number in range(4):
         (documents / f"{number}.txt").write_text("the cat sat on the mat and saw a dog " * 100)
-    plain, left = fineweb.write_json, [2]
+    plain, left = preparation.write_json, [2]
 
     def write_json(path, content):
         plain(path, content)
@@ -182,10 +183,10 @@ def make_progress(folder: Path):
         if not left[0]:
             raise KeyboardInterrupt
 
-    fineweb.write_json = write_json
+    preparation.write_json = write_json
     with contextlib.suppress(KeyboardInterrupt):
         read_progress(folder)
-    fineweb.write_json = plain
+    preparation.write_json = plain
 
 
 def read_progress(folder: Path):

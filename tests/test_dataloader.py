@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from common import cli
 from common.files import read_json, sha256, write_json
-from dataloader import Shards, TokenStream, differences, find_shards, open_shard, permute, rank_positions, verify_shards, write_shard
+from common.shards import Shards, differences, find_shards, open_shard, verify_shards, write_shard
+from dataloader import TokenStream, permute, rank_positions
 
 
 def folder_of(tmp_path, sizes):
@@ -300,7 +302,18 @@ def test_batch_refuses_ids_beyond_the_vocabulary(tmp_path):
 
 def test_missing_split_or_folder_is_refused(tmp_path):
     np.save(tmp_path / "x_train_000001.npy", np.arange(20, dtype=np.uint16))
-    with pytest.raises(ValueError, match="no val shard in"):
+    with pytest.raises(ValueError, match="no val shard in .*: x_train_000001.npy alone is there; add a shard named x_val_000000.npy$"):
+        find_shards(tmp_path)
+    np.save(tmp_path / "x_train_000002.npy", np.arange(20, dtype=np.uint16))
+    with pytest.raises(ValueError, match="no val shard in .*: choose a .*, such as x_train_000001.npy to x_val_000000.npy$"):
+        find_shards(tmp_path)
+    (tmp_path / "x_train_000001.npy").rename(tmp_path / "x_val_000000.npy")
+    assert [entry["file"] for entry in find_shards(tmp_path).entries] == ["x_train_000002.npy", "x_val_000000.npy"]
+    (tmp_path / "x_train_000002.npy").unlink()
+    with pytest.raises(ValueError, match="x_val_000000.npy alone is there; add train .*, named like x_train_000000.npy$"):
+        find_shards(tmp_path)
+    (tmp_path / "x_val_000000.npy").unlink()
+    with pytest.raises(ValueError, match="^no shards in .*: give the folder that shards are in, or make some: python fineweb.py --out-dir"):
         find_shards(tmp_path)
     with pytest.raises(ValueError, match="does not exist; make it: python fineweb.py"):
         find_shards(tmp_path / "nowhere")
@@ -344,7 +357,14 @@ def test_repeated_shard_is_refused(tmp_path, how, with_manifest):
     write_json(tmp_path / "manifest.json", manifest)
     if not with_manifest:
         (tmp_path / "manifest.json").unlink()
-    with nullcontext() if how == "twice" and not with_manifest else pytest.raises(ValueError, match="tiny_train_000001.npy (twice|and)"):
+    advice = "keep one of them, move the other elsewhere" + (", and restore that file from a copy" if with_manifest else "$")
+    if how == "twice":
+        advice = "manifest.json lists tiny_train_000001.npy twice: restore it from a copy, or make the shards again in another folder"
+    with nullcontext() if how == "twice" and not with_manifest else pytest.raises(ValueError, match=advice):
+        find_shards(tmp_path)
+    if how != "twice":  # do as told
+        (tmp_path / name).unlink()
+        shutil.copy(first, tmp_path / name)
         find_shards(tmp_path)
 
 
@@ -414,7 +434,7 @@ def test_changes_to_a_folder_are_listed(tmp_path):
 def test_verify_refuses_ids_beyond_the_vocabulary(tmp_path):
     shards = folder_of(tmp_path, [300])
     shards.vocab_size = 257
-    with pytest.raises(ValueError, match=r"count_train_000000.npy holds id 299, the vocabulary has 257: .*fineweb.py"):
+    with pytest.raises(ValueError, match=r"count_train_000000.npy holds id 299, the vocabulary has 257: .*make the shards again"):
         verify_shards(shards)
 
 

@@ -1,4 +1,4 @@
-"""common/documents.py: what users' files and folders are read as, what is refused, and what is left out with a word."""
+"""common/documents.py, folders.py, text.py: what users' files are read as, what is refused, and what is left out with a word."""
 
 import codecs
 import gzip
@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from common import documents
-from common.documents import Bad, BadRows, How, changes, describe_bad, hash_files, kind_of, list_files, read_file, stdlib_files
+from common.documents import BadRows, How, add_bad, changes, describe_bad, hash_files, read_file
+from common.folders import list_files, stdlib_files
+from common.text import Bad, kind_of
 
 TEXT = "The café – “quoted” – 日本語 🙂\nopened.\n"
 
@@ -71,12 +73,12 @@ def test_fields_keep_their_line_ends(tmp_path):
         ("a.txt", "plain".encode("utf-16-be"), "not UTF-8: it looks like UTF-16 without a byte order mark"),
         ("a.jsonl", '{"text": "x"}\n'.encode("utf-16-le"), "not UTF-8: it looks like UTF-16 without a byte order mark"),
         ("a.txt", codecs.BOM_UTF16_LE + b"a\0\x00\xd8", "not UTF-16: not UTF-16 at byte offset 4 (0x00)"),
-        ("a.txt", b"some text, then \0 and more", "binary: it has NUL characters, so it is no plain text"),
+        ("a.txt", b"some text, then \0 and more", "binary: it has NUL characters, so it is not plain text"),
         ("a.py", b"# caf\xe9", "not UTF-8: not UTF-8 at byte offset 5 (0xe9)"),
         (
             "a.jsonl",
             b'{"text": "half \\ud83d"}',
-            "half a character: it has half of a surrogate pair, such as \\ud800, which is no character",
+            "half a character: it has half of a surrogate pair, such as \\ud800, which is not a character",
         ),
         ("a.jsonl", b'{"text": "caf\xe9"}', "not UTF-8: not UTF-8 at byte offset 13 (0xe9)"),
     ],
@@ -121,9 +123,45 @@ def test_bad_rows_are_named_and_counted(tmp_path):
         "null": [line + "3"], "not a string": [line + "4"], "not JSON": [line + "5"], "without the field": [line + "6", line + "7"],
         "not UTF-8": [line + "8"],
     }  # fmt: skip
-    assert describe_bad(bad.found).startswith(f"--skip-bad-rows left out 6 documents: 1 null ({line}3), 1 not a string (")
+    assert describe_bad(bad.found).startswith(f"--skip-bad-rows left out 6 rows: 1 null ({line}3), 1 not a string (")
     with pytest.raises(ValueError, match=r"line 3: the field 'text' is null: fix or .* leave it out with --skip-bad-rows"):
         list(BadRows().good(read_file(tmp_path / "a.jsonl")))
+
+
+def test_bad_files_and_rows_are_counted_apart(tmp_path):
+    packed = gzip.compress(json.dumps({"text": "a" * 9999}).encode())
+    write(tmp_path, {"a.txt": b"\xff", "b.jsonl.gz": packed[:-9], "c.jsonl": b'{"text": null}\n[1]', "d.json": "[1,", "e.jsonl": b"\xff"})
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "f.parquet")
+    bad = BadRows(skip=True)
+    for path in sorted(tmp_path.iterdir()):
+        assert list(bad.good(read_file(path))) == []
+    again = BadRows(skip=True)
+    again.load(json.loads(json.dumps(bad.found)))
+    for found in (bad.found, again.found, add_bad([bad.found])):
+        assert describe_bad(found).startswith("--skip-bad-rows left out 4 files and 3 rows: 2 not UTF-8 (")
+    both = add_bad([bad.found, bad.found])
+    assert describe_bad(both).startswith("--skip-bad-rows left out 8 files and 6 rows: ")
+    assert describe_bad({"null": {"rows": 2, "first": ["a"]}}) == "--skip-bad-rows left out 2 rows: 2 null (a; …)"  # of older versions
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("a.jsonl", '{"body": "x"}', "choose another with --text-field"),
+        ("a.json", '[{"body": "x"}]', "choose another with --text-field"),
+        ("a.json", '{\n"body": "x"}', "choose another with --text-field"),
+        ("a.jsonl", '{"text": "x"}\n{"body": "x"}', "choose another with --text-field, or leave it out with --skip-bad-rows"),
+        ("a.jsonl", "[1]", "fix or remove this document, or leave it out with --skip-bad-rows"),
+    ],
+)
+def test_advice_where_the_field_is_missing(tmp_path, name, content, advice):
+    write(tmp_path, {name: content})
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+    for file, expected in ((name, advice), ("a.parquet", "choose another with --text-field")):
+        with pytest.raises(ValueError, match="the field 'text' is missing") as error:
+            list(BadRows().good(read_file(tmp_path / file)))
+        assert str(error.value).endswith(f": {expected}")
+        assert "[1]" in content or "(it has body)" in str(error.value)
 
 
 def test_bad_parquet_rows_are_named(tmp_path):
@@ -188,17 +226,17 @@ def test_folder_names_what_it_skips(tmp_path):
     listing = list_files([tmp_path / "d"], "text")
     assert names(listing) == ["d/BOOK.TXT", "d/a.txt", "d/b/x.py", "d/c.Md.GZ", "d/rows.json"]
     assert listing.skipped == {
-        "hidden": ["._a.txt", ".env", ".git", ".ipynb_checkpoints"],
-        "of another kind": ["archive.zip", "pic.png"],
-        "folder of tools": ["env", "node_modules"],
-        "empty": ["empty.txt"],
-        "broken link": ["gone.txt"],
-        "no file": ["pipe.txt"],
-        ".json without a field 'text'": ["bad.json", "package.json"],
+        "hidden files and folders": ["._a.txt", ".env", ".git", ".ipynb_checkpoints"],
+        "files of other kinds": ["archive.zip", "pic.png"],
+        "folders of tools": ["env", "node_modules"],
+        "empty files": ["empty.txt"],
+        "broken links": ["gone.txt"],
+        "pipes, sockets and devices": ["pipe.txt"],
+        ".json files without a field 'text'": ["bad.json", "package.json"],
     }
     first, *others = listing.summary()
     assert first == "reading 5 files: 2 .txt, 1 .py, 1 .md.gz, 1 .json"
-    assert "skipping 4 hidden: ._a.txt, .env, .git, .ipynb_checkpoints" in others and len(others) == 7
+    assert "skipping hidden files and folders (4): ._a.txt, .env, .git, .ipynb_checkpoints" in others and len(others) == 7
     write(tmp_path, {".notes.txt": "named on the command line"})
     assert names(list_files([tmp_path / ".notes.txt", tmp_path / "d" / ".git"], "text")) == [".notes.txt", ".git/a.txt"]
 
@@ -213,9 +251,19 @@ def test_links_are_followed_once(tmp_path):
     listing = list_files([tmp_path / "d"], "text")
     found = [found.path.read_text() for found in listing.files]
     assert sorted(found) == ["a", "b", "c", "s"] and "d/m/a.txt" in names(listing) and "d/sub/b.txt" in names(listing)
-    assert listing.skipped["other name of a file that is read anyway"] == ["n.txt", "a.txt"]
-    (reason,) = [reason for reason in listing.skipped if "link to a folder" in reason]
+    assert listing.skipped["other names of files that are read anyway"] == ["n.txt", "a.txt"]
+    (reason,) = [reason for reason in listing.skipped if "links to folders" in reason]
     assert {"loop", "up", "m/root", "sub/back"} < set(listing.skipped[reason])
+
+
+@pytest.mark.parametrize("order", [["d", "d/a.txt"], ["d/a.txt", "d"], ["d", "d", "d/a.txt", "d/a.txt"], ["d/sub", "d"]])
+def test_file_named_twice_is_read_once(tmp_path, order):
+    write(tmp_path, {"d/a.txt": "a", "d/sub/b.txt": "b", "d/settings.json": "{}"})
+    listing = list_files([tmp_path / name for name in order], "text")
+    assert sorted(found.path.read_text() for found in listing.files) == ["a", "b"]
+    assert "skipping other names of files that are read anyway (" in "\n".join(listing.summary())
+    listing = list_files([tmp_path / "d", tmp_path / "d" / "settings.json"], "text")
+    assert "settings.json" in names(listing)  # a file that is named is always read
 
 
 def test_unreadable_files_and_folders_are_named(tmp_path, monkeypatch):
@@ -231,7 +279,8 @@ def test_unreadable_files_and_folders_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: os.path.basename(path) != "secret.txt" and access(path, mode))
     monkeypatch.setattr(os, "scandir", refuse)
     listing = list_files([tmp_path / "d"], "text")
-    assert names(listing) == ["d/a.txt"] and listing.summary()[1:] == ["skipping 2 unreadable (Permission denied): secret.txt, private"]
+    assert names(listing) == ["d/a.txt"]
+    assert listing.summary()[1:] == ["skipping unreadable files and folders, Permission denied (2): secret.txt, private"]
 
 
 def test_own_shards_are_never_data(tmp_path):
@@ -242,7 +291,7 @@ def test_own_shards_are_never_data(tmp_path):
 
 def test_folder_without_text_says_why(tmp_path):
     write(tmp_path, {"d/a.png": "x", "d/.b.txt": "x"})
-    with pytest.raises(ValueError, match=r"contains no .parquet .* \(skipping 1 hidden: .b.txt; skipping 1 of another kind: a.png\)"):
+    with pytest.raises(ValueError, match=r"contains no .parquet .*\(skipping hidden .* \(1\): .b.txt; skipping files .* \(1\): a.png\)"):
         list_files([tmp_path / "d"], "text")
 
 
@@ -255,6 +304,14 @@ def test_odd_names_are_read_and_shown(tmp_path):
     assert all(line.isprintable() for line in listing.summary())
     assert [digest for _, digest in hash_files(listing.files)] == [documents.sha256(found.path) for found in listing.files]
     assert kind_of(tmp_path / ".txt") == ".txt" and len(list_files([tmp_path / "d" / ".txt"], "text").files) == 1
+
+
+def test_long_lists_end_with_a_count(tmp_path):
+    write(tmp_path, {"d/x.txt": "x", **{f"d/{number}\n.png": "x" for number in range(7)}})
+    assert "(7): 0�.png, 1�.png, 2�.png, 3�.png, 4�.png and 2 more" in list_files([tmp_path / "d"], "text").summary()[1]
+    assert changes([["a", "1"]], [["a", "1"], *([str(number), "1"] for number in range(6))]) == "new: 0, 1, 2, 3, 4 and 1 more"
+    write(tmp_path, {"a.jsonl": json.dumps({str(number): "x" for number in range(9)})})
+    assert read(tmp_path / "a.jsonl")[0].endswith("(it has 0, 1, 2, 3, 4, 5, 6, 7 and 1 more)")
 
 
 def test_changes_are_named():

@@ -29,12 +29,14 @@ from test_dataloader import llmc_bin
 
 import fineweb
 from common import documents as reading
+from common import folders, hub, parts, preparation
 from common import tokenizer as tokenizers
-from common.documents import LocalDocuments, read_file, stdlib_files
-from common.files import read_json
+from common.documents import LocalDocuments, read_file
+from common.files import read_json, write_json
+from common.folders import stdlib_files
 from common.locks import lock_folder
+from common.shards import find_shards, open_shard, verify_shards
 from common.tokenizer import get_tokenizer
-from dataloader import find_shards, open_shard, verify_shards
 
 TEXTS = [f"Document {i}: " + "naïve café, 日本語, \n\ttabs… " * (i % 7) + "<|endoftext|>" * (i % 2) for i in range(40)] + [""]
 
@@ -235,7 +237,7 @@ def test_resume_from_every_point_gives_same_bytes(tmp_path, corpus, monkeypatch)
     argv = ["--dataset", corpus, "--shard-size", 150]
     prepare(*argv, "--out-dir", tmp_path / "complete")
     monkeypatch.setattr(fineweb, "CHUNK_CHARS", 70)
-    write_json = fineweb.write_json
+    write_json = preparation.write_json
 
     def stop_at_second_progress(path, content):
         write_json(path, content)
@@ -243,7 +245,7 @@ def test_resume_from_every_point_gives_same_bytes(tmp_path, corpus, monkeypatch)
         if recorded.count("progress.json") == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fineweb, "write_json", stop_at_second_progress)
+    monkeypatch.setattr(preparation, "write_json", stop_at_second_progress)
     for launches in range(1, 100):  # noqa: B007
         recorded = []
         if prepare(*argv, "--out-dir", tmp_path / "stopped") == 0:
@@ -377,7 +379,7 @@ def test_parts_divide_max_tokens(tmp_path, files, limit):
 def test_resume_opens_no_finished_file(tmp_path, files, monkeypatch):
     opened, read = [], reading.read_file
     monkeypatch.setattr(reading, "read_file", lambda path, how: opened.append(path.name) or read(path, how))
-    documents = LocalDocuments(reading.list_files([files], "text").files)
+    documents = LocalDocuments(folders.list_files([files], "text").files)
     states = [documents.state() for _ in documents]
     for number, state in enumerate(states, 1):
         again, opened[:] = LocalDocuments(documents.files), []
@@ -480,8 +482,62 @@ def test_mismatched_parts_are_refused_and_nothing_moves(tmp_path, files, capsys)
     assert row(out) == expected(TEXTS)
 
 
+@pytest.mark.parametrize(("step", "call"), [("open_documents", 1), ("write_progress", 2)])
+def test_start_and_end_spare_anothers_folder(tmp_path, capsys, monkeypatch, step, call):
+    """The folder is moved while files are hashed, or before the shard of a text that is too short is deleted."""
+    (tmp_path / "short.txt").touch()
+    out, plain, calls = tmp_path / "out", getattr(fineweb, step), []
+
+    def move(*args):
+        result = plain(*args)
+        calls.append(args)
+        if len(calls) == call:
+            os.rename(out, tmp_path / "moved")
+            shutil.copytree(tmp_path / "moved", out)
+            calls.append(bytes_of_tree(out))
+        return result
+
+    monkeypatch.setattr(fineweb, step, move)
+    assert prepare("--dataset", tmp_path / "short.txt", "--out-dir", out) == 2
+    assert "moved: continue there; this process was writing into it" in the_error(capsys.readouterr().err)
+    assert bytes_of_tree(out) == calls[call]
+
+
 def bytes_of_tree(folder) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+def test_part_that_was_not_joined_is_kept(tmp_path, files, capsys):
+    """Someone copies a part of another set into a finished folder."""
+    argv, out = ["--dataset", files, "--shard-size", 300, "--out-dir"], tmp_path / "out"
+    assert prepare(*argv, tmp_path / "other", "--part", "2/3") == 0 and prepare(*argv, out) == 0
+    shutil.copytree(tmp_path / "other" / "part-2-of-3", out / "part-2-of-3")
+    (out / "part-1-of-3").mkdir()  # as after a kill: its shards are joined
+    before = bytes_of_tree(out)
+    for more in ([], ["--part", "2/3"]):
+        capsys.readouterr()
+        assert prepare(*argv, out, *more) == 2
+        assert f"part-2-of-3 was not joined: {out} was complete before; move it elsewhere" in the_error(capsys.readouterr().err)
+        assert bytes_of_tree(out) == before and not (out / "part-1-of-3").exists()
+
+
+@pytest.mark.parametrize("step", ["check_parts_match", "write_sources"])
+def test_join_never_writes_into_anothers_folder(tmp_path, files, capsys, monkeypatch, step):
+    """The folder is moved away while its parts are joined, and another one lies under its name."""
+    argv, out, plain = ["--dataset", files, "--shard-size", 300, "--out-dir", tmp_path / "out"], tmp_path / "out", getattr(parts, step)
+    assert prepare(*argv, "--part", "1/2") == 0
+
+    def move(*args):
+        plain(*args)
+        if step == "check_parts_match" or args[0] == out:
+            os.rename(out, tmp_path / "moved")
+            shutil.copytree(tmp_path / "moved", out)
+
+    monkeypatch.setattr(parts, step, move)
+    assert prepare(*argv, "--part", "2/2") == 2
+    assert "moved: continue there; this process was writing into it" in the_error(capsys.readouterr().err)
+    assert bytes_of_tree(out).keys() == {path.replace("/moved/", "/out/") for path in bytes_of_tree(tmp_path / "moved")}
+    assert not (out / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -569,7 +625,7 @@ def text_folder(folder, **texts):
 
 def stop_after(monkeypatch, count: int):
     """Stops each launch like a kill, right after it recorded its `count`-th progress."""
-    write_json, recorded = fineweb.write_json, []
+    write_json, recorded = preparation.write_json, []
 
     def stop(path, content):
         write_json(path, content)
@@ -578,7 +634,7 @@ def stop_after(monkeypatch, count: int):
             recorded.clear()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fineweb, "write_json", stop)
+    monkeypatch.setattr(preparation, "write_json", stop)
 
 
 def test_edit_that_keeps_the_size_is_named(tmp_path, capsys):
@@ -590,7 +646,7 @@ def test_edit_that_keeps_the_size_is_named(tmp_path, capsys):
     os.utime(docs / "a.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
     capsys.readouterr()
     assert prepare(*argv) == 2
-    assert "out was made from them (changed: d/a.txt): choose another --out-dir" in the_error(capsys.readouterr().err)
+    assert "out was made from them (changed: d/a.txt): choose another folder" in the_error(capsys.readouterr().err)
     text_folder(docs, a="the cat sat\n" * 50, c="new")
     (docs / "b.txt").unlink()
     assert prepare(*argv) == 2 and "(missing: d/b.txt; new: d/c.txt)" in the_error(capsys.readouterr().err)
@@ -639,7 +695,7 @@ def test_other_settings_are_named(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert prepare(*argv, "--shard-size", 200, "--text-field", "body", "--name", "") == 2
     named = "(--name '' here, sample-10BT there; --text-field body here, text there; --shard-size 200 here, 100 there)"
-    assert f"{tmp_path}/out has shards made with other settings {named}: choose another --out-dir" in the_error(capsys.readouterr().err)
+    assert f"{tmp_path}/out has shards made with other settings {named}: choose another folder" in the_error(capsys.readouterr().err)
     monkeypatch.chdir(tmp_path)
     for same in ("d", "d/", "./d", "d/../d"):
         assert prepare("--dataset", same, "--out-dir", "out", "--shard-size", 100, "--skip-bad-rows") == 0
@@ -657,7 +713,7 @@ def as_older(folder, files: list):
         if path.exists():
             content = read_json(path, "")
             content.pop("seal", None)
-            content["revision"] = reading.older_revision([reading.Found("", file) for file in files])
+            content["revision"] = folders.older_revision([reading.Found("", file) for file in files])
             for name in ("text_field", "skip_bad_rows"):
                 del content["settings"][name]
             if content.get("state"):
@@ -693,7 +749,7 @@ def test_older_preparation_continues_as_it_began(tmp_path, monkeypatch):
     (docs / ".d.txt").rename(docs / "c.py")
     as_older_files = sorted(docs.iterdir())
     progress = read_json(tmp_path / "out" / "progress.json", "")
-    progress["revision"] = reading.older_revision([reading.Found("", file) for file in as_older_files])
+    progress["revision"] = folders.older_revision([reading.Found("", file) for file in as_older_files])
     (tmp_path / "out" / "progress.json").write_text(json.dumps(progress))
     assert prepare(*argv) == 0
     assert row(tmp_path / "out") == expected(["a" * 500, "\ufeffb\n\N{REPLACEMENT CHARACTER}", "d", "c"])
@@ -725,7 +781,7 @@ def test_skipped_rows_are_counted_in_the_manifest(tmp_path, bad_files, capsys, m
     assert row(tmp_path / "out") == expected(texts)
     skipped = read_json(tmp_path / "out" / "manifest.json", "")["skipped"]
     assert sum(entry["rows"] for entry in skipped.values()) == count
-    assert f"--skip-bad-rows left out {count} documents: " in capsys.readouterr().err
+    assert f"--skip-bad-rows left out {count} rows: " in capsys.readouterr().err
     assert prepare(*argv, tmp_path / "out") == 2
     assert "(--skip-bad-rows False here, True there)" in the_error(capsys.readouterr().err)
 
@@ -853,10 +909,10 @@ def test_full_disk_while_downloading_is_not_retried(monkeypatch):
         raise AssertionError("retried")
 
     monkeypatch.setattr("tiktoken.get_encoding", disk_full)
-    monkeypatch.setattr(fineweb.time, "sleep", no_sleep)
-    monkeypatch.setattr(fineweb, "hub_info", lambda *args: SimpleNamespace(sha=SHA))
-    monkeypatch.setattr(fineweb, "retry", lambda *args: None)
-    documents = fineweb.HubDocuments(fineweb.PrepareConfig(), "x/y", "")
+    monkeypatch.setattr(time, "sleep", no_sleep)
+    monkeypatch.setattr(hub, "hub_info", lambda *args: SimpleNamespace(sha=SHA))
+    monkeypatch.setattr(hub, "retry", lambda *args: None)
+    documents = hub.HubDocuments("x/y", "", "", (0, 1))
     documents.dataset = map(disk_full, [1])
     for fetch in (lambda: get_tokenizer.__wrapped__("gpt2"), lambda: next(iter(documents))):
         with pytest.raises(OSError, match="No space left"):
@@ -993,19 +1049,19 @@ def test_hanging_hub_times_out_and_is_retried(tmp_path, fineweb_edu):
 
 
 def short_timeout():
-    fineweb.HUB_TIMEOUT = 1
+    hub.HUB_TIMEOUT = 1
     print_sleeps()
 
 
 def stop_after_two_shards():
-    write = fineweb.write_json
+    write = preparation.write_json
 
     def stop(path, content):
         write(path, content)
         if path.name == "progress.json" and content["shards"]:
             sys.exit(9)
 
-    fineweb.CHUNK_CHARS, fineweb.write_json = 60, stop
+    fineweb.CHUNK_CHARS, preparation.write_json = 60, stop
 
 
 def test_lost_connection_drops_or_doubles_no_document(monkeypatch):
@@ -1035,11 +1091,11 @@ def test_lost_connection_drops_or_doubles_no_document(monkeypatch):
             raise ConnectionError("still gone")
         return Dataset()
 
-    monkeypatch.setattr(fineweb, "hub_info", lambda *args: SimpleNamespace(sha=SHA))
-    monkeypatch.setattr(fineweb, "retry", lambda *args: None)
-    monkeypatch.setattr(fineweb.HubDocuments, "open", reopen)
-    monkeypatch.setattr(fineweb.time, "sleep", lambda seconds: None)
-    documents = fineweb.HubDocuments(fineweb.PrepareConfig(), "x/y", "")
+    monkeypatch.setattr(hub, "hub_info", lambda *args: SimpleNamespace(sha=SHA))
+    monkeypatch.setattr(hub, "retry", lambda *args: None)
+    monkeypatch.setattr(hub.HubDocuments, "open", reopen)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    documents = hub.HubDocuments("x/y", "", "", (0, 1))
     documents.dataset = documents.open()
     assert list(documents) == list("012345") and len(opened) == 4
 
@@ -1090,7 +1146,7 @@ def test_unknown_dataset_is_a_one_line_error(tmp_path, fineweb_edu):
         result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--dataset", "no/such")
         assert (
             result.returncode == 2
-            and "no/such is no local path, and looking it up on the hub failed" in result.stderr
+            and "no/such is not a local path, and looking it up on the hub failed" in result.stderr
             and "Traceback" not in result.stderr
         )
         result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--revision", "v9")
@@ -1102,9 +1158,9 @@ def test_unknown_dataset_is_a_one_line_error(tmp_path, fineweb_edu):
 @pytest.mark.parametrize(("recorded", "kept"), [("abc", "abc"), ("files-abc", ""), ("sha256-abc", "")])
 def test_kill_before_first_shard_keeps_the_commit(tmp_path, recorded, kept):
     config = fineweb.PrepareConfig(dataset=("owner/name",), out_dir=str(tmp_path))
-    progress = fineweb.resume_point(tmp_path, config)
-    fineweb.write_json(tmp_path / "progress.json", progress | {"revision": recorded})
-    assert fineweb.resume_point(tmp_path, config)["revision"] == kept
+    progress = preparation.resume_point(tmp_path, config)
+    write_json(tmp_path / "progress.json", progress | {"revision": recorded})
+    assert preparation.resume_point(tmp_path, config)["revision"] == kept
 
 
 def test_download_pretokenized_shards(tmp_path, pretokenized):

@@ -10,7 +10,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import checkpoint
 from common.distributed import DistContext
-from dataloader import TokenStream, find_shards
+from common.shards import find_shards
+from dataloader import TokenStream
 from training.optimizer import AverageWeights, MuonAndAdamW, schedule
 from training.run_json import read_run
 from variants import VariantConfig, build

@@ -21,7 +21,7 @@ from common import locks
 from common.files import append, sha256, write_json
 from common.locks import HeldFolder, lock_folder
 from common.run_folder import RUN, RunFolder
-from dataloader import find_shards, verify_shards
+from common.shards import find_shards, verify_shards
 from training import run_json
 from training.trainer import Trainer
 

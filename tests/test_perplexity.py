@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import fineweb
 import perplexity
+from common.shards import find_shards, open_shard
 from common.tokenizer import get_tokenizer
-from dataloader import find_shards, open_shard
 from perplexity import rows_of_text, score
 from variants import VariantConfig, build
 
@@ -133,7 +133,7 @@ def test_tokens_are_those_of_the_shards(tmp_path, capsys, name, content):
     config = perplexity.PerplexityConfig(paths=(), skip_bad_rows=bool(flags))
     assert perplexity.read_ids(tmp_path / name, config, get_tokenizer("bytes")) == row
     assert perplexity.read_ids(tmp_path / name, replace(config, max_tokens=2), get_tokenizer("bytes")) == row[:3]
-    assert capsys.readouterr().err.count("--skip-bad-rows left out 1 document:") == (2 if flags else 0)
+    assert capsys.readouterr().err.count("--skip-bad-rows left out 1 row:") == (2 if flags else 0)
 
 
 @pytest.mark.parametrize(

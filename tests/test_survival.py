@@ -24,7 +24,8 @@ import training.log
 from checkpoint import newest_step
 from common import tokenizer
 from common.files import read_json, write_json
-from dataloader import TokenStream, find_shards
+from common.shards import find_shards
+from dataloader import TokenStream
 
 
 def same_weights(a: dict, b: dict) -> bool:

@@ -17,8 +17,9 @@ import sample
 import train
 import training.evaluation
 from common import tokenizer as tokenizers
+from common.shards import find_shards
 from common.tokenizer import OTHER, get_tokenizer
-from dataloader import TokenStream, find_shards
+from dataloader import TokenStream
 from export import save_tokenizer, tokenizer_json
 from formats.tokenizer_files import FINGERPRINTS, fingerprint, identify
 from training.evaluation import Evaluation

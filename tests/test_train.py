@@ -31,7 +31,8 @@ import train
 from common import cli, device
 from common.distributed import DistContext
 from common.run_folder import RunFolder
-from dataloader import TokenStream, find_shards
+from common.shards import find_shards
+from dataloader import TokenStream
 from training import checks, distillation, evaluation
 from training.config import TrainConfig
 from training.flags import overridden_preset, parse_config, parse_flags, warnings

@@ -9,9 +9,9 @@ from pathlib import Path
 import checkpoint
 from common import cli, device
 from common.distributed import DistContext
+from common.shards import Shards, differences, verify_shards
 from common.tokenizer import VOCAB_SIZES
 from common.validation import from_dict
-from dataloader import Shards, differences, verify_shards
 from training import self_check, sharding
 from training.config import MAY_CHANGE, SMALLER_MODEL, TrainConfig
 from training.log import Log

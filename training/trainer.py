@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import device
 from common.distributed import DistContext
-from dataloader import Shards, TokenStream, rank_positions
+from common.shards import Shards
+from dataloader import TokenStream, rank_positions
 from model import GPT
 from training import optimizer, sharding
 from training.compiling import compile_blocks, recompute_activations, undo_compile
