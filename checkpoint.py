@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common import cli
 from common.files import naming, read_json, replace, sha256, write_json, write_temporary
-from common.run_folder import RUN, RunFolder, run_id
+from common.run_folder import RUN, LostFolder, RunFolder, run_id
 from common.tokenizer import VOCAB_SIZES, Tokenizer, get_tokenizer, misfit
 from common.validation import from_dict, raise_errors
 from formats import nanogpt, tokenizer_files
@@ -148,7 +148,11 @@ class Saver:
 
     def write(self, step: int, content: dict, state: dict):
         try:
-            write_checkpoint(self.folder, step, content, state)
+            try:
+                write_checkpoint(self.folder, step, content, state)
+            except LostFolder:  # while the files were being written
+                self.follow_folder()
+                write_checkpoint(self.folder, step, content, state)
             self.error = None
         except OSError as e:
             self.error = self.explain(e, step, content, state)
@@ -156,6 +160,12 @@ class Saver:
             self.bug = e
         else:
             self.prune(step)
+
+    def follow_folder(self):
+        """If the folder is no longer this run's, finds another one for what is left to write."""
+        if self.folder.problem():
+            self.folder.rescue()
+            self.warn(f"warning: {self.folder.lost}: this run stops and saves everything in {self.folder.path}")
 
     def prune(self, step: int):
         try:

@@ -22,7 +22,7 @@ class HeldFolder:
     """A folder that this process has locked. It stays the same folder if it is moved."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.absolute = path, path.absolute()  # a relative path leads nowhere once the current folder is deleted
         self.handle = os.open(path, os.O_RDONLY) if fcntl else None  # Windows can't open folders; there an open file keeps them in place
 
     def close(self):
@@ -31,7 +31,7 @@ class HeldFolder:
 
     def is_here(self) -> bool:
         """Whether the path still leads to this folder."""
-        return self.handle is None or self.is_at(self.path)
+        return self.handle is None or self.is_at(self.absolute)
 
     def is_at(self, path: Path) -> bool:
         try:

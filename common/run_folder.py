@@ -34,6 +34,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self.home = path.absolute()  # the current folder may be deleted too
         self.held: HeldFolder | None = None  # on rank 0, from lock_folder
         self.run, self.seen = None, None  # run.json's content, as this launch wrote it, and the file's identity
         self.lost = ""  # why this launch had to leave the folder
@@ -54,8 +55,9 @@ class RunFolder:
 
     def problem(self) -> str:
         """Says why this folder is no longer this launch's. Returns '' if it is."""
-        if self.run is None:
-            return ""
+        if self.run is None:  # the launch is still checking its data
+            gone = self.held and not self.held.is_here()
+            return f"{self.path} was moved or deleted while this run was starting" if gone else ""
         try:
             found = identity(self.path / RUN)
         except OSError:  # a network disk may be away for a moment
@@ -69,7 +71,12 @@ class RunFolder:
             return f"{self.path} was moved or deleted while this run was writing into it"
         try:
             other = read_json(self.path / RUN, "")
-        except (OSError, ValueError):
+        except OSError:
+            return ""
+        except ValueError:  # damaged, or half written by an editor
+            other = {}
+        if not other and self.held and self.held.is_here():
+            self.write_run()
             return ""
         if token(other) == token(self.run):  # a copy, or a file system that numbers files differently each time
             self.seen = found
@@ -91,8 +98,8 @@ class RunFolder:
             self.path = moved
             self.seen = identity(moved / RUN)
             return
-        name, number = f"{self.path.name}-{self.id}", 1
-        while (place := self.path.with_name(name if number == 1 else f"{name}-{number}")).exists():
+        name, number = f"{self.home.name}-{self.id}", 1
+        while (place := self.home.with_name(name if number == 1 else f"{name}-{number}")).exists():
             number += 1
         self.path = place
         self.write_run()

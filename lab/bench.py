@@ -123,7 +123,7 @@ def trainer_of(bench: Bench, activation_memory: float = 1.0) -> Trainer:
         activation_memory=activation_memory, warmup_steps=0, max_lr=1e-4, keep=1,
     )  # fmt: skip
     world = DistContext(bench.device)
-    return train.set_up(settings, world)[1]
+    return train.set_up(settings, world, RunFolder(bench.folder / "run"))[1]
 
 
 def train_ours(bench: Bench, activation_memory: float = 1.0):

@@ -135,7 +135,7 @@ def note_positions(folder):
 
     def batch(self, positions):
         with open(folder / "positions", "a") as file:
-            file.write("".join(f"{self.sequence_at(p)}\n" for p in positions) if "train" in self.paths[0].name else "")
+            file.write("".join(f"{self.sequence_at(p)}\n" for p in positions) if "train" in self.shards[0].path.name else "")
         return plain(self, positions)
 
     TokenStream.batch = batch

@@ -72,6 +72,7 @@ def last_launch(run: dict, step: int | None) -> dict:
 
 def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, folder: RunFolder, step: int, torchruns: list[str]) -> str:
     """Adds this launch to run.json, with its settings, hardware and software. Returns the run's id."""
+    folder.check()
     path = folder.path / RUN
     size = plot_log.size_of(trainer.model.num_params()) if trainer.shards.tokenizer == "gpt2" else "none"
     before = {"id": secrets.token_hex(4), "size": size, "data": trainer.shards.contents(), "launches": []}

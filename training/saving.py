@@ -38,7 +38,8 @@ class Checkpoints:
             with trainer.average.in_place():
                 weights = {name: p.clone() for name, p in self.weights().items() if p is not None}
         if trainer.world.is_main:
-            self.follow_folder()
+            self.saver.wait()
+            self.saver.follow_folder()
             self.log.sync()  # after a power cut, the log must reach as far as the checkpoint
             self.saver.save(step, checkpoint.content_of(step, trainer.model, trainer.shards.tokenizer, val_loss, weights), state)
 
@@ -53,15 +54,10 @@ class Checkpoints:
         if error:
             then = "the run ends" if self.stop_on_error else "training continues, the next save tries again"
             self.log.progress(f"warning: {error}; {then}")
-        self.follow_folder()
-        return bool(self.folder.lost) or (error is not None and self.stop_on_error)
-
-    def follow_folder(self):
-        """If the folder is no longer this run's, finds another one for what is left to write."""
         if self.folder.problem():
-            self.saver.wait()
-            self.folder.rescue()
-            self.log.progress(f"warning: {self.folder.lost}: this run stops and saves everything in {self.folder.path}")
+            self.saver.wait()  # its thread may find the new folder
+            self.saver.follow_folder()
+        return bool(self.folder.lost) or (error is not None and self.stop_on_error)
 
     def load(self, step: int):
         """Loads a checkpoint. If a host lacks it, rank 0 sends it to all."""
