@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -221,14 +221,14 @@ def tokenize_documents(held: HeldFolder, config: PrepareConfig):
     held.check()
     begin(out, progress, documents)
 
-    shards, size, end = progress["shards"], config.shard_size, {}
+    shards, size = progress["shards"], config.shard_size
     done = sum(shard["tokens"] for shard in shards)
     index, count = config.part_range
     limit = config.max_tokens * (index + 1) // count - config.max_tokens * index // count
     budget = (limit if config.max_tokens else sys.maxsize) - done
     stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count() or 1)
     with cli.bar(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=limit or None, initial=done) as bar:
-        for tokens, resume_from in pack(stream, 2 * size, budget, progress["skip"], end, bar.update):
+        for tokens, resume_from in (pieces := Pieces(stream, 2 * size, budget, progress["skip"], bar.update)):
             first = size
             if not (index or shards) and len(tokens) < 2 * size:  # the whole corpus
                 first = len(tokens) // 10 or 1
@@ -238,7 +238,7 @@ def tokenize_documents(held: HeldFolder, config: PrepareConfig):
                 shards.append(write_shard(out / name, piece))
             held.check()
             write_progress(out, progress | {"shards": shards, **resume_from})
-    progress["skipped"] = end.get("skipped", {})
+    progress["skipped"] = pieces.end.get("skipped", {})
     held.check()
     if not index and len(shards) < 2:
         for name in (PROGRESS, SOURCES, *(shard["file"] for shard in shards)):
@@ -267,28 +267,37 @@ def cut(tokens: np.ndarray, size: int) -> list[np.ndarray]:
     return [tokens[start : start + size] for start in range(0, len(tokens), size)]
 
 
-def pack(stream, room: int, budget: int, skip: int, end: dict, on_tokens: Callable[[int], None]) -> Iterator[tuple[np.ndarray, dict]]:
+@dataclass
+class Pieces:
     """Packs chunks into pieces of `room` tokens; the last may be shorter. Drops the first `skip` tokens, then takes `budget`.
-    Yields each piece with the point to resume from after it. on_tokens is called with each number of tokens packed. `end` becomes the
-    state after the last chunk that was used."""
-    piece, filled, resume_from = np.empty(room, np.uint16), 0, {}
-    for (state, after), tokens in stream:
-        end.update(after)
-        taken, skip = skip, 0
-        while taken < len(tokens) and budget:
-            n = min(len(tokens) - taken, room - filled, budget)
-            piece[filled : filled + n] = tokens[taken : taken + n]
-            taken, filled, budget = taken + n, filled + n, budget - n
-            on_tokens(n)
-            resume_from = {"state": state, "skip": taken}
-            if filled == room:
-                yield piece, resume_from
-                filled = 0
-        if not budget:
-            stream.close()
-            break
-    if filled:
-        yield piece[:filled], resume_from
+    Iterating yields each piece with the point to resume from after it."""
+
+    stream: Iterator
+    room: int
+    budget: int
+    skip: int
+    on_tokens: Callable[[int], None]  # called with each number of tokens packed
+    end: dict = field(default_factory=dict)  # the state after the last chunk that was used
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, dict]]:
+        piece, filled, resume_from = np.empty(self.room, np.uint16), 0, {}
+        skip, budget = self.skip, self.budget
+        for (state, after), tokens in self.stream:
+            self.end, taken, skip = after, skip, 0
+            while taken < len(tokens) and budget:
+                n = min(len(tokens) - taken, self.room - filled, budget)
+                piece[filled : filled + n] = tokens[taken : taken + n]
+                taken, filled, budget = taken + n, filled + n, budget - n
+                self.on_tokens(n)
+                resume_from = {"state": state, "skip": taken}
+                if filled == self.room:
+                    yield piece, resume_from
+                    filled = 0
+            if not budget:
+                self.stream.close()
+                break
+        if filled:
+            yield piece[:filled], resume_from
 
 
 # ---- parts ----
