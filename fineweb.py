@@ -33,7 +33,6 @@ from common.hub import HubDocuments, brief, busy_or_unreachable, hub_info, retry
 from common.locks import HeldFolder, lock_folder
 from common.parts import count_of_parts, join_parts
 from common.preparation import (
-    SOURCES,
     START_AGAIN,
     describe_changes,
     local_documents,
@@ -43,7 +42,7 @@ from common.preparation import (
     write_progress,
     write_sources,
 )
-from common.shards import MANIFEST, PROGRESS, REMEDY, inspect_shard, part_folder, part_folders, split_of, write_shard
+from common.shards import MANIFEST, PROGRESS, REMEDY, SOURCES, inspect_shard, part_folder, part_folders, split_of, write_shard
 from common.text import kind_of, shown
 from common.tokenizer import fast_encode, get_tokenizer, tokenize
 from common.validation import raise_errors

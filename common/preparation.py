@@ -14,12 +14,11 @@ from common import cli
 from common.documents import How, LocalDocuments, changes, describe_bad
 from common.files import read_json, write_json
 from common.folders import Listing, list_files, older_files, older_revision, stdlib_files
-from common.shards import MAKE_AGAIN, MANIFEST, PROGRESS, are_entries, inspect_shard, read_manifest, split_of
+from common.shards import MAKE_AGAIN, MANIFEST, PROGRESS, SOURCES, are_entries, inspect_shard, read_manifest, split_of
 from common.text import shown
 from common.tokenizer import VOCAB_SIZES
 from common.validation import has_type
 
-SOURCES = "sources.json"  # which files the text is from, with their sha256
 START_AGAIN = f"restore it from a copy, or {MAKE_AGAIN}"
 
 

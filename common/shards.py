@@ -24,6 +24,7 @@ from common.validation import has_type
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"  # beside it while a preparation runs, or after it was interrupted
+SOURCES = "sources.json"  # which files the text is from, with their sha256
 NPY_MAGIC = b"\x93NUMPY"
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4  # llm.c's header: 256 little-endian int32
 BIN_MAGIC_UINT32 = 20240801  # llm.c's files of Llama 3's tokens
@@ -220,7 +221,7 @@ def find_shards(folder: str | Path) -> Shards:
         manifest = read_manifest(folder)
         shards = Shards(folder, manifest["tokenizer"], manifest["vocab_size"], manifest["shards"])
     else:
-        if (folder / PROGRESS).exists():
+        if (folder / PROGRESS).exists() or (folder / SOURCES).exists():
             raise ValueError(f"{folder} is not finished: run the same fineweb.py command again, or wait if it is still running")
         if part_folders(folder):
             raise ValueError(f"{folder} has parts that are not joined yet: run the same fineweb.py command without --part")

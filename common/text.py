@@ -47,7 +47,7 @@ BOMS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-SAVE, SAVE_UTF16 = (f"save it as UTF-8 (such as: iconv -f {name} -t utf-8)" for name in ("cp1252", "utf-16le"))
+SAVE, SAVE_UTF16 = (f"save it as UTF-8 (iconv -f {name} -t utf-8)" for name in ("ITS_ENCODING", "utf-16le"))
 
 
 def encoding_of(head: bytes) -> str:

@@ -32,6 +32,8 @@ def data_notes(folders: list[Path]) -> list[str]:
             notes.append(f"{folder} was trained on other data than {data_dir} has now ({shortened(changed)})")
         if config.init_from and run.get("init") not in (None, weights(config.init_from, config.init_revision)):
             notes.append(f"{folder} started from other weights than {config.init_from} has now")
+        if config.teacher and run.get("teacher_sha256") not in (None, weights(config.teacher)):
+            notes.append(f"{folder} had another teacher than {config.teacher} is now")
     return notes
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from common.files import append, sha256, write_json
 from common.locks import HeldFolder, lock_folder
 from common.run_folder import RUN, RunFolder
 from common.shards import find_shards, verify_shards
-from training import run_json
+from training import checks, run_json
 from training.trainer import Trainer
 
 
@@ -180,9 +181,10 @@ def test_hard_linked_copies_are_separate_runs(finished, shards, tmp_path):
     assert resume(tmp_path / "a") == 0 and same_run(tmp_path / "a", finished)
 
 
-def test_deleted_run_json_is_written_again(finished, shards, tmp_path):
+@pytest.mark.parametrize("content", [None, b"", b"{", b"{}"])
+def test_damaged_run_json_is_written_again(finished, shards, tmp_path, content):
     first = begin(tmp_path, shards)
-    (tmp_path / "run" / RUN).unlink()
+    (tmp_path / "run" / RUN).unlink() if content is None else (tmp_path / "run" / RUN).write_bytes(content)
     assert end_pause(first, tmp_path).returncode == 0 and same_run(tmp_path / "run", finished)
     assert run_json.read_run(tmp_path / "run").max_steps == 20
 
@@ -224,6 +226,7 @@ def test_foreign_checkpoint_is_skipped(finished, other, tmp_path, capsys, case, 
     if len(sources) == 2:
         seal(tmp_path / "run", 15)
     assert problem in find_problem(tmp_path / "run", 15)
+    assert checkpoint.load_model(str(tmp_path / "run"))[0] is not None and problem in capsys.readouterr().err  # other scripts skip it too
     assert resume(tmp_path / "run") == 0 and "skipping the checkpoint of step 15" in capsys.readouterr().err
     assert same_run(tmp_path / "run", finished)
 
@@ -269,6 +272,67 @@ def test_save_never_replaces_another_runs_checkpoint(finished, other, tmp_path, 
     with pytest.raises(OSError, match="belongs to another run now"):
         checkpoint.write_checkpoint(ours, 15, content, state)
     assert files_of(tmp_path / "run", 15).seal.read_text() == before and find_problem(tmp_path / "run", 15) is None
+
+
+def pause_while(name: str, go):
+    """Makes a launch wait in the middle of a function of checkpoint or checks until a file exists."""
+    module = checkpoint if hasattr(checkpoint, name) else checks
+    plain = getattr(module, name)
+
+    def paused(*args, **how):
+        (go.parent / "reached").touch()
+        while not go.exists():
+            time.sleep(0.01)
+        return plain(*args, **how)
+
+    setattr(module, name, paused)
+
+
+def reach(run, folder):
+    while not (folder / "reached").exists():
+        assert run.processes[0].is_alive(), run.outputs[0][1].read_text()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("what", ["moved", "deleted"])
+def test_folder_lost_before_the_first_step_stays_untouched(other, shards, tmp_path, what):
+    """The launch still verifies its shards when another run takes the folder's name."""
+    argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--keep", 1]
+    first = Forked(tmp_path, "train", *argv, first=partial(pause_while, "check_data", tmp_path / "go"))
+    reach(first, tmp_path)
+    os.rename(tmp_path / "run", tmp_path / "moved")
+    if what == "deleted":
+        shutil.rmtree(tmp_path / "moved")
+    shutil.copytree(other, tmp_path / "run")
+    result = end_pause(first, tmp_path)
+    assert result.returncode == 2 and "was moved or deleted while this run was starting" in result.stderr
+    assert all((tmp_path / "run" / path.name).read_bytes() == path.read_bytes() for path in other.iterdir() if path.name != ".lock")
+
+
+@pytest.mark.parametrize("what", ["moved", "deleted"])
+def test_folder_lost_in_last_save_is_saved_elsewhere(finished, shards, tmp_path, what):
+    argv = [*TINY, "--data-dir", shards, "--out-dir", tmp_path / "run"]
+    first = Forked(tmp_path, "train", *argv, first=partial(pause_while, "save_torch", tmp_path / "go"))
+    reach(first, tmp_path)
+    os.rename(tmp_path / "run", tmp_path / "moved")
+    if what == "deleted":
+        shutil.rmtree(tmp_path / "moved")
+    result = end_pause(first, tmp_path)
+    place = tmp_path / "moved" if what == "moved" else next(tmp_path.glob("run-*"))
+    assert result.returncode == 1 and f"--resume --out-dir {place}" in result.stderr and "Traceback" not in result.stderr
+    assert same_run(place, finished)
+
+
+def test_deleted_current_folder_is_saved_elsewhere(finished, shards, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    run = RunFolder(Path("."))
+    with lock_folder(Path(".")) as run.held:
+        run.begin({"id": "ab", "launches": [{"token": "cd"}]})
+        shutil.rmtree(tmp_path / "run")
+        assert "moved or deleted" in run.problem()
+        run.rescue()
+    assert run.path == tmp_path / "run-ab" and json.loads((run.path / RUN).read_text())["id"] == "ab"
 
 
 # ---- preparations of shards ----

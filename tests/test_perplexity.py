@@ -147,7 +147,7 @@ def test_tokens_are_those_of_the_shards(tmp_path, capsys, name, content):
         (["-m", "M", "EMPTY"], "is empty: pass a file with text"),
         (
             ["-m", "M", "LATIN"],
-            "not UTF-8 at byte offset 3 (0xe9): save it as UTF-8 (such as: iconv -f cp1252 -t utf-8), or leave it out with --skip-bad-rows",
+            "not UTF-8 at byte offset 3 (0xe9): save it as UTF-8 (iconv -f ITS_ENCODING -t utf-8), or leave it out with --skip-bad-rows",
         ),
         (["-m", "M", "GPT2"], "has gpt2 tokens, the model uses bytes: score the text itself"),
     ],

@@ -1,5 +1,7 @@
 """Settings of a launch: flags override the defaults, which come from a preset, from --init-from or from the run to resume."""
 
+import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,7 +60,11 @@ def holds_a_run(out_dir: Path) -> bool:
 
 def out_dir_of(argv: list[str] | None = None) -> Path:
     """Returns the run's folder, even if other flags are wrong."""
-    first, _ = tyro.cli(PresetFlag, args=argv, return_unknown_args=True, add_help=False)
+    try:
+        first, _ = tyro.cli(PresetFlag, args=argv, return_unknown_args=True, add_help=False)
+    except SystemExit:  # --preset without a value
+        named = re.search(r"--out[-_]dir[= ](\S+)", " ".join(sys.argv[1:] if argv is None else argv))
+        return Path(named[1] if named else TrainConfig.out_dir)
     return Path(first.out_dir or PRESETS.get(first.preset, PRESETS["gpt2"]).out_dir)
 
 
