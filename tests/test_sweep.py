@@ -186,7 +186,7 @@ def test_small_space_runs_each_point_once(shards, tmp_path, monkeypatch, capsys)
     assert sorted(seen[:2] + seen[3:]) == [(n, mlp, 0.5) for n in (1, 2, 3) for mlp in ("gelu", "relu2")]
     assert run_main(sweep.main, *argv, 6) == 0 and len(seen) == 7
     assert len(optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path}/sweep.db").trials) == 7  # no point is left in the queue
-    assert len(capsys.readouterr().out.splitlines()) == 4 + 2 * 8  # the stopped launch shows its two trials too
+    assert len(capsys.readouterr().out.splitlines()) == 5 + 2 * 8  # the stopped launch shows its three trials too
     seen[:] = [None] * 3  # begin stops at the third point only
     argv[-2] = tmp_path / "fewer trials first"
     assert run_main(sweep.main, *argv, 5) == 0 and run_main(sweep.main, *argv, 20) == 0
