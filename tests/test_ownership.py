@@ -50,11 +50,11 @@ def same_run(run, reference) -> bool:
 
 
 def pause_before_step_3(go):
-    """Makes training wait before step 3 until a file exists."""
-    plain = Trainer.update
+    """Makes training wait before step 3 until a file exists, at most a minute."""
+    plain, deadline = Trainer.update, time.monotonic() + 60
 
     def update(self, step, *args, **how):
-        while step == 3 and not go.exists():
+        while step == 3 and not go.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         return plain(self, step, *args, **how)
 
@@ -275,13 +275,13 @@ def test_save_never_replaces_another_runs_checkpoint(finished, other, tmp_path, 
 
 
 def pause_while(name: str, go):
-    """Makes a launch wait in the middle of a function of checkpoint or checks until a file exists."""
-    module = checkpoint if hasattr(checkpoint, name) else checks
+    """Makes a launch wait before a function of checkpoint or checks until a file exists, at most a minute."""
+    module, deadline = checkpoint if hasattr(checkpoint, name) else checks, time.monotonic() + 60
     plain = getattr(module, name)
 
     def paused(*args, **how):
         (go.parent / "reached").touch()
-        while not go.exists():
+        while not go.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         return plain(*args, **how)
 
