@@ -260,15 +260,16 @@ def test_save_never_replaces_another_runs_checkpoint(finished, other, tmp_path, 
     ours.begin(json.loads((tmp_path / "run" / RUN).read_text()))
     content, state = checkpoint.load_training(finished, 15)
     before = files_of(other, 15).seal.read_text()
-    plain = checkpoint.save_torch
+    plain = checkpoint.sha256
 
-    def save_torch(content, file):
-        plain(content, file)
-        if "optimizer" in content:
+    def hash_then_move(path):
+        found = plain(path)
+        if path.name == "state_00015.pt.tmp":  # only the seal is left to write
             os.rename(tmp_path / "run", tmp_path / "moved")
             shutil.copytree(other, tmp_path / "run")
+        return found
 
-    monkeypatch.setattr(checkpoint, "save_torch", save_torch)
+    monkeypatch.setattr(checkpoint, "sha256", hash_then_move)
     with pytest.raises(OSError, match="belongs to another run now"):
         checkpoint.write_checkpoint(ours, 15, content, state)
     assert files_of(tmp_path / "run", 15).seal.read_text() == before and find_problem(tmp_path / "run", 15) is None
@@ -340,7 +341,7 @@ def test_deleted_current_folder_is_saved_elsewhere(finished, shards, tmp_path, m
 
 @pytest.mark.parametrize("what", ["moved", "deleted"])
 def test_preparation_never_writes_into_anothers_folder(tmp_path, monkeypatch, what):
-    """Another preparation's shards lie under the name when the first one writes its third shard."""
+    """Another preparation's shards lie under the name when the first one writes its second shard."""
     (tmp_path / "text.txt").write_text("one two three four five " * 20)
     settings = dict(tokenizer="bytes", out_dir=str(tmp_path / "out"), shard_size=50, workers=1)
     config = fineweb.PrepareConfig((str(tmp_path / "text.txt"),), **settings)
@@ -349,7 +350,7 @@ def test_preparation_never_writes_into_anothers_folder(tmp_path, monkeypatch, wh
     def write_shard(path, tokens):
         written.append(path)
         entry = plain(path, tokens)
-        if len(written) == 2:
+        if len(written) == 1:
             os.rename(tmp_path / "out", tmp_path / "moved")
             write_shards(tmp_path / "out", [50, 50, 50])
             if what == "deleted":
@@ -359,7 +360,7 @@ def test_preparation_never_writes_into_anothers_folder(tmp_path, monkeypatch, wh
     monkeypatch.setattr(fineweb, "write_shard", write_shard)
     with pytest.raises(ValueError, match="moved to .*/moved: continue there" if what == "moved" else "deleted: run the same command again"):
         fineweb.prepare(config)
-    assert len(written) == 2 and not (tmp_path / "out" / "progress.json").exists()
+    assert len(written) == 1 and not (tmp_path / "out" / "progress.json").exists()
     verify_shards(find_shards(tmp_path / "out"))
     if what == "moved":
         monkeypatch.undo()
