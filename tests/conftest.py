@@ -26,6 +26,9 @@ from variants import VariantConfig
 
 REPO = Path(__file__).parent.parent
 
+if hasattr(signal, "SIGHUP"):  # under nohup, all of our processes would ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 # a model of 35k parameters that sees 256 tokens a step
 TINY = (
     "--n-layer 2 --n-head 2 --n-embd 32 --seq-len 32 --total-batch-tokens 256 --micro-batch-size 4 --max-lr 3e-3 --warmup-steps 3 "

@@ -12,7 +12,7 @@ from common.validation import raise_errors
 from variants import VariantConfig
 
 # The remedies of a run that ends because of its own settings. lab.sweep looks for them: it then tries other settings
-LOWER_LR = "a lower --max-lr (with --optimizer muon, --muon-lr too)"
+LOWER_LR = "a lower --max-lr"
 LOWER_MEMORY = "lower --micro-batch-size, then --activation-memory"
 SMALLER_MODEL = "choose a smaller --n-layer"
 

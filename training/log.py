@@ -28,6 +28,7 @@ class Log:
 
     def __init__(self, config: TrainConfig, world: DistContext, folder: RunFolder):
         self.config, self.world, self.folder = config, world, folder
+        self.lower_rate = LOWER_LR + (" and --muon-lr" if config.optimizer == "muon" else "")
         self.tracker = None
         self.recent = deque(maxlen=20)  # seconds of the last steps
         self.shown = -math.inf  # time of the last progress line
@@ -94,7 +95,7 @@ class Log:
     def stop_if_diverged(self, what: str, number: float):
         """Ends the run on all ranks without saving, if a loss or a weight is not finite."""
         if not math.isfinite(number):
-            why = f"{what} is {number}: start again with {LOWER_LR}, in another --out-dir"
+            why = f"{what} is {number}: start again with {self.lower_rate}, in another --out-dir"
             self.progress(f"error: {why}")
             raise Hopeless(why)
 
@@ -104,7 +105,7 @@ class Log:
         self.progress(f"warning: step {step} changes no weight ({in_a_row} in a row, {limit} end the run): {why}")
         if in_a_row >= limit:
             why = (
-                f"{in_a_row} updates in a row were skipped: start again with {LOWER_LR} in another --out-dir, or look into it "
+                f"{in_a_row} updates in a row were skipped: start again with {self.lower_rate} in another --out-dir, or look into it "
                 f"with --replay-step {step} --out-dir {out_dir}; --resume with a higher --max-bad-steps continues from the last checkpoint"
             )
             self.progress(f"error: {why}")
