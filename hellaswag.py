@@ -34,7 +34,7 @@ from common.validation import raise_errors
 from model import GPT
 from ops.attention import causal_mask
 from ops.loss import log_likelihoods
-from variants import scoring_copy
+from variants import inference_copy
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 VAL_TASKS = 10_042
@@ -201,7 +201,7 @@ def log_probs(
 ) -> list[list[float]]:
     """The log-probability in nats of each row's ending given its context. Softmax and sum never run in bf16.
     stopped: called before each batch; True skips the rest."""
-    model, device = scoring_copy(model), model.transformer.wte.weight.device
+    model, device = inference_copy(model), model.transformer.wte.weight.device
     # cuDNN's attention plans every new shape, and nearly every batch has a new shape
     kernels = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
     trees = [merge_rows(rows, model.config.seq_len) for rows in tasks]

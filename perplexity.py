@@ -26,7 +26,7 @@ from common.validation import raise_errors
 from dataloader import TokenStream
 from model import GPT
 from ops.loss import log_likelihoods
-from variants import scoring_copy
+from variants import inference_copy, set_precision
 
 
 @dataclass
@@ -39,8 +39,8 @@ class PerplexityConfig:
     """A checkpoint.pt, a run's folder, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
     device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
     """auto, cpu, cuda or mps."""
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
-    """Precision of the matrix products. Losses are always in fp32."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32", "int8"] = "fp32"
+    """Precision of the matrix products. Losses are always in fp32. int8: 8-bit weights, as in sample.py."""
     max_tokens: int = 10_485_760
     """Tokens to score from the start of a text, or from shards the sequences that train.py's --val-tokens takes (one or more); 0: all."""
     stride: int = 0
@@ -90,7 +90,7 @@ def rows_of_shards(shards: Shards, seq_len: int, max_tokens: int) -> tuple[Itera
 def score(model: GPT, tokenizer: Tokenizer, rows: Iterator[Row], batch_size: int, total: int | None = None) -> dict:
     """Scores a model on rows. Returns tokens (how many were predicted), loss (mean cross entropy in nats per token), perplexity
     (e^loss) and bits_per_byte (total cross entropy in bits per byte of their text; <|endoftext|> has no bytes)."""
-    scorer, device = scoring_copy(model), model.transformer.wte.weight.device
+    scorer, device = inference_copy(model), model.transformer.wte.weight.device
     tokens, nats, size = 0, 0.0, 0
     with cli.bar(total=total, desc="scoring", unit="tok", unit_scale=True, leave=False) as bar:
         while batch := list(islice(rows, batch_size)):
@@ -132,8 +132,10 @@ def main():
         config = cli.parse(PerplexityConfig)
         config.validate()
         device = pick_device(config.device)
-        dtype = pick_dtype(config.dtype, device)
+        dtype = pick_dtype("fp32" if config.dtype == "int8" else config.dtype, device)
         model, tokenizer = load_with_tokenizer(config.model, device)
+        if config.dtype == "int8":
+            set_precision(model, "int8")
         T, results = model.config.seq_len, []
         for path in config.paths:
             if Path(path).is_dir():

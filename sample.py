@@ -17,12 +17,12 @@ from torch import Tensor
 
 from checkpoint import load_with_tokenizer
 from common import cli
-from common.device import can_compile, mend_compile_cache, pick_device, pick_dtype
+from common.device import can_compile, mend_compile_cache, pick_device
 from common.tokenizer import Tokenizer
 from common.validation import raise_errors
 from model import GPT
 from ops.kv_cache import KVCache
-from variants import with_switches
+from variants import inference_copy, prepare_compiled_token, set_precision, with_switches
 
 
 @dataclass
@@ -47,8 +47,9 @@ class SampleConfig:
     """The same seed gives the same samples."""
     device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
     """auto, cpu, cuda or mps."""
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
-    """Precision of weights and computation. auto: bf16 if the hardware supports it."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32", "int8"] = "fp32"
+    """Precision of weights and computation. auto: bf16 if the hardware supports it. int8: 8-bit weights, the rest as in auto on CUDA, and
+    in fp32 elsewhere."""
     kv_cache: bool = True
     """Cache keys and values instead of recomputing them for every token."""
     compile: bool = False
@@ -110,7 +111,7 @@ def generate(
     counts = Counter() if counts is None else counts
     sampling = temperature, top_k, top_p
     if draft is not None:
-        idx = speculate(model, draft, idx, end, draft_tokens, sampling, generator, counts)
+        idx = speculate(*map(inference_copy, (model, draft)), idx, end, draft_tokens, sampling, generator, counts)
     rows = [idx]
     steps = stream(model, idx, end - idx.size(1), *sampling, generator, use_cache, compile)
     for new, _ in cli.bar(steps, total=end - idx.size(1), desc="sampling", unit="tok", delay=2, leave=False, disable=not progress):
@@ -134,6 +135,10 @@ def stream(
     """Yields what generate adds, one position at a time: the ids (B, 1) and the model's logits (B, V) for them.
     ValueError if logits are not finite. Compiled steps raise it at the end."""
     limit, end = model.config.seq_len, idx.size(1) + max_new_tokens
+    if compile:
+        prepare_compiled_token(model)
+    else:
+        model = inference_copy(model, rows=idx.size(0))
     cache = KVCache(min(limit, -(-end // 128) * 128 if compile else end)) if use_cache else None
     new, position = idx, None  # the latest ids; their position (1,), for compiled steps
     largest = torch.zeros((), device=idx.device)  # of the compiled steps' logits: read once at the end, because reading waits
@@ -301,13 +306,12 @@ def main():
             raise ValueError(f"--compile does not work on {device.type} here (CPU: install g++): drop it")
         if config.compile:
             mend_compile_cache()
-        dtype = pick_dtype(config.dtype, device)
         model, tokenizer = load_with_tokenizer(config.model, device)
-        model.to(dtype)
+        set_precision(model, config.dtype)
         draft = None
         if config.draft:
             draft, draft_tokenizer = load_with_tokenizer(config.draft, device)
-            draft.to(dtype)
+            set_precision(draft, config.dtype)
             if draft_tokenizer.name != tokenizer.name:
                 raise ValueError(
                     f"--draft uses {draft_tokenizer.name} tokens, the model {tokenizer.name}: use a draft with the same tokenizer"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from common.device import pick_dtype
 from common.validation import raise_errors, rule
 from formats import huggingface
 from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig, cross_entropy, gelu, manual_attention
@@ -179,29 +180,63 @@ def set_attention(model: GPT):
 
 
 @torch.no_grad()
-def scoring_copy(model: GPT) -> GPT:
-    """Returns a copy that computes hidden_states() and logits() faster on a CPU, without gradients. Returns the model itself on other
-    devices, and if oneDNN is missing or can't compute in this dtype, such as fp16.
+def inference_copy(model: GPT, rows: int = 1024) -> GPT:
+    """Returns a copy that computes hidden_states() and logits() faster on a CPU, without gradients. Returns the model itself if nothing
+    is faster: on other devices, and in dtypes such as fp16. rows: B times the number of positions in a typical call.
 
     Its matrix products use autocast's current dtype, or else the weights'. Copy again after an optimizer step: a copy in another
-    dtype keeps the old weights.
+    order or dtype keeps the old weights.
     """
     weight = model.lm_head.weight
+    if weight.device.type != "cpu" or isinstance(model.lm_head, linear.Int8Linear):
+        return model
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-    if weight.device.type != "cpu" or not linear.OneDNNLinear.is_available(dtype):
+    way = linear.fastest_way(wide_layers(model), dtype, rows)
+    if way is None:
         return model
     copy = build_on_meta(model.config)
     copy.load_state_dict(model.state_dict(), assign=True)  # the same tensors
     for block in copy.transformer.h:
-        block.attn.c_attn = linear.OneDNNLinear(block.attn.c_attn, dtype)
-        block.attn.c_proj = linear.OneDNNLinear(block.attn.c_proj, dtype)
+        is_gelu = block.mlp.activation is linear.gelu if isinstance(block.mlp, MLP) else False
+        block.attn.c_attn = linear.InferenceLinear(block.attn.c_attn, dtype, way)
+        block.attn.c_proj = linear.InferenceLinear(block.attn.c_proj, dtype, way)
         if isinstance(block.mlp, MLP):
-            is_gelu = block.mlp.activation is linear.gelu
-            block.mlp.c_fc = linear.OneDNNLinear(block.mlp.c_fc, dtype, is_gelu)
-            block.mlp.c_proj = linear.OneDNNLinear(block.mlp.c_proj, dtype)
+            block.mlp.c_fc = linear.InferenceLinear(block.mlp.c_fc, dtype, way, is_gelu)
+            block.mlp.c_proj = linear.InferenceLinear(block.mlp.c_proj, dtype, way)
             block.mlp.activation = nn.Identity() if is_gelu else block.mlp.activation
-    copy.lm_head = linear.OneDNNLinear(copy.lm_head, dtype)
+    copy.lm_head = linear.InferenceLinear(copy.lm_head, dtype, way)
     return copy.eval()
+
+
+def wide_layers(model: GPT) -> list[nn.Linear]:
+    """The linear layers to try ways with: each block's c_fc, or c_attn with experts."""
+    return [block.mlp.c_fc if isinstance(block.mlp, MLP) else block.attn.c_attn for block in model.transformer.h]
+
+
+def prepare_compiled_token(model: GPT):
+    """Chooses how torch.compile computes the linear layers of a step that adds a token. Call it before compiling the step."""
+    layers = [module for module in model.modules() if isinstance(module, linear.RowLinear)]
+    if layers and model.lm_head.weight.device.type == "cpu":
+        linear.choose_compiled_row(wide_layers(model), layers)
+
+
+def set_precision(model: GPT, name: str):
+    """Converts the weights in place. name: as in pick_dtype, or 'int8': quantize, and the rest as 'auto' on CUDA, fp32 elsewhere."""
+    device = model.lm_head.weight.device
+    if name != "int8":
+        model.to(pick_dtype(name, device))
+        return
+    model.to(pick_dtype("auto" if device.type == "cuda" else "fp32", device))
+    quantize(model)
+
+
+@torch.no_grad()
+def quantize(model: GPT):
+    """Gives the linear layers 8-bit weights, the head too, in place. Embedding tables and experts stay as they are."""
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, nn.Linear):
+                setattr(parent, name, linear.Int8Linear(module))
 
 
 def from_pretrained(name_or_dir: str, revision: str | None = None) -> GPT:

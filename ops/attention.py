@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from ops import choice
+
 
 def sees(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Whether a query position may look at a key position: not ahead, not beyond the window. A negative key position is an empty slot."""
@@ -42,14 +44,22 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | 
     """
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask)
-    if q.device.type == "cpu" and torch.compiler.is_compiling():
-        if mask is None:
-            return BlockwiseAttention.apply(q, k, v, window)
-        if q.size(2) == 1:  # too little work for a fused kernel
-            return F.softmax((q @ k.transpose(2, 3) / q.size(3) ** 0.5).masked_fill(~mask, float("-inf")), dim=-1) @ v
+    if q.device.type == "cpu" and torch.compiler.is_compiling() and mask is None and choice.forced("attention") != "fused":
+        return BlockwiseAttention.apply(q, k, v, window)
+    if q.device.type == "cpu" and q.size(2) == 1 and mask is not None and not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():  # too little work for a fused kernel
+            return one_query(q, k, v, mask)
+        if q.dtype == torch.bfloat16:  # the fused kernel takes up to 5 times as long for one query
+            return one_query(q.float(), k.float(), v.float(), mask).to(q.dtype)
     if window is not None and mask is None:
         mask = causal_mask(q.size(2), q.size(2), q.device, window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """fused_attention for one query: there are few scores."""
+    scores = q @ k.transpose(2, 3) / q.size(3) ** 0.5  # (B, H, 1, S)
+    return F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1) @ v
 
 
 class BlockwiseAttention(torch.autograd.Function):

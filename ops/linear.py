@@ -1,48 +1,164 @@
 """Linear layers, each faster than nn.Linear in one case, and a GELU that is faster when compiled."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops import choice
+
+TRIAL_BYTES = 2**26  # more than a CPU's caches hold: reading the weights is all the work for one row
+
 
 class RowLinear(nn.Linear):
     """nn.Linear with a faster path for a single row of input, compiled and without gradients: the generation of a token.
 
-    Reading the weights is all the work there. On a CPU, torch.compile's loop reads them 1.5 times as fast as the library's matrix
-    product. On a GPU, Inductor does the same by itself if there is no bias; we haven't measured it there.
+    Reading the weights is all the work there. torch.compile's loop reads them 1.7 times as fast as the library on an AMD CPU, and half
+    as fast on an Intel one: `way` says which to use. On a GPU, Inductor does the same by itself if there is no bias; we haven't
+    measured it there.
     """
+
+    way = "loop"
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() != self.in_features or not torch.compiler.is_compiling() or torch.is_grad_enabled():
             return super().forward(x)
-        y = (self.weight * x.flatten()).sum(-1)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        if self.way != "loop":
+            return torch.ops.gpt.row_linear(x, self.weight, self.bias, self.way)
+        return row_loop(x, self.weight, self.bias)
 
 
-class OneDNNLinear(nn.Module):
-    """A linear layer, and the GELU after it if asked for, in one call of oneDNN. On an AMD CPU its fp32 product is 1.2 to 1.4 times
-    as fast as MKL's, which nn.Linear calls. No gradients."""
+def row_loop(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One row of input, for torch.compile to turn into a loop."""
+    y = (weight * x.flatten()).sum(-1)
+    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
-    @staticmethod
-    def is_available(dtype: torch.dtype) -> bool:
-        if not torch.backends.mkldnn.is_available():
-            return False
-        return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, gelu: bool = False):
+def library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def mv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A matrix times a vector. x: one row."""
+    y = torch.mv(weight, x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())
+    return y.view(*x.shape[:-1], -1)
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """oneDNN's product. On an AMD CPU it is 1.2 to 1.8 times as fast in fp32 as MKL's, which F.linear calls."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+MULTIPLY: dict[str, Callable] = {"library": library, "onednn": onednn, "packed": onednn, "mv": mv}
+
+
+@torch.library.custom_op("gpt::row_linear", mutates_args=())
+def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, way: str) -> Tensor:
+    """Calls the library from compiled code, which would otherwise replace mv by its own loop."""
+    return MULTIPLY[way](x, weight, bias)
+
+
+@row_linear.register_fake
+def _(x, weight, bias, way):
+    return x.new_empty(*x.shape[:-1], weight.size(0))
+
+
+class InferenceLinear(nn.Module):
+    """A linear layer without gradients, and the GELU after it if asked for. way: a key of MULTIPLY; 'packed' copies the weights into
+    the order in which oneDNN reads them, and 'mv' takes other ways for more rows than one."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, way: str, gelu: bool = False):
         super().__init__()
-        self.dtype, self.gelu = dtype, gelu
+        self.dtype, self.way, self.gelu = dtype, way, gelu
         self.weight = linear.weight.detach().to(dtype)
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        if dtype != linear.weight.dtype:  # the weights are copied anyway: store them in the order in which oneDNN reads them
+        if way == "packed":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        after = "gelu" if self.gelu else "none"
-        # "tanh": GPT-2's form of GELU
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, after, [], "tanh")
+        x = x.to(self.dtype)
+        if self.gelu and self.way in ("onednn", "packed"):  # in the same call. "tanh": GPT-2's form of GELU
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
+        several = self.way == "mv" and x.numel() != x.size(-1)
+        y = MULTIPLY["library" if several else self.way](x, self.weight, self.bias)
+        return gelu(y) if self.gelu else y
+
+
+def inference_ways(dtype: torch.dtype, rows: int) -> list[str]:
+    """Returns the ways to compute a linear layer without gradients on this CPU, in a dtype, for so many rows of input. The first is the
+    default. Empty if there is nothing beside nn.Linear."""
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        return []
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return []
+    ways = ["onednn" if dtype == torch.float32 else "packed", "library"]  # packing fp32 weights would take as much memory again
+    return [*ways, "mv"] if rows == 1 else ways
+
+
+def fastest_way(layers: list[nn.Linear], dtype: torch.dtype, rows: int) -> str | None:
+    """Returns the fastest of inference_ways, from a trial of about 0.1 s with these layers at the first call. None: keep nn.Linear,
+    because there is nothing else, or because the layers are too small for a trial and the rows are few. rows: of a typical input."""
+    ways, what = inference_ways(dtype, rows), "row" if rows == 1 else "rows"
+    key = f"{what} {str(dtype)[6:]}"
+    layers = trial_layers(layers, dtype, 2 if rows > 1 else len(layers))
+    way = choice.forced(what) or (layers and choice.chosen.get(key))
+    if way or not ways:
+        return way if ways else None
+    if not layers:
+        return ways[0] if rows > 64 else None
+    x = torch.ones(min(rows, 256), layers[0].in_features, dtype=dtype)
+    tried = {way: [InferenceLinear(layer, dtype, way) for layer in layers] for way in ways}
+    return choice.fastest(key, {way: lambda each=each: [layer(x) for layer in each] for way, each in tried.items()})
+
+
+def trial_layers(layers: list[nn.Linear], dtype: torch.dtype, most: int) -> list[nn.Linear]:
+    """Returns the first layers that together have TRIAL_BYTES, at most `most`; none if all of them are too small to matter."""
+    size = layers[0].weight.numel() * dtype.itemsize
+    enough = min(most, -(-TRIAL_BYTES // size))
+    return layers[:enough] if size * len(layers) >= TRIAL_BYTES // 4 else []
+
+
+def choose_compiled_row(layers: list[nn.Linear], same: list[RowLinear]):
+    """Sets how the layers in `same` compute one row in torch.compile, from a trial with `layers` at the first call. Compiling the loop
+    for it takes some seconds."""
+    dtype = layers[0].weight.dtype
+    key = f"compiled_row {str(dtype)[6:]}"
+    way = choice.forced("compiled_row") or choice.chosen.get(key)
+    trial = [] if way else trial_layers(layers, dtype, len(layers))
+    if trial:
+        x = torch.ones(1, layers[0].in_features, dtype=dtype)
+        ways = {"loop": torch.compile(row_loop, dynamic=False), "library": library, "mv": mv}
+        way = choice.fastest(
+            key, {name: lambda call=call: [call(x, layer.weight, layer.bias) for layer in trial] for name, call in ways.items()}
+        )
+    for layer in same:
+        layer.way = way or "loop"
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights and one scale per output: y = x (scale · weight)ᵀ + bias. No gradients. A scale is the largest
+    absolute weight of the output's row, divided by 127 (absmax quantization: Dettmers et al., 2022, section 2.1, for weights only)."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        # bf16 has the range of fp32, and the fast operation takes the scale in bf16. Rows of zeros stay zero
+        self.scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).bfloat16()  # (out,)
+        self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)  # (out, in)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)  # (N, in)
+        # PyTorch's operation reads beyond the end of rows that are no multiple of 16 (torch 2.13). It is slow for many rows
+        if x.device.type != "cpu" or len(rows) > 16 or x.size(-1) % 16:
+            y = rows @ (self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None]).t()
+        elif len(rows) == 1 and torch.compiler.is_compiling():
+            y = (row_loop(rows.float(), self.weight, None) * self.scale).to(x.dtype)
+        else:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).to(x.dtype)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 
 def gelu(x: Tensor) -> Tensor:

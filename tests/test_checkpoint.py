@@ -288,7 +288,7 @@ def test_tables_without_padding_rows_load(tmp_path):
 
 
 def test_tables_that_need_no_padding_share_memory():
-    """scoring_copy relies on this: it must not copy the weights."""
+    """inference_copy relies on this: it must not copy the weights."""
     model = build(VariantConfig(256, 16, 1, 1, 8))
     copy = build_on_meta(model.config)
     copy.load_state_dict(model.state_dict(), assign=True)

@@ -22,7 +22,7 @@ from ops.attention import BlockwiseAttention
 from ops.kv_cache import KVCache
 from ops.loss import chunk_loss, chunked_cross_entropy, loss_chunks
 from training.optimizer import decay_groups
-from variants import adapt, build, flops_per_token, scoring_copy, set_attention
+from variants import adapt, build, flops_per_token, inference_copy, set_attention
 
 # vocabulary, positions, layers, heads, channels; with and without padding, with odd head sizes, one layer, one head
 SHAPES = [(97, 24, 2, 2, 16), (128, 16, 1, 1, 8), (257, 40, 3, 4, 64), (1000, 33, 2, 3, 33)]
@@ -268,7 +268,7 @@ def test_flops_are_six_per_weight_plus_attention():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_scoring_copy_equals_model(shape):
+def test_inference_copy_equals_model(shape):
     """In fp32 and in autocast's bf16."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(*shape)).eval()
@@ -276,27 +276,27 @@ def test_scoring_copy_equals_model(shape):
         torch.nn.init.normal_(p, std=0.2)
     idx = ids_for(model.config)
     with torch.no_grad():
-        assert (scoring_copy(model)(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
+        assert (inference_copy(model)(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
         with torch.autocast("cpu", torch.bfloat16):
-            expected, scored = model(idx)[0], scoring_copy(model)(idx)[0]
+            expected, scored = model(idx)[0], inference_copy(model)(idx)[0]
     assert scored.dtype == torch.bfloat16 and (scored - expected).float().norm() / expected.float().norm() < 0.02
 
 
-def test_scoring_copy_uses_current_weights(monkeypatch):
+def test_inference_copy_uses_current_weights(monkeypatch):
     """An fp32 copy shares the weights. A copy after a training step has the new weights and leaves the model as it was."""
     model = GPT(GPTConfig(*SHAPES[0])).train()
     idx = ids_for(model.config)
-    copy = scoring_copy(model)
+    copy = inference_copy(model)
     assert copy is not model and copy.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
     model(idx, idx)[1].backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected, scored = model(idx)[0], scoring_copy(model)(idx)[0]
+        expected, scored = model(idx)[0], inference_copy(model)(idx)[0]
     assert (scored - expected).float().norm() / expected.float().norm() < 0.02
     assert model.training and all(p.requires_grad for p in model.parameters())
 
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # PyTorch for a Mac has no oneDNN
-    assert scoring_copy(model) is model
+    assert inference_copy(model) is model
 
 
 def test_too_long_input_is_refused():

@@ -226,6 +226,7 @@ class Chain:
 
     def __init__(self, logits):
         self.table, self.config = logits, SimpleNamespace(vocab_size=len(logits), seq_len=100)
+        self.lm_head = SimpleNamespace(weight=torch.empty(0, device="meta"))  # inference_copy leaves such a device alone
 
     def hidden_states(self, ids, cache):
         cache.length += ids.size(1)

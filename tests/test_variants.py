@@ -29,9 +29,9 @@ from variants import (
     build,
     flops_per_token,
     idle_params,
+    inference_copy,
     rotate,
     rotation_of,
-    scoring_copy,
     set_attention,
 )  # fmt: skip
 
@@ -515,7 +515,7 @@ def loss_and_gradients(model: GPT, idx: torch.Tensor) -> tuple[torch.Tensor, lis
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_manual_attention_scoring_copy_and_recomputation_equal_plain(variant):
+def test_manual_attention_inference_copy_and_recomputation_equal_plain(variant):
     model = randomized(**VARIANTS[variant])
     idx = ids_with_documents(model.config)
     loss, grads = loss_and_gradients(model, idx)
@@ -523,7 +523,7 @@ def test_manual_attention_scoring_copy_and_recomputation_equal_plain(variant):
     set_attention(model)
     with torch.no_grad():
         assert (model(idx, idx)[1] - loss).abs() <= 1e-5
-        assert (scoring_copy(model)(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
+        assert (inference_copy(model)(idx)[0] - model(idx)[0]).abs().max() <= 1e-4
     model.config.attention = "flash"
     set_attention(model)
     recompute_activations(model)
