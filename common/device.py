@@ -177,4 +177,15 @@ def peak_memory(device: torch.device) -> int:
 
 
 def describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    """Names the hardware in a few words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
+
+
+def cpu_name() -> str:
+    """Returns the CPU's name and the widest of its instructions that matter here, such as "AMD EPYC 9R14, AVX512, bf16"."""
+    name = platform.machine()
+    with suppress(OSError, TypeError):  # Linux
+        name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[1].strip()
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    bf16 = ["AMX"] if has.get("amx_bf16") else ["bf16"] if has.get("avx512_bf16") else []
+    return ", ".join([name, torch.backends.cpu.get_cpu_capability(), *bf16])

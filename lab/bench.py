@@ -41,13 +41,14 @@ from common.shards import find_shards, write_shard
 from common.validation import raise_errors
 from dataloader import TokenStream
 from model import GPT
+from ops import choice
 from sample import generate
 from training.config import TrainConfig
 from training.log import Log
 from training.run_json import git_commit
 from training.saving import Checkpoints
 from training.trainer import Trainer
-from variants import VariantConfig, build
+from variants import VariantConfig, build, set_precision
 
 
 @dataclass
@@ -61,8 +62,8 @@ class BenchConfig:
     model: tyro.conf.OmitArgPrefixes[VariantConfig] = field(default_factory=VariantConfig)
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Precision of the matrix products."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32", "int8"] = "auto"
+    """Precision of the matrix products. int8: our generation has 8-bit weights, transformers has fp32."""
     compile: bool = True
     """torch.compile the training step of both sides, and our generation."""
     rounds: int = 5
@@ -106,7 +107,7 @@ class Bench:
     def __init__(self, config: BenchConfig, folder: Path):
         self.config, self.folder = config, folder
         self.device = hardware.pick_device(config.device)
-        self.dtype = hardware.pick_dtype(config.dtype, self.device)
+        self.dtype = hardware.pick_dtype("fp32" if config.dtype == "int8" else config.dtype, self.device)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -171,7 +172,8 @@ def hugging_face(config: VariantConfig):
 
 def generate_ours(bench: Bench):
     config = bench.config
-    model = GPT.from_pretrained(str(bench.folder / "model")).to(bench.device, bench.dtype).eval()
+    model = GPT.from_pretrained(str(bench.folder / "model")).to(bench.device).eval()
+    set_precision(model, config.dtype)
     idx = prompt(config).to(bench.device)
     compiled = config.compile and hardware.can_compile(bench.device)
 
@@ -341,7 +343,7 @@ WARMUP = 2  # rounds to warm up: the first compiles, the second fills the alloca
 
 
 def side(connection, setup, config: BenchConfig, folder: Path):
-    """Runs one side in its process. Sets up, then answers each round's number with (amount, seconds, answer, bytes)."""
+    """Runs one side in its process. Sets up, then answers each round's number with (amount, seconds, answer, bytes, ways)."""
     sys.stdout = sys.stderr  # only the table goes to stdout
     before = hardware.peak_memory(torch.device("cpu"))
     bench = Bench(config, folder)
@@ -355,7 +357,7 @@ def side(connection, setup, config: BenchConfig, folder: Path):
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - began
             grown = hardware.peak_memory(bench.device) - (before if bench.device.type != "cuda" else 0)
-            connection.send((amount, seconds, answer() if callable(answer) else answer, grown))
+            connection.send((amount, seconds, answer() if callable(answer) else answer, grown, choice.chosen))
     except Exception as e:
         connection.send(e)
 
@@ -408,8 +410,9 @@ def compare(what: str, config: BenchConfig, folder: Path) -> dict:
         "rounds": rates,
         "memory_ours": rounds[-1][0][3],
         "memory_peer": rounds[-1][1][3],
+        "ways": rounds[-1][0][4] | {name: way for name in choice.WAYS if (way := choice.forced(name))},
     }
-    if same_answers:
+    if same_answers and config.dtype != "int8":
         row["same_answers"] = rounds[-1][0][2] == rounds[-1][1][2]
     return row
 
@@ -454,10 +457,34 @@ def environment(config: BenchConfig) -> dict:
         "commit": git_commit(),
         "machine": hardware.describe(device),
         "threads": torch.get_num_threads(),
-        "dtype": str(hardware.pick_dtype(config.dtype, device))[6:],
+        "dtype": config.dtype if config.dtype == "int8" else str(hardware.pick_dtype(config.dtype, device))[6:],
+        **measured_rates(device, config.dtype),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "tiktoken")},
     }
+
+
+def measured_rates(device: torch.device, dtype: str) -> dict[str, str]:
+    """Returns the limits to compare with: how fast this machine multiplies matrices of a training step, and reads memory."""
+    kind = hardware.pick_dtype("fp32" if dtype == "int8" else dtype, device)
+    torch.set_float32_matmul_precision("high")
+    m, k, n = (65536, 768, 3072) if device.type == "cuda" else (1024, 768, 3072)
+    x, w = torch.ones(m, k, device=device, dtype=kind), torch.ones(n, k, device=device, dtype=kind)
+    numbers = torch.ones(2**26, device=device)  # more than a cache holds
+    multiply, read = best_time(lambda: F.linear(x, w), device), best_time(numbers.sum, device)
+    return {"matrix products": f"{2 * m * k * n / multiply / 1e9:,.0f} GFLOP/s", "memory": f"{numbers.nbytes / read / 1e9:,.0f} GB/s"}
+
+
+def best_time(work, device: torch.device) -> float:
+    """Returns the shortest of ten times in seconds."""
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def table(rows: list[dict]) -> str:
@@ -465,6 +492,7 @@ def table(rows: list[dict]) -> str:
     lines = ["| work | ours | peer | ratio | memory, ours | memory, peer | |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in rows:
         note = {True: "the same answers", False: "OTHER ANSWERS", None: ""}[row.get("same_answers")]
+        note = ", ".join(filter(None, (note, *(f"{name}: {way}" for name, way in row.get("ways", {}).items()))))
         lines.append(
             f"| {row['work']} | {row['ours']:,.1f} {row['unit']} | {row['peer']:,.1f} ({row['peer_name']}) | {row['ratio']:.2f} × | "
             f"{row['memory_ours'] / 1e9:.2f} GB | {row['memory_peer'] / 1e9:.2f} GB | {note} |"
@@ -482,6 +510,8 @@ def errors_of(config: BenchConfig) -> list[str]:
         errors.append("--what has no value: choose from " + ", ".join(WORK))
     if "generate" in config.what and 16 + config.new_tokens > config.model.seq_len:
         errors.append(f"a prompt of 16 and --new-tokens {config.new_tokens} exceed --seq-len {config.model.seq_len}: lower --new-tokens")
+    if config.dtype == "int8" and set(config.what) != {"generate"}:
+        errors.append("--dtype int8 is for generation only: add --what generate")
     if not 50257 <= config.model.vocab_size <= 65536:
         errors.append(f"--vocab-size is {config.model.vocab_size}: it must be from 50257 (GPT-2) to 65536 (a shard's limit)")
     if find_spec("transformers") is None:

@@ -17,10 +17,13 @@ def test_bench_times_both_sides_of_every_task(tmp_path, gpt2_tokenizer):
     tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(6)))
     shape = "--n-layer 2 --n-head 2 --n-embd 32 --seq-len 256 --dtype fp32 --no-compile --device cpu".split()
     small = "--rounds 3 --passes 2 --tasks 6 --new-tokens 20 --megabytes 1 --shard-tokens 100000 --json".split()
-    result = script("lab.bench", *shape, *small, "--hellaswag-file", tasks, timeout=300)
+    result = script("lab.bench", *shape, *small, "--hellaswag-file", tasks, timeout=300, GPT_WAYS="row=mv")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert [row["work"] for row in report["rows"]] == list(bench.WORK) and report["threads"] == 1
+    assert float(report["matrix products"].split()[0]) > 1 and "cores" in report["machine"]
+    ways = {row["work"]: row["ways"] for row in report["rows"]}
+    assert ways["generate"] == ways["load"] == {"row": "mv"}
     for row in report["rows"]:
         assert row.get("same_answers", True) and len(row["rounds"]) == 3
         assert min(rate for both in row["rounds"] for rate in both) > 0 and row["memory_peer"] > 0
@@ -43,6 +46,7 @@ def test_failing_side_is_one_line(tmp_path):
         (["--what", "generate", "--seq-len", 64], "--new-tokens 128 exceed --seq-len 64: lower --new-tokens"),
         (["--vocab-size", 257], "--vocab-size is 257"),
         (["--what"], "--what has no value"),
+        (["--dtype", "int8", "--what", "generate", "load"], "--dtype int8 is for generation only: add --what generate"),
         (["--activation-memory", 1.5], "--activation-memory is 1.5: it must be from 0 to 1"),
         (["--rounds", 0, "--shard-tokens", 0], "--rounds is 0: it must be at least 1; --shard-tokens is 0"),
         (["--what", "tokenize", "--dataset", "none.txt"], "none.txt not found"),
