@@ -215,7 +215,7 @@ def wide_layers(model: GPT) -> list[nn.Linear]:
 
 def prepare_compiled_token(model: GPT):
     """Chooses how torch.compile computes the linear layers of a step that adds a token. Call it before compiling the step."""
-    layers = [module for module in model.modules() if isinstance(module, linear.RowLinear)]
+    layers = [module for module in model.modules() if isinstance(module, linear.RowLinear | linear.Int8Linear)]
     if layers and model.lm_head.weight.device.type == "cpu":
         linear.choose_compiled_row(wide_layers(model), layers)
 

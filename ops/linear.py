@@ -22,6 +22,9 @@ class RowLinear(nn.Linear):
 
     way = "loop"
 
+    def row_tensors(self):
+        return self.weight, self.bias
+
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() != self.in_features or not torch.compiler.is_compiling() or torch.is_grad_enabled():
             return super().forward(x)
@@ -63,6 +66,9 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, way: str) -> Tens
 @row_linear.register_fake
 def _(x, weight, bias, way):
     return x.new_empty(*x.shape[:-1], weight.size(0))
+
+
+RowLinear.row_ways = {"loop": row_loop, "library": library, "mv": mv}
 
 
 class InferenceLinear(nn.Module):
@@ -120,26 +126,41 @@ def trial_layers(layers: list[nn.Linear], dtype: torch.dtype, most: int) -> list
     return layers[:enough] if size * len(layers) >= TRIAL_BYTES // 4 else []
 
 
-def choose_compiled_row(layers: list[nn.Linear], same: list[RowLinear]):
+def choose_compiled_row(layers: list[nn.Module], same: list[nn.Module]):
     """Sets how the layers in `same` compute one row in torch.compile, from a trial with `layers` at the first call. Compiling the loop
-    for it takes some seconds."""
-    dtype = layers[0].weight.dtype
-    key = f"compiled_row {str(dtype)[6:]}"
+    for it takes some seconds. All are RowLinear, or all are Int8Linear."""
+    weight, ways = layers[0].weight, layers[0].row_ways
+    key = f"compiled_row {str(weight.dtype)[6:]}"
     way = choice.forced("compiled_row") or choice.chosen.get(key)
-    trial = [] if way else trial_layers(layers, dtype, len(layers))
+    trial = [] if way else trial_layers(layers, weight.dtype, len(layers))
     if trial:
-        x = torch.ones(1, layers[0].in_features, dtype=dtype)
-        ways = {"loop": torch.compile(row_loop, dynamic=False), "library": library, "mv": mv}
+        x = torch.ones(1, weight.size(1), dtype=weight.dtype if weight.is_floating_point() else torch.float32)
+        calls = {name: torch.compile(call, dynamic=False) if name == "loop" else call for name, call in ways.items()}
         way = choice.fastest(
-            key, {name: lambda call=call: [call(x, layer.weight, layer.bias) for layer in trial] for name, call in ways.items()}
+            key, {name: lambda call=call: [call(x, *layer.row_tensors()) for layer in trial] for name, call in calls.items()}
         )
     for layer in same:
-        layer.way = way or "loop"
+        layer.way = way if way in ways else "loop"
+
+
+def int8_loop(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """One row of input, for torch.compile to turn into a loop. It is fast with AVX-512, and not with AVX2."""
+    y = (row_loop(x.float(), weight, None) * scale).to(x.dtype)
+    return y if bias is None else y + bias
+
+
+def int8_library(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's product with 8-bit weights, which is fast for x (…, in) in bf16 and few rows."""
+    y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), weight, scale).to(x.dtype).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 
 class Int8Linear(nn.Module):
     """A linear layer with 8-bit weights and one scale per output: y = x (scale · weight)ᵀ + bias. No gradients. A scale is the largest
-    absolute weight of the output's row, divided by 127 (absmax quantization: Dettmers et al., 2022, section 2.1, for weights only)."""
+    absolute weight of the output's row, divided by 127 (absmax quantization: Dettmers et al., 2022, section 2.1, for weights only).
+    way: how to compute one row in torch.compile."""
+
+    way = "loop"
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -149,16 +170,20 @@ class Int8Linear(nn.Module):
         self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)  # (out, in)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
+    def row_tensors(self):
+        return self.weight, self.scale, self.bias
+
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)  # (N, in)
-        # PyTorch's operation reads beyond the end of rows that are no multiple of 16 (torch 2.13). It is slow for many rows
-        if x.device.type != "cpu" or len(rows) > 16 or x.size(-1) % 16:
-            y = rows @ (self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None]).t()
-        elif len(rows) == 1 and torch.compiler.is_compiling():
-            y = (row_loop(rows.float(), self.weight, None) * self.scale).to(x.dtype)
-        else:
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).to(x.dtype)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        rows = x.numel() // x.size(-1)
+        fits = x.size(-1) % 16 == 0  # else PyTorch's operation reads beyond the weights' end (torch 2.13)
+        if x.device.type == "cpu" and rows == 1 and torch.compiler.is_compiling():
+            return self.row_ways[self.way if fits else "loop"](x, *self.row_tensors())
+        if x.device.type == "cpu" and rows <= 16 and fits:
+            return int8_library(x, *self.row_tensors())
+        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None], self.bias)
+
+
+Int8Linear.row_ways = {"loop": int8_loop, "library": int8_library}
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -72,6 +72,16 @@ def test_compiled_row_traces_every_way(way):
         assert torch.allclose(y, nn.Linear.forward(layer, x), atol=1e-6)
 
 
+@pytest.mark.parametrize(("way", "inputs"), [("loop", 48), ("library", 48), ("library", 40)])
+def test_compiled_int8_row_traces_every_way(way, inputs):
+    layer, x = linear.Int8Linear(random_linear(inputs, 80)), torch.randn(1, 1, inputs)
+    layer.way = way
+    with torch.no_grad():
+        y = torch.compile(lambda x: layer(x), backend="eager", fullgraph=True)(x)
+        expected = F.linear(x, layer.weight * layer.scale[:, None].float(), layer.bias)
+    assert (y - expected).norm() / expected.norm() < (1e-6 if way == "loop" else 6e-3)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_one_query_equals_many(dtype):
     torch.manual_seed(0)
