@@ -26,6 +26,7 @@ from common.tokenizer import get_tokenizer
 from variants import VariantConfig
 
 REPO = Path(__file__).parent.parent
+THOROUGH = bool(os.environ.get("THOROUGH"))  # more cases in some slow tests than CI has time for
 
 if hasattr(signal, "SIGHUP"):  # under nohup, all of our processes would ignore it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -84,11 +85,11 @@ def fresh(monkeypatch):
 
 
 def spread_out(model: GPT) -> GPT:
-    """Draws large weights, so that no two answers or tokens are nearly as likely."""
+    """Draws large weights. Then each part of the model matters, and no two answers or tokens are nearly as likely."""
     torch.manual_seed(0)
     for p in model.parameters():
         if p.dim() >= 2:
-            torch.nn.init.normal_(p, std=0.1)
+            torch.nn.init.normal_(p, std=model.config.n_embd**-0.5)
     return model.eval()
 
 
@@ -100,7 +101,7 @@ if not ON_GPU:
 VARIANTS = {
     "gpt2": {},
     "modern": dict(pos="rope", qk_norm=True, norm="rmsnorm", mlp="swiglu", bias=False, tied_head=False, value_residual=True, n_kv_head=2),
-    "documents in windows": dict(window=100, window_pattern="SSL", doc_mask=True, pos="rope"),
+    "documents in windows": dict(window=50, window_pattern="SSL", doc_mask=True, pos="rope"),
     "experts": dict(n_expert=4, n_expert_active=2, mlp="relu2"),
     "shared": dict(share_layers=2, n_kv_head=1, pos="rope", rope_scaling="yarn", rope_factor=4.0, mlp="gelu_exact"),
 }
@@ -108,12 +109,12 @@ WHOLE, CHUNKS = False, True
 MODES = [  # dtype, whether compiled, whether the loss is computed in chunks, and for which variants
     (FP32, False, WHOLE, VARIANTS),
     (BF16, True, CHUNKS, VARIANTS),
-    (FP32, True, WHOLE, ["gpt2", "documents in windows", "shared"]),
+    (FP32, True, WHOLE, VARIANTS),
     (FP16, True, WHOLE, ["gpt2", "modern"]),
     (BF16, False, WHOLE, ["gpt2", "modern"]),
     (FP32, False, CHUNKS, ["gpt2"]),
 ]
-LARGEST = {FP32: 1e-4, BF16: 0.06, FP16: 0.01}  # ‖device - CPU‖ / ‖CPU‖ of a gradient
+LARGEST = {FP32: 1e-4, BF16: 0.12, FP16: 0.015}  # ‖device - CPU‖ / ‖CPU‖ of a gradient; rounding on a CPU reaches half of it
 
 
 def loss_and_gradients(model: GPT, ids: torch.Tensor, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
@@ -129,10 +130,9 @@ def loss_and_gradients(model: GPT, ids: torch.Tensor, dtype: torch.dtype) -> tup
 @functools.cache
 def on_cpu(variant: str):
     """A variant's weights, ids (B, T + 1), and the loss and gradients that a CPU computes from them in fp32."""
-    torch.manual_seed(0)
-    model = build(VariantConfig(**SIZE | VARIANTS[variant]))
+    model = spread_out(build(VariantConfig(**SIZE | VARIANTS[variant])))
     ids = torch.randint(SIZE["vocab_size"] - 1, (4, SIZE["seq_len"] + 1))
-    ids[:, ::70] = SIZE["vocab_size"] - 1  # documents begin here
+    ids[:, ::70] = SIZE["vocab_size"] - 1  # documents begin here, longer than a window
     state = {name: p.clone() for name, p in model.state_dict().items()}
     return state, ids, *loss_and_gradients(model, ids, FP32)
 
@@ -156,10 +156,10 @@ def test_loss_and_gradients_equal_the_cpus(monkeypatch, variant, dtype, compiled
     for name in ("MAX_LOGITS", "MAX_LOGITS_CUDA"):
         monkeypatch.setattr(f"ops.loss.{name}", len(model.lm_head.weight) * (300 if chunks else 10**6))
     found_loss, found = loss_and_gradients(model, ids, dtype)
-    assert found_loss == pytest.approx(loss, rel={FP32: 1e-5, BF16: 3e-3, FP16: 3e-4}[dtype])
+    assert found_loss == pytest.approx(loss, rel={FP32: 1e-5, BF16: 1e-3, FP16: 1e-4}[dtype])
     total = sum(g.square().sum() for g in expected.values()).sqrt()
     off = {name: ((found[name] - g).norm() / (g.norm() + 1e-3 * total)).item() for name, g in expected.items()}
-    largest = 0.2 if "expert" in variant and dtype != FP32 else LARGEST[dtype]  # rounding may send a token to another expert
+    largest = 0.4 if "expert" in variant and dtype != FP32 else LARGEST[dtype]  # rounding may send a token to another expert
     assert {name: x for name, x in off.items() if not x <= largest} == {}
 
 
@@ -221,14 +221,13 @@ def check_cuda_graphs():
 @pytest.mark.gpu(60)
 @pytest.mark.parametrize(("length", "head_size"), [(256, 64), (200, 16), (384, 128)])
 @pytest.mark.parametrize(
-    "switches", [dict(window=50), dict(doc_mask=True), dict(doc_mask=True, window=50, window_pattern="SL", pos="rope", n_kv_head=1)]
+    "switches", [dict(window=50), dict(doc_mask=True), dict(doc_mask=True, window=20, window_pattern="SL", pos="rope", n_kv_head=1)]
 )
 def test_flex_attention_equals_the_mask(switches, length, head_size):
     """Without a GPU there are no gradients: FlexAttention has none on a CPU."""
-    torch.manual_seed(0)
-    model = build(VariantConfig(97, length, 2, 2, 2 * head_size, **switches)).to(DEVICE)
+    model = spread_out(build(VariantConfig(97, length, 2, 2, 2 * head_size, **switches))).to(DEVICE)
     ids = torch.randint(96, (2, length + 1), device=DEVICE)
-    ids[:, ::37] = 96  # documents begin here
+    ids[:, ::37] = 96  # documents begin here, longer than a window
     with torch.set_grad_enabled(ON_GPU):
         expected, logits = run(model, ids)
         compile_blocks(model)
@@ -315,8 +314,10 @@ def tensors(trainer) -> list[torch.Tensor]:
 
 
 @pytest.mark.gpu(60)
-def test_background_save_holds_its_own_step(data, tmp_path):
-    """Training changes the tensors while a thread writes them. A CPU run saves in the foreground, so it is told to do otherwise."""
+def test_background_save_holds_its_own_step(monkeypatch, data, tmp_path):
+    """Training changes the tensors before the thread writes them. A CPU run saves in the foreground, so it is told to do otherwise."""
+    trained, write = threading.Event(), checkpoint.write_checkpoint
+    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *arguments: trained.wait() and write(*arguments))
     _, trainer, checkpoints, _ = set_up(data, tmp_path)
     assert checkpoints.saver.background == ON_GPU
     checkpoints.saver.background = True
@@ -325,6 +326,7 @@ def test_background_save_holds_its_own_step(data, tmp_path):
     checkpoints.save(1, None)
     for step in range(1, 4):
         trainer.update(step)
+    trained.set()
     checkpoints.saver.finish()
     saved = checkpoint.load_training(tmp_path, 1)[0]["model"]
     assert all(torch.equal(saved[name], p) for name, p in expected.items())

@@ -57,9 +57,9 @@ def test_kill_while_compiling_breaks_no_later_run(shards, tmp_path):
         result = subprocess.run([sys.executable, REPO / "train.py", *map(str, flags)], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         [path.unlink() for path in run.iterdir()]
-        libraries = list(cache.glob("*/*.so"))
-        assert libraries and all(path.stat().st_size for path in libraries)
-        for path in libraries:
+        libraries = sorted(cache.glob("*/*.so"))
+        assert len(libraries) > 3 and all(path.stat().st_size for path in libraries)
+        for path in libraries[::4]:  # each takes seconds to compile again
             path.write_bytes(b"")
             os.utime(path, (0, 0))
 
