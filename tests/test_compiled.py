@@ -84,10 +84,8 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "attention", "batch", "length", "head_size"),
-    [(BF16, "flash", 2, 128, 32), *(pytest.param(*step, marks=pytest.mark.slow) for step in STEPS)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "attention", "batch", "length", "head_size"), STEPS)
 def test_compiled_step_has_eager_gradients(poisoned_memory, dtype, attention, batch, length, head_size):
     check_parity(VariantConfig(97, length, 1, 4, 4 * head_size, attention), dtype, batch)
 
@@ -248,7 +246,7 @@ def damage_compiled_gelu(monkeypatch, factor: float):
     monkeypatch.setattr(linear, "gelu", lambda x: gelu(x) * (factor if torch.compiler.is_compiling() else 1))
 
 
-@pytest.mark.parametrize("factor", [1.3, float("nan"), float("inf")])
+@pytest.mark.parametrize("factor", [1.3, float("nan")])
 def test_failed_self_check_trains_eagerly(quick_compile, monkeypatch, shards, tmp_path, capsys, factor):
     damage_compiled_gelu(monkeypatch, factor)
     assert run_train(shards, tmp_path / "compiled", "--compile") == 0
