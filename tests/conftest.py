@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from common.tokenizer import get_tokenizer
 from variants import VariantConfig
 
 REPO = Path(__file__).parent.parent
+THOROUGH = bool(os.environ.get("THOROUGH"))  # more cases in some slow tests than CI has time for
 
 if hasattr(signal, "SIGHUP"):  # under nohup, all of our processes would ignore it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -39,6 +41,16 @@ TINY = (
 
 def pytest_addoption(parser):
     parser.addoption("--renew-golden", action="store_true", help="write new losses for test_golden_run")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Runs the tests in two processes, if pytest-xdist is installed and -n is not given. Most of the time is waiting. A file's tests stay
+    together, because they share runs. The GPU's tests share one process, as they share its memory."""
+    option = config.option
+    if getattr(option, "numprocesses", 0) is None and not hasattr(config, "workerinput") and option.markexpr != "gpu":
+        option.numprocesses = 2
+        option.dist = "loadfile" if option.dist == "no" else option.dist
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +78,23 @@ def write_shards(folder: Path, sizes: list[int], seed: int = 0) -> Path:
 def shards(tmp_path_factory) -> Path:
     """A val shard and three ragged train shards, one of them shorter than a sequence."""
     return write_shards(tmp_path_factory.mktemp("shards"), [1000, 5003, 17, 3001])
+
+
+def make_tasks(n: int) -> list[dict]:
+    """Tasks of random words in HellaSwag's layout. Some have WikiHow's markup, extra spaces or an empty ctx_b."""
+    generator = random.Random(0)
+    words = "the a man woman she He runs [title] jumps [substeps] over café dog's and then, (slowly) into  water.".split(" ")
+
+    def sentence(n):
+        return " ".join(generator.choices(words, k=n))
+
+    tasks = []
+    for i in range(n):
+        a, b = sentence(generator.randrange(3, 12)), sentence(generator.randrange(0, 4))
+        endings = [sentence(generator.randrange(2, 9)) + generator.choice(["", ".", " "]) for _ in range(4)]
+        task = {"ind": i, "activity_label": sentence(2), "ctx_a": a, "ctx_b": b, "ctx": f"{a} {b}".strip(), "endings": endings}
+        tasks.append(task | {"label": generator.randrange(4), "split": "val", "split_type": "indomain", "source_id": "x"})
+    return tasks
 
 
 def ids_for(config: VariantConfig, batch: int = 3, length: int | None = None) -> torch.Tensor:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FORKS, run_main, run_train, save_checkpoint, write_shards
+from conftest import FORKS, THOROUGH, run_main, run_train, save_checkpoint, write_shards
 from test_dataloader import llmc_bin
 from test_hellaswag import make_tasks
 
@@ -331,7 +331,7 @@ def in_process(target, *arguments):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory from /proc")
-@pytest.mark.parametrize("count", [50, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [50, pytest.param(2000 if THOROUGH else 500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_files_end_in_one_line(tmp_path, name, count):
     assert in_process(fuzz, name, tmp_path, count) == 0

@@ -35,6 +35,7 @@ LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOC
 # ---- systems and file systems ----
 
 
+@pytest.mark.slow
 def test_quickstart_runs_without_posix(shards, tmp_path):
     """Stands in for Windows: every module imports, and the quickstart trains, resumes, samples and plots."""
     run, quick = f"--out-dir {tmp_path}/run", "--preset quickstart --no-compile --val-tokens 2048 --sample-tokens 4"

@@ -1,14 +1,16 @@
 """--shard: the same losses and checkpoints as without it, with less memory per process."""
 
+import ctypes
 import json
 from shutil import copy, copytree
 
 import pytest
 import torch
-from conftest import TINY, forked, read_stream, run_train, script, trace_only
+from conftest import TINY, forked, read_stream, run_train, trace_only
 from test_hellaswag import make_tasks
 
 import checkpoint
+from common import device
 from training.config import TrainConfig
 from training.memory import Setting, memory
 from variants import VariantConfig, build_on_meta
@@ -169,6 +171,11 @@ def test_compiled_bf16_sharded_losses_match_one_process(shards, tmp_path):
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "plain"), abs=5e-3)
 
 
+def free_at_once():
+    """Makes malloc return freed memory, or the peak would be the allocator's."""
+    ctypes.CDLL(None).mallopt(device.M_MMAP_THRESHOLD, 2**20)
+
+
 @pytest.mark.slow
 def test_memory_per_process_shrinks_as_planned(shards, tmp_path):
     """Runs 38 M parameters on two and four processes. Each holds all weights while it evaluates. Subtracts the memory of a process with
@@ -176,9 +183,8 @@ def test_memory_per_process_shrinks_as_planned(shards, tmp_path):
     flags = "--n-layer 12 --n-head 8 --micro-batch-size 1 --total-batch-tokens 128 --val-tokens 128 --max-steps 2 --val-every 1 --shard"
     peaks = {}
     for processes, width in ((4, 16), (2, 512), (4, 512)):
-        argv = ["train.py", *TINY, *flags.split(), "--n-embd", width, "--data-dir", shards, "--out-dir", tmp_path / f"{processes}_{width}"]
-        # malloc returns freed memory at once, or the peak would be the allocator's
-        run = script(*argv, processes=processes, timeout=250, MALLOC_MMAP_THRESHOLD_=2**20)
+        argv = [*TINY, *flags.split(), "--n-embd", width, "--data-dir", shards, "--out-dir", tmp_path / f"{processes}_{width}"]
+        run = forked(tmp_path, "train", *argv, processes=processes, timeout=250, first=free_at_once)
         assert run.returncode == 0, run.stderr
         rows = [json.loads(line) for line in (tmp_path / f"{processes}_{width}" / "metrics.jsonl").read_text().splitlines()]
         peaks[processes, width] = max(row.get("memory_bytes", 0) for row in rows)

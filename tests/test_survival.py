@@ -57,9 +57,9 @@ def test_kill_while_compiling_breaks_no_later_run(shards, tmp_path):
         result = subprocess.run([sys.executable, REPO / "train.py", *map(str, flags)], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         [path.unlink() for path in run.iterdir()]
-        libraries = list(cache.glob("*/*.so"))
-        assert libraries and all(path.stat().st_size for path in libraries)
-        for path in libraries:
+        libraries = sorted(cache.glob("*/*.so"))
+        assert len(libraries) > 3 and all(path.stat().st_size for path in libraries)
+        for path in libraries[::4]:  # each takes seconds to compile again
             path.write_bytes(b"")
             os.utime(path, (0, 0))
 
@@ -190,7 +190,7 @@ def test_signal_to_torchrun_saves_within_30_seconds(shards, tmp_path, number, wh
     assert (newest_step(run) is None) == (where == "compilation") and (where != "HellaSwag" or newest_step(run) == 5)
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
+@pytest.mark.parametrize("how", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_one_failing_rank_ends_all_ranks(shards, tmp_path, how):
     """The other rank prints one line and exits: at once if rank 1 dies, after a timeout of 6 s if it hangs. A rank that dies says why."""
     run = Forked(
@@ -490,6 +490,7 @@ def test_replay_step_reports_a_different_loss(undisturbed, tmp_path, capsys):
     assert "in the log: 4.25" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_signal_inside_a_weakref_callback_ends_the_run(tmp_path):
     """Python drops what a callback raises. This one gets SIGTERM, as in the middle of torch.compile."""
     (tmp_path / "stop.py").write_text(
