@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -135,11 +136,12 @@ def stream(
     """Yields what generate adds, one position at a time: the ids (B, 1) and the model's logits (B, V) for them.
     ValueError if logits are not finite. Compiled steps raise it at the end."""
     limit, end = model.config.seq_len, idx.size(1) + max_new_tokens
+    compile = compile and use_cache
     if compile:
         prepare_compiled_token(model)
     else:
         model = inference_copy(model, rows=idx.size(0))
-    cache = KVCache(min(limit, -(-end // 128) * 128 if compile else end)) if use_cache else None
+    cache = own = empty_cache(model, idx, min(limit, -(-end // 128) * 128)) if compile else KVCache(min(limit, end)) if use_cache else None
     new, position = idx, None  # the latest ids; their position (1,), for compiled steps
     largest = torch.zeros((), device=idx.device)  # of the compiled steps' logits: read once at the end, because reading waits
     while idx.size(1) < end:
@@ -159,8 +161,27 @@ def stream(
         new = next_ids(logits.float(), temperature, top_k, top_p, generator)  # (B, 1)
         idx = torch.cat([idx, new], dim=1)
         yield new, logits
+    if compile:
+        SPARE[model] = own
     if not largest.isfinite():
         raise ValueError(f"the model's {DIVERGED}")
+
+
+SPARE = WeakKeyDictionary()  # each model's last cache of compiled steps, while no text uses it
+
+
+def empty_cache(model: GPT, idx: Tensor, room: int) -> KVCache:
+    """Returns the cache of the model's last compiled text if it fits, else a new one. With a cache at another address, CUDA would record
+    its graph again, and after 128 times it would stop using graphs."""
+    kind = idx.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.lm_head.weight.dtype
+    fits = room, len(idx), idx.device, dtype
+    cache = SPARE.pop(model, None)  # a second text at the same time finds none
+    if cache is None or cache.fits != fits:
+        cache = KVCache(room)
+        cache.fits = fits
+    cache.reset()
+    return cache
 
 
 def speculate(

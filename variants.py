@@ -17,7 +17,7 @@ from common.device import pick_dtype
 from common.validation import raise_errors, rule
 from formats import huggingface
 from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig, cross_entropy, gelu, manual_attention
-from ops import attention, linear, loss
+from ops import attention, experts, linear, loss
 from ops.kv_cache import KVCache, next_positions
 
 
@@ -464,14 +464,13 @@ class VariantAttention(CausalSelfAttention):
             q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
         if context.cache is not None:
             k, v = context.cache(k, v)  # (B, K, S, D)
-        if k.size(1) < q.size(1):
-            k, v = (y.repeat_interleave(q.size(1) // k.size(1), dim=1) for y in (k, v))  # (B, H, S, D)
         y = self.attend(q, k, v, context.mask, context.window)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), values
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None) -> Tensor:
-    """Computes manual_attention, in which a query sees at most `window` positions back, including its own."""
+    """Computes manual_attention, in which a query sees at most `window` positions back, including its own. k, v: (B, K, S, D)."""
+    k, v = attention.repeat_heads(q, k, v)
     if mask is None and window is not None:
         mask = attention.causal_mask(q.size(2), q.size(2), q.device, window)
     return manual_attention(q, k, v, mask)
@@ -542,7 +541,7 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
         self.c_fc = nn.ParameterList(torch.empty(config.n_fc, config.n_embd) for _ in range(config.n_expert))
         self.c_proj = nn.ParameterList(torch.empty(config.n_embd, config.n_inner) for _ in range(config.n_expert))
-        self.activation, self.by_expert = ACTIVATIONS[config.mlp], by_expert
+        self.activation, self.loop = ACTIVATIONS[config.mlp], experts.one_by_one
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, T, C). Returns the output (B, T, C) and the load-balancing loss: n_expert · Σ over experts of (fraction of the tokens
@@ -552,19 +551,13 @@ class MixtureOfExperts(nn.Module):
         weights, chosen = probs.topk(self.n_active)  # (N, active)
         if self.n_active > 1:  # a single weight would always be 1, and the router would get no gradient
             weights = weights / weights.sum(-1, keepdim=True)
-        order = chosen.flatten().argsort(stable=True)  # sorts the choices, n_active per token, by expert
-        counts = chosen.flatten().bincount(minlength=probs.size(1))
+        chosen, order = chosen.flatten().sort(stable=True)  # the choices, n_active per token, by expert
+        ends = torch.searchsorted(chosen, torch.arange(probs.size(1), device=x.device), right=True, out_int32=True)
         rows = order // self.n_active
-        y = self.by_expert(self.activation(self.by_expert(tokens[rows], self.c_fc, counts)), self.c_proj, counts)
+        y = self.activation(experts.by_expert(tokens[rows], self.c_fc, ends, self.loop))
+        y = experts.by_expert(y, self.c_proj, ends, self.loop)
         y = y * weights.flatten()[order, None].type_as(y)
         out = torch.zeros_like(tokens, dtype=y.dtype).index_add(0, rows, y)
+        counts = ends.diff(prepend=ends.new_zeros(1))
         balance = probs.size(1) * (counts / len(order) * probs.mean(0)).sum()
         return out.view_as(x), balance
-
-
-def by_expert(x: Tensor, weights: nn.ParameterList, counts: Tensor) -> Tensor:
-    """Multiplies the first counts[0] rows of x (N, in) with the first weight (out, in), the next counts[1] rows with the second, and
-    so on. Returns (N, out)."""
-    parts = zip(x.split(counts.tolist()), weights, strict=True)
-    # pads with rows of zeros to a multiple of 64: the CPU's library generates code for each new shape, and keeps it
-    return torch.cat([(F.pad(part, (0, 0, 0, -len(part) % 64)) @ weight.t())[: len(part)] for part, weight in parts])

@@ -1,4 +1,7 @@
-"""Attention that is faster than model.py's and takes more kinds of mask. Shapes as in model.py."""
+"""Attention that is faster than model.py's and takes more kinds of mask. Shapes as in model.py; K heads have keys and values, and
+each serves H / K heads of queries."""
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -27,29 +30,55 @@ def layer_windows(window: int | None, pattern: str, n_layer: int, seq_len: int) 
 
 def block_mask(T: int, window: int | None, documents: Tensor | None, device) -> BlockMask:
     """Returns a mask for FlexAttention, which skips fully masked blocks (Dong et al., 2024). documents: (B, T), the number of each
-    position's document."""
+    position's document. Makes a mask without documents only once. On CUDA, compiles the making of one with documents: eager code would
+    store all (B, T, T) bits."""
+    if documents is None:
+        return window_mask(T, window, device)
 
     def seen(batch, head, query, key):
-        near = sees(query, key, window)
-        return near if documents is None else near & (documents[batch, query] == documents[batch, key])
+        return sees(query, key, window) & (documents[batch, query] == documents[batch, key])
 
-    return create_block_mask(seen, None if documents is None else len(documents), None, T, T, device=device)
+    create = compiled_create_block_mask() if documents.is_cuda else create_block_mask
+    return create(seen, len(documents), None, T, T, device=device)
+
+
+@functools.lru_cache(maxsize=16)
+def window_mask(T: int, window: int | None, device) -> BlockMask:
+    return create_block_mask(lambda batch, head, query, key: sees(query, key, window), None, None, T, T, device=device)
+
+
+@functools.cache
+def compiled_create_block_mask():
+    return torch.compile(create_block_mask)
+
+
+def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns k and v (B, H, S, D), with each head repeated for the queries that it serves."""
+    heads = q.size(1) // k.size(1)
+    return (k, v) if heads == 1 else (k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1))
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None, window: int | None = None) -> Tensor:
     """Returns softmax(q kᵀ / √D) v, (B, H, T, D), from the fastest code for this device and mask. Stores no (T, S) scores if T > 1.
 
-    q: (B, H, T, D). k, v: (B, H, S, D). mask: (…, T, S), True where a query may look. Without a mask, a query sees itself and
+    q: (B, H, T, D). k, v: (B, K, S, D). mask: (…, T, S), True where a query may look. Without a mask, a query sees itself and
     everything before it, within the window. Only this function chooses attention code by device.
     """
+    compiled, on_cpu, has_groups = torch.compiler.is_compiling(), q.device.type == "cpu", k.size(1) < q.size(1)
     if isinstance(mask, BlockMask):
-        return flex_attention(q, k, v, block_mask=mask)
-    if q.device.type == "cpu" and torch.compiler.is_compiling() and mask is None and choice.forced("attention") != "fused":
+        heads = q.size(1) // k.size(1)
+        if heads & (heads - 1):  # FlexAttention's kernel for short sequences takes only powers of 2
+            k, v = repeat_heads(q, k, v)
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=k.size(1) < q.size(1))
+    if has_groups and shares_heads(q, mask, window):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    k, v = repeat_heads(q, k, v)
+    if compiled and on_cpu and mask is None and choice.forced("attention") != "fused":
         return BlockwiseAttention.apply(q, k, v, window)
-    if q.device.type == "cpu" and q.size(2) == 1 and mask is not None and not torch.is_grad_enabled():
-        if torch.compiler.is_compiling():  # too little work for a fused kernel
-            return one_query(q, k, v, mask)
-        if q.dtype == torch.bfloat16:  # the fused kernel takes up to 5 times as long for one query
+    if mask is not None and q.size(2) == 1:
+        if compiled:  # too little work for a fused kernel. On CUDA, a mask also rules out FlashAttention, and the kernel that takes one
+            return one_query(q, k, v, mask)  # would read all keys of a head in a single block of threads
+        if on_cpu and q.dtype == torch.bfloat16:  # the fused kernel takes up to 5 times as long
             return one_query(q.float(), k.float(), v.float(), mask).to(q.dtype)
     if window is not None and mask is None:
         mask = causal_mask(q.size(2), q.size(2), q.device, window)
@@ -57,9 +86,15 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | 
 
 
 def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """fused_attention for one query: there are few scores."""
+    """fused_attention for one query, with all scores in memory."""
     scores = q @ k.transpose(2, 3) / q.size(3) ** 0.5  # (B, H, 1, S)
     return F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1) @ v
+
+
+def shares_heads(q: Tensor, mask: Tensor | None, window: int | None) -> bool:
+    """Whether the fused kernel lets several heads of q read one head of keys. On CUDA only FlashAttention and cuDNN do so in every
+    supported PyTorch, and they need 16 bits. The plain code that PyTorch falls back to would store all scores."""
+    return q.is_cuda and q.dtype == torch.bfloat16 and q.size(3) <= 256 and mask is None and window is None
 
 
 class BlockwiseAttention(torch.autograd.Function):

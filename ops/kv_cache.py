@@ -37,6 +37,7 @@ class KVCache:
         self.length = 0
         self.layers: dict[int, LayerCache] = {}
         self.document_of: Tensor | None = None  # (B, max_len), each position's document number
+        self.fits: tuple | None = None  # what it was made for, if it is used again
 
     def layer(self, number: int, positions: Tensor, window: int | None = None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Returns a function that stores a layer's new keys and values at positions (T,), and returns all that they may see."""
@@ -73,11 +74,18 @@ class KVCache:
     def mark_static(self):
         """Tells torch.compile that the cache never moves. Call it when every layer has its memory: a CUDA graph may only write in
         place to tensors marked like this."""
-        for layer in self.layers.values():
-            for x in (layer.keys, layer.values):
-                torch._dynamo.mark_static_address(x)
-        if self.document_of is not None:
-            torch._dynamo.mark_static_address(self.document_of)
+        for x in self.tensors():
+            torch._dynamo.mark_static_address(x)
+
+    def reset(self):
+        """Forgets everything, but keeps its memory."""
+        self.length = 0
+        for x in self.tensors():
+            x.zero_()  # the mask hides old values, but 0 · NaN would show one
+
+    def tensors(self) -> list[Tensor]:
+        kept = [x for layer in self.layers.values() for x in (layer.keys, layer.values)]
+        return kept if self.document_of is None else [*kept, self.document_of]
 
     def nbytes(self) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers.values())

@@ -65,7 +65,9 @@ def chunk_loss(x: Tensor, w: Tensor, targets: Tensor, vocab_size: int, dx: Tenso
     """
     ids, counts, target = torch.arange(len(w), device=x.device), (targets != -100)[:, None], targets.clamp(min=0)[:, None]
     logits = (x @ w.t()).float().masked_fill(ids >= vocab_size, float("-inf"))
-    log_norm = logits.logsumexp(-1, keepdim=True)
+    largest = logits.amax(-1, keepdim=True)
+    # spelled out, because torch.compile then finds maximum and sum in one pass over the logits on CUDA; logsumexp takes two
+    log_norm = (logits - largest).exp().sum(-1, keepdim=True).log() + largest
     if dx is not None:
         # fp16: gradients divided by the number of positions would underflow, so backward() divides; the sum would overflow, hence 256
         dlogits = (((logits - log_norm).exp() - (ids == target).float()) * counts).to(x.dtype)

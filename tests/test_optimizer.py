@@ -12,7 +12,7 @@ import checkpoint
 from common.distributed import DistContext
 from common.shards import find_shards
 from dataloader import TokenStream
-from training.optimizer import AverageWeights, MuonAndAdamW, schedule
+from training.optimizer import AverageWeights, Muon, MuonAndAdamW, batches, schedule
 from training.run_json import read_run
 from variants import VariantConfig, build
 
@@ -89,6 +89,36 @@ def test_muons_update_is_nearly_orthogonal(dtype):
     optimizer.step()
     singular = torch.linalg.svdvals((before - weight.detach()) / (0.5 * 2))
     assert singular[0] < 1.4 and singular[-1] > 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_batched_muon_equals_one_by_one(dtype):
+    """A GPU stacks matrices of one shape; a CPU takes each alone, in bf16 with the bits of torch's Muon."""
+    shapes, results = [(24, 8), (8, 24), (8, 8), (24, 8), (16, 8), (8, 8)], []
+    for at_once in (None, 0, 2 * 24 * 8, 2**20):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        how = dict(lr=2e-2, momentum=0.9, weight_decay=0.1)
+        optimizer = torch.optim.Muon(params, **how) if at_once is None else Muon(params, dtype, **how)
+        optimizer.at_once = at_once
+        for step in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            params[step].grad = None
+            optimizer.step()
+        results.append(params + [optimizer.state[p]["momentum_buffer"] for p in params])
+    theirs, alone, in_twos, together = results
+    if dtype == torch.bfloat16:
+        assert all(map(torch.equal, theirs, alone))
+    for p, q, r in zip(alone, in_twos, together, strict=True):
+        assert max((p - q).abs().max(), (p - r).abs().max()) <= (1e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_batches_have_one_shape_and_a_limit():
+    matrices = [torch.empty(shape) for shape in [(4, 2), (2, 4), (3, 2), (4, 2), (2, 4), (3, 2)]]
+    numbers = [[next(i for i, m in enumerate(matrices) if m is x) for x in batch] for batch in batches(matrices, 24)]
+    assert numbers == [[0, 1, 3], [4], [2, 5]]
+    assert [len(batch) for batch in batches(matrices, 0)] == [1] * 6
 
 
 def test_ranks_split_muons_work_equally():

@@ -1,6 +1,8 @@
 """Generation: cache, compiled steps and drafts change no token, and samples follow the distribution."""
 
 import copy
+import gc
+import weakref
 from collections import Counter
 from itertools import product
 from types import SimpleNamespace
@@ -62,9 +64,67 @@ def test_compiled_step_mutates_only_static_inputs(monkeypatch, switches):
     monkeypatch.setattr(sample, "compiled_step", lambda kind: step)
     model = build(VariantConfig(97, 16, 2, 2, 32, **switches))
     idx = torch.randint(97, (1, 5), generator=torch.Generator().manual_seed(0))
-    for _ in range(2):  # the second text has its own cache and does not recompile
+    for _ in range(2):  # the second text does not recompile
         assert (generate(model, idx, 6, temperature=0, compile=True) == generate(model, idx, 6, temperature=0)).all()
     assert static == [[True] * (5 if switches else 4)]  # keys and values of two layers, and the documents
+
+
+@pytest.fixture
+def caches(monkeypatch) -> list:
+    """The cache that each compiled step is given."""
+    given = []
+
+    def step(model, ids, cache, position):
+        given.append(cache)
+        return sample.decode_step(model, ids, cache, position)
+
+    monkeypatch.setattr(sample, "compiled_step", lambda kind: step)
+    return given
+
+
+def texts(model, *batches: int, **how) -> list[torch.Tensor]:
+    return [generate(model, torch.full((batch, 3), 7), 6, temperature=0, **how) for batch in batches]
+
+
+@pytest.mark.parametrize("switches", [{}, dict(window=4, pos="rope", doc_mask=True)])
+def test_compiled_texts_share_a_clean_cache(caches, switches):
+    """A CUDA graph is recorded for the cache's address. What the last text left there must not show, not even a NaN."""
+    model = build(VariantConfig(97, 24, 2, 2, 32, **switches))
+    first = texts(model, 2, compile=True)[0]
+    addresses = [x.data_ptr() for x in caches[0].tensors()]
+    for x in caches[0].tensors():
+        x.fill_(torch.nan if x.is_floating_point() else 3)
+    assert torch.equal(texts(model, 2, compile=True)[0], first) and torch.equal(texts(model, 2)[0], first)
+    assert len(set(map(id, caches))) == 1 and [x.data_ptr() for x in caches[0].tensors()] == addresses
+
+
+def test_cache_of_another_kind_is_new(caches, model):
+    texts(model, 2, 1, 2, compile=True)
+    other = build(model.config)
+    texts(other, 2, compile=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        texts(other, 2, compile=True)
+    texts(model.to(torch.bfloat16), 2, compile=True)
+    assert len(set(map(id, caches))) == 6
+
+
+def test_two_texts_at_once_have_two_caches(caches, model):
+    idx = torch.full((1, 3), 7)
+    expected = [new.item() for new, _ in sample.stream(model, idx, 6, 0, 0, 1.0, None)]
+    both = zip(*(sample.stream(model, idx, 6, 0, 0, 1.0, None, compile=True) for _ in range(2)), strict=True)
+    assert [(a.item(), b.item()) for (a, _), (b, _) in both] == [(x, x) for x in expected]
+    assert len(set(map(id, caches))) == 2
+
+
+def test_cache_goes_with_its_model(caches):
+    model = build(VariantConfig(97, 24, 1, 2, 16))
+    texts(model, 1, compile=True)
+    held, kept = len(sample.SPARE), weakref.ref(caches[0].tensors()[0])
+    caches.clear()
+    assert kept() is not None
+    del model
+    gc.collect()
+    assert kept() is None and len(sample.SPARE) == held - 1
 
 
 def test_greedy_tokens_match_hugging_face(tmp_path, model):

@@ -6,8 +6,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from model import GPT, cross_entropy
+from ops import experts
 from ops.loss import chunk_loss, in_chunks
-from variants import MixtureOfExperts, VariantGPT, by_expert
+from variants import MixtureOfExperts, VariantGPT
 
 
 def compile_blocks(model: GPT, activation_memory: float = 1.0):
@@ -22,7 +23,7 @@ def compile_blocks(model: GPT, activation_memory: float = 1.0):
     torch._dynamo.config.recompile_limit = 64  # blocks differ: first or not, with a window or not, of model or teacher
     for block in model.transformer.h:
         if isinstance(block.mlp, MixtureOfExperts):  # shapes vary from step to step
-            block.mlp.by_expert = torch.compiler.disable(by_expert)
+            block.mlp.loop = torch.compiler.disable(experts.one_by_one)
         block.compile()
     model.loss = in_chunks(torch.compile(cross_entropy), torch.compile(chunk_loss))
     if isinstance(model, VariantGPT):  # FlexAttention needs heads with at least 16 channels

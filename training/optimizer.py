@@ -1,6 +1,7 @@
 """AdamW, Muon, the learning rate's schedule and the moving average of the weights."""
 
 import math
+from collections import defaultdict
 from contextlib import contextmanager
 
 import torch
@@ -25,37 +26,68 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-class MuonInFull(torch.optim.Muon):
-    """torch.optim.Muon without its rounding to bfloat16. For runs in another precision: hardware without bf16 is many times slower at
-    such products (results/muon.md), and a step's last bits would depend on the world size."""
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with a choice of the products' dtype, and with fewer, larger products on CUDA.
+
+    dtype: bf16, as in torch.optim.Muon, or fp32. Hardware without bf16 is many times slower at products in bf16 (results/muon.md), and
+    they would make a step's result depend on the world size.
+    """
+
+    def __init__(self, params: list[torch.Tensor], dtype: torch.dtype, **settings):
+        super().__init__(params, **settings)
+        self.dtype = dtype
+        # most numbers in a batch of matrices; a CPU gains nothing, and its results would depend on the batch, so on the world size
+        self.at_once = 2**26 if params[0].is_cuda else 0
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p.grad)
-                average = state["momentum_buffer"]
-                average.lerp_(p.grad, 1 - momentum)
-                update = orthogonal(p.grad.lerp(average, momentum), group["ns_coefficients"], group["ns_steps"], group["eps"])
-                rows, columns = p.shape
-                p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
+            for batch in batches([p for p in group["params"] if p.grad is not None], self.at_once):
+                self.update(batch, group)
+
+    def update(self, batch: list[torch.Tensor], group: dict):
+        """Updates matrices of one shape, some of them transposed."""
+        lr, momentum, grads = group["lr"], group["momentum"], [p.grad for p in batch]
+        averages = [self.average(p) for p in batch]
+        torch._foreach_lerp_(averages, grads, 1 - momentum)
+        directions = [wide(x.to(self.dtype)) for x in torch._foreach_lerp(grads, averages, momentum)]
+        stacked = directions[0] if len(batch) == 1 else torch.stack(directions)
+        updates = orthogonal(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"]).view(-1, *stacked.shape[-2:])
+        for p, update in zip(batch, updates, strict=True):
+            rows, columns = p.shape
+            p.mul_(1 - lr * group["weight_decay"])
+            p.add_(update if rows <= columns else update.T, alpha=-lr * math.sqrt(max(1, rows / columns)))
+
+    def average(self, p: torch.Tensor) -> torch.Tensor:
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        return self.state[p]["momentum_buffer"]
 
 
-def orthogonal(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
-    """Makes a matrix nearly orthogonal: (rows, columns) → the same. The Newton-Schulz iteration (Jordan et al., 2024) keeps U and V of the
-    decomposition U S V^T. Each step maps every singular value s to a s + b s^3 + c s^5, which brings it near 1."""
+def batches(matrices: list[torch.Tensor], at_once: int) -> list[list[torch.Tensor]]:
+    """Groups matrices that have the same shape, or the same transposed, with up to at_once numbers in a batch."""
+    by_shape = defaultdict(list)
+    for matrix in matrices:
+        by_shape[tuple(sorted(matrix.shape))].append(matrix)
+    sizes = {shape: max(1, at_once // math.prod(shape)) for shape in by_shape}
+    return [same[i : i + sizes[shape]] for shape, same in by_shape.items() for i in range(0, len(same), sizes[shape])]
+
+
+def wide(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if matrix.size(0) <= matrix.size(1) else matrix.T
+
+
+def orthogonal(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
+    """Makes matrices nearly orthogonal: (rows, columns) or (batch, rows, columns) → the same, rows ≤ columns. The Newton-Schulz iteration
+    (Jordan et al., 2024) keeps U and V of the decomposition U S V^T. Each step maps every singular value s to a s + b s^3 + c s^5, which
+    brings it near 1."""
     a, b, c = coefficients
-    x = matrix if matrix.size(0) <= matrix.size(1) else matrix.T  # x @ x.T is then the smaller square
-    x = x / x.norm().clamp(min=eps)
+    added = torch.addmm if x.dim() == 2 else torch.baddbmm
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x if matrix.size(0) <= matrix.size(1) else x.T
+        square = x @ x.mT
+        x = added(x, added(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 class MuonAndAdamW:
@@ -83,8 +115,8 @@ class MuonAndAdamW:
         self.matrices, taken = matrices, set(matrices)
         rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in decay_groups(model, weight_decay)]
         self.gathered = [nn.Parameter(without_storage(p)) for p in matrices] if sharded else matrices
-        muon = torch.optim.Muon if dtype == torch.bfloat16 else MuonInFull
-        self.muon = muon(self.gathered, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
+        products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        self.muon = Muon(self.gathered, products, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
         self.adamw = adamw(rest, lr)
 
     @property
@@ -106,7 +138,7 @@ class MuonAndAdamW:
                 if self.is_mine(i):
                     gathered.data, gathered.grad = weight, grad
             elif not self.is_mine(i):
-                p.grad = None  # torch.optim.Muon skips it
+                p.grad = None  # Muon skips it
         self.muon.step()
         if self.sharded:
             for i, (p, gathered) in enumerate(zip(self.matrices, self.gathered, strict=True)):
@@ -115,7 +147,20 @@ class MuonAndAdamW:
                 p.copy_(sharding.slice_like(p, weight))
                 gathered.data, gathered.grad = without_storage(p), None
         else:
-            self.world.broadcast([p.data for p in self.matrices], self.owner)
+            self.broadcast([p.data for p in self.matrices])
+
+    def broadcast(self, tensors: list[torch.Tensor]):
+        """Sends each matrix's tensor from its owner to all others, in place. Joins an owner's tensors: one large transfer is faster
+        than many small ones."""
+        for rank in range(self.world.size):
+            owned = tensors[rank :: self.world.size]
+            if not owned or self.world.size == 1:
+                return
+            joined = torch.cat([x.flatten() for x in owned])
+            self.world.broadcast([joined], lambda _, rank=rank: rank)
+            if rank != self.world.rank:
+                parts = joined.split([x.numel() for x in owned])
+                torch._foreach_copy_(owned, [part.view_as(x) for part, x in zip(parts, owned, strict=True)])
 
     def zero_grad(self, set_to_none: bool = True):
         for p in self.matrices:
@@ -125,7 +170,7 @@ class MuonAndAdamW:
     def state_dict(self) -> dict:
         """Returns the state of all ranks. To be called on all ranks."""
         momenta = [self.muon.state[p].get("momentum_buffer", torch.zeros(p.shape, device=p.device)) for p in self.gathered]
-        self.world.broadcast(momenta, self.owner)
+        self.broadcast(momenta)
         state = {i: {"momentum_buffer": momentum} for i, momentum in enumerate(momenta)}
         return {"muon": self.muon.state_dict() | {"state": state}, "adamw": self.adamw.state_dict()}
 

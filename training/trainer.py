@@ -107,7 +107,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         norm = norm.full_tensor() if self.sharded else norm
         # the only sync of a step: every rank's numbers, so that all ranks decide alike
-        losses, norms, stops = zip(*self.world.rows(torch.stack([loss, norm, loss.new_tensor(float(stop))])), strict=True)
+        losses, norms, stops = zip(*self.world.rows(torch.stack([loss, norm, torch.full_like(loss, stop)])), strict=True)
         norm = next((n for n in norms if not math.isfinite(n)), norms[0])  # all equal, unless one is not finite
         mean = sum(losses) / len(losses)
         skipped = self.guard.judge(losses, mean, norm)
