@@ -100,6 +100,7 @@ class MuonAndAdamW:
     @torch.no_grad()
     def step(self):
         self.adamw.step()
+        gradients = [p.grad for p in self.matrices]  # they stay where they are: in DDP's buckets
         for i, (p, gathered) in enumerate(zip(self.matrices, self.gathered, strict=True)):
             if self.sharded:
                 weight, grad = p.full_tensor(), p.grad.full_tensor()
@@ -116,10 +117,12 @@ class MuonAndAdamW:
                 gathered.data, gathered.grad = without_storage(p), None
         else:
             self.world.broadcast([p.data for p in self.matrices], self.owner)
+            for p, grad in zip(self.matrices, gradients, strict=True):
+                p.grad = grad
 
     def zero_grad(self, set_to_none: bool = True):
         for p in self.matrices:
-            p.grad = None
+            p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
         self.adamw.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
