@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from common import cli
+from common.distributed import SAVING
 from common.files import naming, read_json, replace, sha256, write_json, write_temporary
 from common.run_folder import RUN, LostFolder, RunFolder, run_id
 from common.tokenizer import VOCAB_SIZES, Tokenizer, get_tokenizer, misfit
@@ -141,7 +142,7 @@ class Saver:
         if self.background:
             copies = {key: tensor.to("cpu", copy=True) for key, tensor in tensors_in([content, state]).items()}
             content, state = with_tensors([content, state], copies)
-        self.thread = threading.Thread(target=self.write, args=(step, content, state))
+        self.thread = threading.Thread(target=self.write, args=(step, content, state), name=SAVING)
         self.thread.start()
         if not self.background:
             self.wait()

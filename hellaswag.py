@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from checkpoint import load_with_tokenizer
 from common import cli
 from common.device import pick_dtype
-from common.distributed import DistContext, join_world
+from common.distributed import DistContext, exit_without_others, join_world
 from common.files import parse_json, write_atomically
 from common.tokenizer import Tokenizer
 from common.validation import raise_errors
@@ -166,6 +166,7 @@ class Tree:
     scored: np.ndarray  # (N,) where the endings' tokens are predicted, row by row
     targets: np.ndarray  # (N,) these tokens
     counts: list[int]  # of these tokens in each row
+    lengths: list[int]  # of each row: acc_norm divides by it
 
 
 def merge_rows(rows: list[Row], seq_len: int) -> Tree:
@@ -183,7 +184,14 @@ def merge_rows(rows: list[Row], seq_len: int) -> Tree:
         ids += path[shared:-1]
         positions += range(shared, len(path) - 1)
         branch += [number] * (len(path) - 1 - shared)
-    return Tree(*(np.array(part, np.int64) for part in (ids, positions, branch, scored, targets)), counts)
+    arrays = (np.array(part, np.int32) for part in (ids, positions, branch, scored, targets))
+    return Tree(*arrays, counts, [row.length for row in rows])
+
+
+def build_trees(tasks: list[dict], tokenizer: Tokenizer, seq_len: int, world: DistContext, styles) -> dict[tuple[int, str], Tree]:
+    """Tokenizes the tasks that this process scores. Returns a tree for each number of a task and style."""
+    mine = range(world.rank, len(tasks), world.size)
+    return {(i, style): merge_rows(STYLES[style][0](tasks[i], tokenizer), seq_len) for i in mine for style in styles}
 
 
 def batches(trees: list[Tree], batch_tokens: int) -> Iterator[list[int]]:
@@ -197,16 +205,15 @@ def batches(trees: list[Tree], batch_tokens: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def log_probs(
-    model: GPT, tasks: list[list[Row]], batch_tokens: int, progress: bool = False, stopped: Callable[[], bool] = lambda: False
+    model: GPT, trees: list[Tree], batch_tokens: int, progress: bool = False, stopped: Callable[[], bool] = lambda: False
 ) -> list[list[float]]:
-    """The log-probability in nats of each row's ending given its context. Softmax and sum never run in bf16.
+    """The log-probability in nats of each ending given its context, for each tree. Softmax and sum never run in bf16.
     stopped: called before each batch; True skips the rest."""
     model, device = inference_copy(model), model.transformer.wte.weight.device
     # cuDNN's attention plans every new shape, and nearly every batch has a new shape
     kernels = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
-    trees = [merge_rows(rows, model.config.seq_len) for rows in tasks]
-    result = [[] for _ in tasks]
-    with kernels, cli.bar(total=len(tasks), desc="HellaSwag", unit="task", leave=False, disable=not progress) as bar:
+    result = [[] for _ in trees]
+    with kernels, cli.bar(total=len(trees), desc="HellaSwag", unit="task", leave=False, disable=not progress) as bar:
         for batch in batches(trees, batch_tokens):
             if stopped():
                 break
@@ -215,8 +222,8 @@ def log_probs(
             for j, tree in enumerate(trees[i] for i in batch):
                 n = len(tree.ids)
                 ids[j, :n], positions[j, :n], branch[j, :n] = tree.ids, tree.positions, tree.branch
-            scored = np.concatenate([j * L + trees[i].scored for j, i in enumerate(batch)])
-            targets = np.concatenate([trees[i].targets for i in batch])
+            scored = np.concatenate([j * L + trees[i].scored.astype(np.int64) for j, i in enumerate(batch)])
+            targets = np.concatenate([trees[i].targets for i in batch]).astype(np.int64)
             ids, positions, branch, scored, targets = (
                 torch.from_numpy(array).to(device) for array in (ids, positions, branch, scored, targets)
             )
@@ -225,14 +232,14 @@ def log_probs(
             log_p = log_likelihoods(model.logits, x.flatten(0, 1)[scored], targets)  # (N,): only these positions need logits
             sums = [part.sum().item() for part in log_p.cpu().double().split([n for i in batch for n in trees[i].counts])]
             for i in batch:
-                result[i], sums = sums[: len(tasks[i])], sums[len(tasks[i]) :]
+                result[i], sums = sums[: len(trees[i].counts)], sums[len(trees[i].counts) :]
             bar.update(B)
     return result
 
 
-def answers(rows: list[Row], log_p: list[float]) -> dict:
+def answers(lengths: list[int], log_p: list[float]) -> dict:
     """The most likely ending by sum and by mean. The first one wins a tie, as in argmax."""
-    mean = [p / row.length if row.length else float("-inf") for p, row in zip(log_p, rows, strict=True)]
+    mean = [p / length if length else float("-inf") for p, length in zip(log_p, lengths, strict=True)]
     return {"pred": log_p.index(max(log_p)), "pred_norm": mean.index(max(mean)), "log_probs": log_p}
 
 
@@ -249,23 +256,25 @@ def evaluate(
     autocast=None,
     styles=tuple(STYLES),
     stopped: Callable[[], bool] = lambda: False,
+    trees: dict[tuple[int, str], Tree] | None = None,
 ) -> tuple[dict[str, float], list[dict]]:
     """Scores tasks on all processes. Returns the accuracies (acc, acc_norm, harness_acc, harness_acc_norm) and each task's
     answers, for these styles.
 
     batch_tokens: 0 picks what suits the device. autocast: a context for the matrix products. stopped: whether to give up; if one
-    process gives up, all raise Stopped. ValueError if a log-probability is NaN.
+    process gives up, all raise Stopped. trees: from build_trees, if the same tasks are scored again and again. ValueError if a
+    log-probability is NaN.
     """
-    mine = range(world.rank, len(tasks), world.size)
-    rows = {(i, style): STYLES[style][0](tasks[i], tokenizer) for i in mine for style in styles}
+    if trees is None:
+        trees = build_trees(tasks, tokenizer, model.config.seq_len, world, styles)
     batch_tokens = batch_tokens or (1024 if world.device.type == "cpu" else 32768)  # a CPU's caches hold about this much
     with autocast or nullcontext():
-        scores = log_probs(model, list(rows.values()), batch_tokens, world.is_main, stopped)
+        scores = log_probs(model, list(trees.values()), batch_tokens, world.is_main, stopped)
     given_up = stopped()
-    scored = {i: {"ind": tasks[i].get("ind", i), "label": int(tasks[i]["label"])} for i in mine}
+    scored = {i: {"ind": tasks[i].get("ind", i), "label": int(tasks[i]["label"])} for i, _ in trees}
     if not given_up:
-        for ((i, style), group), log_p in zip(rows.items(), scores, strict=True):
-            scored[i][style] = answers(group, log_p)
+        for ((i, style), tree), log_p in zip(trees.items(), scores, strict=True):
+            scored[i][style] = answers(tree.lengths, log_p)
     merged = {i: task for part in world.gather_unless(given_up, scored) for i, task in part.items()}
     if any(math.isnan(p) for task in merged.values() for style in styles for p in task[style]["log_probs"]):
         raise ValueError("the model's losses are NaN: its training diverged, use an earlier checkpoint")
@@ -279,7 +288,7 @@ def evaluate(
 
 
 def main():
-    with cli.one_line_errors(if_memory_runs_out="lower --batch-tokens, or use a smaller model"):
+    with exit_without_others(), cli.one_line_errors(if_memory_runs_out="lower --batch-tokens, or use a smaller model"):
         config = cli.parse(HellaSwagConfig)
         errors = cli.at_least(0, config, "limit", "batch_tokens")
         if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):

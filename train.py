@@ -24,7 +24,7 @@ import checkpoint
 import fineweb
 import variants
 from common import cli, device
-from common.distributed import DistContext, PeerLost, Stopped, join_world, launched, rendezvous
+from common.distributed import DistContext, PeerLost, Stopped, exit_without_others, join_world, launched, rendezvous
 from common.locks import lock_folder
 from common.run_folder import RunFolder
 from common.shards import MANIFEST, Shards, find_shards
@@ -164,11 +164,11 @@ def set_up(config: TrainConfig, world: DistContext, folder: RunFolder) -> tuple[
         model = variants.adapt(model, config.model)
     else:
         model = variants.build(config.model)
-    compiled = config.compile and device.can_compile(world.device)
-    if config.compile and not compiled:
+    problem = device.compile_problem(world.device) if config.compile else ""
+    if problem:
         without = "without torch.compile" + (", keeping all activations" if 0 < config.activation_memory < 1 else "")
-        log.progress(f"warning: running {without}: it does not work here on {world.device.type} (CPU: install g++)")
-    trainer = Trainer(config, world, model, shards, compiled, load_teacher(config))
+        log.progress(f"warning: running {without}, which is slower: {problem}")
+    trainer = Trainer(config, world, model, shards, config.compile and not problem, load_teacher(config))
     checkpoints = Checkpoints(trainer, folder, log)
     if step is not None:
         checkpoints.load(step)
@@ -207,7 +207,8 @@ def claim_folder(folder: RunFolder, given: TrainConfig, stack: ExitStack) -> Tra
 
 def main():
     try:
-        launch()
+        with exit_without_others():
+            launch()
     finally:
         if StopSignal.hard_exit:
             StopSignal.hard_exit.cancel()

@@ -7,22 +7,59 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
+import warnings
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from common import cli
 
-def pick_device(name: str) -> torch.device:
-    """Picks a device by name; 'auto' is the fastest here. ValueError if this machine lacks it."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+
+def pick_device(name: str, warn: bool = True) -> torch.device:
+    """Picks a device by name; 'auto' is the fastest here. ValueError if this machine lacks it. warn: whether to say it if 'auto' can't use
+    the machine's NVIDIA GPU."""
+    with warnings.catch_warnings(action="ignore"):  # of an old driver: cuda_problem says why
+        has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    problem = cuda_problem() if name in ("auto", "cuda") and not has["cuda"] else ""
     if name == "auto":
         name = next(kind for kind, available in has.items() if available)
+        if problem and warn:
+            cli.say(f"warning: running on {name}, far slower than on this machine's NVIDIA GPU: {problem}")
     if not has.get(name):
-        raise ValueError(f"--device {name}: this machine has none that PyTorch can use; try --device auto")
+        raise ValueError(f"--device {name}: {problem or 'this machine has none that PyTorch can use; try --device auto'}")
+    if name == "cuda":
+        set_allocator()
     return torch.device(name)
+
+
+def cuda_problem() -> str:
+    """Says why PyTorch can't use this machine's NVIDIA GPU, and what helps; '' if there is no GPU, or if the user hides it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+    if hidden or not (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()):
+        return ""
+    if not torch.backends.cuda.is_built():
+        return f"PyTorch {torch.__version__} is built without CUDA: install a build with CUDA, see pytorch.org/get-started"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as e:
+        remedy = "look at nvidia-smi; update the driver, or install an older build of PyTorch; a container needs --gpus all"
+        return f"{cli.first_line(e).split('. ')[0]}: {remedy}"
+    return ""
+
+
+ALLOCATOR_SETTINGS = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # the latter is the older name, which PyTorch still reads
+
+
+def set_allocator():
+    """Lets PyTorch's CUDA allocator grow its segments, which saves memory that fragmentation would waste. PyTorch reads this variable at
+    its first use of CUDA. Does nothing if the user set the allocator."""
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -36,10 +73,40 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here. It needs a C++ compiler on a CPU, and is not ready for MPS."""
+    return not compile_problem(device)
+
+
+def compile_problem(device: torch.device) -> str:
+    """Says why torch.compile doesn't work here, and what helps; '' if it works. On CUDA, Triton compiles a small module of C at its first
+    use. MPS is not supported."""
     if device.type == "cpu":
-        return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    return device.type == "cuda"
+        found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+        return "" if found else "it needs a C++ compiler: install g++"
+    if device.type != "cuda":
+        return f"it is not ready for {device.type}"
+    if not find_spec("triton"):
+        return "it needs Triton: pip install triton"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "it needs a GPU of the year 2017 or later"
+    if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
+        return "it needs a C compiler: install gcc"
+    if os.name == "posix" and not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        return "it needs Python.h: install python3-dev"
+    return ""
+
+
+COMPILE_WORKERS = "TORCHINDUCTOR_COMPILE_THREADS"
+
+
+def share_compile_workers(processes: int):
+    """Splits this host's cores among its processes: torch.compile would start a worker per core in each of them. Does nothing if the user
+    set their number."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if processes == 1 or COMPILE_WORKERS in os.environ:
+        return
+    os.environ[COMPILE_WORKERS] = str(max(1, min(32, cores // processes)))  # 32: PyTorch's own limit
+    if inductor := sys.modules.get("torch._inductor.config"):  # it has read the environment already
+        inductor.compile_threads = int(os.environ[COMPILE_WORKERS])
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # in glibc's malloc.h

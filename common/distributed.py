@@ -5,10 +5,12 @@ import gc
 import os
 import pickle
 import secrets
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from common import cli
-from common.device import pick_device
+from common.device import pick_device, share_compile_workers
 
 
 class Stopped(Exception):
@@ -30,29 +32,41 @@ class PeerLost(Exception):
 
 @dataclass(frozen=True)
 class DistContext:
-    """One process of a world of `size`. Without torchrun, the world is one process."""
+    """One process of a world of `size`. Without torchrun, the world is one process.
+
+    On CUDA, tensors of the model go through nccl, everything else through a gloo group in main memory. A gloo operation raises an error
+    if another rank dies or is late. nccl would wait, and then abort the process without a word that users understand.
+    """
 
     device: torch.device
     rank: int = 0
     size: int = 1
     first_on_host: bool = True  # also if the launcher doesn't say which processes share a host
     several_hosts: bool = False
+    group: dist.ProcessGroup | None = None  # the gloo group beside nccl; None: there is only the default group, gloo itself
+    timeout: float = 600.0  # seconds that a rank waits for the others
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The elementwise sum over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
     def rows(self, row: torch.Tensor) -> list[list[float]]:
-        """Every rank's row (N,), in order of rank, on every rank."""
+        """Every rank's row (N,), in order of rank, on every rank. PeerLost if a rank doesn't come, or doesn't finish the work on its GPU
+        that this one waits for."""
         table = row.new_zeros(self.size, len(row))
         table[self.rank] = row
-        return self.sum(table).tolist()
+        if self.size > 1:
+            dist.all_reduce(table)
+        if self.group:
+            dist.all_reduce(torch.zeros(()), group=self.group)  # while the GPUs work: have all ranks come?
+            self.wait_for_gpu()
+        return table.tolist()
+
+    def wait_for_gpu(self):
+        """Waits for the work on this GPU. It ends only if all ranks do their part of it. PeerLost after the timeout."""
+        done, deadline = torch.cuda.Event(), time.monotonic() + self.timeout
+        done.record()
+        wait_until(done.query, deadline, lambda: lost_touch(self.rank, "its GPU waits for theirs"), pause=1e-4)
 
     def broadcast(self, tensors: list[torch.Tensor], owner):
         """Sends each tensor from rank owner(index of the tensor) to all others, in place."""
@@ -64,14 +78,14 @@ class DistContext:
         """Runs function on rank 0 and sends its result, tensors included, to every rank."""
         things = [function() if self.is_main else None]
         if self.size > 1:
-            dist.broadcast_object_list(things)
+            dist.broadcast_object_list(things, group=self.group, device=torch.device("cpu"))
         return things[0]
 
     def gather(self, thing) -> list:
         """Every rank's picklable thing, in order of rank, on every rank."""
         things = [thing] * self.size
         if self.size > 1:
-            dist.all_gather_object(things, thing)
+            dist.all_gather_object(things, thing, group=self.group)
         return things
 
     def gather_unless(self, stopped: bool, thing) -> list:
@@ -151,9 +165,10 @@ def warn_once(text: str):
 
 @contextmanager
 def join_world(device: str, timeout_minutes: float = 10.0, store: dist.Store | None = None):
-    """Joins the process group while the block runs: nccl on CUDA, gloo on a CPU, none for a single process. PeerLost if another process
-    ends, or does not join a collective operation within the timeout. store: from rendezvous, if that was called before."""
-    device, launch = pick_device(device), launched()
+    """Joins the process group while the block runs: nccl and gloo on CUDA, gloo on a CPU, none for a single process. PeerLost if another
+    process ends, or does not join a collective operation within the timeout. store: from rendezvous, if that was called before."""
+    launch = launched()
+    device = pick_device(device, warn=launch is None or launch.rank == 0)
     if launch is None:
         yield DistContext(device)
         return
@@ -162,19 +177,65 @@ def join_world(device: str, timeout_minutes: float = 10.0, store: dist.Store | N
     if device.type == "cuda":
         device = torch.device("cuda", launch.gpu(torch.cuda.device_count()))
         torch.cuda.set_device(device)
-    rank, size = launch.rank, launch.size
-    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
+    share_compile_workers(launch.local_size or 1)
     try:
-        with naming_lost_peers(rank):
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-            yield DistContext(device, rank, size, launch.local_rank in (None, 0), launch.local_size != size)
+        with naming_lost_peers(launch.rank):
+            group = join_groups(launch, device, store, timeout_minutes)
+            first, several = launch.local_rank in (None, 0), launch.local_size != launch.size
+            yield DistContext(device, launch.rank, launch.size, first, several, group, 60 * timeout_minutes)
     except BaseException as e:
-        traceback.clear_frames(e.__traceback__)  # frames hold DDP, which must be freed before the group
+        if not leaving_waits():  # else exit_without_others ends the process, once the error is printed
+            traceback.clear_frames(e.__traceback__)  # frames hold DDP, which must be freed before the group
+            leave_groups()
         raise
-    finally:
-        gc.collect()  # DDP freed later holds the GIL and waits for a gloo thread that waits for the GIL (torch 2.13)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    leave_groups()
+
+
+WATCHDOG = 3  # timeouts until nccl aborts the process. rows raises PeerLost within two
+SAVING = "saving"  # name of a thread that writes a checkpoint. The process ends after it, as in any exit
+
+
+def join_groups(launch: Launch, device: torch.device, store: dist.Store, timeout_minutes: float) -> dist.ProcessGroup | None:
+    """Joins the default group. On CUDA, it is nccl's: also joins a gloo group and returns it."""
+    how, timeout = dict(store=store, rank=launch.rank, world_size=launch.size), timedelta(minutes=timeout_minutes)
+    if device.type != "cuda":
+        dist.init_process_group("gloo", timeout=timeout, **how)
+        return None
+    dist.init_process_group("nccl", timeout=WATCHDOG * timeout, device_id=device, **how)
+    return dist.new_group(backend="gloo", timeout=timeout)
+
+
+def leave_groups():
+    gc.collect()  # DDP freed later holds the GIL and waits for a gloo thread that waits for the GIL (torch 2.13)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leaving_waits() -> bool:
+    """Whether this process is in an nccl group. To leave it, a rank waits for the others, which may wait for this one in a collective
+    operation."""
+    return dist.is_initialized() and dist.get_backend() == "nccl"
+
+
+@contextmanager
+def exit_without_others():
+    """Ends this process at once if the block fails inside an nccl group. The others notice that it is gone. Put this around the code that
+    prints the error."""
+    try:
+        yield
+    except BaseException as e:
+        if not leaving_waits():
+            raise
+        if not isinstance(e, SystemExit):
+            sys.excepthook(type(e), e, e.__traceback__)
+        for thread in threading.enumerate():
+            if thread.name == SAVING:
+                thread.join()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        status = (e.code or 0) if isinstance(e, SystemExit) else 1
+        os._exit(status if isinstance(status, int) else 1)
 
 
 @contextmanager
@@ -186,11 +247,14 @@ def naming_lost_peers(rank: int):
         if "gloo" not in str(e) and not isinstance(e, dist.DistError):
             raise
         traceback.clear_frames(e.__traceback__)
-        why = str(e).splitlines()[0]
-        raise PeerLost(
-            f"rank {rank} lost touch with another rank, which died or hangs: look for its own error; if it was only slow, raise "
-            f"--timeout-minutes ({why})"
-        ) from None
+        raise PeerLost(lost_touch(rank, str(e).splitlines()[0])) from None
+
+
+def lost_touch(rank: int, why: str) -> str:
+    return (
+        f"rank {rank} lost touch with another rank, which died or hangs: look for its own error; if it was only slow, raise "
+        f"--timeout-minutes ({why})"
+    )
 
 
 # ---- before there is a group ----
@@ -236,7 +300,7 @@ def serve_rendezvous(store: dist.Store, size: int, load: Callable, deadline: flo
                 store.set(f"answer to {store.get(f'{rank} asks').decode()}", pickle.dumps(answer))
         return not missing
 
-    wait_until(all_confirmed, deadline, 0, lambda: f"ranks {', '.join(map(str, sorted(missing)))}")
+    wait_until(all_confirmed, deadline, lambda: late(0, f"ranks {', '.join(map(str, sorted(missing)))}"))
     return answer
 
 
@@ -244,14 +308,19 @@ def join_rendezvous(store: dist.Store, rank: int, deadline: float) -> tuple:
     """The other ranks' part of rendezvous. Returns rank 0's answer."""
     me = secrets.token_hex(8)
     store.set(f"{rank} asks", me)
-    wait_until(lambda: store.check([f"answer to {me}"]), deadline, rank, lambda: "rank 0")
+    wait_until(lambda: store.check([f"answer to {me}"]), deadline, lambda: late(rank, "rank 0"))
     attempt, result, error = pickle.loads(store.get(f"answer to {me}"))
     store.set(f"{attempt} heard by {rank}", b"")
     return attempt, result, error
 
 
-def wait_until(done: Callable[[], bool], deadline: float, rank: int, whom: Callable[[], str]):
+def late(rank: int, whom: str) -> str:
+    return f"rank {rank} waited too long for {whom}: start all hosts within --timeout-minutes of each other"
+
+
+def wait_until(done: Callable[[], bool], deadline: float, why: Callable[[], str], pause: float = 0.02):
+    """Calls done until it returns True. PeerLost with the text why() at the deadline, a time.monotonic()."""
     while not done():
         if time.monotonic() > deadline:
-            raise PeerLost(f"rank {rank} waited too long for {whom()}: start all hosts within --timeout-minutes of each other")
-        time.sleep(0.02)
+            raise PeerLost(why())
+        time.sleep(pause)

@@ -163,6 +163,25 @@ def test_self_check_before_a_resume_changes_no_validation(shards, tmp_path):
     assert read_stream(tmp_path / "run", "val") == before
 
 
+def damage_compiled_validation():
+    """Makes compiled code that needs no gradients wrong."""
+    from ops import linear
+
+    trace_only()
+    gelu = linear.gelu
+    linear.gelu = lambda x: gelu(x) * (30 if torch.compiler.is_compiling() and not torch.is_grad_enabled() else 1)
+
+
+@pytest.mark.slow
+def test_sharded_validation_is_compiled_and_checked(shards, tmp_path):
+    flags = ["--compile", "--max-steps", 3, "--val-every", 1]
+    run = run_sharded(shards, tmp_path / "checked", *flags, first=damage_compiled_validation)
+    assert "self-check failed: compiled validation loss differs from eager" in run.stderr
+    run_sharded(shards, tmp_path / "unchecked", "--no-self-check", *flags, first=damage_compiled_validation)
+    right, wrong = losses(tmp_path / "checked", "val"), losses(tmp_path / "unchecked", "val")
+    assert all(abs(a - b) > 1e-5 for a, b in zip(right, wrong, strict=True))  # in each validation: none runs eagerly
+
+
 @pytest.mark.slow
 def test_compiled_bf16_sharded_losses_match_one_process(shards, tmp_path):
     flags = ["--dtype", "bf16", "--compile", "--max-steps", 8, "--val-every", 0]

@@ -444,11 +444,14 @@ def test_resume_names_forbidden_changes(finished, tmp_path, capsys, argv, messag
 # ---- HellaSwag, samples, compilation, precision ----
 
 
-def test_hellaswag_and_samples_during_a_run(shards, tmp_path, capsys):
+def test_hellaswag_and_samples_during_a_run(shards, tmp_path, capsys, monkeypatch):
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(task) + "\n" for task in make_tasks(12)))
     argv = ["--hellaswag-every", 10, "--hellaswag-file", tasks, "--sample-every", 10, "--sample-prompt", "the ca"]
+    trees, merge = [], hellaswag.merge_rows
+    monkeypatch.setattr(hellaswag, "merge_rows", lambda *args: trees.append(args) or merge(*args))
     assert run_train(shards, tmp_path / "run", *argv) == 0
+    assert len(trees) == 2 * 12  # both styles of each task, once for all evaluations
     out = capsys.readouterr().out
     assert out.count("sample: the ca") == 12
     saved = (tmp_path / "run" / "samples.txt").read_text()

@@ -3,7 +3,9 @@
 import math
 import platform
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import checkpoint
@@ -164,13 +166,15 @@ def check_compiled(trainer: Trainer, step: int, log: Log):
         return
     began = time.perf_counter()
     positions = trainer.positions(step, trainer.world.rank)[0]
-    found = self_check.mismatches(
-        trainer.model,
-        lambda: trainer.loss(trainer.model, positions),
-        None if trainer.sharded else lambda: trainer.validation_loss(trainer.train_stream.batch(positions)),
-        trainer.dtype,
-        trainer.teacher,
-    )
+
+    def validate():
+        copy = trainer.evaluated  # whose layers are as many as the model's now
+        whole = sharding.whole(trainer.model, copy) if trainer.sharded else nullcontext()
+        with self_check.first_of_each_kind(copy), whole:
+            return trainer.validation_loss(trainer.train_stream.batch(positions))
+
+    loss = partial(trainer.loss, trainer.model, positions)
+    found = self_check.mismatches(trainer.model, loss, validate, trainer.dtype, trainer.teacher)
     wrong = max(trainer.world.gather(found), key=len)  # of the rank with the most mismatches
     if wrong:
         first, error = next(iter(wrong.items()))

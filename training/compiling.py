@@ -11,23 +11,26 @@ from ops.loss import chunk_loss, in_chunks
 from variants import MixtureOfExperts, VariantGPT
 
 
-def compile_blocks(model: GPT, activation_memory: float = 1.0):
+def compile_blocks(model: GPT, activation_memory: float = 1.0, device: torch.device | None = None):
     """Compiles a model for training and validation: one graph that all blocks use, and one for the loss. This takes less than half the
     time of compiling the whole model.
 
-    activation_memory: the fraction of the activations to keep for the backward pass. torch.compile recomputes the cheapest.
+    activation_memory: the fraction of the activations to keep for the backward pass. torch.compile recomputes the cheapest. device: where
+    a model on meta will run; None: where it is.
     """
     from torch._functorch import config
 
     config.activation_memory_budget = activation_memory
     torch._dynamo.config.recompile_limit = 64  # blocks differ: first or not, with a window or not, of model or teacher
+    torch._dynamo.config.optimize_ddp = False  # it splits graphs where DDP's buckets end, to overlap with sums: blocks do that already
     for block in model.transformer.h:
         if isinstance(block.mlp, MixtureOfExperts):  # shapes vary from step to step
             block.mlp.loop = torch.compiler.disable(experts.one_by_one)
         block.compile()
     model.loss = in_chunks(torch.compile(cross_entropy), torch.compile(chunk_loss))
     if isinstance(model, VariantGPT):  # FlexAttention needs heads with at least 16 channels
-        model.flex = model.lm_head.weight.device.type == "cuda" and model.config.n_embd // model.config.n_head >= 16
+        device = device or model.lm_head.weight.device
+        model.flex = device.type == "cuda" and model.config.n_embd // model.config.n_head >= 16
 
 
 def undo_compile(model: GPT):

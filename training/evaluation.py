@@ -24,6 +24,7 @@ class Evaluation:
         self.tokenizer = self.or_warn("samples or HellaSwag in this run", self.get_tokenizer)
         wanted = self.tokenizer and self.config.hellaswag_every
         self.tasks = self.or_warn("HellaSwag in this run", self.get_tasks) if wanted else None
+        self.trees = None  # of these tasks, once HellaSwag runs
 
     def get_tokenizer(self) -> tokenizers.Tokenizer:
         name, rows = self.trainer.shards.tokenizer, self.config.model.vocab_size
@@ -72,10 +73,11 @@ class Evaluation:
         return val_loss
 
     def hellaswag(self, step: int):
-        trainer = self.trainer
-        scores, _ = hellaswag.evaluate(
-            trainer.evaluated, self.tokenizer, self.tasks, self.world, autocast=trainer.autocast(), stopped=self.stopped
-        )
+        trainer, tasks, tokenizer, styles = self.trainer, self.tasks, self.tokenizer, tuple(hellaswag.STYLES)
+        if self.trees is None:
+            self.trees = hellaswag.build_trees(tasks, tokenizer, self.config.model.seq_len, self.world, styles)
+        how = dict(autocast=trainer.autocast(), styles=styles, stopped=self.stopped, trees=self.trees)
+        scores, _ = hellaswag.evaluate(trainer.evaluated, tokenizer, tasks, self.world, **how)
         named = {f"hellaswag_{name}": score for name, score in scores.items()}
         self.log.value(step, "hella", scores["acc_norm"], {**named, **axes(trainer, step)})
         self.log.result(f"step {step}: HellaSwag acc_norm {scores['acc_norm']:.4f}, harness style {scores['harness_acc_norm']:.4f}")
@@ -114,12 +116,15 @@ def validate(trainer: Trainer, stopped: Callable[[], bool] = lambda: False) -> f
     B, T, available = config.micro_batch_size, config.model.seq_len, stream.sequences_per_epoch
     count = max(1, min(available, config.val_tokens // T))
     mine = [i * available // count for i in range(world.rank, count, world.size)]
-    total = 0.0
+    losses = []  # and the number of sequences in each. Not read yet, so that the GPU works while the next batch is read
     for start in range(0, len(mine), B):
         if stopped():
             break
         positions = mine[start : start + B]
         x, y = stream.batch(positions + [0] * (B - len(positions)))  # always (B, T), so that nothing recompiles
         y[len(positions) :] = -100
-        total += trainer.validation_loss((x, y)).item() * len(positions)
+        losses.append((trainer.validation_loss((x, y)), len(positions)))
+    total = 0.0
+    for loss, size in losses:
+        total += loss.item() * size
     return sum(world.gather_unless(stopped(), total)) / count

@@ -62,7 +62,7 @@ def nonfinite_positions(trainer, step: int) -> list[int]:
                 return [p for p in positions if not math.isfinite(trainer.loss(trainer.model, [p]).item())] or list(positions)
         loss.backward()
         finite = all(p.grad.isfinite().all() for p in trainer.model.parameters())
-        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.clear_gradients()
         if not finite:
             return list(positions)
     return []

@@ -34,7 +34,7 @@ class Memory(NamedTuple):
 
 def memory(config: TrainConfig, setting: Setting, model: GPT) -> Memory:
     """Returns the parts of a training step and its peak. Accumulated gradients, and those in DDP's buckets, are there all the time. Others
-    replace the activations, block by block. DDP's buckets need no extra memory."""
+    replace the activations, block by block. Gradients lie in DDP's buckets, so these need no extra memory: see Trainer.in_buckets."""
     persistent, temporary = persistent_bytes(config, setting, model), temporary_bytes(config, setting, model)
     accumulated = config.grad_accum_steps(setting.world_size) > 1 or (setting.world_size > 1 and not setting.shard)
     gradients, per_pass = persistent["gradients"], sum(temporary.values())

@@ -132,6 +132,7 @@ class MuonAndAdamW:
     @torch.no_grad()
     def step(self):
         self.adamw.step()
+        gradients = [p.grad for p in self.matrices]  # they stay where they are: in DDP's buckets
         for i, (p, gathered) in enumerate(zip(self.matrices, self.gathered, strict=True)):
             if self.sharded:
                 weight, grad = p.full_tensor(), p.grad.full_tensor()
@@ -148,6 +149,8 @@ class MuonAndAdamW:
                 gathered.data, gathered.grad = without_storage(p), None
         else:
             self.broadcast([p.data for p in self.matrices])
+            for p, grad in zip(self.matrices, gradients, strict=True):
+                p.grad = grad
 
     def broadcast(self, tensors: list[torch.Tensor]):
         """Sends each matrix's tensor from its owner to all others, in place. Joins an owner's tensors: one large transfer is faster
@@ -164,7 +167,7 @@ class MuonAndAdamW:
 
     def zero_grad(self, set_to_none: bool = True):
         for p in self.matrices:
-            p.grad = None
+            p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
         self.adamw.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:

@@ -23,22 +23,21 @@ EXPERTS_TOLERANCE = 0.3
 
 
 def mismatches(
-    model: GPT, loss: Callable[[], Tensor], validate: Callable[[], Tensor] | None, dtype: torch.dtype, teacher: GPT | None = None
+    model: GPT, loss: Callable[[], Tensor], validate: Callable[[], Tensor], dtype: torch.dtype, teacher: GPT | None = None
 ) -> dict[str, float]:
     """Returns {name: ‖compiled - eager‖ / ‖eager‖} for each error above the dtype's tolerance (losses: above a tenth of it). Losses
     come first, then gradients from the last layer to the first. Returns {} if eager itself is not finite.
 
-    loss: computes a micro batch's loss (scalar), with the teacher if there is one. validate: computes it as validation does; None if
-    validation isn't compiled. Compiles what the first step would compile. Layers of one kind share their code, so only the first
-    layers run, enough to cover each kind. Clears all gradients.
+    loss: computes a micro batch's loss (scalar), with the teacher if there is one. validate: computes it as validation does. Compiles
+    what the first step would compile. Layers of one kind share their code, so only the first layers run, enough to cover each kind.
+    Clears all gradients.
     """
-    model.zero_grad(set_to_none=True)
-    with first_of_each_kind(model):
+    with own_gradients(model), first_of_each_kind(model):
         with eager(*filter(None, (model, teacher))):
             eager_loss, eager_grads = loss_and_gradients(model, loss, dtype)
         compiled_loss, compiled_grads = loss_and_gradients(model, loss, dtype)
         with torch.no_grad():
-            validated = validate() if validate else eager_loss
+            validated = validate()
     if not all(x.isfinite().all() for x in (eager_loss, *eager_grads.values())):
         return {}
     tolerance = TOLERANCE[dtype] if model.config.n_expert == 1 else EXPERTS_TOLERANCE
@@ -55,6 +54,18 @@ def mismatches(
         for group, names in groups.items()
     }
     return {name: x for name, x in losses.items() if x > tolerance / 10} | {name: x for name, x in gradients.items() if x > tolerance}
+
+
+@contextmanager
+def own_gradients(model: GPT):
+    """Inside this block, the model has new gradients. Afterwards it has those from before, cleared: DDP's lie in its buckets."""
+    before = {p: p.grad for p in model.parameters()}
+    model.zero_grad(set_to_none=True)
+    try:
+        yield
+    finally:
+        for p, grad in before.items():
+            p.grad = grad if grad is None else grad.zero_()
 
 
 @contextmanager

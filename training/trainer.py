@@ -1,7 +1,8 @@
 """One training step: the model, its data and its updates."""
 
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,12 +41,14 @@ class Trainer:
         self.shards = shards
         self.train_stream = TokenStream(shards, "train", config.model.seq_len, config.shuffle, config.seed)
         self.val_stream = TokenStream(shards, "val", config.model.seq_len, shuffle=False)
+        self.feed = Feed(self.train_stream, world.device)
         self.dtype = device.pick_dtype(config.dtype, world.device)
         self.model = model.to(world.device)
         self.teacher = teacher and teacher.to(world.device)
         self.compiled = compiled
         self.place_model()
         self.optimizer = self.make_optimizer()
+        self.clear_gradients = partial(self.optimizer.zero_grad, set_to_none=not self.in_buckets)
         self.largest_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.average = optimizer.AverageWeights(self.model, config.ema) if config.ema else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
@@ -65,8 +68,15 @@ class Trainer:
         self.sharded, self.evaluated = config.shard and world.size > 1, self.model
         if self.sharded:
             self.evaluated = build_on_meta(config.model)  # gets all weights while it is evaluated
+            if self.compiled:
+                compile_blocks(self.evaluated, config.activation_memory, world.device)
             sharding.shard(self.model, self.dtype, world)
         replicated = world.size > 1 and not self.sharded
+        # gradients that accumulate lie in DDP's buckets from the start. DDP would copy others there, so that both take memory
+        self.in_buckets = replicated and config.grad_accum_steps(world.size) > 1
+        if self.in_buckets:
+            for p in self.model.parameters():
+                p.grad = optimizer.without_storage(p)
         self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if replicated else self.model
 
     def make_optimizer(self):
@@ -78,7 +88,7 @@ class Trainer:
 
     def stop_compiling(self):
         """Trains eagerly from now on. Eager code keeps all activations, or recomputes all: the latter below 1."""
-        for part in filter(None, (self.model, self.teacher)):
+        for part in filter(None, {self.model, self.evaluated, self.teacher}):
             undo_compile(part)
         self.compiled = False
         if self.config.activation_memory < 1:
@@ -106,6 +116,8 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         norm = norm.full_tensor() if self.sharded else norm
+        if step + 1 < self.config.max_steps:
+            self.feed.prefetch(self.positions(step + 1, self.world.rank)[0])
         # the only sync of a step: every rank's numbers, so that all ranks decide alike
         losses, norms, stops = zip(*self.world.rows(torch.stack([loss, norm, torch.full_like(loss, stop)])), strict=True)
         norm = next((n for n in norms if not math.isfinite(n)), norms[0])  # all equal, unless one is not finite
@@ -114,9 +126,9 @@ class Trainer:
         if not skipped:
             self.step_optimizer(step)
         elif not math.isfinite(mean + norm):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.clear_gradients()
             skipped += locate_nonfinite(self, step, losses)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear_gradients()
         self.scaler.update()
         return Update(mean, list(losses), norm, skipped, any(stops))
 
@@ -134,7 +146,7 @@ class Trainer:
 
     def loss(self, model, positions) -> Tensor:
         """Returns the loss of one micro batch. model: self.model, or self.parallel, which wraps it."""
-        x, y = to_device(self.train_stream.batch(positions), self.device)
+        x, y = self.feed.batch(positions)
         with self.autocast(), distillation_loss(self.model, self.teacher, x, self.config.teacher_weight) if self.teacher else nullcontext():
             return model(x, y)[1]
 
@@ -150,6 +162,24 @@ class Trainer:
         averaged = self.average.in_place() if self.average else nullcontext()
         with averaged, sharding.whole(self.model, self.evaluated) if self.sharded else nullcontext():
             yield
+
+
+class Feed:
+    """Brings a stream's batches to the device."""
+
+    def __init__(self, stream: TokenStream, device: torch.device):
+        self.stream, self.device = stream, device
+        self.ahead = None, None  # positions and tensors of the next batch
+
+    def batch(self, positions) -> list[Tensor]:
+        """Returns inputs and targets, each (B, T), at B positions."""
+        ahead, tensors = self.ahead
+        return tensors if positions == ahead else to_device(self.stream.batch(positions), self.device)
+
+    def prefetch(self, positions):
+        """Reads a batch ahead, while the GPU works. If that fails, batch raises the error once the batch is needed."""
+        with suppress(ValueError, OSError):
+            self.ahead = positions, to_device(self.stream.batch(positions), self.device)
 
 
 def to_device(arrays, device: torch.device) -> list[Tensor]:
