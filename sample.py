@@ -139,20 +139,16 @@ def stream(
     compile = compile and use_cache
     if compile:
         prepare_compiled_token(model)
+        cache = own = empty_cache(model, idx, min(limit, -(-end // 128) * 128))
     else:
-        model = inference_copy(model, rows=idx.size(0))
-    cache = own = empty_cache(model, idx, min(limit, -(-end // 128) * 128)) if compile else KVCache(min(limit, end)) if use_cache else None
+        model, cache = inference_copy(model, rows=idx.size(0)), KVCache(min(limit, end)) if use_cache else None
     new, position = idx, None  # the latest ids; their position (1,), for compiled steps
     largest = torch.zeros((), device=idx.device)  # of the compiled steps' logits: read once at the end, because reading waits
     while idx.size(1) < end:
         if idx.size(1) > limit:
             cache = None
         if compile and cache is not None and cache.length:
-            if position is None:
-                cache.mark_static()
-                position = torch.tensor([cache.length], device=idx.device)
-            else:  # stays on the device: a copy from the CPU would wait for the step before
-                position = position + 1
+            position = static_position(cache, idx.device) if position is None else position + 1  # a copy from the CPU would wait
             logits = compiled_step(idx.device.type)(model, new, cache, position)
             largest = torch.maximum(largest, logits.abs().amax())
             cache.length += 1
@@ -165,6 +161,12 @@ def stream(
         SPARE[model] = own
     if not largest.isfinite():
         raise ValueError(f"the model's {DIVERGED}")
+
+
+def static_position(cache: KVCache, device: torch.device) -> Tensor:
+    """Returns the cache's length (1,) on the device, for the first compiled step."""
+    cache.mark_static()
+    return torch.tensor([cache.length], device=device)
 
 
 SPARE = WeakKeyDictionary()  # each model's last cache of compiled steps, while no text uses it
