@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_variants import ids_with_documents, loss_and_gradients, randomized
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -132,9 +133,18 @@ def test_products_are_grouped_in_bf16_on_cuda(grouped, differs):
     assert not experts.is_grouped(x, torch.empty(20, 16)) and not experts.is_grouped(x, torch.empty(24, 12))
 
 
+def test_grouped_experts_wait_for_nothing(monkeypatch):
+    """Fake tensors have no values: an operation that needs one on the CPU, to know a size, is an error."""
+    monkeypatch.setattr(experts, "is_grouped", lambda x, weight: True)
+    with FakeTensorMode(), torch.autocast("cpu", BF16):
+        moe = MixtureOfExperts(VariantConfig(97, 24, 1, 2, 32, n_expert=4, n_expert_active=2))
+        y, balance = moe(torch.empty(2, 24, 32, requires_grad=True))
+        (y.sum() + balance).backward()
+    assert y.shape == (2, 24, 32)
+
+
 @pytest.mark.slow
 def test_grouped_experts_compile_into_one_graph(monkeypatch):
-    """A graph without breaks waits for nothing: no size depends on the router's choice."""
     monkeypatch.setattr(experts, "is_grouped", lambda x, weight: True)
     moe = MixtureOfExperts(VariantConfig(97, 24, 1, 2, 32, n_expert=4, n_expert_active=2))
     for p in moe.parameters():
