@@ -18,7 +18,7 @@ from torch import Tensor
 
 from checkpoint import load_with_tokenizer
 from common import cli
-from common.device import can_compile, mend_compile_cache, pick_device
+from common.device import compile_problem, mend_compile_cache, pick_device
 from common.tokenizer import Tokenizer
 from common.validation import raise_errors
 from model import GPT
@@ -325,8 +325,9 @@ def main():
         config = cli.parse(SampleConfig)
         config.validate()
         device = pick_device(config.device)
-        if config.compile and not can_compile(device):
-            raise ValueError(f"--compile does not work on {device.type} here (CPU: install g++): drop it")
+        problem = compile_problem(device) if config.compile else ""
+        if problem:
+            raise ValueError(f"--compile does not work here: {problem}, or drop --compile")
         if config.compile:
             mend_compile_cache()
         model, tokenizer = load_with_tokenizer(config.model, device)

@@ -212,9 +212,9 @@ def test_script_casts_model_and_draft_to_dtype(model, tmp_path, monkeypatch, dty
 
 
 def test_compile_flag_without_compiler_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sample, "can_compile", lambda device: False)
+    monkeypatch.setattr(sample, "compile_problem", lambda device: "it needs a C++ compiler: install g++")
     assert run_main(sample.main, "-m", "x.pt", "-d", "cpu", "--compile") == 2
-    assert "--compile does not work on cpu here (CPU: install g++): drop it" in capsys.readouterr().err
+    assert "--compile does not work here: it needs a C++ compiler: install g++, or drop --compile" in capsys.readouterr().err
 
 
 def test_samples_end_at_end_of_text(model, monkeypatch):
