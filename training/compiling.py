@@ -22,7 +22,7 @@ def compile_blocks(model: GPT, activation_memory: float = 1.0):
     config.activation_memory_budget = activation_memory
     torch._dynamo.config.recompile_limit = 64  # blocks differ: first or not, with a window or not, of model or teacher
     for block in model.transformer.h:
-        if isinstance(block.mlp, MixtureOfExperts):  # shapes vary from step to step
+        if isinstance(block.mlp, MixtureOfExperts):  # the loop's shapes vary from step to step
             block.mlp.loop = torch.compiler.disable(experts.one_by_one)
         block.compile()
     model.loss = in_chunks(torch.compile(cross_entropy), torch.compile(chunk_loss))
