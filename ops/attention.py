@@ -64,13 +64,12 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | 
     q: (B, H, T, D). k, v: (B, K, S, D). mask: (…, T, S), True where a query may look. Without a mask, a query sees itself and
     everything before it, within the window. Only this function chooses attention code by device.
     """
-    compiled, on_cpu, has_groups = torch.compiler.is_compiling(), q.device.type == "cpu", k.size(1) < q.size(1)
+    compiled, on_cpu, heads = torch.compiler.is_compiling(), q.device.type == "cpu", q.size(1) // k.size(1)
     if isinstance(mask, BlockMask):
-        heads = q.size(1) // k.size(1)
         if heads & (heads - 1):  # FlexAttention's kernel for short sequences takes only powers of 2
             k, v = repeat_heads(q, k, v)
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=k.size(1) < q.size(1))
-    if has_groups and shares_heads(q, mask, window):
+    if heads > 1 and shares_heads(q, mask, window):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     k, v = repeat_heads(q, k, v)
     if compiled and on_cpu and mask is None and choice.forced("attention") != "fused":

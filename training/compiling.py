@@ -24,7 +24,7 @@ def compile_blocks(model: GPT, activation_memory: float = 1.0, device: torch.dev
     torch._dynamo.config.recompile_limit = 64  # blocks differ: first or not, with a window or not, of model or teacher
     torch._dynamo.config.optimize_ddp = False  # it splits graphs where DDP's buckets end, to overlap with sums: blocks do that already
     for block in model.transformer.h:
-        if isinstance(block.mlp, MixtureOfExperts):  # shapes vary from step to step
+        if isinstance(block.mlp, MixtureOfExperts):  # the loop's shapes vary from step to step
             block.mlp.loop = torch.compiler.disable(experts.one_by_one)
         block.compile()
     model.loss = in_chunks(torch.compile(cross_entropy), torch.compile(chunk_loss))
