@@ -232,10 +232,10 @@ def set_precision(model: GPT, name: str):
 
 @torch.no_grad()
 def quantize(model: GPT):
-    """Gives the linear layers 8-bit weights, the head too, in place. Embedding tables and experts stay as they are."""
+    """Gives the linear layers 8-bit weights, the head too, in place. Embedding tables, experts and routers stay as they are."""
     for parent in list(model.modules()):
         for name, module in parent.named_children():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and name != "router":
                 setattr(parent, name, linear.Int8Linear(module))
 
 
