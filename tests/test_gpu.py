@@ -59,9 +59,9 @@ def in_time(request):
         raise TimeoutError(f"took longer than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     yield
-    signal.alarm(0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
 
@@ -114,7 +114,10 @@ MODES = [  # dtype, whether compiled, whether the loss is computed in chunks, an
     (BF16, False, WHOLE, ["gpt2", "modern"]),
     (FP32, False, CHUNKS, ["gpt2"]),
 ]
-LARGEST = {FP32: 1e-4, BF16: 0.12, FP16: 0.015}  # ‖device - CPU‖ / ‖CPU‖ of a gradient; rounding on a CPU reaches half of it
+# ‖device - CPU‖ / ‖CPU‖ of a gradient: at least twice the rounding on a CPU. QK norm and mixed values amplify it in modern; it may send
+# a token to another expert
+LARGEST = {FP32: 1e-4, BF16: 0.05, FP16: 0.006}
+ROUNDS_MORE = {"modern": 2.5, "experts": 8}
 
 
 def loss_and_gradients(model: GPT, ids: torch.Tensor, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
@@ -159,7 +162,7 @@ def test_loss_and_gradients_equal_the_cpus(monkeypatch, variant, dtype, compiled
     assert found_loss == pytest.approx(loss, rel={FP32: 1e-5, BF16: 1e-3, FP16: 1e-4}[dtype])
     total = sum(g.square().sum() for g in expected.values()).sqrt()
     off = {name: ((found[name] - g).norm() / (g.norm() + 1e-3 * total)).item() for name, g in expected.items()}
-    largest = 0.4 if "expert" in variant and dtype != FP32 else LARGEST[dtype]  # rounding may send a token to another expert
+    largest = LARGEST[dtype] * (1 if dtype == FP32 else ROUNDS_MORE.get(variant, 1))
     assert {name: x for name, x in off.items() if not x <= largest} == {}
 
 
