@@ -177,6 +177,7 @@ def test_malloc_settings_in_environment_win():
         assert kept(code.format("cpu"), **{name: value}) in ("", "4")
 
 
+@pytest.mark.slow
 @ON_GLIBC
 def test_set_malloc_can_switch_to_sparing():
     code = "import torch; from common import device\nfor sparing in (False, True): device.set_malloc(torch.device('cpu'), sparing)"

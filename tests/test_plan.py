@@ -152,6 +152,7 @@ def products_of_backward(activation_memory: float) -> int:
     return counts[1]
 
 
+@pytest.mark.slow
 def test_activation_memory_0_9_recomputes_no_matrix_product():
     assert products_of_backward(0.9) == products_of_backward(1.0) < products_of_backward(0.0)
 

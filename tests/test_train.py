@@ -861,6 +861,7 @@ def test_diverged_run_ends_unsaved(shards, tmp_path, capsys, argv, message):
     assert message in capsys.readouterr().err and not list((tmp_path / "run").glob("model_*"))
 
 
+@pytest.mark.slow
 def test_run_survives_closed_stdout_and_ascii_terminal(shards, tmp_path):
     """As in `train.py … | head -n 1`, on a terminal that can't show é."""
     command = [sys.executable, REPO / "train.py", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", "--val-every", 1]
