@@ -173,8 +173,8 @@ SPARE = WeakKeyDictionary()  # each model's last cache of compiled steps, while 
 
 
 def empty_cache(model: GPT, idx: Tensor, room: int) -> KVCache:
-    """Returns the cache of the model's last compiled text if it fits, else a new one. With a cache at another address, CUDA would record
-    its graph again, and after 128 times it would stop using graphs."""
+    """Returns the cache of the model's last compiled text if it fits, else a new one. A CUDA graph works for one cache's addresses:
+    PyTorch records another one for another cache, and stops using graphs after 128."""
     kind = idx.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.lm_head.weight.dtype
     fits = room, len(idx), idx.device, dtype

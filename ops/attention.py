@@ -30,8 +30,8 @@ def layer_windows(window: int | None, pattern: str, n_layer: int, seq_len: int) 
 
 def block_mask(T: int, window: int | None, documents: Tensor | None, device) -> BlockMask:
     """Returns a mask for FlexAttention, which skips fully masked blocks (Dong et al., 2024). documents: (B, T), the number of each
-    position's document. Makes a mask without documents only once. On CUDA, compiles the making of one with documents: eager code would
-    store all (B, T, T) bits."""
+    position's document. Caches masks without documents. On CUDA, compiles the code that makes one with documents: eager code would store
+    all (B, T, T) bits."""
     if documents is None:
         return window_mask(T, window, device)
 

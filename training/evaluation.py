@@ -116,7 +116,7 @@ def validate(trainer: Trainer, stopped: Callable[[], bool] = lambda: False) -> f
     B, T, available = config.micro_batch_size, config.model.seq_len, stream.sequences_per_epoch
     count = max(1, min(available, config.val_tokens // T))
     mine = [i * available // count for i in range(world.rank, count, world.size)]
-    losses = []  # and the number of sequences in each. Not read yet, so that the GPU works while the next batch is read
+    losses = []  # (loss, number of sequences). item() comes last because it waits for the GPU, which works while the next batch is read
     for start in range(0, len(mine), B):
         if stopped():
             break
