@@ -73,10 +73,10 @@ class Evaluation:
         return val_loss
 
     def hellaswag(self, step: int):
-        trainer, tasks, tokenizer, styles = self.trainer, self.tasks, self.tokenizer, tuple(hellaswag.STYLES)
+        trainer, tasks, tokenizer = self.trainer, self.tasks, self.tokenizer
         if self.trees is None:
-            self.trees = hellaswag.build_trees(tasks, tokenizer, self.config.model.seq_len, self.world, styles)
-        how = dict(autocast=trainer.autocast(), styles=styles, stopped=self.stopped, trees=self.trees)
+            self.trees = hellaswag.build_trees(tasks, tokenizer, self.config.model.seq_len, self.world)
+        how = dict(autocast=trainer.autocast(), stopped=self.stopped, trees=self.trees)
         scores, _ = hellaswag.evaluate(trainer.evaluated, tokenizer, tasks, self.world, **how)
         named = {f"hellaswag_{name}": score for name, score in scores.items()}
         self.log.value(step, "hella", scores["acc_norm"], {**named, **axes(trainer, step)})
