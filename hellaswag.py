@@ -188,12 +188,6 @@ def merge_rows(rows: list[Row], seq_len: int) -> Tree:
     return Tree(*arrays, counts, [row.length for row in rows])
 
 
-def build_trees(tasks: list[dict], tokenizer: Tokenizer, seq_len: int, world: DistContext, styles) -> dict[tuple[int, str], Tree]:
-    """Tokenizes the tasks that this process scores. Returns a tree for each number of a task and style."""
-    mine = range(world.rank, len(tasks), world.size)
-    return {(i, style): merge_rows(STYLES[style][0](tasks[i], tokenizer), seq_len) for i in mine for style in styles}
-
-
 def batches(trees: list[Tree], batch_tokens: int) -> Iterator[list[int]]:
     """Yields indices of trees in groups of similar length, longest first. A padded group has at most batch_tokens, or one tree."""
     order = sorted(range(len(trees)), key=lambda i: -len(trees[i].ids))
@@ -247,6 +241,14 @@ def answers(lengths: list[int], log_p: list[float]) -> dict:
 STYLES = {"completion": (completion_rows, ""), "harness": (harness_rows, "harness_")}
 
 
+def build_trees(
+    tasks: list[dict], tokenizer: Tokenizer, seq_len: int, world: DistContext, styles=tuple(STYLES)
+) -> dict[tuple[int, str], Tree]:
+    """Tokenizes the tasks that this process scores. Returns {(the task's number, style): its tree}."""
+    mine = range(world.rank, len(tasks), world.size)
+    return {(i, style): merge_rows(STYLES[style][0](tasks[i], tokenizer), seq_len) for i in mine for style in styles}
+
+
 def evaluate(
     model: GPT,
     tokenizer: Tokenizer,
@@ -262,7 +264,7 @@ def evaluate(
     answers, for these styles.
 
     batch_tokens: 0 picks what suits the device. autocast: a context for the matrix products. stopped: whether to give up; if one
-    process gives up, all raise Stopped. trees: from build_trees, if the same tasks are scored again and again. ValueError if a
+    process gives up, all raise Stopped. trees: from build_trees for these styles, to score the same tasks again. ValueError if a
     log-probability is NaN.
     """
     if trees is None:

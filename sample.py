@@ -173,15 +173,15 @@ SPARE = WeakKeyDictionary()  # each model's last cache of compiled steps, while 
 
 
 def empty_cache(model: GPT, idx: Tensor, room: int) -> KVCache:
-    """Returns the cache of the model's last compiled text if it fits, else a new one. With a cache at another address, CUDA would record
-    its graph again, and after 128 times it would stop using graphs."""
+    """Returns the cache of the model's last compiled text if it fits, else a new one. A CUDA graph works for one cache's addresses:
+    PyTorch records another one for another cache, and stops using graphs after 128."""
     kind = idx.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.lm_head.weight.dtype
-    fits = room, len(idx), idx.device, dtype
+    made_for = room, len(idx), idx.device, dtype
     cache = SPARE.pop(model, None)  # a second text at the same time finds none
-    if cache is None or cache.fits != fits:
+    if cache is None or cache.made_for != made_for:
         cache = KVCache(room)
-        cache.fits = fits
+        cache.made_for = made_for
     cache.reset()
     return cache
 
@@ -327,7 +327,7 @@ def main():
         device = pick_device(config.device)
         problem = compile_problem(device) if config.compile else ""
         if problem:
-            raise ValueError(f"--compile does not work here: {problem}, or drop --compile")
+            raise ValueError(f"drop --compile, which does not work here: {problem}")
         if config.compile:
             mend_compile_cache()
         model, tokenizer = load_with_tokenizer(config.model, device)

@@ -197,10 +197,10 @@ def inference_copy(model: GPT, rows: int = 1024) -> GPT:
     copy = build_on_meta(model.config)
     copy.load_state_dict(model.state_dict(), assign=True)  # the same tensors
     for block in copy.transformer.h:
-        is_gelu = block.mlp.activation is linear.gelu if isinstance(block.mlp, MLP) else False
         block.attn.c_attn = linear.InferenceLinear(block.attn.c_attn, dtype, way)
         block.attn.c_proj = linear.InferenceLinear(block.attn.c_proj, dtype, way)
         if isinstance(block.mlp, MLP):
+            is_gelu = block.mlp.activation is linear.gelu
             block.mlp.c_fc = linear.InferenceLinear(block.mlp.c_fc, dtype, way, is_gelu)
             block.mlp.c_proj = linear.InferenceLinear(block.mlp.c_proj, dtype, way)
             block.mlp.activation = nn.Identity() if is_gelu else block.mlp.activation
@@ -209,7 +209,7 @@ def inference_copy(model: GPT, rows: int = 1024) -> GPT:
 
 
 def wide_layers(model: GPT) -> list[nn.Linear]:
-    """The linear layers to try ways with: each block's c_fc, or c_attn with experts."""
+    """Returns the linear layers that stand for all in a trial of ways: each block's c_fc, or c_attn with experts."""
     return [block.mlp.c_fc if isinstance(block.mlp, MLP) else block.attn.c_attn for block in model.transformer.h]
 
 
@@ -217,7 +217,7 @@ def prepare_compiled_token(model: GPT):
     """Chooses how torch.compile computes the linear layers of a step that adds a token. Call it before compiling the step."""
     layers = [module for module in model.modules() if isinstance(module, linear.RowLinear | linear.Int8Linear)]
     if layers and model.lm_head.weight.device.type == "cpu":
-        linear.choose_compiled_row(wide_layers(model), layers)
+        linear.choose_compiled_row(layers, wide_layers(model))
 
 
 def set_precision(model: GPT, name: str):

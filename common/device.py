@@ -21,9 +21,9 @@ from common import cli
 
 
 def pick_device(name: str, warn: bool = True) -> torch.device:
-    """Picks a device by name; 'auto' is the fastest here. ValueError if this machine lacks it. warn: whether to say it if 'auto' can't use
-    the machine's NVIDIA GPU."""
-    with warnings.catch_warnings(action="ignore"):  # of an old driver: cuda_problem says why
+    """Picks a device by name; 'auto' is the fastest here. ValueError if this machine lacks it. warn: whether to say why 'auto'
+    can't use this machine's NVIDIA GPU."""
+    with warnings.catch_warnings(action="ignore"):  # about an old driver: cuda_problem says it better
         has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     problem = cuda_problem() if name in ("auto", "cuda") and not has["cuda"] else ""
     if name == "auto":
@@ -56,8 +56,8 @@ ALLOCATOR_SETTINGS = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # the latt
 
 
 def set_allocator():
-    """Lets PyTorch's CUDA allocator grow its segments, which saves memory that fragmentation would waste. PyTorch reads this variable at
-    its first use of CUDA. Does nothing if the user set the allocator."""
+    """Lets PyTorch's CUDA allocator grow its segments, so that fragmentation wastes less memory. PyTorch reads this variable when it first
+    uses CUDA. Does nothing if the user set the allocator."""
     if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR_SETTINGS):
         os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
@@ -73,6 +73,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here."""
     return not compile_problem(device)
 
 
@@ -87,7 +88,7 @@ def compile_problem(device: torch.device) -> str:
     if not find_spec("triton"):
         return "it needs Triton: pip install triton"
     if torch.cuda.get_device_capability(device) < (7, 0):
-        return "it needs a GPU of the year 2017 or later"
+        return "it needs a GPU from 2017 or later"
     if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
         return "it needs a C compiler: install gcc"
     if os.name == "posix" and not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():

@@ -35,7 +35,7 @@ class DistContext:
     """One process of a world of `size`. Without torchrun, the world is one process.
 
     On CUDA, tensors of the model go through nccl, everything else through a gloo group in main memory. A gloo operation raises an error
-    if another rank dies or is late. nccl would wait, and then abort the process without a word that users understand.
+    if another rank dies or is late. nccl would wait, and then abort the process with a message that few users understand.
     """
 
     device: torch.device
@@ -192,7 +192,7 @@ def join_world(device: str, timeout_minutes: float = 10.0, store: dist.Store | N
 
 
 WATCHDOG = 3  # timeouts until nccl aborts the process. rows raises PeerLost within two
-SAVING = "saving"  # name of a thread that writes a checkpoint. The process ends after it, as in any exit
+SAVING = "saving"  # the name of a thread that writes a checkpoint: exit_without_others waits for it, as any exit does
 
 
 def join_groups(launch: Launch, device: torch.device, store: dist.Store, timeout_minutes: float) -> dist.ProcessGroup | None:

@@ -30,8 +30,8 @@ def layer_windows(window: int | None, pattern: str, n_layer: int, seq_len: int) 
 
 def block_mask(T: int, window: int | None, documents: Tensor | None, device) -> BlockMask:
     """Returns a mask for FlexAttention, which skips fully masked blocks (Dong et al., 2024). documents: (B, T), the number of each
-    position's document. Makes a mask without documents only once. On CUDA, compiles the making of one with documents: eager code would
-    store all (B, T, T) bits."""
+    position's document. Caches masks without documents. On CUDA, compiles the code that makes one with documents: eager code would store
+    all (B, T, T) bits."""
     if documents is None:
         return window_mask(T, window, device)
 
@@ -54,8 +54,8 @@ def compiled_create_block_mask():
 
 def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Returns k and v (B, H, S, D), with each head repeated for the queries that it serves."""
-    heads = q.size(1) // k.size(1)
-    return (k, v) if heads == 1 else (k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1))
+    group = q.size(1) // k.size(1)
+    return (k, v) if group == 1 else (k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1))
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None, window: int | None = None) -> Tensor:
@@ -64,12 +64,12 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | 
     q: (B, H, T, D). k, v: (B, K, S, D). mask: (…, T, S), True where a query may look. Without a mask, a query sees itself and
     everything before it, within the window. Only this function chooses attention code by device.
     """
-    compiled, on_cpu, heads = torch.compiler.is_compiling(), q.device.type == "cpu", q.size(1) // k.size(1)
+    compiled, on_cpu, group = torch.compiler.is_compiling(), q.device.type == "cpu", q.size(1) // k.size(1)
     if isinstance(mask, BlockMask):
-        if heads & (heads - 1):  # FlexAttention's kernel for short sequences takes only powers of 2
+        if group & (group - 1):  # FlexAttention's kernel for short sequences takes only powers of 2
             k, v = repeat_heads(q, k, v)
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=k.size(1) < q.size(1))
-    if heads > 1 and shares_heads(q, mask, window):
+    if group > 1 and shares_heads(q, mask, window):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     k, v = repeat_heads(q, k, v)
     if compiled and on_cpu and mask is None and choice.forced("attention") != "fused":

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def by_expert(x: Tensor, weights: Iterable[Tensor], ends: Tensor, loop: Callable | None = None) -> Tensor:
+def by_expert(x: Tensor, weights: Iterable[Tensor], ends: Tensor, loop: Callable) -> Tensor:
     """Multiplies the first ends[0] rows of x (N, in) with the first weight (out, in), those up to ends[1] with the second, and so on.
     Returns (N, out). ends: (E,) int32, the last is N. loop: one_by_one, or its uncompiled version."""
     weights = list(weights)
     if is_grouped(x, weights[0]):
         return grouped(x, weights, ends)
-    return (loop or one_by_one)(x, weights, ends)
+    return loop(x, weights, ends)
 
 
 def is_grouped(x: Tensor, weight: Tensor) -> bool:

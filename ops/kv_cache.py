@@ -37,7 +37,7 @@ class KVCache:
         self.length = 0
         self.layers: dict[int, LayerCache] = {}
         self.document_of: Tensor | None = None  # (B, max_len), each position's document number
-        self.fits: tuple | None = None  # what it was made for, if it is used again
+        self.made_for: tuple | None = None  # sample.py's note: for which texts it can be used again
 
     def layer(self, number: int, positions: Tensor, window: int | None = None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Returns a function that stores a layer's new keys and values at positions (T,), and returns all that they may see."""

@@ -126,20 +126,20 @@ def trial_layers(layers: list[nn.Linear], dtype: torch.dtype, most: int) -> list
     return layers[:enough] if size * len(layers) >= TRIAL_BYTES // 4 else []
 
 
-def choose_compiled_row(layers: list[nn.Module], same: list[nn.Module]):
-    """Sets how the layers in `same` compute one row in torch.compile, from a trial with `layers` at the first call. Compiling the loop
-    for it takes some seconds. All are RowLinear, or all are Int8Linear."""
-    weight, ways = layers[0].weight, layers[0].row_ways
+def choose_compiled_row(layers: list[nn.Module], typical: list[nn.Module]):
+    """Sets how layers compute one row in torch.compile. Tries the ways with the typical ones among them, once per process: compiling the
+    loop takes some seconds. All are RowLinear, or all are Int8Linear."""
+    weight, ways = typical[0].weight, typical[0].row_ways
     key = f"compiled_row {str(weight.dtype)[6:]}"
     way = choice.forced("compiled_row") or choice.chosen.get(key)
-    trial = [] if way else trial_layers(layers, weight.dtype, len(layers))
+    trial = [] if way else trial_layers(typical, weight.dtype, len(typical))
     if trial:
         x = torch.ones(1, weight.size(1), dtype=weight.dtype if weight.is_floating_point() else torch.float32)
         calls = {name: torch.compile(call, dynamic=False) if name == "loop" else call for name, call in ways.items()}
         way = choice.fastest(
             key, {name: lambda call=call: [call(x, *layer.row_tensors()) for layer in trial] for name, call in calls.items()}
         )
-    for layer in same:
+    for layer in layers:
         layer.way = way if way in ways else "loop"
 
 

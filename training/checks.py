@@ -168,7 +168,7 @@ def check_compiled(trainer: Trainer, step: int, log: Log):
     positions = trainer.positions(step, trainer.world.rank)[0]
 
     def validate():
-        copy = trainer.evaluated  # whose layers are as many as the model's now
+        copy = trainer.evaluated  # a copy if sharded: cut to the layers that mismatches leaves in the model
         whole = sharding.whole(trainer.model, copy) if trainer.sharded else nullcontext()
         with self_check.first_of_each_kind(copy), whole:
             return trainer.validation_loss(trainer.train_stream.batch(positions))

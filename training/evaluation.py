@@ -73,10 +73,10 @@ class Evaluation:
         return val_loss
 
     def hellaswag(self, step: int):
-        trainer, tasks, tokenizer, styles = self.trainer, self.tasks, self.tokenizer, tuple(hellaswag.STYLES)
+        trainer, tasks, tokenizer = self.trainer, self.tasks, self.tokenizer
         if self.trees is None:
-            self.trees = hellaswag.build_trees(tasks, tokenizer, self.config.model.seq_len, self.world, styles)
-        how = dict(autocast=trainer.autocast(), styles=styles, stopped=self.stopped, trees=self.trees)
+            self.trees = hellaswag.build_trees(tasks, tokenizer, self.config.model.seq_len, self.world)
+        how = dict(autocast=trainer.autocast(), stopped=self.stopped, trees=self.trees)
         scores, _ = hellaswag.evaluate(trainer.evaluated, tokenizer, tasks, self.world, **how)
         named = {f"hellaswag_{name}": score for name, score in scores.items()}
         self.log.value(step, "hella", scores["acc_norm"], {**named, **axes(trainer, step)})
@@ -116,7 +116,7 @@ def validate(trainer: Trainer, stopped: Callable[[], bool] = lambda: False) -> f
     B, T, available = config.micro_batch_size, config.model.seq_len, stream.sequences_per_epoch
     count = max(1, min(available, config.val_tokens // T))
     mine = [i * available // count for i in range(world.rank, count, world.size)]
-    losses = []  # and the number of sequences in each. Not read yet, so that the GPU works while the next batch is read
+    losses = []  # (loss, number of sequences). item() comes last because it waits for the GPU, which works while the next batch is read
     for start in range(0, len(mine), B):
         if stopped():
             break

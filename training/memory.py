@@ -126,7 +126,7 @@ def cheap_bytes(shape: VariantConfig, setting: Setting) -> float:
     kind, e, *_ = setting
     C, kv = shape.n_embd, shape.n_embd // shape.n_head * shape.kv_heads
     norms = 2 * C + 2 * kv * shape.qk_norm
-    if shape.n_expert > 1:  # a loop over experts is not compiled; CUDA's one kernel is, which may save more
+    if shape.n_expert > 1:  # the loop over experts is not compiled. With CUDA's single kernel they are, which may save more
         return e * norms
     laid_out = C * (kind == "cpu" and shape.attention == "flash" and kv == C)  # attention's output
     return e * (norms + laid_out + shape.n_inner)

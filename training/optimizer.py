@@ -36,7 +36,8 @@ class Muon(torch.optim.Muon):
     def __init__(self, params: list[torch.Tensor], dtype: torch.dtype, **settings):
         super().__init__(params, **settings)
         self.dtype = dtype
-        # most numbers in a batch of matrices; a CPU gains nothing, and its results would depend on the batch, so on the world size
+        # the largest batch of matrices, in numbers. 0 means one matrix at a time: a CPU gains nothing from batches, and its results would
+        # depend on the batch, so on the world size
         self.at_once = 2**26 if params[0].is_cuda else 0
 
     @torch.no_grad()
@@ -46,7 +47,7 @@ class Muon(torch.optim.Muon):
                 self.update(batch, group)
 
     def update(self, batch: list[torch.Tensor], group: dict):
-        """Updates matrices of one shape, some of them transposed."""
+        """Updates matrices that have the same shape, or the same transposed."""
         lr, momentum, grads = group["lr"], group["momentum"], [p.grad for p in batch]
         averages = [self.average(p) for p in batch]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
@@ -74,6 +75,7 @@ def batches(matrices: list[torch.Tensor], at_once: int) -> list[list[torch.Tenso
 
 
 def wide(matrix: torch.Tensor) -> torch.Tensor:
+    """Returns a matrix with rows ≤ columns, transposed if need be: its Newton-Schulz products are smaller."""
     return matrix if matrix.size(0) <= matrix.size(1) else matrix.T
 
 
@@ -82,11 +84,11 @@ def orthogonal(x: torch.Tensor, coefficients: tuple[float, float, float], steps:
     (Jordan et al., 2024) keeps U and V of the decomposition U S V^T. Each step maps every singular value s to a s + b s^3 + c s^5, which
     brings it near 1."""
     a, b, c = coefficients
-    added = torch.addmm if x.dim() == 2 else torch.baddbmm
+    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         square = x @ x.mT
-        x = added(x, added(square, square, square, beta=b, alpha=c), x, beta=a)
+        x = add_product(x, add_product(square, square, square, beta=b, alpha=c), x, beta=a)
     return x
 
 
@@ -132,7 +134,7 @@ class MuonAndAdamW:
     @torch.no_grad()
     def step(self):
         self.adamw.step()
-        gradients = [p.grad for p in self.matrices]  # they stay where they are: in DDP's buckets
+        gradients = [p.grad for p in self.matrices]  # put back at the end: they may lie in DDP's buckets
         for i, (p, gathered) in enumerate(zip(self.matrices, self.gathered, strict=True)):
             if self.sharded:
                 weight, grad = p.full_tensor(), p.grad.full_tensor()
@@ -156,7 +158,7 @@ class MuonAndAdamW:
         """Sends each matrix's tensor from its owner to all others, in place. Joins an owner's tensors: one large transfer is faster
         than many small ones."""
         for rank in range(self.world.size):
-            owned = tensors[rank :: self.world.size]
+            owned = [x for i, x in enumerate(tensors) if self.owner(i) == rank]
             if not owned or self.world.size == 1:
                 return
             joined = torch.cat([x.flatten() for x in owned])

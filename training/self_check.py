@@ -58,7 +58,8 @@ def mismatches(
 
 @contextmanager
 def own_gradients(model: GPT):
-    """Inside this block, the model has new gradients. Afterwards it has those from before, cleared: DDP's lie in its buckets."""
+    """Inside this block, the model gets new gradient tensors. Afterwards it has the old ones again, set to zero: they may lie in DDP's
+    buckets."""
     before = {p: p.grad for p in model.parameters()}
     model.zero_grad(set_to_none=True)
     try:

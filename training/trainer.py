@@ -72,7 +72,7 @@ class Trainer:
                 compile_blocks(self.evaluated, config.activation_memory, world.device)
             sharding.shard(self.model, self.dtype, world)
         replicated = world.size > 1 and not self.sharded
-        # gradients that accumulate lie in DDP's buckets from the start. DDP would copy others there, so that both take memory
+        # gradients that accumulate lie in DDP's buckets from the start. Otherwise DDP would copy them there, and both would take memory
         self.in_buckets = replicated and config.grad_accum_steps(world.size) > 1
         if self.in_buckets:
             for p in self.model.parameters():
