@@ -108,11 +108,11 @@ def generate(
     SampleConfig("", "", 1, max_new_tokens, temperature, top_k, top_p, draft_tokens=draft_tokens).validate()
     if compile and with_switches(model.config).n_expert > 1:
         raise ValueError("--compile does not work with experts: drop it")
-    end = idx.size(1) + max_new_tokens
+    end, sampling = idx.size(1) + max_new_tokens, (temperature, top_k, top_p)
     counts = Counter() if counts is None else counts
-    sampling = temperature, top_k, top_p
     if draft is not None:
-        idx = speculate(*map(inference_copy, (model, draft)), idx, end, draft_tokens, sampling, generator, counts)
+        fast = inference_copy(model, rows=len(idx) * (draft_tokens + 1)), inference_copy(draft, rows=len(idx))
+        idx = speculate(*fast, idx, end, draft_tokens, sampling, generator, counts)
     rows = [idx]
     steps = stream(model, idx, end - idx.size(1), *sampling, generator, use_cache, compile)
     for new, _ in cli.bar(steps, total=end - idx.size(1), desc="sampling", unit="tok", delay=2, leave=False, disable=not progress):

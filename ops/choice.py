@@ -6,6 +6,7 @@ GPT_WAYS="row=library compiled_row=loop" in the environment forces a choice. `py
 import os
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 
 FORCE = "GPT_WAYS"
 WAYS = {
@@ -15,6 +16,7 @@ WAYS = {
     "attention": ("blockwise", "fused"),  # in torch.compile on a CPU
 }
 chosen: dict[str, str] = {}  # what → the way, for this process
+may_try = True  # False: every default stays
 
 
 def forced(what: str) -> str | None:
@@ -25,6 +27,17 @@ def forced(what: str) -> str | None:
             known = ", ".join(f"{name}={'|'.join(ways)}" for name, ways in WAYS.items())
             raise ValueError(f"{FORCE} has {name}={way}: use {known}")
     return wanted.get(what)
+
+
+@contextmanager
+def defaults():
+    """Keeps every default inside this block. For a run, which must compute the same bits when it is resumed."""
+    global may_try
+    may_try = False
+    try:
+        yield
+    finally:
+        may_try = True
 
 
 def fastest(what: str, ways: dict[str, Callable[[], object]], passes: int = 3) -> str:

@@ -118,6 +118,15 @@ def test_trial_happens_once_for_large_layers(monkeypatch):
     assert linear.fastest_way(layers, torch.float16, 1) is None
 
 
+def test_run_never_tries(monkeypatch):
+    monkeypatch.setattr(linear, "TRIAL_BYTES", 1)
+    monkeypatch.setattr(choice, "fastest", None)
+    with choice.defaults():
+        assert linear.fastest_way([random_linear(32, 64)], FP32, 1) == "onednn"
+        assert linear.fastest_way([random_linear(32, 64)], BF16, 8) == "packed"
+    assert choice.may_try and not choice.chosen
+
+
 def test_environment_forces_a_way(monkeypatch):
     monkeypatch.setenv(choice.FORCE, "row=mv rows=library compiled_row=library")
     model = build(VariantConfig(**SHAPE))

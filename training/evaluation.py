@@ -10,6 +10,7 @@ import plot_log
 from common import cli
 from common import tokenizer as tokenizers
 from common.distributed import Stopped
+from ops import choice
 from sample import sample_texts
 from training.log import Log, axes
 from training.trainer import Trainer
@@ -65,7 +66,8 @@ class Evaluation:
             self.log.stop_if_diverged(f"the validation loss of step {step}", val_loss)
             self.log.value(step, "val", val_loss, {"val_loss": val_loss, **axes(self.trainer, step)})
             self.log.result(f"step {step}: val loss {val_loss:.4f}")
-        with torch.compiler.set_stance("force_eager"):  # shapes vary: compiling each would take too long
+        # shapes vary: compiling each would take too long. And a resumed run must give the same answers
+        with torch.compiler.set_stance("force_eager"), choice.defaults():
             if self.tasks and (end or is_due(config.hellaswag_every, step)):
                 self.or_warn(f"HellaSwag at step {step}", lambda: self.hellaswag(step), alone=self.world.size == 1)
             if self.tokenizer and config.sample_every and (end or is_due(config.sample_every, step)):
