@@ -177,7 +177,7 @@ def empty_cache(model: GPT, idx: Tensor, room: int) -> KVCache:
     its graph again, and after 128 times it would stop using graphs."""
     kind = idx.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.lm_head.weight.dtype
-    fits = room, len(idx), idx.device, dtype
+    fits = room, len(idx), idx.device, dtype, torch.is_inference_mode_enabled()  # its tensors can't be written outside of that mode
     cache = SPARE.pop(model, None)  # a second text at the same time finds none
     if cache is None or cache.fits != fits:
         cache = KVCache(room)
