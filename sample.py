@@ -177,7 +177,7 @@ def empty_cache(model: GPT, idx: Tensor, room: int) -> KVCache:
     PyTorch records another one for another cache, and stops using graphs after 128."""
     kind = idx.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.lm_head.weight.dtype
-    made_for = room, len(idx), idx.device, dtype
+    made_for = room, len(idx), idx.device, dtype, torch.is_inference_mode_enabled()  # its tensors can't be written outside of that mode
     cache = SPARE.pop(model, None)  # a second text at the same time finds none
     if cache is None or cache.made_for != made_for:
         cache = KVCache(room)

@@ -24,7 +24,7 @@ import checkpoint
 import fineweb
 import variants
 from common import cli, device
-from common.distributed import DistContext, PeerLost, Stopped, exit_without_others, join_world, launched, rendezvous
+from common.distributed import DistContext, Stopped, exit_without_others, join_world, launched, rendezvous
 from common.locks import lock_folder
 from common.run_folder import RunFolder
 from common.shards import MANIFEST, Shards, find_shards
@@ -229,9 +229,6 @@ def launch():
                 with join_world(config.device, config.timeout_minutes, store) as world:
                     run = replay if config.replay_step is not None else train
                     run(config, world, folder)
-        except PeerLost as e:
-            cli.say(f"error: {e}")
-            sys.exit(1)
         except checkpoint.SaveError as e:
             if not getattr(e, "is_shared", False):
                 remedy = "free some space" if cli.REMEDIES.get(e.errno) == cli.FULL else cli.REMEDIES.get(e.errno, "check the folder")

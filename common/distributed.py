@@ -220,9 +220,10 @@ def leaving_waits() -> bool:
 @contextmanager
 def exit_without_others():
     """Ends this process at once if the block fails inside an nccl group. The others notice that it is gone. Put this around the code that
-    prints the error."""
+    prints the error. A PeerLost becomes one line and status 1 here, in any group."""
     try:
-        yield
+        with one_line_if_lost():
+            yield
     except BaseException as e:
         if not leaving_waits():
             raise
@@ -236,6 +237,15 @@ def exit_without_others():
                 stream.flush()
         status = (e.code or 0) if isinstance(e, SystemExit) else 1
         os._exit(status if isinstance(status, int) else 1)
+
+
+@contextmanager
+def one_line_if_lost():
+    try:
+        yield
+    except PeerLost as e:
+        cli.say(f"error: {e}")
+        sys.exit(1)
 
 
 @contextmanager

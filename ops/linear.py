@@ -26,7 +26,8 @@ class RowLinear(nn.Linear):
         return self.weight, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() != self.in_features or not torch.compiler.is_compiling() or torch.is_grad_enabled():
+        plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)  # autocast knows nn.Linear only
+        if plain or x.numel() != self.in_features or not torch.compiler.is_compiling():
             return super().forward(x)
         if self.way != "loop":
             return torch.ops.gpt.row_linear(x, self.weight, self.bias, self.way)
@@ -180,7 +181,8 @@ class Int8Linear(nn.Module):
             return self.row_ways[self.way if fits else "loop"](x, *self.row_tensors())
         if x.device.type == "cpu" and rows <= 16 and fits:
             return int8_library(x, *self.row_tensors())
-        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None], self.bias)
+        y = F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None], self.bias)
+        return y.to(x.dtype)  # also in autocast: few rows and many must have one dtype, that of the cache
 
 
 Int8Linear.row_ways = {"loop": int8_loop, "library": int8_library}

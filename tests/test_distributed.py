@@ -180,6 +180,12 @@ def test_save_in_background_ends_before_the_process(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7 and (tmp_path / "saved").exists()
 
 
+def test_lost_peer_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit, match="^1$"), distributed.exit_without_others():
+        raise PeerLost("rank 1 lost touch")
+    assert capsys.readouterr().err == "error: rank 1 lost touch\n"
+
+
 # ---- gradients in DDP's buckets ----
 
 

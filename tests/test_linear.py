@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_main, save_checkpoint
+from conftest import run_main, run_train, save_checkpoint
 from test_variants import SHAPE, VARIANTS
 from torch import nn
 
@@ -70,6 +70,22 @@ def test_compiled_row_traces_every_way(way):
     with torch.no_grad():
         y = torch.compile(lambda x: layer(x), backend="eager", fullgraph=True)(x)
         assert torch.allclose(y, nn.Linear.forward(layer, x), atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["loop", "library", "mv"])
+def test_compiled_row_obeys_autocast(way):
+    """A text's first pass isn't compiled: the cache has its dtype."""
+    layer, x = random_linear(48, 80), torch.randn(1, 1, 48)
+    layer.__class__, layer.way = linear.RowLinear, way
+    with torch.no_grad(), torch.autocast("cpu", BF16):
+        y = torch.compile(lambda x: layer(x), backend="eager", fullgraph=True)(x)
+        assert torch.equal(y, layer(x)) and y.dtype == BF16
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+def test_int8_keeps_the_dtype_in_autocast(rows):
+    with torch.no_grad(), torch.autocast("cpu", BF16):
+        assert linear.Int8Linear(random_linear(48, 80))(torch.randn(rows, 48)).dtype == FP32
 
 
 @pytest.mark.parametrize(("way", "inputs"), [("loop", 48), ("library", 48), ("library", 40)])
@@ -143,6 +159,14 @@ def test_unknown_forced_way_is_one_line(monkeypatch, capsys, tmp_path):
         f"{choice.FORCE} has row=fast: use row=library|onednn|packed|mv, rows=library|onednn|packed, compiled_row=loop|library|mv, "
         "attention=blockwise|fused"
     )
+
+
+def test_training_names_an_unknown_way(monkeypatch, capsys, shards, tmp_path):
+    """torch.compile would swallow the error, and leave each block eager."""
+    monkeypatch.setenv(choice.FORCE, "attention=fast")
+    assert run_train(shards, tmp_path / "run") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {choice.FORCE} has attention=fast: use ")
 
 
 # ---- models ----

@@ -108,6 +108,12 @@ def test_cache_of_another_kind_is_new(caches, model):
     assert len(set(map(id, caches))) == 6
 
 
+def test_cache_of_inference_mode_stays_there(caches, model):
+    with torch.inference_mode():
+        first = texts(model, 1, compile=True)[0]
+    assert torch.equal(texts(model, 1, compile=True)[0], first)
+
+
 def test_two_texts_at_once_have_two_caches(caches, model):
     idx = torch.full((1, 3), 7)
     texts(model, 1, compile=True)

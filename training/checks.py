@@ -14,6 +14,7 @@ from common.distributed import DistContext
 from common.shards import Shards, differences, verify_shards
 from common.tokenizer import VOCAB_SIZES
 from common.validation import from_dict
+from ops import choice
 from training import self_check, sharding
 from training.config import MAY_CHANGE, SMALLER_MODEL, TrainConfig
 from training.log import Log
@@ -40,7 +41,8 @@ def check_data(config: TrainConfig, shards: Shards) -> Shards:
 
 
 def check_host(config: TrainConfig, world: DistContext, shards: Shards):
-    """Checks on one process of each host, except rank 0's, that the host has the same shards as rank 0."""
+    """Checks the environment, and on one process of each host, except rank 0's, that the host has the same shards as rank 0."""
+    choice.forced("attention")  # torch.compile would hide its ValueError, and leave the blocks eager
     if world.is_main or not world.first_on_host:
         return
     try:
