@@ -17,7 +17,7 @@ from common.device import pick_dtype
 from common.validation import raise_errors, rule
 from formats import huggingface
 from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig, cross_entropy, gelu, manual_attention
-from ops import attention, experts, linear, loss
+from ops import attention, embedding, experts, linear, loss
 from ops.kv_cache import KVCache, next_positions
 
 
@@ -170,6 +170,8 @@ def use_fast_parts(model: GPT):
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = linear.RowLinear
+        if type(module) is nn.Embedding:
+            module.__class__ = embedding.StreamEmbedding
 
 
 def set_attention(model: GPT):

@@ -106,18 +106,23 @@ def inference_ways(dtype: torch.dtype, rows: int) -> list[str]:
 
 def fastest_way(layers: list[nn.Linear], dtype: torch.dtype, rows: int) -> str | None:
     """Returns the fastest of inference_ways, from a trial of about 0.1 s with these layers at the first call. None: keep nn.Linear,
-    because there is nothing else, or because the layers are too small for a trial and the rows are few. rows: of a typical input."""
+    because there is nothing else, or because the layers are small and the rows are few. rows: of a typical input."""
     ways, what = inference_ways(dtype, rows), "row" if rows == 1 else "rows"
+    if not ways:
+        return None
+    if way := choice.forced(what):
+        return way
+    tried = trial_layers(layers, dtype, 2 if rows > 1 else len(layers))
+    if not tried and rows <= 64:
+        return None
+    if not tried or not choice.may_try:
+        return ways[0]
     key = f"{what} {str(dtype)[6:]}"
-    layers = trial_layers(layers, dtype, 2 if rows > 1 else len(layers))
-    way = choice.forced(what) or (layers and choice.chosen.get(key))
-    if way or not ways:
-        return way if ways else None
-    if not layers:
-        return ways[0] if rows > 64 else None
-    x = torch.ones(min(rows, 256), layers[0].in_features, dtype=dtype)
-    tried = {way: [InferenceLinear(layer, dtype, way) for layer in layers] for way in ways}
-    return choice.fastest(key, {way: lambda each=each: [layer(x) for layer in each] for way, each in tried.items()})
+    if key not in choice.chosen:
+        x = torch.ones(min(rows, 256), tried[0].in_features, dtype=dtype)
+        by_way = {way: [InferenceLinear(layer, dtype, way) for layer in tried] for way in ways}
+        choice.fastest(key, {way: lambda each=each: [layer(x) for layer in each] for way, each in by_way.items()})
+    return choice.chosen[key]
 
 
 def trial_layers(layers: list[nn.Linear], dtype: torch.dtype, most: int) -> list[nn.Linear]:

@@ -11,10 +11,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import create_block_mask
 
-from ops import attention, experts
+from ops import attention, embedding, experts
 from ops.attention import block_mask, causal_mask, fused_attention
 from ops.loss import chunk_loss
-from variants import MixtureOfExperts, VariantConfig
+from variants import MixtureOfExperts, VariantConfig, build
 
 BF16 = torch.bfloat16
 
@@ -172,3 +172,38 @@ def test_loss_has_the_form_that_inductor_fuses():
     (total,) = power.users
     assert (power.target, total.target) == (torch.ops.aten.exp.default, torch.ops.aten.sum.dim_IntList)
     assert largest.args[1:] == total.args[1:] == ([-1], True)
+
+
+# ---- residual stream ----
+
+
+def test_stream_stays_in_bf16(monkeypatch):
+    """In every block and in its gradient; the weights' gradients stay near those with a stream in fp32."""
+    model = build(VariantConfig(97, 24, 2, 2, 32, pos="rope", norm="rmsnorm", bias=False))  # a CPU's LayerNorm sums gradients in bf16
+    idx = ids_with_documents(model.config)
+    grads, results = [], []
+
+    def watch(block, given, returned):
+        returned[0].register_hook(grads.append)
+
+    for block in model.transformer.h:
+        block.register_forward_hook(watch)
+    for in_bf16 in (False, True):
+        monkeypatch.setattr(embedding, "is_stream_in_bf16", lambda kind, in_bf16=in_bf16: in_bf16)
+        with torch.autocast("cpu", BF16):
+            results.append(loss_and_gradients(model, idx))
+        assert {g.dtype for g in grads} == {BF16 if in_bf16 else torch.float32}
+        grads.clear()
+    (loss, plain), (rounded_loss, rounded) = results
+    assert rounded_loss == pytest.approx(loss.item(), rel=1e-3)
+    for p, q in zip(plain, rounded, strict=True):
+        assert p.dtype == q.dtype == torch.float32 and (p - q).norm() <= 0.03 * p.norm()
+
+
+@pytest.mark.parametrize(("kind", "dtype", "in_bf16"), [("cuda", BF16, True), ("cuda", torch.float16, False), ("cpu", BF16, False)])
+def test_stream_is_in_bf16_on_cuda(monkeypatch, kind, dtype, in_bf16):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: dtype)
+    assert embedding.is_stream_in_bf16(kind) == in_bf16
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+    assert not embedding.is_stream_in_bf16(kind)

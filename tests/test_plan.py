@@ -112,6 +112,15 @@ def test_kept_bytes_of_eager_fp32_forward(name):
     assert kept_by_estimate(shape, Setting("cpu", 4, compiled=False), 8) == pytest.approx(kept, rel=0.05)
 
 
+def test_stream_takes_two_bytes_in_bf16():
+    """Per block and number of the stream: in bf16 on CUDA, compiled or recomputed. In fp16 and on a CPU it is in fp32."""
+    shape, settings = small(), (Setting(), Setting(fp16=True), Setting("cuda", 4), Setting("cpu", 2))
+    assert [setting.stream for setting in settings] == [2, 4, 4, 4]
+    for kept in (1.0, 0.0):
+        bf16, fp16 = (kept_by_estimate(shape, setting, 8, activation_memory=kept) for setting in settings[:2])
+        assert fp16 - bf16 == 2 * 8 * 128 * 64 * 3
+
+
 def test_kept_bytes_with_recomputation():
     shape, gpt = small(), build(small())
     recompute_activations(gpt)

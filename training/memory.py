@@ -23,6 +23,12 @@ class Setting(NamedTuple):
     compiled: bool = True
     world_size: int = 1
     shard: bool = False  # --shard: parameters, gradients and optimizer state are sharded
+    fp16: bool = False  # of the two dtypes with e = 2
+
+    @property
+    def stream(self) -> int:
+        """Bytes per number of the residual stream (ops/embedding.py)."""
+        return 2 if self.kind == "cuda" and self.e == 2 and not self.fp16 else 4
 
 
 class Memory(NamedTuple):
@@ -71,7 +77,7 @@ def matrix_params(model: GPT) -> int:
 
 def temporary_bytes(config: TrainConfig, setting: Setting, model: GPT) -> dict[str, float]:
     """Bytes that a forward and backward pass allocates and frees again."""
-    shape, (kind, e, compiled, _, shard) = config.model, setting
+    shape, (kind, e, compiled, _, shard, _) = config.model, setting
     tokens = config.micro_batch_size * shape.seq_len
     # a compiled block copies its weights, also shared ones. It keeps the copies only if it keeps all activations or has experts.
     # Autocast keeps one copy. On a GPU, sharded weights arrive in this dtype.
@@ -79,7 +85,8 @@ def temporary_bytes(config: TrainConfig, setting: Setting, model: GPT) -> dict[s
     cast = matrix_params(model) * (compiled_copies if compiled else 1) * (not shard or kind == "cpu")
     copies = (e * (cast + model.lm_head.weight.numel())) if e < 4 else 0
     per_token = block_bytes(shape, setting)
-    kept = 4 * shape.n_embd + config.activation_memory * (per_token - 4 * shape.n_embd)  # at least a block's input
+    least = setting.stream * shape.n_embd  # a block's input
+    kept = least + config.activation_memory * (per_token - least)
     if compiled and config.activation_memory < 1:
         kept = min(kept, per_token - cheap_bytes(shape, setting))
     norm = (8 if shape.norm == "rmsnorm" else 4) * shape.n_embd  # the final norm is never compiled
@@ -104,10 +111,10 @@ def block_bytes(shape: VariantConfig, setting: Setting) -> float:
     # CUDA's autocast runs softmax in fp32; eager code also keeps its copy for the matrix product
     scores = H * T * (e if kind != "cuda" or e == 4 else 4 if compiled else 4 + e)
     if compiled:
-        residual = 4 * C + 4 * e * C  # the stream in fp32; outputs of both norms, input and output of attention's projection
+        residual = setting.stream * C + 4 * e * C  # the stream; outputs of both norms, input and output of attention's projection
         attention = 3 * e * C + (scores if manual else e * C * (kind == "cpu") + 4 * H)  # on CUDA, attention's output needs no new layout
         attention += e * (C + 2 * kv) * shape.qk_norm + e * kv * shape.value_residual
-        experts = 4 * C - e * C + 2 * e * C * shape.n_expert_active
+        experts = setting.stream * C - e * C + 2 * e * C * shape.n_expert_active
     else:
         residual = 8 * C + 3 * e * C + 8 * C * (shape.norm == "rmsnorm")
         unused = shape.qk_norm and shape.value_residual and e < 4  # q, k and v are all copied then
@@ -139,7 +146,7 @@ def backward_bytes(shape: VariantConfig, tokens: int, block: int, setting: Setti
     mlp = e * inner * (3 if shape.mlp == "swiglu" else 2)
     queries = BlockwiseAttention.blocks(shape.seq_len, None)[0][0].stop if compiled and kind == "cpu" else 0
     scores = (shape.seq_len * (4 if kind == "cuda" else e) if shape.attention == "manual" else 4 * queries) * 3 * shape.n_head
-    return 4 * block + tokens * (8 * shape.n_embd + max(mlp, scores))
+    return 4 * block + tokens * (2 * setting.stream * shape.n_embd + max(mlp, scores))
 
 
 def loss_bytes(shape: VariantConfig, tokens: int, setting: Setting) -> float:

@@ -82,7 +82,8 @@ def hardware(config: TrainConfig) -> tuple[str, torch.dtype, Setting, float]:
     auto = config.dtype == "auto" and not on_cpu  # this machine may not have such a card
     dtype = device.pick_dtype(("fp16" if name == "V100" else "bf16") if auto else config.dtype, cpu)
     compiled = config.compile and (not on_cpu or device.can_compile(cpu))
-    setting = Setting("cpu" if on_cpu else "cuda", dtype.itemsize, compiled, config.gpus, config.shard and config.gpus > 1)
+    shard, fp16 = config.shard and config.gpus > 1, dtype == torch.float16
+    setting = Setting("cpu" if on_cpu else "cuda", dtype.itemsize, compiled, config.gpus, shard, fp16)
     if setting.shard:
         reject_fp16(dtype)
     # processes on a CPU share the machine's memory

@@ -23,7 +23,7 @@ def reject_fp16(dtype: torch.dtype):
 
 def shard(model: GPT, dtype: torch.dtype, world: DistContext):
     """Shards the parameters over the processes, in place. dtype: of the matrix products. On CUDA, blocks are gathered in this dtype;
-    embeddings, last norm and head stay in fp32, and so does the residual stream. (A CPU's norms take no weights in bf16.)"""
+    embeddings, last norm and head stay in fp32. (A CPU's norms take no weights in bf16.)"""
     # imported here: it takes a second, and only --shard needs it
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
