@@ -111,6 +111,7 @@ def test_missing_model_is_one_line(capsys, argv, words):
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
 
 
+@pytest.mark.slow
 def test_wrong_gradio_environment_is_one_line(tmp_path):
     result = script("app.py", "-m", save_checkpoint(tmp_path, 1, tiny(1), "bytes", 3.0, {}), GRADIO_SERVER_PORT="abc")
     assert result.returncode == 2 and result.stderr.startswith("error: Gradio can't read its environment (invalid literal for int()")

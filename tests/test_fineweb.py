@@ -216,6 +216,7 @@ def test_tokenize_with_gpt2s_vocabulary(tmp_path, corpus, gpt2_tokenizer):
     assert row(tmp_path / "out") == expected(TEXTS, "gpt2")
 
 
+@pytest.mark.slow
 def test_killed_at_random_writes_gives_same_bytes(tmp_path):
     """SIGKILL stops ten launches within about a millisecond of a random write. The last launch completes."""
     generator = random.Random(0)
@@ -830,6 +831,7 @@ def test_skip_bad_rows_may_be_added_later(tmp_path, monkeypatch, capsys):
     assert bytes_of(tmp_path / "complete") == bytes_of(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_hub_rows_are_named_or_skipped(tmp_path, fineweb_edu):
     values = pa.array([b"one", None, b"two", b"\xff", b"\xfe", b"three", b"\xfd"])
     texts = pa.StringArray.from_buffers(len(values), values.buffers()[1], values.buffers()[2], values.buffers()[0])
@@ -995,7 +997,8 @@ def test_busy_hub_is_retried(tmp_path, fineweb_edu, pretokenized):
     row(tmp_path / "bins")
 
 
-@pytest.mark.parametrize("argv", [pytest.param(["--shard-size", 400], marks=pytest.mark.slow), ["--pretokenized"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("argv", [["--shard-size", 400], ["--pretokenized"]])
 def test_hub_busy_for_long_then_run_again(tmp_path, fineweb_edu, pretokenized, argv):
     repos = {"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu, "datasets/kjj0/fineweb10B-gpt2": pretokenized}
     answers = []
@@ -1122,6 +1125,7 @@ def test_workers_exit_with_their_parent(tmp_path):
     assert not outlived
 
 
+@pytest.mark.slow
 def test_resume_streams_the_same_commit(tmp_path, fineweb_edu, monkeypatch):
     with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}) as (url, requests):
         argv = ["--shard-size", 400]

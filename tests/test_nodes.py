@@ -121,6 +121,7 @@ def on_two(folder: Path, *argv) -> subprocess.CompletedProcess:
     return forked(folder, "train", *argv, processes=2, first=partial(on_own_host, folder))
 
 
+@pytest.mark.slow
 def test_rank_0_sends_checkpoint_to_other_hosts(shards, tmp_path, on_one_host):
     assert on_two(tmp_path, *TINY, "--data-dir", shards, "--out-dir", "run", "--checkpoint-every", 10).returncode == 0
     [path.unlink() for path in checkpoint.files_of(tmp_path / "0" / "run", 20)]

@@ -97,12 +97,13 @@ def test_sharded_run_resumes_exactly(sharded, tmp_path):
 MANY = "--optimizer muon --pos rope --n-head 1 --norm rmsnorm --mlp swiglu --no-bias --no-tied-head --value-residual --qk-norm --ema 0.9"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "tolerance"),
     [
         (MANY, 1e-5),
-        pytest.param("--n-expert 3 --n-expert-active 2", 1e-3, marks=pytest.mark.slow),  # balanced by micro batch
-        pytest.param("--share-layers 2 --ema 0.9 --activation-memory 0", 1e-5, marks=pytest.mark.slow),
+        ("--n-expert 3 --n-expert-active 2", 1e-3),  # balanced by micro batch
+        ("--share-layers 2 --ema 0.9 --activation-memory 0", 1e-5),
     ],
 )
 def test_every_part_of_a_model_can_be_sharded(flags, tolerance, shards, tmp_path):

@@ -777,9 +777,8 @@ def signal_rank_1(path: str):
     setattr(owner, function, signalled)
 
 
-@pytest.mark.parametrize(
-    "path", ["training.evaluation.validate", pytest.param("training.evaluation.Evaluation.hellaswag", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["training.evaluation.validate", "training.evaluation.Evaluation.hellaswag"])
 def test_signal_to_one_rank_cancels_evaluation_on_all(shards, tmp_path, path):
     """Rank 1 gets the signal and rank 0 learns of it. The run resumes from there."""
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(3)))
