@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,27 +12,7 @@ from ops import choice
 
 TRIAL_BYTES = 2**26  # more than a CPU's caches hold: reading the weights is all the work for one row
 
-
-class RowLinear(nn.Linear):
-    """nn.Linear with a faster path for a single row of input, compiled and without gradients: the generation of a token.
-
-    Reading the weights is all the work there. torch.compile's loop reads them 1.7 times as fast as the library on an AMD CPU, and half
-    as fast on an Intel one: `way` says which to use. On a GPU, Inductor does the same by itself if there is no bias; we haven't
-    measured it there.
-    """
-
-    way = "loop"
-
-    def row_tensors(self):
-        return self.weight, self.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)  # autocast knows nn.Linear only
-        if plain or x.numel() != self.in_features or not torch.compiler.is_compiling():
-            return super().forward(x)
-        if self.way != "loop":
-            return torch.ops.gpt.row_linear(x, self.weight, self.bias, self.way)
-        return row_loop(x, self.weight, self.bias)
+# ---- ways to multiply: x (…, in), weight (out, in), bias (out,) → (…, out) ----
 
 
 def row_loop(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -69,7 +50,50 @@ def _(x, weight, bias, way):
     return x.new_empty(*x.shape[:-1], weight.size(0))
 
 
-RowLinear.row_ways = {"loop": row_loop, "library": library, "mv": mv}
+def int8_loop(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """One row of input, for torch.compile to turn into a loop. It is fast with AVX-512, and not with AVX2."""
+    y = (row_loop(x.float(), weight, None) * scale).to(x.dtype)
+    return y if bias is None else y + bias
+
+
+def int8_library(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's product with 8-bit weights, which is fast for x (…, in) in bf16 and few rows."""
+    y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), weight, scale).to(x.dtype).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x/2 · (1 + tanh u), u = √(2/π) (x + 0.044715 x³) (Hendrycks & Gimpel, 2016)."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # x · σ(2u), the same function: compiled for a CPU it takes half the time, because exp is cheaper than tanh
+    return x * torch.sigmoid((8 / math.pi) ** 0.5 * (x + 0.044715 * x**3))
+
+
+# ---- layers ----
+
+
+class RowLinear(nn.Linear):
+    """nn.Linear with a faster path for a single row of input, compiled and without gradients: the generation of a token.
+
+    Reading the weights is all the work there. torch.compile's loop reads them 1.7 times as fast as the library on an AMD CPU, and half
+    as fast on an Intel one: `way` says which to use. On a GPU, Inductor does the same by itself if there is no bias; we haven't
+    measured it there.
+    """
+
+    way = "loop"
+    row_ways: ClassVar[dict[str, Callable]] = {"loop": row_loop, "library": library, "mv": mv}
+
+    def row_tensors(self):
+        return self.weight, self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)  # autocast knows nn.Linear only
+        if plain or x.numel() != self.in_features or not torch.compiler.is_compiling():
+            return super().forward(x)
+        if self.way != "loop":
+            return torch.ops.gpt.row_linear(x, self.weight, self.bias, self.way)
+        return row_loop(x, self.weight, self.bias)
 
 
 class InferenceLinear(nn.Module):
@@ -91,6 +115,39 @@ class InferenceLinear(nn.Module):
         several = self.way == "mv" and x.numel() != x.size(-1)
         y = MULTIPLY["library" if several else self.way](x, self.weight, self.bias)
         return gelu(y) if self.gelu else y
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights and one scale per output: y = x (scale · weight)ᵀ + bias. No gradients. A scale is the largest
+    absolute weight of the output's row, divided by 127 (absmax quantization: Dettmers et al., 2022, section 2.1, for weights only).
+    way: how to compute one row in torch.compile."""
+
+    way = "loop"
+    row_ways: ClassVar[dict[str, Callable]] = {"loop": int8_loop, "library": int8_library}
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        # bf16 has the range of fp32, and the fast operation takes the scale in bf16. Rows of zeros stay zero
+        self.scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).bfloat16()  # (out,)
+        self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)  # (out, in)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def row_tensors(self):
+        return self.weight, self.scale, self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // x.size(-1)
+        fits = x.size(-1) % 16 == 0  # else PyTorch's operation reads beyond the weights' end (torch 2.13)
+        if x.device.type == "cpu" and rows == 1 and torch.compiler.is_compiling():
+            return self.row_ways[self.way if fits else "loop"](x, *self.row_tensors())
+        if x.device.type == "cpu" and rows <= 16 and fits:
+            return int8_library(x, *self.row_tensors())
+        y = F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None], self.bias)
+        return y.to(x.dtype)  # also in autocast: few rows and many must have one dtype, that of the cache
+
+
+# ---- the choice ----
 
 
 def inference_ways(dtype: torch.dtype, rows: int) -> list[str]:
@@ -147,55 +204,3 @@ def choose_compiled_row(layers: list[nn.Module], typical: list[nn.Module]):
         )
     for layer in layers:
         layer.way = way if way in ways else "loop"
-
-
-def int8_loop(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """One row of input, for torch.compile to turn into a loop. It is fast with AVX-512, and not with AVX2."""
-    y = (row_loop(x.float(), weight, None) * scale).to(x.dtype)
-    return y if bias is None else y + bias
-
-
-def int8_library(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """PyTorch's product with 8-bit weights, which is fast for x (…, in) in bf16 and few rows."""
-    y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), weight, scale).to(x.dtype).view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights and one scale per output: y = x (scale · weight)ᵀ + bias. No gradients. A scale is the largest
-    absolute weight of the output's row, divided by 127 (absmax quantization: Dettmers et al., 2022, section 2.1, for weights only).
-    way: how to compute one row in torch.compile."""
-
-    way = "loop"
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        weight = linear.weight.detach().float()
-        # bf16 has the range of fp32, and the fast operation takes the scale in bf16. Rows of zeros stay zero
-        self.scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).bfloat16()  # (out,)
-        self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)  # (out, in)
-        self.bias = None if linear.bias is None else linear.bias.detach()
-
-    def row_tensors(self):
-        return self.weight, self.scale, self.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.size(-1)
-        fits = x.size(-1) % 16 == 0  # else PyTorch's operation reads beyond the weights' end (torch 2.13)
-        if x.device.type == "cpu" and rows == 1 and torch.compiler.is_compiling():
-            return self.row_ways[self.way if fits else "loop"](x, *self.row_tensors())
-        if x.device.type == "cpu" and rows <= 16 and fits:
-            return int8_library(x, *self.row_tensors())
-        y = F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None], self.bias)
-        return y.to(x.dtype)  # also in autocast: few rows and many must have one dtype, that of the cache
-
-
-Int8Linear.row_ways = {"loop": int8_loop, "library": int8_library}
-
-
-def gelu(x: Tensor) -> Tensor:
-    """x/2 · (1 + tanh u), u = √(2/π) (x + 0.044715 x³) (Hendrycks & Gimpel, 2016)."""
-    if not torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")
-    # x · σ(2u), the same function: compiled for a CPU it takes half the time, because exp is cheaper than tanh
-    return x * torch.sigmoid((8 / math.pi) ** 0.5 * (x + 0.044715 * x**3))
