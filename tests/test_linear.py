@@ -143,6 +143,13 @@ def test_run_never_tries(monkeypatch):
     assert choice.may_try and not choice.chosen
 
 
+def test_samples_during_training_never_try(monkeypatch, capsys, shards, tmp_path):
+    monkeypatch.setattr(linear, "TRIAL_BYTES", 1)
+    monkeypatch.setattr(choice, "fastest", None)
+    assert run_train(shards, tmp_path, "--max-steps", 1, "--sample-every", 1, "--sample-tokens", 2) == 0
+    assert "step 1: sample:" in (printed := capsys.readouterr()).out and "no samples" not in printed.err
+
+
 def test_environment_forces_a_way(monkeypatch):
     monkeypatch.setenv(choice.FORCE, "row=mv rows=library compiled_row=library")
     model = build(VariantConfig(**SHAPE))
