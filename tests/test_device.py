@@ -89,16 +89,16 @@ def test_missing_compilers_are_named(machine, monkeypatch):
 def test_processes_share_the_compile_workers(machine, monkeypatch):
     from torch._inductor import config
 
-    monkeypatch.setattr(config, "compile_threads", 9)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(96), raising=False)
-    device.share_compile_workers(1)
-    assert device.COMPILE_WORKERS not in os.environ and config.compile_threads == 9
-    for processes, workers in ((8, 12), (2, 32), (200, 1)):
-        device.share_compile_workers(processes)
-        assert os.environ.pop(device.COMPILE_WORKERS) == str(workers) and config.compile_threads == workers
-    monkeypatch.setenv(device.COMPILE_WORKERS, "5")
-    device.share_compile_workers(8)
-    assert os.environ[device.COMPILE_WORKERS] == "5"
+    with config.patch(compile_threads=9):  # monkeypatch would delete it afterwards
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(96), raising=False)
+        device.share_compile_workers(1)
+        assert device.COMPILE_WORKERS not in os.environ and config.compile_threads == 9
+        for processes, workers in ((8, 12), (2, 32), (200, 1)):
+            device.share_compile_workers(processes)
+            assert os.environ.pop(device.COMPILE_WORKERS) == str(workers) and config.compile_threads == workers
+        monkeypatch.setenv(device.COMPILE_WORKERS, "5")
+        device.share_compile_workers(8)
+        assert os.environ[device.COMPILE_WORKERS] == "5"
 
 
 # ---- CUDA's allocator ----
