@@ -151,8 +151,8 @@ class Int8Linear(nn.Module):
 
 
 def inference_ways(dtype: torch.dtype, rows: int) -> list[str]:
-    """Returns the ways to compute a linear layer without gradients on this CPU, in a dtype, for so many rows of input. The first is the
-    default. Empty if there is nothing beside nn.Linear."""
+    """Returns the ways to compute a linear layer without gradients on this CPU, for a dtype and a number of rows. The first is the
+    default. Empty if nn.Linear is the only way."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return []
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
