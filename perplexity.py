@@ -132,7 +132,7 @@ def main():
         config = cli.parse(PerplexityConfig)
         config.validate()
         device = pick_device(config.device)
-        dtype = pick_dtype("fp32" if config.dtype == "int8" else config.dtype, device)
+        dtype = pick_dtype(config.dtype, device)
         model, tokenizer = load_with_tokenizer(config.model, device)
         if config.dtype == "int8":
             set_precision(model, "int8")

@@ -223,13 +223,10 @@ def prepare_compiled_token(model: GPT):
 
 
 def set_precision(model: GPT, name: str):
-    """Converts the weights in place. name: as in pick_dtype, or 'int8': quantize, and the rest as 'auto' on CUDA, fp32 elsewhere."""
-    device = model.lm_head.weight.device
-    if name != "int8":
-        model.to(pick_dtype(name, device))
-        return
-    model.to(pick_dtype("auto" if device.type == "cuda" else "fp32", device))
-    quantize(model)
+    """Converts the weights in place. name: as in pick_dtype; 'int8' quantizes too."""
+    model.to(pick_dtype(name, model.lm_head.weight.device))
+    if name == "int8":
+        quantize(model)
 
 
 @torch.no_grad()

@@ -63,7 +63,10 @@ def set_allocator():
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Picks a dtype by name; 'auto' is bf16 if the hardware multiplies in it, else fp16 on CUDA (with a loss scaler), fp32 elsewhere."""
+    """Picks a dtype by name; 'auto' is bf16 if the hardware multiplies in it, else fp16 on CUDA (with a loss scaler), fp32 elsewhere.
+    'int8' gives the dtype beside 8-bit weights: that of 'auto' on CUDA, fp32 elsewhere."""
+    if name == "int8":
+        name = "auto" if device.type == "cuda" else "fp32"
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":

@@ -63,7 +63,7 @@ class BenchConfig:
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "bf16", "fp16", "fp32", "int8"] = "auto"
-    """Precision of the matrix products. int8: our generation has 8-bit weights, transformers has fp32."""
+    """Precision of the matrix products. int8: our generation has 8-bit weights; transformers has fp32, or auto on CUDA."""
     compile: bool = True
     """torch.compile the training step of both sides, and our generation."""
     rounds: int = 5
@@ -107,7 +107,7 @@ class Bench:
     def __init__(self, config: BenchConfig, folder: Path):
         self.config, self.folder = config, folder
         self.device = hardware.pick_device(config.device)
-        self.dtype = hardware.pick_dtype("fp32" if config.dtype == "int8" else config.dtype, self.device)
+        self.dtype = hardware.pick_dtype(config.dtype, self.device)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -466,7 +466,7 @@ def environment(config: BenchConfig) -> dict:
 
 def measured_rates(device: torch.device, dtype: str) -> dict[str, str]:
     """Returns the limits to compare with: how fast this machine multiplies matrices of a training step, and reads memory."""
-    kind = hardware.pick_dtype("fp32" if dtype == "int8" else dtype, device)
+    kind = hardware.pick_dtype(dtype, device)
     torch.set_float32_matmul_precision("high")
     m, k, n = (65536, 768, 3072) if device.type == "cuda" else (1024, 768, 3072)
     x, w = torch.ones(m, k, device=device, dtype=kind), torch.ones(n, k, device=device, dtype=kind)
