@@ -5,6 +5,7 @@ With no switch on, build returns model.py's GPT. Letters in the shapes as in mod
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from formats import huggingface
 from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig, cross_entropy, gelu, manual_attention
 from ops import attention, embedding, experts, linear, loss
 from ops.kv_cache import KVCache, next_positions
+from ops.short_conv import Past, ShortConv, parents_of
 
 
 @dataclass
@@ -83,6 +85,9 @@ class VariantConfig(GPTConfig):
     """The head uses the embedding table as its weights (Press & Wolf, 2017)."""
     value_residual: bool = False
     """Mix each layer's values with the first layer's (Zhou et al., 2024)."""
+    short_conv: int | None = None
+    """Width of a causal convolution over the queries, keys and values, and over the MLP's input (So et al., 2021; Allen-Zhu, 2025)."""
+    rules += rule("short_conv is {short_conv}: it must be from 2 to 64", lambda c: c.short_conv is None or 2 <= c.short_conv <= 64)
     share_layers: int = 1
     """Consecutive layers that share weights (Lan et al., 2019); must divide n_layer. 1: none."""
     rules += rule(
@@ -328,6 +333,13 @@ class VariantGPT(GPT):
         self.register_load_state_dict_pre_hook(huggingface.pad_tables)
         self.init_weights()
 
+    @torch.no_grad()
+    def init_weights(self):
+        super().init_weights()
+        for module in self.modules():
+            if isinstance(module, ShortConv):
+                module.weight.zero_()
+
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
         """Computes what GPT.forward does. With experts, the gradient includes the load-balancing loss, but the returned loss does not:
         it stays comparable with that of a model without experts."""
@@ -348,6 +360,7 @@ class VariantGPT(GPT):
         if positions is None:
             positions = next_positions(idx, cache, config.seq_len)
         masks = self.masks(idx, cache, positions, mask)
+        past = self.past(idx, cache, positions, mask) if config.short_conv else None
         rotation = rotation_of(positions, config) if config.pos == "rope" else None
         x = self.transformer.wte(idx)
         if config.pos == "learned":
@@ -359,6 +372,7 @@ class VariantGPT(GPT):
                 mask=masks[window],
                 rotation=rotation,
                 cache=None if cache is None else cache.layer(layer, positions, window),
+                past=past if past is None or cache is None else past._replace(recall=partial(cache.recall, layer, positions)),
                 values=(first_values, self.value_scale[layer]) if config.value_residual else None,
             )
             x, values, layer_balance = self.transformer.h[layer // config.share_layers](x, context)
@@ -390,6 +404,19 @@ class VariantGPT(GPT):
             masks[window] = seen
         return masks
 
+    def past(self, idx: Tensor, cache: KVCache | None, positions: Tensor, mask: Tensor | None) -> Past:
+        """Says where the inputs of earlier positions are, for hidden_states' arguments."""
+        if mask is not None:
+            return Past(parents_of(positions, mask))
+        if not self.config.doc_mask:
+            return Past()
+        starts = idx == self.config.vocab_size - 1
+        if cache is None:
+            rows = torch.arange(idx.size(1), device=idx.device)
+            return Past(age=rows - torch.where(starts, rows, 0).cummax(1).values)
+        of = cache.document_of  # masks() has just updated it
+        return Past(age=sum((of[:, positions] == of[:, (positions - i).clamp(min=0)]).int() for i in range(1, self.config.short_conv)))
+
     def num_params(self) -> int:
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return super().num_params() - (0 if self.config.tied_head else padding)
@@ -402,6 +429,7 @@ class Context(NamedTuple):
     mask: Tensor | BlockMask | None  # (…, T, S), True where a query may look
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines for rope, (…, T, D/2) each
     cache: object | None  # stores new keys and values, returns all
+    past: Past | None  # where a short convolution finds earlier inputs
     values: tuple[Tensor | None, Tensor] | None  # the first layer's values (B, K, T, D), None in that layer; their share in the mix
 
 
@@ -412,12 +440,17 @@ class VariantBlock(Block):
         self.attn = VariantAttention(config)
         self.ln_2 = make_norm(config)
         self.mlp = VariantMLP(config) if config.n_expert == 1 else MixtureOfExperts(config)
+        if config.short_conv:
+            self.conv = ShortConv(config.n_embd, config.short_conv)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None, Tensor | float]:
         """x: (B, T, C). Returns the new x, the layer's values with value_residual, and its load-balancing loss."""
         y, values = self.attn(self.ln_1(x), context)
         x = x + y
-        y = self.mlp(self.ln_2(x))
+        y = self.ln_2(x)
+        if context.past is not None:
+            y = self.conv(y, context.past, "mlp")
+        y = self.mlp(y)
         y, balance = y if isinstance(y, tuple) else (y, 0.0)
         return x + y, values, balance
 
@@ -447,11 +480,16 @@ class VariantAttention(CausalSelfAttention):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, config.bias)
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(self.head_size), RMSNorm(self.head_size)
+        if config.short_conv:
+            self.conv = ShortConv(config.n_embd + 2 * self.kv_size, config.short_conv)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """x: (B, T, C). Returns the new x, and the values (B, K, T, D) with value_residual."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split([C, self.kv_size, self.kv_size], dim=2)
+        qkv = self.c_attn(x)
+        if context.past is not None:
+            qkv = self.conv(qkv, context.past, "attn")
+        q, k, v = qkv.split([C, self.kv_size, self.kv_size], dim=2)
         q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), twice (B, K, T, D)
         values = None
         if context.values is not None:

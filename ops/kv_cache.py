@@ -1,5 +1,5 @@
-"""A cache of keys and values, so that generating a token computes one position only. Shapes as in model.py; K heads have keys and
-values."""
+"""A cache of keys and values, so that generating a token computes one position only. It also remembers the inputs of short
+convolutions. Shapes as in model.py; K heads have keys and values."""
 
 from collections.abc import Callable
 from functools import partial
@@ -36,6 +36,7 @@ class KVCache:
         self.max_len, self.slack = max_len, slack
         self.length = 0
         self.layers: dict[int, LayerCache] = {}
+        self.inputs: dict[tuple[int, str], Tensor] = {}  # (layer, place) → the latest inputs, (B, room, C), position p at p modulo room
         self.document_of: Tensor | None = None  # (B, max_len), each position's document number
         self.made_for: tuple | None = None  # sample.py's note: for which texts it can be used again
 
@@ -44,6 +45,19 @@ class KVCache:
         if number not in self.layers:
             self.layers[number] = LayerCache(self.room(window), self.is_ring(window), self.slack)
         return partial(self.layers[number].append, positions)
+
+    def recall(self, layer: int, positions: Tensor, place: str, x: Tensor, count: int) -> Tensor:
+        """Stores a layer's inputs x (B, T, C) of the new positions (T,). Returns those of the `count` positions before, (B, count, C),
+        with zeros before the first."""
+        B, T, C = x.shape
+        if (layer, place) not in self.inputs:
+            self.inputs[layer, place] = x.new_zeros(B, count + self.slack, C)
+        stored = self.inputs[layer, place]
+        before = positions[0] - torch.arange(count, 0, -1, device=x.device)
+        found = stored[:, before % stored.size(1)] * (before >= 0)[:, None]
+        kept = min(T, stored.size(1))
+        stored.index_copy_(1, positions[T - kept :] % stored.size(1), x[:, T - kept :])
+        return found
 
     def room(self, window: int | None) -> int:
         return self.max_len if window is None else min(self.max_len, window + self.slack)
@@ -84,11 +98,13 @@ class KVCache:
             x.zero_()  # the mask hides old values, but 0 · NaN would show one
 
     def tensors(self) -> list[Tensor]:
-        kept = [x for layer in self.layers.values() for x in (layer.keys, layer.values)]
+        kept = [*(x for layer in self.layers.values() for x in (layer.keys, layer.values)), *self.inputs.values()]
         return kept if self.document_of is None else [*kept, self.document_of]
 
     def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers.values())
+        return sum(x.nbytes for layer in self.layers.values() for x in (layer.keys, layer.values)) + sum(
+            x.nbytes for x in self.inputs.values()
+        )
 
 
 class LayerCache:

@@ -138,9 +138,12 @@ def test_batch_size_changes_no_answer(model):
             assert p["completion"]["pred_norm"] == q["completion"]["pred_norm"]
 
 
-def test_too_long_rows_lose_their_start():
+@pytest.mark.parametrize("switches", [{}, dict(pos="rope", short_conv=4)])
+def test_too_long_rows_lose_their_start(switches):
     torch.manual_seed(0)
-    model = build(VariantConfig(257, 16, 1, 2, 16)).eval()
+    model = build(VariantConfig(257, 16, 1, 2, 16, **switches)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
     rows = [completion_rows(task, get_tokenizer("bytes")) for task in make_tasks(3)]
     scores = log_probs(model, [merge_rows(group, 16) for group in rows], 4096)
     for row, log_p in ((row, p) for group, ps in zip(rows, scores, strict=True) for row, p in zip(group, ps, strict=True)):

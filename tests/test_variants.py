@@ -57,6 +57,8 @@ VARIANTS = {
     "no biases": dict(bias=False),
     "untied": dict(tied_head=False),
     "value_residual": dict(value_residual=True, n_kv_head=2),
+    "short_conv": dict(short_conv=3),
+    "short_conv of documents": dict(short_conv=4, doc_mask=True, pos="rope", n_kv_head=2, share_layers=2),
     "shared": dict(share_layers=2, value_residual=True),
     "experts": dict(n_expert=4, n_expert_active=2, mlp="swiglu"),
     "one expert of three": dict(n_expert=3, n_expert_active=1, load_balance=0.1),
@@ -263,7 +265,7 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
     for layer in range(c.n_layer):
         w = {n.removeprefix(f"transformer.h.{layer // c.share_layers}."): q for n, q in p.items()}
         h = F.layer_norm(x, (c.n_embd,), w["ln_1.weight"], w["ln_1.bias"])
-        q, k, v = (h @ w["attn.c_attn.weight"].T + w["attn.c_attn.bias"]).chunk(3, -1)
+        q, k, v = convolved(h @ w["attn.c_attn.weight"].T + w["attn.c_attn.bias"], w.get("attn.conv.weight")).chunk(3, -1)
         if c.value_residual:
             first = v if first is None else first
             v = (1 - p["value_scale"][layer]) * v + p["value_scale"][layer] * first
@@ -272,7 +274,7 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
             for a, b, d in zip(q.split(8, 1), k.split(8, 1), v.split(8, 1), strict=True)
         ]
         x = x + torch.cat(heads, 1) @ w["attn.c_proj.weight"].T + w["attn.c_proj.bias"]
-        h = F.layer_norm(x, (c.n_embd,), w["ln_2.weight"], w["ln_2.bias"])
+        h = convolved(F.layer_norm(x, (c.n_embd,), w["ln_2.weight"], w["ln_2.bias"]), w.get("conv.weight"))
         x = (
             x
             + F.gelu(h @ w["mlp.c_fc.weight"].T + w["mlp.c_fc.bias"], approximate="tanh") @ w["mlp.c_proj.weight"].T
@@ -282,9 +284,17 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
     return (x @ p["lm_head.weight"].T)[:, : c.vocab_size]
 
 
+def convolved(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """x (T, C) plus a causal depthwise convolution of it. weight: (width, C), the weight of the same position first."""
+    if weight is None:
+        return x
+    width, C = weight.shape
+    return x + F.conv1d(F.pad(x.T, (width - 1, 0)), weight.flip(0).T[:, None], groups=C).T
+
+
 @pytest.mark.parametrize(
     "switches",
-    [{}, dict(value_residual=True), dict(share_layers=2), dict(value_residual=True, share_layers=4, tied_head=False)],
+    [{}, dict(value_residual=True), dict(share_layers=2), dict(value_residual=True, share_layers=4, tied_head=False), dict(short_conv=3)],
 )
 def test_logits_equal_plain_formula(switches):
     model = randomized(**switches)

@@ -18,12 +18,17 @@ def adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Splits the parameters into two groups: tensors with 2 or more dimensions decay, biases and norms don't."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    """Splits the parameters into two groups: tensors with 2 or more dimensions decay; biases, norms and short convolutions don't."""
+    params = [(p.dim() >= 2 and "conv." not in name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for decays, p in params if decays], "weight_decay": weight_decay},
+        {"params": [p for decays, p in params if not decays], "weight_decay": 0.0},
     ]
+
+
+def is_matrix(name: str, p: torch.Tensor) -> bool:
+    """Whether Muon updates this parameter of the blocks: a matrix that maps vectors to vectors."""
+    return p.dim() == 2 and not any(part in name for part in ("router", "conv."))
 
 
 class Muon(torch.optim.Muon):
@@ -93,7 +98,7 @@ def orthogonal(x: torch.Tensor, coefficients: tuple[float, float, float], steps:
 
 
 class MuonAndAdamW:
-    """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for embeddings, head, routers, norms and scales.
+    """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for embeddings, head, routers, short convolutions, norms and scales.
 
     Muon makes the gradient's momentum orthogonal. That is the expensive part of its step, so the ranks split the work: each rank
     updates its own matrices, keeps only their momentum, and broadcasts the new weights. With --shard, a rank first gathers its
@@ -112,7 +117,7 @@ class MuonAndAdamW:
         dtype: torch.dtype = torch.bfloat16,
     ):
         self.world, self.sharded = world, sharded
-        matrices = [p for name, p in model.transformer.h.named_parameters() if p.dim() == 2 and "router" not in name]
+        matrices = [p for name, p in model.transformer.h.named_parameters() if is_matrix(name, p)]
         matrices.sort(key=lambda p: -p.numel())  # ranks take turns, largest first: all get about the same work
         self.matrices, taken = matrices, set(matrices)
         rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in decay_groups(model, weight_decay)]
