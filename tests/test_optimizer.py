@@ -91,6 +91,47 @@ def test_muons_update_is_nearly_orthogonal(dtype):
     assert singular[0] < 1.4 and singular[-1] > 0.2
 
 
+def normuon(p, grads, lr, momentum, beta2):
+    """Li et al., 2025, algorithm 1, for one matrix in fp64. A neuron is a row of a tall matrix, a column of a wide one. The last line
+    keeps the norm of Muon's update."""
+    average, second = torch.zeros_like(p), torch.zeros(max(p.shape), dtype=p.dtype)
+    for grad in grads:
+        average = momentum * average + (1 - momentum) * grad
+        x = momentum * average + (1 - momentum) * grad
+        x = x / x.norm()
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        neurons = 1 if p.size(0) > p.size(1) else 0  # the dimension that the mean is over
+        second = beta2 * second + (1 - beta2) * x.square().mean(neurons)
+        evened = x / second.sqrt().unsqueeze(neurons)
+        p = p - lr * max(1, p.size(0) / p.size(1)) ** 0.5 * evened * x.norm() / evened.norm()
+    return p
+
+
+@pytest.mark.parametrize("at_once", [0, 2**20])
+def test_normuon_equals_plain_formula(at_once):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(24, 8), (8, 24), (8, 8), (24, 8)]]
+    grads = [torch.randn(5, *p.shape) for p in params]
+    expected = [normuon(p.detach().double(), grad.double(), 2e-2, 0.9, 0.8) for p, grad in zip(params, grads, strict=True)]
+    optimizer = Muon(params, torch.float32, 0.8, lr=2e-2, momentum=0.9, weight_decay=0.0)
+    optimizer.at_once = at_once
+    for step in range(5):
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad[step].clone()
+        optimizer.step()
+    for p, plain in zip(params, expected, strict=True):
+        assert (p - plain).abs().max() <= 1e-5
+
+
+def test_normuon_leaves_a_matrix_without_gradient():
+    p = torch.nn.Parameter(torch.randn(8, 4))
+    before, p.grad = p.detach().clone(), torch.zeros(8, 4)
+    Muon([p], torch.float32, 0.9, lr=2e-2, momentum=0.9, weight_decay=0.0).step()
+    assert torch.equal(p, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_batched_muon_equals_one_by_one(dtype):
     """A GPU stacks matrices of one shape; a CPU takes each alone, in bf16 with the bits of torch's Muon."""
@@ -158,7 +199,7 @@ def test_weight_average_matches_torchs():
 
 # ---- in a run ----
 
-FLAGS = ["--optimizer", "muon", "--muon-lr", 0.02, "--schedule", "wsd", "--ema", 0.9, "--checkpoint-every", 10, "--keep", 0]
+FLAGS = ["--optimizer", "muon", "--muon-lr", 0.02, "--muon-beta2", 0.9, "--schedule", "wsd", "--ema", 0.9, "--checkpoint-every", 10, "--keep", 0]
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +216,10 @@ def test_muon_on_two_ranks_takes_the_same_steps(with_muon, shards, tmp_path):
     assert next(losses) == pytest.approx(next(losses), abs=1e-5)
     one, other = (checkpoint.load_training(folder, 20)[1]["optimizer"]["muon"]["state"] for folder in (with_muon, tmp_path / "run"))
     assert len(one) == len(other) == 8
-    for i in one:  # the checkpoint has the momentum of every matrix, from all ranks
-        a, b = one[i]["momentum_buffer"], other[i]["momentum_buffer"]
-        assert a.norm() > 0 and (a - b).norm() <= 1e-4 * a.norm()
+    for i in one:  # the checkpoint has the averages of every matrix, from all ranks
+        for name in ("momentum_buffer", "second_moment"):
+            a, b = one[i][name], other[i][name]
+            assert a.norm() > 0 and (a - b).norm() <= 1e-4 * a.norm()
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -61,6 +61,8 @@ class TrainConfig:
     """Muon's learning rate at the end of the warmup. Works for all widths."""
     muon_momentum: float = 0.95
     """Muon's momentum. Short runs learn faster with less."""
+    muon_beta2: float = 0.0
+    """NorMuon (Li et al., 2025): Muon's update, evened out over the neurons with a moving average of this decay, such as 0.95. 0: off."""
     weight_decay: float = 0.1
     """Decoupled weight decay (Loshchilov & Hutter, 2019), only on tensors with 2 or more dimensions."""
     grad_clip: float = 1.0
@@ -152,7 +154,7 @@ class TrainConfig:
             errors.append(f"--activation-memory is {self.activation_memory}: it must be from 0 to 1")
         elif 0 < self.activation_memory < 1 and not self.compile:
             errors.append("--activation-memory between 0 and 1 needs a compiled run: pass --compile, or use 0 or 1")
-        for name in ("ema", "muon_momentum"):
+        for name in ("ema", "muon_momentum", "muon_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 errors.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be at least 0 and below 1")
         for name in ("decay_ratio", "teacher_weight"):

@@ -32,15 +32,16 @@ def is_matrix(name: str, p: torch.Tensor) -> bool:
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon with a choice of the products' dtype, and with fewer, larger products on CUDA.
+    """torch.optim.Muon with a choice of the products' dtype, with fewer, larger products on CUDA, and with NorMuon's second step.
 
-    dtype: bf16, as in torch.optim.Muon, or fp32. Hardware without bf16 is many times slower at products in bf16 (results/muon.md), and
+    beta2: NorMuon (Li et al., 2025) divides each neuron's update by the root of a moving average of its mean square. A neuron is a row of
+    a tall matrix, a column of a wide one. 0: off. dtype: bf16, as in torch.optim.Muon, or fp32. Hardware without bf16 is many times slower at products in bf16 (results/muon.md), and
     they would make a step's result depend on the world size.
     """
 
-    def __init__(self, params: list[torch.Tensor], dtype: torch.dtype, **settings):
+    def __init__(self, params: list[torch.Tensor], dtype: torch.dtype, beta2: float = 0.0, **settings):
         super().__init__(params, **settings)
-        self.dtype = dtype
+        self.dtype, self.beta2 = dtype, beta2
         # the largest batch of matrices, in numbers. 0 means one matrix at a time: a CPU gains nothing from batches, and its results would
         # depend on the batch, so on the world size
         self.at_once = 2**26 if params[0].is_cuda else 0
@@ -54,20 +55,33 @@ class Muon(torch.optim.Muon):
     def update(self, batch: list[torch.Tensor], group: dict):
         """Updates matrices that have the same shape, or the same transposed."""
         lr, momentum, grads = group["lr"], group["momentum"], [p.grad for p in batch]
-        averages = [self.average(p) for p in batch]
+        averages = [self.average("momentum_buffer", p, p.shape) for p in batch]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
         directions = [wide(x.to(self.dtype)) for x in torch._foreach_lerp(grads, averages, momentum)]
         stacked = directions[0] if len(batch) == 1 else torch.stack(directions)
         updates = orthogonal(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"]).view(-1, *stacked.shape[-2:])
+        if self.beta2:
+            updates = self.evened(batch, updates)
         for p, update in zip(batch, updates, strict=True):
             rows, columns = p.shape
             p.mul_(1 - lr * group["weight_decay"])
             p.add_(update if rows <= columns else update.T, alpha=-lr * math.sqrt(max(1, rows / columns)))
 
-    def average(self, p: torch.Tensor) -> torch.Tensor:
-        if not self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-        return self.state[p]["momentum_buffer"]
+    def evened(self, batch: list[torch.Tensor], updates: torch.Tensor) -> torch.Tensor:
+        """Gives all neurons about equally large updates, and keeps each matrix's norm. updates: (n, rows, columns), rows ≤ columns."""
+        updates = updates.float()
+        squares = updates.square().mean(-2)  # (n, columns)
+        averages = [self.average("second_moment", p, (max(p.shape),)) for p in batch]
+        torch._foreach_lerp_(averages, list(squares), 1 - self.beta2)
+        evened = updates / (torch.stack(averages)[:, None].sqrt() + 1e-8)
+        norms, new = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (updates, evened))
+        return evened * (norms / new.clamp(min=1e-8))  # a matrix without a gradient has no update
+
+    def average(self, name: str, p: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Returns a moving average that belongs to a matrix; at first zeros."""
+        if name not in self.state[p]:
+            self.state[p][name] = torch.zeros(shape, dtype=p.grad.dtype, device=p.grad.device)
+        return self.state[p][name]
 
 
 def batches(matrices: list[torch.Tensor], at_once: int) -> list[list[torch.Tensor]]:
@@ -115,6 +129,7 @@ class MuonAndAdamW:
         world: DistContext,
         sharded: bool = False,
         dtype: torch.dtype = torch.bfloat16,
+        beta2: float = 0.0,
     ):
         self.world, self.sharded = world, sharded
         matrices = [p for name, p in model.transformer.h.named_parameters() if is_matrix(name, p)]
@@ -123,7 +138,7 @@ class MuonAndAdamW:
         rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in decay_groups(model, weight_decay)]
         self.gathered = [nn.Parameter(without_storage(p)) for p in matrices] if sharded else matrices
         products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        self.muon = Muon(self.gathered, products, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
+        self.muon = Muon(self.gathered, products, beta2, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
         self.adamw = adamw(rest, lr)
 
     @property
@@ -179,9 +194,15 @@ class MuonAndAdamW:
 
     def state_dict(self) -> dict:
         """Returns the state of all ranks. To be called on all ranks."""
-        momenta = [self.muon.state[p].get("momentum_buffer", torch.zeros(p.shape, device=p.device)) for p in self.gathered]
-        self.broadcast(momenta)
-        state = {i: {"momentum_buffer": momentum} for i, momentum in enumerate(momenta)}
+        shapes = {"momentum_buffer": lambda p: p.shape}
+        if self.muon.beta2:
+            shapes["second_moment"] = lambda p: (max(p.shape),)
+        state = {i: {} for i in range(len(self.gathered))}
+        for name, shape in shapes.items():
+            averages = [self.muon.state[p].get(name, torch.zeros(shape(p), device=p.device)) for p in self.gathered]
+            self.broadcast(averages)
+            for i, average in enumerate(averages):
+                state[i][name] = average
         return {"muon": self.muon.state_dict() | {"state": state}, "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict):

@@ -83,7 +83,7 @@ class Trainer:
         config = self.config
         if config.optimizer == "muon":
             rates = config.max_lr, config.muon_lr, config.muon_momentum, config.weight_decay
-            return optimizer.MuonAndAdamW(self.model, *rates, self.world, self.sharded, self.dtype)
+            return optimizer.MuonAndAdamW(self.model, *rates, self.world, self.sharded, self.dtype, config.muon_beta2)
         return optimizer.adamw(optimizer.decay_groups(self.model, config.weight_decay), config.max_lr)
 
     def stop_compiling(self):
