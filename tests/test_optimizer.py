@@ -199,7 +199,7 @@ def test_weight_average_matches_torchs():
 
 # ---- in a run ----
 
-FLAGS = ["--optimizer", "muon", "--muon-lr", 0.02, "--muon-beta2", 0.9, "--schedule", "wsd", "--ema", 0.9, "--checkpoint-every", 10, "--keep", 0]
+FLAGS = ["--optimizer", "muon", "--muon-beta2", 0.9, "--schedule", "wsd", "--ema", 0.9, "--checkpoint-every", 10, "--keep", 0]
 
 
 @pytest.fixture(scope="module")
