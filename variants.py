@@ -88,6 +88,12 @@ class VariantConfig(GPTConfig):
     short_conv: int | None = None
     """Width of a causal convolution over the queries, keys and values, and over the MLP's input (So et al., 2021; Allen-Zhu, 2025)."""
     rules += rule("short_conv is {short_conv}: it must be from 2 to 64", lambda c: c.short_conv is None or 2 <= c.short_conv <= 64)
+    head_gate: bool = False
+    """Multiply each head's output by a gate, which depends on the layer's input (Qiu et al., 2025)."""
+    bigram: int | None = None
+    """Rows of a table of token pairs; each layer adds a pair's row to its input (Svenstrup et al., 2017). vocab_size · (vocab_size + 1)
+    rows hold every pair. With fewer, some pairs share a row."""
+    rules += rule("bigram is {bigram}: it must be at most 10^9", lambda c: c.bigram is None or c.bigram <= 10**9)
     share_layers: int = 1
     """Consecutive layers that share weights (Lan et al., 2019); must divide n_layer. 1: none."""
     rules += rule(
@@ -327,6 +333,9 @@ class VariantGPT(GPT):
             self.lm_head.weight = self.transformer.wte.weight
         if config.value_residual:
             self.value_scale = nn.Parameter(torch.full((config.n_layer,), 0.5))
+        if config.bigram:
+            self.transformer["bigram"] = nn.Embedding(config.bigram, config.n_embd)
+            self.bigram_scale = nn.Parameter(torch.full((config.n_layer,), 0.1))
         set_attention(self)
         self.loss = cross_entropy
         self.flex = False  # True: windows and documents use FlexAttention
@@ -337,8 +346,10 @@ class VariantGPT(GPT):
     def init_weights(self):
         super().init_weights()
         for module in self.modules():
-            if isinstance(module, ShortConv):
+            if isinstance(module, ShortConv | HeadGate):
                 module.weight.zero_()
+        if self.config.bigram:
+            self.transformer.bigram.weight.zero_()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
         """Computes what GPT.forward does. With experts, the gradient includes the load-balancing loss, but the returned loss does not:
@@ -360,19 +371,25 @@ class VariantGPT(GPT):
         if positions is None:
             positions = next_positions(idx, cache, config.seq_len)
         masks = self.masks(idx, cache, positions, mask)
-        past = self.past(idx, cache, positions, mask) if config.short_conv else None
+        past = self.past(idx, cache, positions, mask) if config.short_conv or config.bigram else None
         rotation = rotation_of(positions, config) if config.pos == "rope" else None
         x = self.transformer.wte(idx)
         if config.pos == "learned":
             x = x + self.transformer.wpe(positions)
+        pairs = None
         first_values, balance = None, 0.0
         for layer, window in enumerate(config.windows):
+            if past is not None and cache is not None:
+                past = past._replace(recall=partial(cache.recall, layer, positions))
+            if config.bigram:
+                pairs = self.pair_rows(idx, past) if layer == 0 else pairs
+                x = x + self.bigram_scale[layer].type_as(x) * pairs
             context = Context(
                 window=window,
                 mask=masks[window],
                 rotation=rotation,
                 cache=None if cache is None else cache.layer(layer, positions, window),
-                past=past if past is None or cache is None else past._replace(recall=partial(cache.recall, layer, positions)),
+                past=past if config.short_conv else None,
                 values=(first_values, self.value_scale[layer]) if config.value_residual else None,
             )
             x, values, layer_balance = self.transformer.h[layer // config.share_layers](x, context)
@@ -415,7 +432,13 @@ class VariantGPT(GPT):
             rows = torch.arange(idx.size(1), device=idx.device)
             return Past(age=rows - torch.where(starts, rows, 0).cummax(1).values)
         of = cache.document_of  # masks() has just updated it
-        return Past(age=sum((of[:, positions] == of[:, (positions - i).clamp(min=0)]).int() for i in range(1, self.config.short_conv)))
+        return Past(age=sum((of[:, positions] == of[:, (positions - i).clamp(min=0)]).int() for i in range(1, self.config.short_conv or 2)))
+
+    def pair_rows(self, idx: Tensor, past: Past) -> Tensor:
+        """Returns the table's row for each id and the one before it: (B, T) → (B, T, C)."""
+        before = past.lags(idx[..., None] + 1, 2, "ids")[1][..., 0]  # 0: none
+        pairs = idx * (self.config.vocab_size + 1) + before
+        return self.transformer.bigram(pairs * 2654435761 % self.config.bigram)  # Knuth's multiplier spreads them over the rows
 
     def num_params(self) -> int:
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
@@ -470,6 +493,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-5).type_as(x)
 
 
+class HeadGate(nn.Module):
+    """A factor from 0 to 2 for each head, from 12 channels of the layer's input. At first 1."""
+
+    def __init__(self, config: VariantConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.n_head, min(12, config.n_embd)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, C) → (B, T, H, 1)."""
+        return 2 * F.linear(x[..., : self.weight.size(1)], self.weight).sigmoid()[..., None]
+
+
 class VariantAttention(CausalSelfAttention):
     def __init__(self, config: VariantConfig):
         nn.Module.__init__(self)
@@ -482,6 +517,8 @@ class VariantAttention(CausalSelfAttention):
             self.q_norm, self.k_norm = RMSNorm(self.head_size), RMSNorm(self.head_size)
         if config.short_conv:
             self.conv = ShortConv(config.n_embd + 2 * self.kv_size, config.short_conv)
+        if config.head_gate:
+            self.gate = HeadGate(config)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """x: (B, T, C). Returns the new x, and the values (B, K, T, D) with value_residual."""
@@ -502,7 +539,10 @@ class VariantAttention(CausalSelfAttention):
         if context.cache is not None:
             k, v = context.cache(k, v)  # (B, K, S, D)
         y = self.attend(q, k, v, context.mask, context.window)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), values
+        y = y.transpose(1, 2)  # (B, T, H, D)
+        if self.config.head_gate:
+            y = y * self.gate(x)
+        return self.c_proj(y.reshape(B, T, C)), values
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None) -> Tensor:

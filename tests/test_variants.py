@@ -59,6 +59,9 @@ VARIANTS = {
     "value_residual": dict(value_residual=True, n_kv_head=2),
     "short_conv": dict(short_conv=3),
     "short_conv of documents": dict(short_conv=4, doc_mask=True, pos="rope", n_kv_head=2, share_layers=2),
+    "head_gate": dict(head_gate=True, n_kv_head=2),
+    "bigram": dict(bigram=500, doc_mask=True),
+    "every pair": dict(bigram=97 * 98, doc_mask=True, short_conv=2, pos="rope"),
     "shared": dict(share_layers=2, value_residual=True),
     "experts": dict(n_expert=4, n_expert_active=2, mlp="swiglu"),
     "one expert of three": dict(n_expert=3, n_expert_active=1, load_balance=0.1),
@@ -261,9 +264,12 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
     """One sequence (T,) → logits (T, V), for the switches that transformers does not have, by the formulas of their papers."""
     p, c = model.state_dict(), model.config
     x = p["transformer.wte.weight"][idx] + p["transformer.wpe.weight"][: len(idx)]
+    pairs = [int(i) * (c.vocab_size + 1) + (int(idx[t - 1]) + 1 if t else 0) for t, i in enumerate(idx)]
     first = None
     for layer in range(c.n_layer):
         w = {n.removeprefix(f"transformer.h.{layer // c.share_layers}."): q for n, q in p.items()}
+        if c.bigram:
+            x = x + p["bigram_scale"][layer] * p["transformer.bigram.weight"][[pair * 2654435761 % c.bigram for pair in pairs]]
         h = F.layer_norm(x, (c.n_embd,), w["ln_1.weight"], w["ln_1.bias"])
         q, k, v = convolved(h @ w["attn.c_attn.weight"].T + w["attn.c_attn.bias"], w.get("attn.conv.weight")).chunk(3, -1)
         if c.value_residual:
@@ -273,6 +279,9 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
             (a @ b.T / a.size(1) ** 0.5).masked_fill(torch.ones(len(idx), len(idx)).triu(1).bool(), -torch.inf).softmax(-1) @ d
             for a, b, d in zip(q.split(8, 1), k.split(8, 1), v.split(8, 1), strict=True)
         ]
+        if c.head_gate:
+            gates = 2 / (1 + (-h[:, :12] @ w["attn.gate.weight"].T).exp())  # (T, H)
+            heads = [gate[:, None] * head for gate, head in zip(gates.T, heads, strict=True)]
         x = x + torch.cat(heads, 1) @ w["attn.c_proj.weight"].T + w["attn.c_proj.bias"]
         h = convolved(F.layer_norm(x, (c.n_embd,), w["ln_2.weight"], w["ln_2.bias"]), w.get("conv.weight"))
         x = (
@@ -294,7 +303,16 @@ def convolved(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "switches",
-    [{}, dict(value_residual=True), dict(share_layers=2), dict(value_residual=True, share_layers=4, tied_head=False), dict(short_conv=3)],
+    [
+        {},
+        dict(value_residual=True),
+        dict(share_layers=2),
+        dict(value_residual=True, share_layers=4, tied_head=False),
+        dict(short_conv=3),
+        dict(head_gate=True),
+        dict(bigram=500),
+        dict(bigram=97 * 98, share_layers=2),
+    ],
 )
 def test_logits_equal_plain_formula(switches):
     model = randomized(**switches)

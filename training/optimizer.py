@@ -28,7 +28,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def is_matrix(name: str, p: torch.Tensor) -> bool:
     """Whether Muon updates this parameter of the blocks: a matrix that maps vectors to vectors."""
-    return p.dim() == 2 and not any(part in name for part in ("router", "conv."))
+    return p.dim() == 2 and not any(part in name for part in ("router", "conv.", "gate."))
 
 
 class Muon(torch.optim.Muon):
