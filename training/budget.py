@@ -60,7 +60,7 @@ class Budget:
         c = self.config
         if not (c.max_seconds and self.elapsed):
             return c.max_steps
-        return min(c.max_steps, max(step + 1, step * c.max_seconds / self.elapsed))
+        return min(c.max_steps, step * c.max_seconds / self.elapsed)
 
     def progress(self, step: int) -> float:
         """Returns how far the run is before this step: 0 at the start, below 1. Of --max-steps and --max-seconds, the one that is used up

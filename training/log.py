@@ -118,7 +118,8 @@ class Log:
         self.recent.append(seconds)
         if time.perf_counter() - self.shown > 1 or step + 1 == steps:
             self.shown = time.perf_counter()
-            line = progress_line(step, steps, metrics, statistics.median(self.recent))
+            by_seconds = (self.config.max_seconds or math.inf) - trainer.budget.elapsed
+            line = progress_line(step, steps, metrics, min(by_seconds, statistics.median(self.recent) * (steps - step - 1)))
             if self.world.is_main and cli.on_a_screen():
                 self.bar = self.bar or cli.bar(total=steps, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar:10}| {desc}")
                 self.bar.n, self.bar.total = step + 1, steps
@@ -137,8 +138,8 @@ def write_pending(folder: RunFolder, pending: dict[str, str], name: str):
 
 
 def progress_line(step: int, steps: int, metrics: dict, seconds: float) -> str:
-    """Returns a step's line for the screen. seconds: of a step, for the time left."""
-    eta = timedelta(seconds=round(seconds * (steps - step - 1)))
+    """Returns a step's line for the screen. seconds: left until the end."""
+    eta = timedelta(seconds=round(seconds))
     mfu = "n/a" if metrics["mfu"] is None else f"{metrics['mfu']:.1%}"
     return (
         f"step {step:{len(str(steps))}}/{steps} | loss {metrics['loss']:.4f} | lr {metrics['lr']:.2e} | "
