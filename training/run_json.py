@@ -42,7 +42,8 @@ def read_run(out_dir: Path, step: int | None = None) -> TrainConfig:
 
 
 def is_finished(out_dir: Path) -> bool:
-    """Whether the run in a folder has ended by its --max-steps or --max-seconds, and its newest complete checkpoint was validated."""
+    """Whether the run in a folder has ended by its --max-steps or --max-seconds, and its newest complete checkpoint was validated.
+    ValueError if there is no run, or if it has checkpoints but no complete one."""
     config, file = read_run(out_dir), checkpoint.checkpoint_file(str(out_dir))
     content = checkpoint.load_torch(file) if file else {}
     if content.get("val_loss") is None:
