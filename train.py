@@ -33,7 +33,7 @@ from training import checks, failure, flags, run_json
 from training.config import LOWER_MEMORY, TrainConfig
 from training.evaluation import Evaluation, is_due
 from training.guard import largest_weight
-from training.log import Log, logged_loss, resume_notice, step_metrics
+from training.log import Log, logged_clock, logged_loss, resume_notice
 from training.plan import report
 from training.presets import PRESETS
 from training.saving import Checkpoints
@@ -41,10 +41,11 @@ from training.trainer import Trainer
 
 
 def train(config: TrainConfig, world: DistContext, folder: RunFolder):
-    """Runs the training: evaluate, save, update, until max_steps or a signal."""
+    """Runs the training: evaluate, save, update, until the budget is used up or a signal comes."""
     log, trainer, checkpoints, start = set_up(config, world, folder)
-    if start > config.max_steps or (start == config.max_steps and checkpoints.val_loss is not None):
-        log.progress(f"{config.out_dir} finished already, at step {start}: raise --max-steps to continue")
+    limits = trainer.budget.limits_reached(start)
+    if limits and (start > config.max_steps or checkpoints.val_loss is not None):
+        log.progress(f"{config.out_dir} finished already, at step {start}: raise {' and '.join(limits)} to continue")
         return
     stop = StopSignal()
     checks.check_compiled(trainer, start, log)
@@ -53,7 +54,7 @@ def train(config: TrainConfig, world: DistContext, folder: RunFolder):
     evaluation = Evaluation(trainer, log, stopped=lambda: stop.received > 0)
     step, stopping = start, False
     while True:
-        finished, val_loss = step == config.max_steps, None
+        finished, val_loss = bool(trainer.budget.limits_reached(step)), None
         if not stopping and evaluation.due(step):
             try:
                 with trainer.evaluated_weights():
@@ -69,9 +70,8 @@ def train(config: TrainConfig, world: DistContext, folder: RunFolder):
         update = trainer.update(step, stop=stop.received > 0 or checkpoints.must_stop())
         seconds, stop.unsaved = time.perf_counter() - began, True
         trainer.seconds += seconds  # only updates count
-        log.train(step, step_metrics(trainer, step, update, seconds), seconds)
-        if update.skipped:
-            log.skipped(step, update.skipped, trainer.guard.bad_steps)
+        log.train(trainer, step, update, seconds)
+        trainer.budget.count(seconds, update.compiled, update.elapsed)
         step, stopping = step + 1, update.stop
     world.on_main(checkpoints.saver.finish)
     world.on_main(log.finish)
@@ -79,7 +79,7 @@ def train(config: TrainConfig, world: DistContext, folder: RunFolder):
     if stopping or folder.lost:
         log.progress(f"stopped after {step} steps, all saved; to continue: --resume --out-dir {shlex.quote(str(folder.path))}")
         raise failure.Hopeless(folder.lost) if folder.lost else SystemExit(128 + (stop.received or signal.SIGTERM))
-    log.progress(f"finished: everything is in {folder.path}")
+    log.progress(f"finished: everything is in {folder.path}{trainer.budget.note(step)}")
 
 
 def replay(config: TrainConfig, world: DistContext, folder: RunFolder):
@@ -87,8 +87,11 @@ def replay(config: TrainConfig, world: DistContext, folder: RunFolder):
     logged = world.on_main(lambda: logged_loss(folder.path, config.replay_step))
     log, trainer, _, start = set_up(config, world, folder)
     checks.check_compiled(trainer, start, log)
-    log.progress(f"recomputing steps {start} to {config.replay_step} from {f'the checkpoint of step {start}' if start else 'the start'}")
-    for step in range(start, config.replay_step + 1):
+    last = config.replay_step
+    clock = world.on_main(lambda: logged_clock(folder.path, start, last)) if config.max_seconds else {}
+    log.progress(f"recomputing steps {start} to {last} from {f'the checkpoint of step {start}' if start else 'the start'}")
+    for step in range(start, last + 1):
+        trainer.budget.elapsed = clock.get(step, 0.0)
         update = trainer.update(step)
     for rank, loss in enumerate(update.losses):
         first = trainer.train_stream.place(trainer.positions(step, rank)[0][0])

@@ -21,6 +21,7 @@ from model import GPT
 from training.compiling import compile_blocks, recompute_activations
 from training.config import TrainConfig
 from training.memory import Setting, largest_micro_batch, memory
+from training.plan import cost
 from training.presets import PRESETS
 from training.step_time import Cluster, ddp_step, fsdp_step
 from variants import VariantConfig, build, build_on_meta, flops_per_token
@@ -218,6 +219,15 @@ def test_plan_needs_no_shards(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "124,439,808 parameters, 8 × H100, bfloat16, compiled" in text and "0.75 hours" in text and "18.02 $" in text
     assert "assumed MFU of 40%" in text and "fits; the largest that fits: --micro-batch-size 64" in text and not out.exists()
+
+
+def test_plan_says_what_seconds_buy():
+    def ends(seconds: float) -> str:
+        return cost(TrainConfig(rate=524288 * 2, max_seconds=seconds), "H100", torch.bfloat16, 1e9)[1]
+
+    assert "7,200 steps of 524,288 tokens, 3,774,873,600 in all" in ends(3600) and "1.00 hours, --max-seconds 3,600 ends it" in ends(3600)
+    assert "19,073 steps" in ends(1e300) and "2.65 hours, --max-steps ends it" in ends(1e300)
+    assert ends(0).endswith("2.65 hours")
 
 
 def test_plan_knows_each_cards_dtypes(capsys):

@@ -164,7 +164,7 @@ def check_checkpoint(config: TrainConfig, step: int | None):
 def check_compiled(trainer: Trainer, step: int, log: Log):
     """Compares compiled and eager code on each rank's first micro batch. If any rank finds a mismatch, all ranks train eagerly."""
     config = trainer.config
-    if not (trainer.compiled and config.self_check and step < config.max_steps):
+    if not (trainer.compiled and config.self_check and not trainer.budget.limits_reached(step)):
         return
     began = time.perf_counter()
     positions = trainer.positions(step, trainer.world.rank)[0]

@@ -1,5 +1,6 @@
 """torch.compile for a model's blocks and loss, and activation checkpointing without it."""
 
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -31,6 +32,20 @@ def compile_blocks(model: GPT, activation_memory: float = 1.0, device: torch.dev
     if isinstance(model, VariantGPT):  # FlexAttention needs heads with at least 16 channels
         device = device or model.lm_head.weight.device
         model.flex = device.type == "cuda" and model.config.n_embd // model.config.n_head >= 16
+
+
+@contextmanager
+def noticed_compilations():
+    """Inside this block, the list that it yields grows whenever torch.compile compiles something, also in a backward pass."""
+    import torch._dynamo  # takes a second, so --help must not import it
+
+    found, handler = [], torch._dynamo.callback_handler
+    callback = handler.register_start_callback(lambda *about: found.append(about))
+    try:
+        yield found
+    finally:
+        if callback in handler.start_callbacks:  # torch._dynamo.reset() removes all
+            handler.remove_start_callback(callback)
 
 
 def undo_compile(model: GPT):

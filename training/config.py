@@ -41,6 +41,9 @@ class TrainConfig:
 
     max_steps: int = 19073
     """Updates in the whole run; 19,073 × 524,288 tokens are 10 B. The schedule ends here too, even if a resume changes it."""
+    max_seconds: float = 0.0
+    """Seconds of training, without compiling, evaluations and saves. 0: no limit. The run and its schedule end with these or with
+    --max-steps, whichever is first. The learning rates then depend on the clock, so a run can't be repeated bit for bit."""
     total_batch_tokens: int = 524288
     """Tokens per update, over all processes. Gradients accumulate until it is reached."""
     micro_batch_size: int = 64
@@ -54,7 +57,7 @@ class TrainConfig:
     schedule: Literal["cosine", "wsd"] = "cosine"
     """After the warmup: cosine decay, or wsd, a constant rate with a linear decay at the end (Hu et al., 2024)."""
     decay_ratio: float = 0.2
-    """Length of wsd's decay, as a fraction of --max-steps."""
+    """Length of wsd's decay, as a fraction of the run."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon (Jordan et al., 2024) updates the blocks' matrices, except routers; AdamW updates the rest."""
     muon_lr: float = 0.02
@@ -143,7 +146,7 @@ class TrainConfig:
             1, self, "max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens", "max_bad_steps"
         )
         errors += cli.at_least(
-            0, self, "max_lr", "muon_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "skip_spikes", "seed"
+            0, self, "max_seconds", "max_lr", "muon_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "skip_spikes", "seed"
         )
         errors += cli.at_least(0, self, "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
         errors += cli.at_least(0, self, "price", "rate") + cli.at_least(1, self, "gpus")
@@ -206,8 +209,8 @@ def divisors(n: int) -> list[int]:
 
 # flags that may change on resume; all others decide the model, the data or the global batch
 MAY_CHANGE = {
-    "replay_step", "data_dir", "max_steps", "max_bad_steps", "skip_spikes", "micro_batch_size", "attention", "device", "dtype",
-    "compile", "self_check", "activation_memory", "shard", "verify_shards", "val_every", "val_tokens", "hellaswag_every",
+    "replay_step", "data_dir", "max_steps", "max_seconds", "max_bad_steps", "skip_spikes", "micro_batch_size", "attention", "device",
+    "dtype", "compile", "self_check", "activation_memory", "shard", "verify_shards", "val_every", "val_tokens", "hellaswag_every",
     "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep", "on_save_error", "tracker",
     "timeout_minutes", "plan", "gpu", "gpus", "price", "rate",
 }  # fmt: skip

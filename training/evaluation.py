@@ -55,12 +55,12 @@ class Evaluation:
     def due(self, step: int) -> bool:
         """Whether run() has anything to do at this step."""
         every = self.config.val_every, self.config.hellaswag_every, self.config.sample_every
-        return step == self.config.max_steps or any(is_due(each, step) for each in every)
+        return bool(self.trainer.budget.limits_reached(step)) or any(is_due(each, step) for each in every)
 
     def run(self, step: int) -> float | None:
         """Runs the evaluations that are due; at the end of the run, all that are on. Returns the validation loss, or None if it was not
         due. Raises Stopped on all processes if a signal comes."""
-        config, end, val_loss = self.config, step == self.config.max_steps, None
+        config, end, val_loss = self.config, bool(self.trainer.budget.limits_reached(step)), None
         if end or is_due(config.val_every, step):
             val_loss = validate(self.trainer, self.stopped)
             self.log.stop_if_diverged(f"the validation loss of step {step}", val_loss)

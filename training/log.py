@@ -111,21 +111,23 @@ class Log:
             self.progress(f"error: {why}")
             raise Hopeless(why)
 
-    def train(self, step: int, metrics: dict, seconds: float):
-        """Logs a step: in both files, and on the screen at most once a second."""
+    def train(self, trainer: Trainer, step: int, update: Update, seconds: float):
+        """Logs a step: in both files, and on the screen at most once a second. Ends the run after too many skipped updates."""
+        metrics, steps = step_metrics(trainer, step, update, seconds), math.ceil(trainer.budget.steps(step))
         self.value(step, "train", metrics["loss"], metrics)
         self.recent.append(seconds)
-        if time.perf_counter() - self.shown > 1 or step + 1 == self.config.max_steps:
+        if time.perf_counter() - self.shown > 1 or step + 1 == steps:
             self.shown = time.perf_counter()
-            line = progress_line(step, self.config.max_steps, metrics, statistics.median(self.recent))
+            by_seconds = (self.config.max_seconds or math.inf) - trainer.budget.elapsed
+            line = progress_line(step, steps, metrics, min(by_seconds, statistics.median(self.recent) * (steps - step - 1)))
             if self.world.is_main and cli.on_a_screen():
-                self.bar = self.bar or cli.bar(
-                    total=self.config.max_steps, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar:10}| {desc}"
-                )
-                self.bar.n = step + 1
+                self.bar = self.bar or cli.bar(total=steps, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar:10}| {desc}")
+                self.bar.n, self.bar.total = step + 1, steps
                 self.bar.set_description_str(line)
             else:
                 self.progress(line)
+        if update.skipped:
+            self.skipped(step, update.skipped, trainer.guard.bad_steps)
 
 
 def write_pending(folder: RunFolder, pending: dict[str, str], name: str):
@@ -135,12 +137,12 @@ def write_pending(folder: RunFolder, pending: dict[str, str], name: str):
         pending[name] = ""
 
 
-def progress_line(step: int, max_steps: int, metrics: dict, seconds: float) -> str:
-    """Returns a step's line for the screen. seconds: of a step, for the time left."""
-    eta = timedelta(seconds=round(seconds * (max_steps - step - 1)))
+def progress_line(step: int, steps: int, metrics: dict, seconds: float) -> str:
+    """Returns a step's line for the screen. seconds: left until the end."""
+    eta = timedelta(seconds=round(seconds))
     mfu = "n/a" if metrics["mfu"] is None else f"{metrics['mfu']:.1%}"
     return (
-        f"step {step:{len(str(max_steps))}}/{max_steps} | loss {metrics['loss']:.4f} | lr {metrics['lr']:.2e} | "
+        f"step {step:{len(str(steps))}}/{steps} | loss {metrics['loss']:.4f} | lr {metrics['lr']:.2e} | "
         f"norm {metrics['grad_norm']:.2f} | {metrics['tokens_per_second']:,.0f} tok/s | mfu {mfu} | eta {eta}"
     )
 
@@ -157,6 +159,18 @@ def logged_loss(out_dir: Path, step: int) -> float | None:
     return loss
 
 
+def logged_clock(out_dir: Path, first: int, last: int) -> dict[int, float]:
+    """Returns the seconds of training before each of these steps, from metrics.jsonl. ValueError if a step is missing."""
+    path = out_dir / "metrics.jsonl"
+    clock = read_metrics(path, ["training_seconds"], "loss")["training_seconds"]
+    if missing := [step for step in range(first, last + 1) if step not in clock]:
+        raise ValueError(
+            f"{path} has no training_seconds of {len(missing)} steps such as {missing[0]}: with --max-seconds, their learning rates depend "
+            "on it; restore the file from a copy, or choose another --replay-step"
+        )
+    return clock
+
+
 def resume_notice(out_dir: Path, step: int | None) -> str:
     """Says from where a run resumes, and which logged steps it repeats. step: of the checkpoint; None without one."""
     begin = "resuming without a checkpoint, from step 0" if step is None else f"resuming from the checkpoint of step {step}"
@@ -171,7 +185,8 @@ def axes(trainer: Trainer, step: int) -> dict:
     """Returns the x axes for plots, at this step."""
     tokens = step * trainer.config.total_batch_tokens
     epoch = tokens / (trainer.train_stream.sequences_per_epoch * trainer.config.model.seq_len)
-    return {"tokens": tokens, "seconds": trainer.seconds, "epoch": epoch, "flops": tokens * flops_per_token(trainer.model)}
+    seconds = {"seconds": trainer.seconds, "training_seconds": trainer.budget.elapsed}
+    return {"tokens": tokens, **seconds, "epoch": epoch, "flops": tokens * flops_per_token(trainer.model)}
 
 
 def step_metrics(trainer: Trainer, step: int, update: Update, seconds: float) -> dict:

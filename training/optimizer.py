@@ -216,7 +216,7 @@ def without_storage(p: torch.Tensor) -> torch.Tensor:
     return torch.zeros((), device=p.device).expand(p.shape)
 
 
-def schedule(name: str, step: int, max_steps: int, warmup_steps: int, min_ratio: float, decay_ratio: float) -> float:
+def schedule(name: str, step: int, max_steps: float, warmup_steps: int, min_ratio: float, decay_ratio: float) -> float:
     """Returns a step's learning rate, as a fraction of the largest. After a linear warmup, 'cosine' falls along half a wave to min_ratio at
     max_steps. 'wsd' stays at 1 and falls linearly to min_ratio in the last decay_ratio of the steps (Hu et al., 2024)."""
     if step < warmup_steps:

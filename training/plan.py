@@ -1,5 +1,6 @@
 """train.py --plan: estimates a run's memory by part, hours and cost. Allocates nothing."""
 
+import math
 import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -94,12 +95,16 @@ def hardware(config: TrainConfig) -> tuple[str, torch.dtype, Setting, float]:
 def cost(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) -> list[str]:
     """The plan's lines about time and money."""
     rate, source = rate_of(config, name, dtype, flops)
-    total = config.max_steps * config.total_batch_tokens
+    steps, limit = config.max_steps, ""
+    if config.max_seconds:
+        steps = max(1, math.ceil(min(steps, config.max_seconds * rate / config.total_batch_tokens)))
+        limit = f", {'--max-steps' if steps == config.max_steps else f'--max-seconds {config.max_seconds:,.10g}'} ends it"
+    total = steps * config.total_batch_tokens
     hours = total / rate / 3600
     lines = [
         f"{rate:,.0f} tokens/s, {source}",
-        f"the whole run, {config.max_steps:,} steps of {config.total_batch_tokens:,} tokens, {total * flops:.3g} floating point "
-        f"operations: {hours:,.2f} hours",
+        f"the whole run, {steps:,} steps of {config.total_batch_tokens:,} tokens, {total:,} in all, {total * flops:.3g} floating point "
+        f"operations: {hours:,.2f} hours{limit}",
     ]
     if config.price:
         lines.append(f"{hours * config.gpus * config.price:,.2f} $ at {config.price:g} $ per GPU and hour")

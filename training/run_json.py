@@ -20,6 +20,7 @@ from common.distributed import DistContext
 from common.files import read_json
 from common.run_folder import RUN, RunFolder
 from common.validation import from_dict, has_type
+from training.budget import limits_reached, seconds_in
 from training.config import TrainConfig
 from training.trainer import Trainer
 from variants import VariantConfig
@@ -38,6 +39,19 @@ def read_run(out_dir: Path, step: int | None = None) -> TrainConfig:
         raise ValueError(f"{path} has no launch that did step {step}: {RUN_REMEDY}")
     settings = launch["config"]
     return from_dict(TrainConfig, settings | {"model": from_dict(VariantConfig, settings["model"], path)}, path)
+
+
+def is_finished(out_dir: Path) -> bool:
+    """Whether the run in a folder has ended by its --max-steps or --max-seconds, and its newest complete checkpoint was validated.
+    ValueError if there is no run, or if it has checkpoints but no complete one."""
+    config, file = read_run(out_dir), checkpoint.checkpoint_file(str(out_dir))
+    content = checkpoint.load_torch(file) if file else {}
+    if content.get("val_loss") is None:
+        return False
+    step, seconds = content["step"], 0.0
+    if config.max_seconds:
+        seconds = seconds_in(checkpoint.load_torch(checkpoint.files_of(out_dir, step).state))
+    return limits_reached(config, step, seconds) != []
 
 
 def read_run_json(path: Path) -> dict:

@@ -7,6 +7,7 @@ from torch import Tensor
 import checkpoint
 from common.run_folder import RunFolder
 from training import sharding
+from training.budget import seconds_in
 from training.log import Log
 from training.trainer import Trainer
 
@@ -29,6 +30,7 @@ class Checkpoints:
             "optimizer": sharding.gathered(optimizer_state, trainer.world.is_main) if trainer.sharded else optimizer_state,
             "scaler": trainer.scaler.state_dict(),
             "seconds": trainer.seconds,
+            "training_seconds": trainer.budget.elapsed,
             "bad_steps": trainer.guard.bad_steps,
             "recent_losses": list(trainer.guard.recent_losses),
         }
@@ -75,6 +77,7 @@ class Checkpoints:
         if state["scaler"]:  # empty if the run did not use fp16 so far
             trainer.scaler.load_state_dict(state["scaler"])
         trainer.seconds, self.val_loss = state["seconds"], content["val_loss"]
+        trainer.budget.resume(seconds_in(state))
         trainer.guard.bad_steps = state["bad_steps"]
         trainer.guard.recent_losses.extend(state["recent_losses"])
 

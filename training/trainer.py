@@ -15,7 +15,8 @@ from common.shards import Shards
 from dataloader import TokenStream, rank_positions
 from model import GPT
 from training import optimizer, sharding
-from training.compiling import compile_blocks, recompute_activations, undo_compile
+from training.budget import Budget
+from training.compiling import compile_blocks, noticed_compilations, recompute_activations, undo_compile
 from training.config import TrainConfig
 from training.distillation import distillation_loss
 from training.guard import Guard, locate_nonfinite
@@ -30,6 +31,8 @@ class Update(NamedTuple):
     norm: float  # of the gradient, before clipping
     skipped: str  # why no weight changed, or ''
     stop: bool  # whether any rank asks to stop
+    compiled: bool  # whether any rank compiled something
+    elapsed: float  # seconds of training after this step, as rank 0 expects
 
 
 class Trainer:
@@ -54,6 +57,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.guard = Guard(config.skip_spikes, self.scaler)
         self.seconds = 0.0  # spent in updates and compiling, over all launches of the run
+        self.budget = Budget(config)
 
     def place_model(self):
         """Compiles or recomputes, and shards or replicates, as the flags say."""
@@ -106,20 +110,23 @@ class Trainer:
         """Does one optimizer step, or skips it if any rank's loss or gradient is bad. stop: whether this rank asks to stop."""
         mine = self.positions(step, self.world.rank)
         loss = torch.zeros((), device=self.device)
-        for positions in mine:
-            last = positions == mine[-1]
-            # DDP sums gradients in the last micro step. FSDP sums them in each: whole gradients may not fit
-            with nullcontext() if last or self.parallel is self.model else self.parallel.no_sync():
-                part = self.loss(self.parallel, positions) / len(mine)
-                self.scaler.scale(part).backward()
-            loss += part.detach()
+        with noticed_compilations() as compiled:
+            for positions in mine:
+                last = positions == mine[-1]
+                # DDP sums gradients in the last micro step. FSDP sums them in each: whole gradients may not fit
+                with nullcontext() if last or self.parallel is self.model else self.parallel.no_sync():
+                    part = self.loss(self.parallel, positions) / len(mine)
+                    self.scaler.scale(part).backward()
+                loss += part.detach()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         norm = norm.full_tensor() if self.sharded else norm
         if step + 1 < self.config.max_steps:
             self.feed.prefetch(self.positions(step + 1, self.world.rank)[0])
         # the only sync of a step: every rank's numbers, so that all ranks decide alike
-        losses, norms, stops = zip(*self.world.rows(torch.stack([loss, norm, torch.full_like(loss, stop)])), strict=True)
+        numbers = stop, bool(compiled), self.budget.after_this_step()
+        row = torch.stack([loss, norm, *(torch.full_like(loss, number) for number in numbers)])
+        losses, norms, stops, compiles, clocks = zip(*self.world.rows(row), strict=True)
         norm = next((n for n in norms if not math.isfinite(n)), norms[0])  # all equal, unless one is not finite
         mean = sum(losses) / len(losses)
         skipped = self.guard.judge(losses, mean, norm)
@@ -130,7 +137,7 @@ class Trainer:
             skipped += locate_nonfinite(self, step, losses)
         self.clear_gradients()
         self.scaler.update()
-        return Update(mean, list(losses), norm, skipped, any(stops))
+        return Update(mean, list(losses), norm, skipped, any(stops), any(compiles), clocks[0])
 
     def step_optimizer(self, step: int):
         for group, lr in zip(self.optimizer.param_groups, self.largest_lrs, strict=True):
@@ -142,7 +149,7 @@ class Trainer:
     def schedule(self, step: int) -> float:
         """Returns a step's learning rate, as a fraction of the largest."""
         c = self.config
-        return optimizer.schedule(c.schedule, step, c.max_steps, c.warmup_steps, c.min_lr_ratio, c.decay_ratio)
+        return optimizer.schedule(c.schedule, step, self.budget.steps(step), c.warmup_steps, c.min_lr_ratio, c.decay_ratio)
 
     def loss(self, model, positions) -> Tensor:
         """Returns the loss of one micro batch. model: self.model, or self.parallel, which wraps it."""
