@@ -88,6 +88,13 @@ class VariantConfig(GPTConfig):
     short_conv: int | None = None
     """Width of a causal convolution over the queries, keys and values, and over the MLP's input (So et al., 2021; Allen-Zhu, 2025)."""
     rules += rule("short_conv is {short_conv}: it must be from 2 to 64", lambda c: c.short_conv is None or 2 <= c.short_conv <= 64)
+    key_offset: bool = False
+    """Keys take their slowly rotating half of the channels from the position before, so that one layer can find what followed a token
+    earlier (modded-nanogpt, 2025)."""
+    rules += rule(
+        "key_offset needs pos rope, not {pos}, and n_embd {n_embd} / n_head {n_head} a multiple of 4: change them or turn key_offset off",
+        lambda c: not c.key_offset or (c.pos == "rope" and c.n_embd // c.n_head % 4 == 0),
+    )
     head_gate: bool = False
     """Multiply each head's output by a gate, which depends on the layer's input (Qiu et al., 2025)."""
     bigram: int | None = None
@@ -122,6 +129,11 @@ class VariantConfig(GPTConfig):
     @property
     def kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
+
+    @property
+    def needs_past(self) -> bool:
+        """Whether a layer reads inputs of earlier positions, outside of attention."""
+        return bool(self.short_conv or self.key_offset or self.bigram)
 
     @property
     def windows(self) -> list[int | None]:
@@ -371,7 +383,7 @@ class VariantGPT(GPT):
         if positions is None:
             positions = next_positions(idx, cache, config.seq_len)
         masks = self.masks(idx, cache, positions, mask)
-        past = self.past(idx, cache, positions, mask) if config.short_conv or config.bigram else None
+        past = self.past(idx, cache, positions, mask) if config.needs_past else None
         rotation = rotation_of(positions, config) if config.pos == "rope" else None
         x = self.transformer.wte(idx)
         if config.pos == "learned":
@@ -389,7 +401,7 @@ class VariantGPT(GPT):
                 mask=masks[window],
                 rotation=rotation,
                 cache=None if cache is None else cache.layer(layer, positions, window),
-                past=past if config.short_conv else None,
+                past=past,
                 values=(first_values, self.value_scale[layer]) if config.value_residual else None,
             )
             x, values, layer_balance = self.transformer.h[layer // config.share_layers](x, context)
@@ -463,15 +475,14 @@ class VariantBlock(Block):
         self.attn = VariantAttention(config)
         self.ln_2 = make_norm(config)
         self.mlp = VariantMLP(config) if config.n_expert == 1 else MixtureOfExperts(config)
-        if config.short_conv:
-            self.conv = ShortConv(config.n_embd, config.short_conv)
+        self.conv = ShortConv(config.n_embd, config.short_conv) if config.short_conv else None
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None, Tensor | float]:
         """x: (B, T, C). Returns the new x, the layer's values with value_residual, and its load-balancing loss."""
         y, values = self.attn(self.ln_1(x), context)
         x = x + y
         y = self.ln_2(x)
-        if context.past is not None:
+        if self.conv is not None:
             y = self.conv(y, context.past, "mlp")
         y = self.mlp(y)
         y, balance = y if isinstance(y, tuple) else (y, 0.0)
@@ -524,7 +535,7 @@ class VariantAttention(CausalSelfAttention):
         """x: (B, T, C). Returns the new x, and the values (B, K, T, D) with value_residual."""
         B, T, C = x.shape
         qkv = self.c_attn(x)
-        if context.past is not None:
+        if self.config.short_conv:
             qkv = self.conv(qkv, context.past, "attn")
         q, k, v = qkv.split([C, self.kv_size, self.kv_size], dim=2)
         q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), twice (B, K, T, D)
@@ -536,6 +547,8 @@ class VariantAttention(CausalSelfAttention):
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rotation is not None:
             q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
+        if self.config.key_offset:
+            k = offset_keys(k, context.past)
         if context.cache is not None:
             k, v = context.cache(k, v)  # (B, K, S, D)
         y = self.attend(q, k, v, context.mask, context.window)  # (B, H, T, D)
@@ -584,6 +597,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = (y[..., None, :, :].type_as(x) for y in (cos, sin))  # (…, 1, T, D/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def offset_keys(k: Tensor, past: Past) -> Tensor:
+    """Replaces the slower half of the rotating pairs of channels with those of the position before: (B, K, T, D) → (B, K, T, D)."""
+    fast, slow = k.transpose(1, 2).unflatten(3, (2, 2, -1)).unbind(4)  # each (B, T, K, 2, D/4): the first and the second of each pair
+    slow = past.lags(slow.flatten(2), 2, "keys")[1].view_as(slow)
+    return torch.stack([fast, slow], 4).flatten(3).transpose(1, 2)
 
 
 class VariantMLP(MLP):

@@ -82,8 +82,8 @@ ARCHITECTURES = {
 # every switch's value in GPT-2; it repeats VariantConfig's defaults, because this file may not import variants.py
 OFF = dict(
     pos="learned", rope_base=10000.0, rope_scaling="none", rope_factor=1.0, n_kv_head=None, window=None, window_pattern="S", doc_mask=False,
-    qk_norm=False, norm="layernorm", mlp="gelu", bias=True, tied_head=True, value_residual=False, short_conv=None, head_gate=False,
-    bigram=None, share_layers=1, n_expert=1, n_expert_active=1, load_balance=0.01,
+    qk_norm=False, norm="layernorm", mlp="gelu", bias=True, tied_head=True, value_residual=False, short_conv=None, key_offset=False,
+    head_gate=False, bigram=None, share_layers=1, n_expert=1, n_expert_active=1, load_balance=0.01,
 )  # fmt: skip
 
 

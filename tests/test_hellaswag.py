@@ -138,7 +138,7 @@ def test_batch_size_changes_no_answer(model):
             assert p["completion"]["pred_norm"] == q["completion"]["pred_norm"]
 
 
-@pytest.mark.parametrize("switches", [{}, dict(pos="rope", short_conv=4)])
+@pytest.mark.parametrize("switches", [{}, dict(pos="rope", short_conv=4, key_offset=True, bigram=500)])
 def test_too_long_rows_lose_their_start(switches):
     torch.manual_seed(0)
     model = build(VariantConfig(257, 16, 1, 2, 16, **switches)).eval()

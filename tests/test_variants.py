@@ -18,6 +18,7 @@ from formats.huggingface import OFF
 from model import GPT, GPTConfig
 from ops.attention import BlockwiseAttention, block_mask, causal_mask
 from ops.kv_cache import KVCache
+from ops.short_conv import Past
 from training.compiling import compile_blocks, recompute_activations
 from training.presets import PRESETS
 from variants import (
@@ -30,6 +31,7 @@ from variants import (
     flops_per_token,
     idle_params,
     inference_copy,
+    offset_keys,
     rotate,
     rotation_of,
     set_attention,
@@ -59,6 +61,7 @@ VARIANTS = {
     "value_residual": dict(value_residual=True, n_kv_head=2),
     "short_conv": dict(short_conv=3),
     "short_conv of documents": dict(short_conv=4, doc_mask=True, pos="rope", n_kv_head=2, share_layers=2),
+    "key_offset": dict(key_offset=True, pos="rope", n_kv_head=2, doc_mask=True),
     "head_gate": dict(head_gate=True, n_kv_head=2),
     "bigram": dict(bigram=500, doc_mask=True),
     "every pair": dict(bigram=97 * 98, doc_mask=True, short_conv=2, pos="rope"),
@@ -318,6 +321,17 @@ def test_logits_equal_plain_formula(switches):
     model = randomized(**switches)
     idx = ids_for(model.config, batch=1)
     assert (model(idx)[0][0] - reference(model, idx[0])).abs().max() <= 1e-5
+
+
+def test_offset_keys_equal_plain_formula():
+    """Of 8 channels, pair i is channels i and i + 4; pairs 2 and 3 rotate slowly."""
+    k = torch.randn(2, 3, 5, 8)
+    shifted = offset_keys(k, Past())
+    for t in range(5):
+        for channel in range(8):
+            is_slow = channel % 4 >= 2
+            expected = k[:, :, t, channel] if not is_slow else k[:, :, t - 1, channel] if t else torch.zeros(2, 3)
+            assert torch.equal(shifted[:, :, t, channel], expected)
 
 
 def test_no_bias_equals_zero_bias():
