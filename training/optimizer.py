@@ -228,6 +228,13 @@ def schedule(name: str, step: int, max_steps: float, warmup_steps: int, min_rati
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def momentum(step: int, largest: float, warmup_steps: int, start: float = 0.8) -> float:
+    """Returns a step's momentum for Muon: it rises in a line from start to largest. Early gradients soon become out of date."""
+    if step >= warmup_steps or largest <= start:
+        return largest
+    return start + (largest - start) * step / warmup_steps
+
+
 class AverageWeights:
     """Exponential moving average of a model's weights (Polyak & Juditsky, 1992): decay · average + (1 - decay) · weights after each
     update. The decay is smaller at first, as in TensorFlow: a short run forgets its initial weights too."""

@@ -142,6 +142,8 @@ class Trainer:
     def step_optimizer(self, step: int):
         for group, lr in zip(self.optimizer.param_groups, self.largest_lrs, strict=True):
             group["lr"] = lr * self.schedule(step)
+            if "momentum" in group:  # Muon's
+                group["momentum"] = optimizer.momentum(step, self.config.muon_momentum, self.config.muon_momentum_warmup)
         self.scaler.step(self.optimizer)
         if self.average:
             self.average.update()
