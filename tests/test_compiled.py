@@ -96,10 +96,10 @@ NO_BIAS, ROPE, QK, RMS, VALUES = dict(bias=False), dict(pos="rope"), dict(qk_nor
 DOCUMENTS, NEAR = dict(doc_mask=True), dict(window=50, window_pattern="SL")  # S and L compile separately
 ROWS = [
     dict(mlp="gelu", **NEAR, tied_head=False),
-    dict(mlp="gelu", **NEAR, **NO_BIAS, **VALUES, **QK, **ROPE, share_layers=2, rope_base=500.0),
+    dict(mlp="gelu", **NEAR, **NO_BIAS, **VALUES, **QK, **ROPE, share_layers=2, rope_base=500.0, short_conv=4, head_gate=True),
     dict(mlp="relu2", **DOCUMENTS, **QK, **ROPE, n_kv_head=2, rope_scaling="yarn", rope_factor=4.0),
-    dict(mlp="relu2", **DOCUMENTS, **NO_BIAS, **VALUES, **ROPE, n_kv_head=1, window=50),
-    dict(mlp="swiglu", **RMS, **DOCUMENTS, **VALUES, **ROPE),
+    dict(mlp="relu2", **DOCUMENTS, **NO_BIAS, **VALUES, **ROPE, n_kv_head=1, window=50, key_offset=True, bigram=500),
+    dict(mlp="swiglu", **RMS, **DOCUMENTS, **VALUES, **ROPE, short_conv=3, key_offset=True, head_gate=True),
     dict(mlp="swiglu", **RMS, **DOCUMENTS, **NO_BIAS, **QK),
     dict(mlp="gelu_exact", **RMS, **NEAR, **VALUES, **QK, n_kv_head=1),
     dict(mlp="gelu_exact", **RMS, **NEAR | dict(window=1), **NO_BIAS, **ROPE, n_kv_head=2),
