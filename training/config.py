@@ -63,9 +63,7 @@ class TrainConfig:
     muon_lr: float = 0.02
     """Muon's learning rate at the end of the warmup. Works for all widths."""
     muon_momentum: float = 0.95
-    """Muon's momentum. Short runs learn faster with less."""
-    muon_momentum_warmup: int = 0
-    """Steps over which Muon's momentum rises from 0.8 to --muon-momentum."""
+    """Muon's momentum. Short runs learn faster with less. 0: by the run's length, 1 - 4.6 / √steps, but at least 0.5 and at most 0.95."""
     muon_beta2: float = 0.0
     """NorMuon (Li et al., 2025): Muon's update, evened out over the neurons with a moving average of this decay, such as 0.95. 0: off."""
     weight_decay: float = 0.1
@@ -150,7 +148,7 @@ class TrainConfig:
         errors += cli.at_least(
             0, self, "max_seconds", "max_lr", "muon_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "skip_spikes", "seed"
         )
-        errors += cli.at_least(0, self, "muon_momentum_warmup", "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
+        errors += cli.at_least(0, self, "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
         errors += cli.at_least(0, self, "price", "rate") + cli.at_least(1, self, "gpus")
         errors += cli.at_least(0.01, self, "timeout_minutes")
         if self.replay_step is not None and not 0 <= self.replay_step < self.max_steps:

@@ -143,7 +143,7 @@ class Trainer:
         for group, lr in zip(self.optimizer.param_groups, self.largest_lrs, strict=True):
             group["lr"] = lr * self.schedule(step)
             if "momentum" in group:  # Muon's
-                group["momentum"] = optimizer.momentum(step, self.config.muon_momentum, self.config.muon_momentum_warmup)
+                group["momentum"] = self.config.muon_momentum or optimizer.momentum_for(self.budget.steps(step))
         self.scaler.step(self.optimizer)
         if self.average:
             self.average.update()
