@@ -26,8 +26,7 @@ from common.files import write_json
 from common.locks import lock_folder
 from common.picture import draw_or_warn, label_of, picture
 from common.validation import raise_errors
-from lab.compare import SCRIPT, Run, last_checkpoint, split
-from lab.runs import code_notes, data_notes, environment, refuse_unless
+from lab.runs import SCRIPT, Run, code_notes, data_notes, environment, last_checkpoint, refuse_unless, split
 from plot_log import read_metrics
 from train import find_data
 from training.config import LOWER_LR, LOWER_MEMORY, SMALLER_MODEL, TrainConfig

@@ -13,8 +13,12 @@ from conftest import TINY, forked, ids_for, rewrite_run, run_main, run_train, sa
 
 from common.shards import find_shards
 from dataloader import TokenStream
-from lab import compare, runs
-from lab.compare import CompareConfig, amount_for, cache_bytes, loss_by_position, stretched, summary, tokens_to_the_same_loss
+from lab import compare, measure, runs
+from lab.compare import CompareConfig, summary
+from lab.judge import amount_for, tokens_to_the_same_loss
+from lab.length import loss_by_position, stretched
+from lab.measure import cache_bytes
+from lab.suites import SUITES
 from ops.kv_cache import KVCache
 from training.flags import parse_config
 from training.run_json import hash_of_code, other_code
@@ -50,7 +54,7 @@ def test_cache_bytes_equal_a_real_cache(switches):
     assert cache_bytes(config) == cache.nbytes()
 
 
-@pytest.mark.parametrize("suite", compare.SUITES)
+@pytest.mark.parametrize("suite", SUITES)
 def test_suite_variants_are_valid_and_distinct(suite):
     configs = [parse_config([*flags, "--out-dir", "none"]) for flags in compare.variants_of(CompareConfig(suite=suite)).values()]
     for config in configs:
@@ -60,9 +64,9 @@ def test_suite_variants_are_valid_and_distinct(suite):
 
 def test_a_variant_name_means_one_run():
     flags = {}
-    for suite in compare.SUITES.values():
+    for suite in SUITES.values():
         for name, own in suite.items():
-            assert flags.setdefault(compare.folder_of("", name, 1), (name, own)) == (name, own)
+            assert flags.setdefault(runs.folder_of("", name, 1), (name, own)) == (name, own)
     run = compare.run_of(CompareConfig(out_dir="o"), "b", ["--teacher", "{out_dir}/a/{seed}"], 2)
     assert run.argv() == ["--teacher", "o/a/2", "--seed", "2", "--out-dir", "o/b/2"]
 
@@ -102,9 +106,9 @@ def test_mistakes_are_one_line(capsys, tmp_path):
 def test_unvalidated_checkpoint_does_not_count(tmp_path):
     model = build(VariantConfig(257, 16, 1, 2, 16))
     save_checkpoint(tmp_path, 10, model, "bytes", 1.5, {})
-    assert compare.last_checkpoint(tmp_path)["val_loss"] == 1.5
+    assert runs.last_checkpoint(tmp_path)["val_loss"] == 1.5
     save_checkpoint(tmp_path, 20, model, "bytes", None, {})
-    assert compare.last_checkpoint(tmp_path) == {} == compare.last_checkpoint(tmp_path / "none")
+    assert runs.last_checkpoint(tmp_path) == {} == runs.last_checkpoint(tmp_path / "none")
 
 
 class Finished:
@@ -117,20 +121,20 @@ class Finished:
 def test_comparison_keeps_finished_runs(shards, tmp_path, capsys, monkeypatch):
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0", "--sample-every", "20"])
     argv = ["plain=", "rope, 1 KV head=--pos rope --n-kv-head 1", f"--flags={flags}", "--out-dir", tmp_path, "--seeds", 2]
-    monkeypatch.setattr(compare, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(runs, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, *argv) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 4 and table[3].startswith("| rope, 1 KV head | 31,") and table[3].endswith("| 8 kB |")
     with open(tmp_path / "plain" / "1" / "metrics.jsonl", "a") as file:  # HellaSwag after the last validation, then a kill
         file.write(json.dumps({"step": 20, "hellaswag_acc": 0.25, "seconds": 1.0}) + '\n{"step": 20, "hella')
-    monkeypatch.setattr(compare, "launch", None)
+    monkeypatch.setattr(runs, "launch", None)
     assert run_main(compare.main, "plain=--max-steps 30", *argv[2:]) == 2
     assert "plain: max_steps 30 does not fit" in capsys.readouterr().err
     assert run_main(compare.main, *argv, "--json") == 0
     rows = json.loads(capsys.readouterr().out)["variants"]
     assert [row["variant"] for row in rows] == ["plain", "rope, 1 KV head"] and rows[0]["difference"] == 0
     clock = iter(range(10**6))
-    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock) ** 2)  # each call takes two seconds longer
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock) ** 2)  # each call takes two seconds longer
     assert run_main(compare.main, *argv, "--json", "--time-steps", 10) == 0
     timed = json.loads(capsys.readouterr().out)["variants"]
     # each variant does a turn of 5 steps to warm up, then 2 timed turns
@@ -145,7 +149,7 @@ def compared(shards, tmp_path, capsys, monkeypatch):
     data = shutil.copytree(shards, tmp_path / "data")
     flags = shlex.join([*TINY, "--data-dir", str(data), "--val-every", "0", "--max-steps", "4"])
     argv = ["plain=", f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
-    monkeypatch.setattr(compare, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(runs, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, *argv) == 0
     capsys.readouterr()
     return tmp_path / "out" / "plain" / "1", argv
@@ -194,7 +198,7 @@ def test_code_edited_during_a_comparison_is_named(compared, tmp_path, capsys, mo
         rewrite_run(folder.parent.with_name("rope") / "1", lambda launch: launch["code"].update({"ops/new.py": "2"}))
         return Finished(result)
 
-    monkeypatch.setattr(compare, "launch", launch)
+    monkeypatch.setattr(runs, "launch", launch)
     assert run_main(compare.main, *argv[:1], "rope=--pos rope", *argv[1:]) == 2
     assert "rope/1 was trained by other code (ops/new.py): train all" in capsys.readouterr().err
 
@@ -237,9 +241,9 @@ def test_workers_get_a_gpu_each(tmp_path, monkeypatch, workers, cards):
         assert env["WANDB_RUN_GROUP"] == argv[-1].split("/")[-1]
         return Finished(subprocess.CompletedProcess([], 0, "", ""))
 
-    monkeypatch.setattr(compare, "launch", launch)
-    jobs = [compare.Run(str(i), [], tmp_path / str(i)) for i in range(len(cards))]
-    assert compare.run_all(jobs, workers, False) == [] and sorted(seen, key=str) == cards
+    monkeypatch.setattr(runs, "launch", launch)
+    jobs = [runs.Run(str(i), [], tmp_path / str(i)) for i in range(len(cards))]
+    assert runs.run_all(jobs, workers, False) == [] and sorted(seen, key=str) == cards
 
 
 def test_speeds_of_several_devices_are_noted(shards, tmp_path):
@@ -258,10 +262,10 @@ def test_fine_tuning_comparison_keeps_finished_runs(shards, tmp_path, capsys, mo
         [*TINY[8:], "--init-from", str(tmp_path / "base"), "--data-dir", str(shards), "--val-every", "0", "--max-steps", "4"]
     )
     argv = ["tuned=", "window=--window 8", f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
-    monkeypatch.setattr(compare, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(runs, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, *argv) == 0
     table = capsys.readouterr().out.splitlines()[-4:]
-    monkeypatch.setattr(compare, "launch", None)
+    monkeypatch.setattr(runs, "launch", None)
     assert run_main(compare.main, *argv) == 0
     assert capsys.readouterr().out.splitlines() == table
     assert run_train(shards, tmp_path / "base", "--resume", "--max-steps", 6) == 0
@@ -276,14 +280,14 @@ def test_another_teacher_is_another_run(shards, tmp_path, capsys, monkeypatch):
         assert run_train(shards, tmp_path / name, "--max-steps", 2, "--val-every", 0) == 0
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0", "--max-steps", "4"])
     argv = [f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
-    monkeypatch.setattr(compare, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(runs, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base", *argv) == 0
-    monkeypatch.setattr(compare, "launch", None)
+    monkeypatch.setattr(runs, "launch", None)
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base/", *argv) == 0
-    taught, load_teacher = [], compare.load_teacher
-    monkeypatch.setattr(compare, "load_teacher", lambda config: taught.append(config.teacher) or load_teacher(config))
-    steps, update = [], compare.Trainer.update
-    monkeypatch.setattr(compare.Trainer, "update", lambda self, step: steps.append(step) or update(self, step))
+    taught, load_teacher = [], measure.load_teacher
+    monkeypatch.setattr(measure, "load_teacher", lambda config: taught.append(config.teacher) or load_teacher(config))
+    steps, update = [], measure.Trainer.update
+    monkeypatch.setattr(measure.Trainer, "update", lambda self, step: steps.append(step) or update(self, step))
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base", *argv, "--time-steps", 5) == 0
     assert len(taught) == 1 and len(steps) == 10 and max(steps) == 3
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/other", *argv) == 2

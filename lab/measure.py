@@ -1,0 +1,67 @@
+"""Measures finished runs: loss, speed, memory and cache."""
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from common import cli
+from common.device import can_compile, pick_device
+from common.distributed import DistContext
+from common.shards import find_shards
+from lab.runs import last_checkpoint
+from ops.kv_cache import KVCache
+from plot_log import read_metrics
+from train import load_teacher
+from training.run_json import read_run
+from training.trainer import Trainer
+from variants import VariantConfig, build, build_on_meta, idle_params
+
+
+def measure(folder: Path) -> dict:
+    """Returns the numbers of a finished run. Loss in nats per token, memory and cache in bytes."""
+    config = read_run(folder)
+    metrics = read_metrics(folder / "metrics.jsonl", ["tokens_per_second", "memory_bytes", "seconds"])
+    rates = list(metrics["tokens_per_second"].values())
+    model = build_on_meta(config.model)
+    return {
+        "tokens": config.max_steps * config.total_batch_tokens,
+        "val_loss": last_checkpoint(folder)["val_loss"],
+        "seconds": max(metrics["seconds"].values()),
+        "tokens_per_second": statistics.median(rates[len(rates) // 2 :]),  # it has compiled by then
+        "memory_bytes": max(metrics["memory_bytes"].values()),
+        "params": model.num_params(),
+        "active_params": model.num_params() - idle_params(model),
+        "cache_bytes": cache_bytes(config.model),
+    }
+
+
+def speeds_in_turns(folders: list[Path], steps: int, turn: int = 5) -> list[float]:
+    """Measures the training speed of each run: tokens per second, from its median step.
+
+    All runs take turns of a few steps in this process, so a machine whose speed drifts treats them alike. The last compiled run's
+    device.set_malloc applies to all. That matters if variants differ in --compile or --activation-memory.
+    """
+    trainers, seconds = [], [[] for _ in folders]
+    for folder in folders:
+        config = read_run(folder)
+        device = pick_device(config.device)
+        compiled, teacher = config.compile and can_compile(device), load_teacher(config) if config.teacher else None
+        trainers.append(Trainer(config, DistContext(device), build(config.model), find_shards(config.data_dir), compiled, teacher))
+    torch._dynamo.config.recompile_limit = 10**6  # every variant compiles its own code
+    turns = range(0, turn + steps, turn)  # the first turn compiles and does not count
+    for start in cli.bar(turns, desc="steps in turns", unit="turn"):
+        for trainer, times in zip(trainers, seconds, strict=True):
+            for step in range(start, start + turn):
+                began = time.perf_counter()
+                trainer.update(step % trainer.config.max_steps)  # the schedule ends at max_steps
+                times.append(time.perf_counter() - began)
+    medians = [statistics.median(times[turn : turn + steps]) for times in seconds]
+    return [trainer.config.total_batch_tokens / median for trainer, median in zip(trainers, medians, strict=True)]
+
+
+def cache_bytes(config: VariantConfig) -> int:
+    """Returns the bytes of the KV cache for one sequence of seq_len positions in fp32."""
+    cache = KVCache(config.seq_len)
+    return sum(2 * config.kv_heads * config.n_embd // config.n_head * cache.room(window) * 4 for window in config.windows)
