@@ -20,7 +20,8 @@ from common.validation import raise_errors
 from lab.judge import tokens_to_the_same_loss
 from lab.length import extrapolate, plot_curves, show_curves
 from lab.measure import measure, speeds_in_turns
-from lab.runs import Run, folder_of, machine_notes, run_all, split
+from lab.origins import machine_notes
+from lab.runs import Run, folder_of, run_all, split
 from lab.suites import SMALL, SUITES
 from train import find_data
 

@@ -24,7 +24,8 @@ from common.files import read_json, write_json
 from common.picture import draw_or_warn, picture
 from common.shards import differences
 from common.validation import raise_errors
-from lab.runs import Run, code_notes, last_checkpoint, refuse_unless, run_all, split
+from lab.origins import code_notes, refuse_unless
+from lab.runs import Run, last_checkpoint, run_all, split
 from train import find_data
 from training.checks import fit_vocabulary
 from training.config import MAY_CHANGE, TrainConfig

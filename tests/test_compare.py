@@ -13,7 +13,7 @@ from conftest import TINY, forked, ids_for, rewrite_run, run_main, run_train, sa
 
 from common.shards import find_shards
 from dataloader import TokenStream
-from lab import compare, measure, runs
+from lab import compare, measure, origins, runs
 from lab.compare import CompareConfig, summary
 from lab.judge import amount_for, tokens_to_the_same_loss
 from lab.length import loss_by_position, stretched
@@ -115,7 +115,7 @@ class Finished:
     """A finished process with the interface of subprocess.Popen."""
 
     def __init__(self, result):
-        self.returncode, self.communicate = result.returncode, lambda: ("", result.stderr)
+        self.returncode, self.communicate = result.returncode, lambda timeout=None: ("", result.stderr)
 
 
 def test_comparison_keeps_finished_runs(shards, tmp_path, capsys, monkeypatch):
@@ -250,8 +250,8 @@ def test_speeds_of_several_devices_are_noted(shards, tmp_path):
     for name in ("a", "b"):
         assert run_train(shards, tmp_path / name, "--max-steps", 2, "--val-every", 0) == 0
     rewrite_run(tmp_path / "b", lambda launch: launch.update(device="NVIDIA H100"))
-    assert runs.machine_notes([tmp_path / "a"]) == []
-    (note,) = runs.machine_notes([tmp_path / "a", tmp_path / "b"])
+    assert origins.machine_notes([tmp_path / "a"]) == []
+    (note,) = origins.machine_notes([tmp_path / "a", tmp_path / "b"])
     assert note.startswith("the runs had more than one device: ") and "NVIDIA H100" in note and note.count(" cores") == 1
 
 
