@@ -34,7 +34,7 @@ class Judgement:
 
     verdict: str  # better, worse, no difference shown, one seed shows nothing, or failed
     differences: tuple[float, ...] = ()  # the variant's loss minus the first's, one for each seed that counts
-    mean: float | None = None
+    difference: float | None = None  # their mean
     low: float | None = None  # of the 95 % interval around the mean
     high: float | None = None
     p: float | None = None  # probability of so low a mean, at any look so far, if the variant makes no difference

@@ -15,13 +15,11 @@ import torch
 
 import checkpoint
 from common import cli
-from lab.origins import code_notes, data_notes, refuse_unless, shortened
+from lab.origins import MAY_DIFFER, code_notes, data_notes, refuse_unless, shortened
 from training.config import LOWER_LR, LOWER_MEMORY, SMALLER_MODEL, TrainConfig
 from training.flags import parse_flags, raise_if_changed, recorded_teacher
 from training.run_json import RUN, code_now, read_run
 
-# settings that change no result
-MAY_DIFFER = {"verify_shards", "timeout_minutes", "tracker", "keep", "checkpoint_every", "on_save_error"}
 SCRIPT = Path(__file__).parent.parent / "train.py"
 
 
@@ -80,7 +78,7 @@ class Run(NamedTuple):
             raise_if_changed(recorded, wanted, MAY_DIFFER, str(self.folder))
         except ValueError as e:
             raise ValueError(f"{self.name}: {e}, or choose another --out-dir") from e
-        return "finished" if last_checkpoint(self.folder).get("step") == recorded.max_steps else "begun"
+        return "finished" if is_finished(self.folder) else "begun"
 
 
 def last_checkpoint(folder: Path) -> dict:
@@ -90,8 +88,17 @@ def last_checkpoint(folder: Path) -> dict:
     return content if content.get("val_loss") is not None else {}
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a folder's run has reached its last step, validated and saved."""
+    return last_checkpoint(folder).get("step") == read_run(folder).max_steps
+
+
 class IdeaFailed(ValueError):
     """A run failed because of its code or its settings. Another idea may still succeed."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason  # without the command
 
 
 def run_all(
@@ -115,7 +122,7 @@ def run_all(
         except IdeaFailed as e:
             if failures is None or run.name == needed:
                 raise
-            failures[run.name] = str(e).removeprefix(f"{run.name}: ")
+            failures[run.name] = e.reason
 
     pool = ThreadPoolExecutor(workers)
     cli.exit_on_stop_signals()
@@ -142,14 +149,17 @@ def train_one(run: Run, running: list[subprocess.Popen], free: SimpleQueue, max_
     except subprocess.TimeoutExpired:
         process.terminate()  # it saves and exits
         process.communicate()
-        raise IdeaFailed(f"{run.name}: seed {run.seed} took longer than {max_minutes:g} minutes") from None
+        reason = f"seed {run.seed} took longer than {max_minutes:g} minutes"
+        raise IdeaFailed(f"{run.name}: {reason}", reason) from None
     finally:
         running.remove(process)
         free.put(env)
     if process.returncode:
         why, _ = why_it_failed(process.returncode, output)
-        kind = IdeaFailed if is_to_blame(process.returncode, output) else ValueError
-        raise kind(f"{run.name}: train.py {shlex.join(argv)} exited with {process.returncode}: {why}")
+        message = f"{run.name}: train.py {shlex.join(argv)} exited with {process.returncode}: {why}"
+        if is_to_blame(process.returncode, output):
+            raise IdeaFailed(message, f"seed {run.seed}: {why.removeprefix('error: ')}")
+        raise ValueError(message)
 
 
 def why_it_failed(status: int, output: str) -> tuple[str, bool]:

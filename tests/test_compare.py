@@ -14,10 +14,11 @@ from conftest import TINY, forked, ids_for, rewrite_run, run_main, run_train, sa
 from common.shards import find_shards
 from dataloader import TokenStream
 from lab import compare, measure, origins, runs
-from lab.compare import CompareConfig, summary
-from lab.judge import amount_for, tokens_to_the_same_loss
+from lab.compare import CompareConfig
+from lab.judge import Judgement, amount_for, judge, tokens_to_the_same_loss
 from lab.length import loss_by_position, stretched
 from lab.measure import cache_bytes
+from lab.report import summary
 from lab.suites import SUITES
 from ops.kv_cache import KVCache
 from training.flags import parse_config
@@ -27,14 +28,18 @@ from variants import VariantConfig, build
 
 def result(val_loss: float, speed: float = 10.0, tokens: int = 1000, seconds: float = 5.0) -> dict:
     measured = dict(tokens=tokens, val_loss=val_loss, seconds=seconds, tokens_per_second=speed, memory_bytes=1, params=2, active_params=2)
-    return measured | dict(cache_bytes=3)
+    return measured | dict(cache_bytes=3, bits_per_byte=2 * val_loss, curve={tokens // 2: val_loss + 1, tokens: val_loss})
 
 
 def test_summary_means_and_median_speed_ratio():
-    rows = summary({"a": [result(2.0, 10), result(3.0, 20), result(4.0, 30)], "b": [result(1.0, 20), result(2.5, 30), result(2.5, 30)]})
-    assert [row["val_loss"] for row in rows] == [3.0, 2.0] and [row["spread"] for row in rows] == [2.0, 1.5]
+    a = {1: result(2.0, 10), 2: result(3.0, 20), 3: result(4.0, 30)}
+    b = {1: result(1.0, 20), 2: result(2.5, 30), 3: result(2.5, 30)}
+    rows = summary({"a": a, "b": b, "c": {}}, {"b": judge([-1.0, -0.5, -1.5], [3]), "c": Judgement("failed", reason="seed 1: boom")})
+    assert [row.get("val_loss") for row in rows] == [3.0, 2.0, None] and [row["spread"] for row in rows[:2]] == [2.0, 1.5]
     assert rows[1]["difference"] == -1.0 and rows[1]["perplexity"] == pytest.approx(7.389, abs=1e-3)
+    assert rows[1]["bits_per_byte"] == 4.0 and rows[1]["paired_seeds"] == [1, 2, 3]
     assert (rows[0]["speed"], rows[1]["speed"]) == (1.0, 1.5)
+    assert rows[2]["text"] == "failed: seed 1: boom" and "verdict" not in rows[0]
 
 
 def test_tokens_to_a_loss_are_interpolated():
@@ -56,7 +61,7 @@ def test_cache_bytes_equal_a_real_cache(switches):
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_suite_variants_are_valid_and_distinct(suite):
-    configs = [parse_config([*flags, "--out-dir", "none"]) for flags in compare.variants_of(CompareConfig(suite=suite)).values()]
+    configs = [parse_config([*variant.flags, "--out-dir", "none"]) for variant in compare.variants_of(CompareConfig(suite=suite))]
     for config in configs:
         config.validate(1)
     assert len(set(map(repr, configs))) == len(configs)
@@ -91,7 +96,7 @@ def test_mistakes_are_one_line(capsys, tmp_path):
     for argv, message in (
         ([], "give either variants, such as"),
         (["a=--max-steps 1", "--suite", "length"], "give either variants, such as"),
-        (["a", "--seeds", 0], "--seeds is 0: it must be at least 1; 'a' is not NAME=FLAGS"),
+        (["a", "--seeds", 0], "--seeds is 0: it must be at least 1; 'a' is neither NAME=FLAGS nor a folder"),
         (["a b=", "a_b=--max-steps 1"], "two variants would share a folder, rename one: a_b, a_b"),
         (["a=--n-head 5"], "a: n_embd 768 is not a multiple of n_head 5"),
         (["a='"], "No closing quotation"),
@@ -123,8 +128,9 @@ def test_comparison_keeps_finished_runs(shards, tmp_path, capsys, monkeypatch):
     argv = ["plain=", "rope, 1 KV head=--pos rope --n-kv-head 1", f"--flags={flags}", "--out-dir", tmp_path, "--seeds", 2]
     monkeypatch.setattr(runs, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, *argv) == 0
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 4 and table[3].startswith("| rope, 1 KV head | 31,") and table[3].endswith("| 8 kB |")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("rope, 1 KV head") for line in lines) == 3 and any(line.endswith("8 kB") for line in lines)
+    assert lines[-1].startswith("verdict rope, 1 KV head: ")
     with open(tmp_path / "plain" / "1" / "metrics.jsonl", "a") as file:  # HellaSwag after the last validation, then a kill
         file.write(json.dumps({"step": 20, "hellaswag_acc": 0.25, "seconds": 1.0}) + '\n{"step": 20, "hella')
     monkeypatch.setattr(runs, "launch", None)
@@ -132,7 +138,8 @@ def test_comparison_keeps_finished_runs(shards, tmp_path, capsys, monkeypatch):
     assert "plain: max_steps 30 does not fit" in capsys.readouterr().err
     assert run_main(compare.main, *argv, "--json") == 0
     rows = json.loads(capsys.readouterr().out)["variants"]
-    assert [row["variant"] for row in rows] == ["plain", "rope, 1 KV head"] and rows[0]["difference"] == 0
+    assert [row["variant"] for row in rows] == ["plain", "rope, 1 KV head"]
+    assert len(rows[1]["differences"]) == 2 and (tmp_path / "compare.png").stat().st_size > 10_000
     clock = iter(range(10**6))
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock) ** 2)  # each call takes two seconds longer
     assert run_main(compare.main, *argv, "--json", "--time-steps", 10) == 0
@@ -170,7 +177,7 @@ def test_runs_of_other_code_are_refused(compared, capsys, finished):
     assert not folder.parent.with_name("rope").exists()  # refused before anything trains
     if finished:
         assert run_main(compare.main, *argv, "--mixed") == 0
-        assert why in capsys.readouterr().out.splitlines()[-1]
+        assert why in capsys.readouterr().out
         assert run_main(compare.main, *argv, "--mixed", "--json") == 0
         assert json.loads(capsys.readouterr().out)["notes"] == [why]
 
@@ -264,7 +271,7 @@ def test_fine_tuning_comparison_keeps_finished_runs(shards, tmp_path, capsys, mo
     argv = ["tuned=", "window=--window 8", f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
     monkeypatch.setattr(runs, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, *argv) == 0
-    table = capsys.readouterr().out.splitlines()[-4:]
+    table = capsys.readouterr().out.splitlines()
     monkeypatch.setattr(runs, "launch", None)
     assert run_main(compare.main, *argv) == 0
     assert capsys.readouterr().out.splitlines() == table

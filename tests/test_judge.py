@@ -17,7 +17,7 @@ EIGHT = tuple(range(3, 9))
 def test_sleep_data_give_the_published_numbers():
     """R's t.test: t = -4.0621, p = 0.002833 of both sides, 95 % interval -2.4598858 to -0.7001142."""
     found = judge.judge([a - b for a, b in zip(*SLEEP, strict=True)], [10])
-    assert (found.verdict, found.mean) == ("better", pytest.approx(-1.58))
+    assert (found.verdict, found.difference) == ("better", pytest.approx(-1.58))
     assert 2 * found.p == pytest.approx(0.002833, abs=5e-7)
     assert (found.low, found.high) == pytest.approx((-2.4598858, -0.7001142), abs=5e-8)
 
