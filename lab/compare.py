@@ -8,6 +8,7 @@ lab/judge.py has the statistics, docs/experiments.md the loop for programs that 
 """
 
 import json
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,13 +150,14 @@ class Comparison:
 
     def check(self) -> list[str]:
         """Checks everything before a run starts. Returns notes about what differs. ValueError if it must not be compared."""
+        code = code_now()
         for variant in self.variants.values():
             if variant.flags is None:
                 refuse_unless(self.config.mixed, mixtures(variant.name, [*variant.given.values()]), LEAVE_OUT)
                 self.origins[variant.name] = origin_of(next(iter(variant.given.values())))
             else:
                 train = run_of(self.config, variant.name, variant.flags, self.seeds[0]).config()
-                self.origins[variant.name] = Origin(train, find_data(train).contents(), code_now())  # makes missing shards now, not twice
+                self.origins[variant.name] = Origin(train, find_data(train).contents(), code)  # makes missing shards now, not twice
         theirs, some_given, notes = self.origins[self.first.name], len(self.trained()) < len(self.variants), []
         for name in self.others():
             ours = self.origins[name]
@@ -173,6 +175,8 @@ class Comparison:
                 self.folders[variant.name] = {seed: folder_of(self.config.out_dir, variant.name, seed) for seed in self.seeds[:n]}
             jobs = [v for v in self.trained() if v.name not in self.failures]
             notes = self.train(jobs)
+            if wrong := [seed for seed, one in self.results()[self.first.name].items() if not math.isfinite(one["val_loss"])]:
+                raise ValueError(f"{self.first.name}'s loss is not finite with seed {wrong[0]}: compare with another variant")
             undecided = [name for name in self.others() if not self.judgement(name).decided and name not in self.failures]
             active = [v for v in self.trained() if v.name in undecided or v is self.first]
             if not undecided:

@@ -100,7 +100,7 @@ def mixtures(name: str, folders: list[Path]) -> list[str]:
         found = settings_of(folder)
         if changed := [key for key in settings if settings[key] != found[key]]:
             notes.append(f"{name}: {folder} has other settings than {first} ({shortened(changed)})")
-        if why := differences(read_run_json(folder / RUN)["data"], read_run_json(first / RUN)["data"]):
+        if why := differences(read_run_json(first / RUN)["data"], read_run_json(folder / RUN)["data"]):
             notes.append(f"{name}: {folder} was trained on other data than {first} ({shortened(why)})")
     return notes + [f"{name}: {note}" for note in code_notes(folders, last_of(first))]
 
@@ -125,7 +125,7 @@ def origin_of(folder: Path) -> Origin:
 def unequal(name: str, ours: Origin, first: str, theirs: Origin, budget: bool) -> list[str]:
     """Says what makes a comparison of two variants unfair: other data, another validation and, if budget, more training."""
     notes = []
-    if why := differences(ours.data, theirs.data):
+    if why := differences(theirs.data, ours.data):
         notes.append(f"{name} has other data than {first} ({shortened(why)})")
     if ours.config.val_tokens != theirs.config.val_tokens:
         notes.append(f"{name} validates on {ours.config.val_tokens:,} tokens, {first} on {theirs.config.val_tokens:,}")
