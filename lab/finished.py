@@ -18,12 +18,11 @@ def variants_in(words: list[str]) -> dict[str, dict[int, Path]]:
         name = Path(word).resolve().name
         name = word if name in found else name
         if is_one:
-            name = alike.setdefault(identity(folders[0]), name)
-        for folder in folders:
-            seed, variant = read_run(folder).seed, found.setdefault(name, {})
-            if seed in variant:
-                raise ValueError(f"{variant[seed]} and {folder} have the same settings, code and seed {seed}: leave one out")
-            variant[seed] = folder
+            alike.setdefault(key := identity(folders[0]), name)
+            if read_run(folders[0]).seed in found.get(alike[key], {}):  # a second variant that differs in nothing
+                alike[key] = name
+            name = alike[key]
+        found.setdefault(name, {}).update({read_run(folder).seed: folder for folder in folders})
     return {name: dict(sorted(seeds.items())) for name, seeds in found.items()}
 
 
