@@ -24,13 +24,13 @@ from common.files import read_json, write_json
 from common.picture import draw_or_warn, picture
 from common.shards import differences
 from common.validation import raise_errors
-from lab.compare import Run, last_checkpoint, run_all, split
-from lab.runs import code_notes, refuse_unless
+from lab.origins import code_notes, refuse_unless
+from lab.runs import Run, last_checkpoint, run_all, split
 from train import find_data
 from training.checks import fit_vocabulary
 from training.config import MAY_CHANGE, TrainConfig
 from training.flags import raise_if_changed
-from training.run_json import RUN, code_now, read_run, read_run_json
+from training.run_json import RUN, code_now, is_finished, read_run, read_run_json
 from variants import VariantConfig, build_on_meta
 
 LAW = "law.json"
@@ -244,7 +244,7 @@ def data_of(folder: Path) -> dict[str, list]:
 
 def finished_in(out_dir: Path) -> list[Path]:
     """Returns the folders of the finished runs in a ladder's folder. ValueError if there is none."""
-    finished = [folder for folder in folders_of(out_dir) if last_checkpoint(folder).get("step") == read_run(folder).max_steps]
+    finished = [folder for folder in folders_of(out_dir) if is_finished(folder)]
     if not finished:
         raise ValueError(
             f"no finished run in {out_dir}: train some with python -m lab.scaling ladder --data-dir SHARDS --out-dir {out_dir}"
@@ -258,9 +258,9 @@ def points_of(finished: list[Path]) -> list[Point]:
     check_same_settings(others, read_run(first), data_of(first), str(first))
     points = []
     for folder in finished:
-        config = read_run(folder)
-        params, tokens = build_on_meta(config.model).num_params(), config.max_steps * config.total_batch_tokens
-        points.append(Point(folder.name, params, tokens, last_checkpoint(folder)["val_loss"]))
+        config, last = read_run(folder), last_checkpoint(folder)
+        params, tokens = build_on_meta(config.model).num_params(), last["step"] * config.total_batch_tokens
+        points.append(Point(folder.name, params, tokens, last["val_loss"]))
     return points
 
 

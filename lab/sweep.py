@@ -26,11 +26,11 @@ from common.files import write_json
 from common.locks import lock_folder
 from common.picture import draw_or_warn, label_of, picture
 from common.validation import raise_errors
-from lab.compare import SCRIPT, Run, last_checkpoint, split
-from lab.runs import code_notes, data_notes, environment, refuse_unless
+from lab.origins import code_notes, data_notes, refuse_unless
+from lab.runs import SCRIPT, Run, environment, last_checkpoint, split, why_it_failed
 from plot_log import read_metrics
 from train import find_data
-from training.config import LOWER_LR, LOWER_MEMORY, SMALLER_MODEL, TrainConfig
+from training.config import TrainConfig
 from training.flags import parse_flags
 from training.run_json import RUN, code_now
 from variants import VariantConfig
@@ -339,14 +339,10 @@ def follow(one: Running, study) -> bool:
 
 
 def reason(one: Running) -> tuple[str, bool]:
-    """Returns why a run failed, and whether its settings are to blame: it diverged, or memory ran out."""
+    """Returns why a run failed, and whether its settings are to blame."""
     with open(one.run.folder.with_suffix(".out"), "rb") as output:
         output.seek(one.output_start)
-        lines = output.read().decode(errors="replace").strip().splitlines()
-    if one.process.returncode == -9:  # SIGKILL: Linux ends the process that uses the most memory
-        return "killed, probably because memory ran out", True
-    why = next((line for line in reversed(lines) if line.startswith("error: ")), (lines or ["no message"])[-1])
-    return why, any(remedy in why for remedy in (LOWER_LR, LOWER_MEMORY, SMALLER_MODEL))
+        return why_it_failed(one.process.returncode, output.read().decode(errors="replace"))
 
 
 def end(trial, why: str):

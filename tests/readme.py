@@ -30,6 +30,8 @@ VISIT = "curl --silent --fail --retry 60 --retry-delay 1 --retry-connrefused --o
 SMALL = (  # the first pattern that a command matches says what is added to it
     (r"^until", ""),  # the run in log is finished by then: it says so
     (r"lab.sweep", "--trials 2 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
+    (r"lab.compare log/baseline", "--seeds 1"),
+    (r"lab.false_keeps", "--trials 1 --seeds 2 --limit 3 --pairs 2"),
     (r"lab.compare", "--seeds 1 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
     (r"--plan|lab.scaling (plan|fit)", ""),
     (r"lab.scaling ladder", f"--sizes 1x32 2x32 2x64 --tokens 2560 5120 10240 --workers 2 --flags='{LADDER}'"),

@@ -13,8 +13,13 @@ from conftest import TINY, forked, ids_for, rewrite_run, run_main, run_train, sa
 
 from common.shards import find_shards
 from dataloader import TokenStream
-from lab import compare, runs
-from lab.compare import CompareConfig, amount_for, cache_bytes, loss_by_position, stretched, summary, tokens_to_the_same_loss
+from lab import compare, measure, origins, runs
+from lab.compare import CompareConfig
+from lab.judge import Judgement, amount_for, judge, tokens_to_the_same_loss
+from lab.length import loss_by_position, stretched
+from lab.measure import cache_bytes
+from lab.report import summary
+from lab.suites import SUITES
 from ops.kv_cache import KVCache
 from training.flags import parse_config
 from training.run_json import hash_of_code, other_code
@@ -23,14 +28,18 @@ from variants import VariantConfig, build
 
 def result(val_loss: float, speed: float = 10.0, tokens: int = 1000, seconds: float = 5.0) -> dict:
     measured = dict(tokens=tokens, val_loss=val_loss, seconds=seconds, tokens_per_second=speed, memory_bytes=1, params=2, active_params=2)
-    return measured | dict(cache_bytes=3)
+    return measured | dict(cache_bytes=3, bits_per_byte=2 * val_loss, curve={tokens // 2: val_loss + 1, tokens: val_loss})
 
 
 def test_summary_means_and_median_speed_ratio():
-    rows = summary({"a": [result(2.0, 10), result(3.0, 20), result(4.0, 30)], "b": [result(1.0, 20), result(2.5, 30), result(2.5, 30)]})
-    assert [row["val_loss"] for row in rows] == [3.0, 2.0] and [row["spread"] for row in rows] == [2.0, 1.5]
+    a = {1: result(2.0, 10), 2: result(3.0, 20), 3: result(4.0, 30)}
+    b = {1: result(1.0, 20), 2: result(2.5, 30), 3: result(2.5, 30)}
+    rows = summary({"a": a, "b": b, "c": {}}, {"b": judge([-1.0, -0.5, -1.5], [3]), "c": Judgement("failed", reason="seed 1: boom")})
+    assert [row.get("val_loss") for row in rows] == [3.0, 2.0, None] and [row["spread"] for row in rows[:2]] == [2.0, 1.5]
     assert rows[1]["difference"] == -1.0 and rows[1]["perplexity"] == pytest.approx(7.389, abs=1e-3)
+    assert rows[1]["bits_per_byte"] == 4.0 and rows[1]["paired_seeds"] == [1, 2, 3]
     assert (rows[0]["speed"], rows[1]["speed"]) == (1.0, 1.5)
+    assert rows[2]["text"] == "failed: seed 1: boom" and "verdict" not in rows[0]
 
 
 def test_tokens_to_a_loss_are_interpolated():
@@ -43,16 +52,24 @@ def test_tokens_to_a_loss_are_interpolated():
     assert "choose other lengths" in tokens_to_the_same_loss(runs | {"y": [result(2.1)]})
 
 
-@pytest.mark.parametrize("switches", [{}, dict(n_kv_head=1), dict(window=8, window_pattern="SL", pos="rope")])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        dict(n_kv_head=1),
+        dict(window=8, window_pattern="SL", pos="rope"),
+        dict(short_conv=3, n_kv_head=1, pos="rope", key_offset=True, bigram=500),
+    ],
+)
 def test_cache_bytes_equal_a_real_cache(switches):
     config, cache = VariantConfig(97, 24, 4, 2, 16, **switches), KVCache(24)
     build(config)(ids_for(config, batch=1), cache=cache)
     assert cache_bytes(config) == cache.nbytes()
 
 
-@pytest.mark.parametrize("suite", compare.SUITES)
+@pytest.mark.parametrize("suite", SUITES)
 def test_suite_variants_are_valid_and_distinct(suite):
-    configs = [parse_config([*flags, "--out-dir", "none"]) for flags in compare.variants_of(CompareConfig(suite=suite)).values()]
+    configs = [parse_config([*variant.flags, "--out-dir", "none"]) for variant in compare.variants_of(CompareConfig(suite=suite))]
     for config in configs:
         config.validate(1)
     assert len(set(map(repr, configs))) == len(configs)
@@ -60,9 +77,9 @@ def test_suite_variants_are_valid_and_distinct(suite):
 
 def test_a_variant_name_means_one_run():
     flags = {}
-    for suite in compare.SUITES.values():
+    for suite in SUITES.values():
         for name, own in suite.items():
-            assert flags.setdefault(compare.folder_of("", name, 1), (name, own)) == (name, own)
+            assert flags.setdefault(runs.folder_of("", name, 1), (name, own)) == (name, own)
     run = compare.run_of(CompareConfig(out_dir="o"), "b", ["--teacher", "{out_dir}/a/{seed}"], 2)
     assert run.argv() == ["--teacher", "o/a/2", "--seed", "2", "--out-dir", "o/b/2"]
 
@@ -87,7 +104,7 @@ def test_mistakes_are_one_line(capsys, tmp_path):
     for argv, message in (
         ([], "give either variants, such as"),
         (["a=--max-steps 1", "--suite", "length"], "give either variants, such as"),
-        (["a", "--seeds", 0], "--seeds is 0: it must be at least 1; 'a' is not NAME=FLAGS"),
+        (["a", "--seeds", 0], "--seeds is 0: it must be at least 1; 'a' is neither NAME=FLAGS nor a folder"),
         (["a b=", "a_b=--max-steps 1"], "two variants would share a folder, rename one: a_b, a_b"),
         (["a=--n-head 5"], "a: n_embd 768 is not a multiple of n_head 5"),
         (["a='"], "No closing quotation"),
@@ -102,35 +119,37 @@ def test_mistakes_are_one_line(capsys, tmp_path):
 def test_unvalidated_checkpoint_does_not_count(tmp_path):
     model = build(VariantConfig(257, 16, 1, 2, 16))
     save_checkpoint(tmp_path, 10, model, "bytes", 1.5, {})
-    assert compare.last_checkpoint(tmp_path)["val_loss"] == 1.5
+    assert runs.last_checkpoint(tmp_path)["val_loss"] == 1.5
     save_checkpoint(tmp_path, 20, model, "bytes", None, {})
-    assert compare.last_checkpoint(tmp_path) == {} == compare.last_checkpoint(tmp_path / "none")
+    assert runs.last_checkpoint(tmp_path) == {} == runs.last_checkpoint(tmp_path / "none")
 
 
 class Finished:
     """A finished process with the interface of subprocess.Popen."""
 
     def __init__(self, result):
-        self.returncode, self.communicate = result.returncode, lambda: ("", result.stderr)
+        self.returncode, self.communicate = result.returncode, lambda timeout=None: ("", result.stderr)
 
 
 def test_comparison_keeps_finished_runs(shards, tmp_path, capsys, monkeypatch):
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0", "--sample-every", "20"])
     argv = ["plain=", "rope, 1 KV head=--pos rope --n-kv-head 1", f"--flags={flags}", "--out-dir", tmp_path, "--seeds", 2]
-    monkeypatch.setattr(compare, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(runs, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, *argv) == 0
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 4 and table[3].startswith("| rope, 1 KV head | 31,") and table[3].endswith("| 8 kB |")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("rope, 1 KV head") for line in lines) == 3 and any(line.endswith("8 kB") for line in lines)
+    assert lines[-1].startswith("verdict rope, 1 KV head: ")
     with open(tmp_path / "plain" / "1" / "metrics.jsonl", "a") as file:  # HellaSwag after the last validation, then a kill
         file.write(json.dumps({"step": 20, "hellaswag_acc": 0.25, "seconds": 1.0}) + '\n{"step": 20, "hella')
-    monkeypatch.setattr(compare, "launch", None)
+    monkeypatch.setattr(runs, "launch", None)
     assert run_main(compare.main, "plain=--max-steps 30", *argv[2:]) == 2
     assert "plain: max_steps 30 does not fit" in capsys.readouterr().err
     assert run_main(compare.main, *argv, "--json") == 0
     rows = json.loads(capsys.readouterr().out)["variants"]
-    assert [row["variant"] for row in rows] == ["plain", "rope, 1 KV head"] and rows[0]["difference"] == 0
+    assert [row["variant"] for row in rows] == ["plain", "rope, 1 KV head"]
+    assert len(rows[1]["differences"]) == 2 and (tmp_path / "compare.png").stat().st_size > 10_000
     clock = iter(range(10**6))
-    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock) ** 2)  # each call takes two seconds longer
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock) ** 2)  # each call takes two seconds longer
     assert run_main(compare.main, *argv, "--json", "--time-steps", 10) == 0
     timed = json.loads(capsys.readouterr().out)["variants"]
     # each variant does a turn of 5 steps to warm up, then 2 timed turns
@@ -145,7 +164,7 @@ def compared(shards, tmp_path, capsys, monkeypatch):
     data = shutil.copytree(shards, tmp_path / "data")
     flags = shlex.join([*TINY, "--data-dir", str(data), "--val-every", "0", "--max-steps", "4"])
     argv = ["plain=", f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
-    monkeypatch.setattr(compare, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(runs, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, *argv) == 0
     capsys.readouterr()
     return tmp_path / "out" / "plain" / "1", argv
@@ -166,7 +185,7 @@ def test_runs_of_other_code_are_refused(compared, capsys, finished):
     assert not folder.parent.with_name("rope").exists()  # refused before anything trains
     if finished:
         assert run_main(compare.main, *argv, "--mixed") == 0
-        assert why in capsys.readouterr().out.splitlines()[-1]
+        assert why in capsys.readouterr().out
         assert run_main(compare.main, *argv, "--mixed", "--json") == 0
         assert json.loads(capsys.readouterr().out)["notes"] == [why]
 
@@ -194,7 +213,7 @@ def test_code_edited_during_a_comparison_is_named(compared, tmp_path, capsys, mo
         rewrite_run(folder.parent.with_name("rope") / "1", lambda launch: launch["code"].update({"ops/new.py": "2"}))
         return Finished(result)
 
-    monkeypatch.setattr(compare, "launch", launch)
+    monkeypatch.setattr(runs, "launch", launch)
     assert run_main(compare.main, *argv[:1], "rope=--pos rope", *argv[1:]) == 2
     assert "rope/1 was trained by other code (ops/new.py): train all" in capsys.readouterr().err
 
@@ -237,17 +256,17 @@ def test_workers_get_a_gpu_each(tmp_path, monkeypatch, workers, cards):
         assert env["WANDB_RUN_GROUP"] == argv[-1].split("/")[-1]
         return Finished(subprocess.CompletedProcess([], 0, "", ""))
 
-    monkeypatch.setattr(compare, "launch", launch)
-    jobs = [compare.Run(str(i), [], tmp_path / str(i)) for i in range(len(cards))]
-    assert compare.run_all(jobs, workers, False) == [] and sorted(seen, key=str) == cards
+    monkeypatch.setattr(runs, "launch", launch)
+    jobs = [runs.Run(str(i), [], tmp_path / str(i)) for i in range(len(cards))]
+    assert runs.run_all(jobs, workers, False) == [] and sorted(seen, key=str) == cards
 
 
 def test_speeds_of_several_devices_are_noted(shards, tmp_path):
     for name in ("a", "b"):
         assert run_train(shards, tmp_path / name, "--max-steps", 2, "--val-every", 0) == 0
     rewrite_run(tmp_path / "b", lambda launch: launch.update(device="NVIDIA H100"))
-    assert runs.machine_notes([tmp_path / "a"]) == []
-    (note,) = runs.machine_notes([tmp_path / "a", tmp_path / "b"])
+    assert origins.machine_notes([tmp_path / "a"]) == []
+    (note,) = origins.machine_notes([tmp_path / "a", tmp_path / "b"])
     assert note.startswith("the runs had more than one device: ") and "NVIDIA H100" in note and note.count(" cores") == 1
 
 
@@ -258,10 +277,10 @@ def test_fine_tuning_comparison_keeps_finished_runs(shards, tmp_path, capsys, mo
         [*TINY[8:], "--init-from", str(tmp_path / "base"), "--data-dir", str(shards), "--val-every", "0", "--max-steps", "4"]
     )
     argv = ["tuned=", "window=--window 8", f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
-    monkeypatch.setattr(compare, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(runs, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, *argv) == 0
-    table = capsys.readouterr().out.splitlines()[-4:]
-    monkeypatch.setattr(compare, "launch", None)
+    table = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(runs, "launch", None)
     assert run_main(compare.main, *argv) == 0
     assert capsys.readouterr().out.splitlines() == table
     assert run_train(shards, tmp_path / "base", "--resume", "--max-steps", 6) == 0
@@ -276,14 +295,14 @@ def test_another_teacher_is_another_run(shards, tmp_path, capsys, monkeypatch):
         assert run_train(shards, tmp_path / name, "--max-steps", 2, "--val-every", 0) == 0
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0", "--max-steps", "4"])
     argv = [f"--flags={flags}", "--out-dir", tmp_path / "out", "--seeds", 1]
-    monkeypatch.setattr(compare, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
+    monkeypatch.setattr(runs, "launch", lambda argv, env: Finished(forked(tmp_path, "train", *argv)))
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base", *argv) == 0
-    monkeypatch.setattr(compare, "launch", None)
+    monkeypatch.setattr(runs, "launch", None)
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base/", *argv) == 0
-    taught, load_teacher = [], compare.load_teacher
-    monkeypatch.setattr(compare, "load_teacher", lambda config: taught.append(config.teacher) or load_teacher(config))
-    steps, update = [], compare.Trainer.update
-    monkeypatch.setattr(compare.Trainer, "update", lambda self, step: steps.append(step) or update(self, step))
+    taught, load_teacher = [], measure.load_teacher
+    monkeypatch.setattr(measure, "load_teacher", lambda config: taught.append(config.teacher) or load_teacher(config))
+    steps, update = [], measure.Trainer.update
+    monkeypatch.setattr(measure.Trainer, "update", lambda self, step: steps.append(step) or update(self, step))
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base", *argv, "--time-steps", 5) == 0
     assert len(taught) == 1 and len(steps) == 10 and max(steps) == 3
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/other", *argv) == 2

@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY, rewrite_run, run_main, run_train
 
 from lab import sweep
-from lab.compare import Run
+from lab.runs import Run
 from lab.sweep import Choice, Range, Running, flags_of, follow, parse_space
 from training.config import LOWER_MEMORY, SMALLER_MODEL
 from training.flags import parse_flags

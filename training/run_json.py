@@ -146,14 +146,22 @@ def hash_of_code(path: Path) -> str:
 def other_code(launch: dict, reference: dict) -> str:
     """Says how a launch's code differs from the reference's, each as code_now() returns it; '' if it is the same. Older versions
     recorded only the commit."""
-    ours, theirs = launch.get("code"), reference.get("code")
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        names = ", ".join(sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)))
+    changed = changed_files(launch, reference)
+    if changed is not None:
+        names = ", ".join(changed)
         before, now = (".".join(str(each.get("python")).split(".")[:2]) for each in (launch, reference))
         return names and names + (f"; or Python {before} reads it differently than {now}" if before != now else "")
     before, now = (str(each.get("commit") or "unknown") for each in (launch, reference))
     same = before == now != "unknown" and not before.endswith("+")  # '+': files differ from the commit
     return "" if same else f"commit {before[:8]}{'+' * before.endswith('+')} against {now[:8]}{'+' * now.endswith('+')}"
+
+
+def changed_files(launch: dict, reference: dict) -> list[str] | None:
+    """Names the files whose code differs between two launches. None if one is older, and recorded only its commit."""
+    ours, theirs = launch.get("code"), reference.get("code")
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return None
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
 
 
 def git_commit() -> str:

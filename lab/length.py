@@ -1,0 +1,82 @@
+"""Sequences longer than in training: the loss at each position, of learned positions, rope and scaled rope."""
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+from common.picture import picture
+from common.shards import find_shards
+from dataloader import TokenStream
+from lab.runs import folder_of
+from lab.suites import SUITES
+from model import GPT
+from variants import adapt, build
+
+
+@torch.no_grad()
+def loss_by_position(model: GPT, stream: TokenStream, sequences: int) -> torch.Tensor:
+    """Returns the mean loss at each position (T,), in nats per token, over sequences spread evenly over the stream."""
+    available, total = stream.sequences_per_epoch, 0.0
+    for i in range(sequences):
+        x, y = map(torch.from_numpy, stream.batch([i * available // sequences]))
+        total = total + F.cross_entropy(model(x)[0][0].float(), y[0], reduction="none")
+    return total / sequences
+
+
+def stretched(folder: Path, times: int, scaling: str) -> GPT:
+    """Returns a run's model for sequences `times` as long as in training.
+
+    New rows of a learned position table keep their random initialization.
+    """
+    model = checkpoint.load_model(str(folder))[0]
+    c = model.config
+    longer = replace(c, seq_len=times * c.seq_len, rope_scaling=scaling, rope_factor=float(times) if scaling != "none" else 1.0)
+    if c.pos == "rope":
+        model = adapt(model, longer)
+        return model
+    other = build(longer).eval()
+    table = other.state_dict()["transformer.wpe.weight"].clone()
+    table[: c.seq_len] = model.transformer.wpe.weight
+    other.load_state_dict(model.state_dict() | {"transformer.wpe.weight": table})
+    return other
+
+
+def extrapolate(out_dir: str, data_dir: str, seeds: list[int], times: int = 4, sequences: int = 64) -> list[dict]:
+    """Measures loss by position up to `times` the training length: learned positions, plain rope, scaled rope."""
+    curves = []
+    learned, rope = SUITES["length"]
+    for name, scaling in ((learned, "none"), (rope, "none"), (rope, "linear"), (rope, "ntk"), (rope, "yarn")):
+        losses = []
+        for seed in seeds:
+            model = stretched(folder_of(out_dir, name, seed), times, scaling)
+            stream = TokenStream(find_shards(data_dir), "val", model.config.seq_len, shuffle=False)
+            losses.append(loss_by_position(model, stream, sequences))
+        curves.append({"variant": name if scaling == "none" else f"{name}, {scaling}", "loss": torch.stack(losses).mean(0).tolist()})
+    return curves
+
+
+def show_curves(curves: list[dict], parts: int = 4) -> str:
+    """Returns a Markdown table: the mean loss in each of `parts` equal parts of the sequence."""
+    length = len(curves[0]["loss"]) // parts
+    head = " | ".join(f"{i * length} to {(i + 1) * length - 1}" for i in range(parts))
+    lines = [f"| positions | {head} |", "| --- " * (parts + 1) + "|"]
+    for curve in curves:
+        means = [statistics.fmean(curve["loss"][i * length : (i + 1) * length]) for i in range(parts)]
+        lines.append(f"| {curve['variant']} | {' | '.join(f'{mean:.4f}' for mean in means)} |")
+    return "\n".join(lines)
+
+
+def plot_curves(curves: list[dict], trained: int, out: Path):
+    with picture(out, 8, 5) as figure:
+        axes = figure.subplots()
+        for curve in curves:
+            bins = torch.tensor(curve["loss"]).view(-1, 16).mean(1)
+            axes.plot([16 * i + 8 for i in range(len(bins))], bins, label=curve["variant"])
+        axes.axvline(trained, color="gray", linestyle="--", label="length in training")
+        axes.set(xlabel="position", ylabel="cross entropy, nats per token, mean of 16 positions", title="Longer than in training")
+        axes.grid(alpha=0.3)
+        axes.legend()

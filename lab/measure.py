@@ -1,0 +1,104 @@
+"""Measures finished runs: loss, speed, memory and cache."""
+
+import math
+import statistics
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import cli
+from common.device import can_compile, pick_device
+from common.distributed import DistContext
+from common.shards import differences, find_shards
+from common.tokenizer import get_tokenizer
+from lab.runs import last_checkpoint
+from ops.kv_cache import KVCache
+from perplexity import rows_of_shards
+from plot_log import read_metrics
+from train import load_teacher
+from training.run_json import RUN, read_run, read_run_json
+from training.trainer import Trainer
+from variants import VariantConfig, build, build_on_meta, idle_params
+
+
+def measure(folder: Path) -> dict:
+    """Returns the numbers of a finished run. Loss in nats per token, memory and cache in bytes. curve: tokens → validation loss."""
+    config = read_run(folder)
+    metrics = read_metrics(folder / "metrics.jsonl", ["tokens_per_second", "memory_bytes", "seconds", "training_seconds", "tokens"])
+    rates = list(metrics["tokens_per_second"].values())
+    validations = read_metrics(folder / "metrics.jsonl", ["tokens", "val_loss"], "val_loss")
+    model, loss = build_on_meta(config.model), last_checkpoint(folder)["val_loss"]
+    per_token = bytes_per_token(folder)
+    return {
+        "tokens": max(metrics["tokens"].values(), default=config.max_steps * config.total_batch_tokens),
+        "val_loss": loss,
+        "bits_per_byte": loss / math.log(2) / per_token if per_token else None,
+        "seconds": max((metrics["training_seconds"] or metrics["seconds"]).values()),  # older runs have only seconds with compiling
+        "tokens_per_second": statistics.median(rates[len(rates) // 2 :]),  # it has compiled by then
+        "memory_bytes": max(metrics["memory_bytes"].values()),
+        "params": model.num_params(),
+        "active_params": model.num_params() - idle_params(model),
+        "cache_bytes": cache_bytes(config.model),
+        "curve": {validations["tokens"][step]: loss for step, loss in sorted(validations["val_loss"].items()) if step},
+    }
+
+
+def bytes_per_token(folder: Path) -> float | None:
+    """Returns how many bytes of text a token of the run's validation has, by perplexity.py's rule: <|endoftext|> has none. None if the
+    shards or the vocabulary are not at hand."""
+    config = read_run(folder)
+    try:
+        shards = find_shards(config.data_dir)
+        if differences(read_run_json(folder / RUN)["data"], shards.contents()):
+            return None
+        return validated_bytes(config.data_dir, config.model.seq_len, config.val_tokens)
+    except (ValueError, OSError):
+        return None
+
+
+@cache
+def validated_bytes(data_dir: str, seq_len: int, val_tokens: int) -> float | None:
+    """Returns the bytes per token of the targets that train.py validates on."""
+    shards = find_shards(data_dir)
+    tokenizer, counts = get_tokenizer(shards.tokenizer), np.zeros(2**16, np.int64)
+    rows, total = rows_of_shards(shards, seq_len, val_tokens)
+    for ids, _ in rows:
+        counts += np.bincount(ids[1:], minlength=2**16)
+    return sum(int(counts[i]) * len(tokenizer.decode_bytes([i])) for i in counts.nonzero()[0].tolist() if i != tokenizer.eot) / total
+
+
+def speeds_in_turns(folders: list[Path], steps: int, turn: int = 5) -> list[float]:
+    """Measures the training speed of each run: tokens per second, from its median step.
+
+    All runs take turns of a few steps in this process, so a machine whose speed drifts treats them alike. The last compiled run's
+    device.set_malloc applies to all. That matters if variants differ in --compile or --activation-memory.
+    """
+    trainers, seconds = [], [[] for _ in folders]
+    for folder in folders:
+        config = read_run(folder)
+        device = pick_device(config.device)
+        compiled, teacher = config.compile and can_compile(device), load_teacher(config) if config.teacher else None
+        trainers.append(Trainer(config, DistContext(device), build(config.model), find_shards(config.data_dir), compiled, teacher))
+    torch._dynamo.config.recompile_limit = 10**6  # every variant compiles its own code
+    turns = range(0, turn + steps, turn)  # the first turn compiles and does not count
+    for start in cli.bar(turns, desc="steps in turns", unit="turn"):
+        for trainer, times in zip(trainers, seconds, strict=True):
+            for step in range(start, start + turn):
+                began = time.perf_counter()
+                trainer.update(step % trainer.config.max_steps)  # the schedule ends at max_steps
+                times.append(time.perf_counter() - began)
+    medians = [statistics.median(times[turn : turn + steps]) for times in seconds]
+    return [trainer.config.total_batch_tokens / median for trainer, median in zip(trainers, medians, strict=True)]
+
+
+def cache_bytes(config: VariantConfig) -> int:
+    """Returns the bytes of the KV cache for one sequence of seq_len positions in fp32."""
+    cache = KVCache(config.seq_len)
+    kv_size = config.kv_heads * config.n_embd // config.n_head
+    keys_and_values = sum(2 * kv_size * cache.room(window) * 4 for window in config.windows)
+    earlier = (config.short_conv - 1) * (2 * config.n_embd + 2 * kv_size) if config.short_conv else 0  # inputs of earlier positions
+    earlier += kv_size // 2 if config.key_offset else 0
+    return keys_and_values + 4 * config.n_layer * earlier + (8 if config.bigram else 0)

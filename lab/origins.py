@@ -1,0 +1,154 @@
+"""Where runs come from: their code, data, settings and machine. Says what must not be mixed."""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import checkpoint
+from common.shards import differences, find_shards
+from training.config import TrainConfig
+from training.run_json import RUN, changed_files, other_code, read_run, read_run_json
+
+# settings that change no result
+MAY_DIFFER = {"verify_shards", "timeout_minutes", "tracker", "keep", "checkpoint_every", "on_save_error"}
+
+
+def code_notes(folders: list[Path], reference: dict) -> list[str]:
+    """Names the runs in these folders that were made by other code than the reference, which code_now() or a launch is."""
+    notes = []
+    for folder in recorded(folders):
+        launches = read_run_json(folder / RUN)["launches"]
+        if why := next(filter(None, (other_code(launch, reference) for launch in launches)), ""):
+            notes.append(f"{folder} was trained by other code ({why})")
+    return notes
+
+
+def data_notes(folders: list[Path]) -> list[str]:
+    """Names the runs in these folders whose shards or --init-from have changed since, or whose shards differ from an earlier run's in
+    the same --data-dir."""
+    contents, weights, first, notes = cache(lambda data_dir: find_shards(data_dir).contents()), cache(checkpoint.fingerprint), {}, []
+    for folder in recorded(folders):
+        config, run = read_run(folder), read_run_json(folder / RUN)
+        data_dir, data = config.data_dir, run["data"]
+        if changed := differences(data, contents(data_dir)) or differences(data, first.setdefault(data_dir, data)):
+            notes.append(f"{folder} was trained on other data than {data_dir} has now ({shortened(changed)})")
+        if config.init_from and run.get("init") not in (None, weights(config.init_from, config.init_revision)):
+            notes.append(f"{folder} started from other weights than {config.init_from} has now")
+        if config.teacher and run.get("teacher_sha256") not in (None, weights(config.teacher)):
+            notes.append(f"{folder} had another teacher than {config.teacher} is now")
+    return notes
+
+
+def recorded(folders: list[Path]) -> list[Path]:
+    return [folder for folder in folders if (folder / RUN).exists()]
+
+
+AGAIN = "train all runs again in another --out-dir, or pass --mixed to use these too"
+LEAVE_OUT = "leave them out, or pass --mixed to use these too"
+
+
+def refuse_unless(mixed: bool, notes: list[str], remedy: str = AGAIN) -> list[str]:
+    """Returns the notes. ValueError with them and the remedy unless mixed."""
+    if notes and not mixed:
+        raise ValueError(f"{shortened(notes)}: {remedy}")
+    return notes
+
+
+def shortened(items: list[str]) -> str:
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if items[3:] else "")
+
+
+def machine_notes(folders: list[Path]) -> list[str]:
+    """Names the devices, and the versions of torch, if the runs in these folders had several: their speeds can't be compared."""
+    launches = [launch for folder in folders for launch in read_run_json(folder / RUN)["launches"]]
+    notes = []
+    for name in ("device", "torch"):
+        found = sorted({str(launch.get(name)) for launch in launches})
+        notes += [f"the runs had more than one {name}: {', '.join(found)}"] if found[1:] else []
+    return notes
+
+
+# ---- runs given by their folders ----
+
+# settings that change no loss of a run; the data are compared by their sha256
+NO_LOSS = MAY_DIFFER | {
+    "seed", "out_dir", "data_dir", "resume", "replay_step", "init_revision", "plan", "gpu", "gpus", "price", "rate", "val_every",
+    "hellaswag_every", "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens", "self_check",
+}  # fmt: skip
+
+
+def last_of(folder: Path) -> dict:
+    """Returns the last launch of a run: its commit, code and hardware."""
+    return read_run_json(folder / RUN)["launches"][-1]
+
+
+def settings_of(folder: Path) -> dict:
+    """Returns the settings that decide a run's loss, apart from its seed."""
+    config = read_run(folder)
+    found = {name: value for name, value in {**vars(config), **vars(config.model)}.items() if name not in NO_LOSS | {"model"}}
+    for name in ("teacher", "init_from"):  # each seed may have its own: log/teacher/1/model_01200.pt
+        found[name] = re.sub(rf"(?<=/){config.seed}(?=/|$)", "SEED", found[name])
+    return found
+
+
+def mixtures(name: str, folders: list[Path]) -> list[str]:
+    """Says how the runs of one variant differ in more than the seed."""
+    first, *others = folders
+    settings, notes = settings_of(first), []
+    for folder in others:
+        found = settings_of(folder)
+        if changed := [key for key in settings if settings[key] != found[key]]:
+            notes.append(f"{name}: {folder} has other settings than {first} ({shortened(changed)})")
+        if why := differences(read_run_json(first / RUN)["data"], read_run_json(folder / RUN)["data"]):
+            notes.append(f"{name}: {folder} was trained on other data than {first} ({shortened(why)})")
+    return notes + [f"{name}: {note}" for note in code_notes(folders, last_of(first))]
+
+
+def budget_of(config: TrainConfig) -> str:
+    seconds = getattr(config, "max_seconds", 0)
+    return f"{seconds:g} seconds" if seconds else f"{config.max_steps * config.total_batch_tokens:,} tokens"
+
+
+class Origin(NamedTuple):
+    """What one run stands for its variant with."""
+
+    config: TrainConfig
+    data: dict[str, list]  # as contents() of the shards
+    launch: dict  # commit and code, as code_now() or a launch
+
+
+def origin_of(folder: Path) -> Origin:
+    return Origin(read_run(folder), read_run_json(folder / RUN)["data"], last_of(folder))
+
+
+def unequal(name: str, ours: Origin, first: str, theirs: Origin, budget: bool) -> list[str]:
+    """Says what makes a comparison of two variants unfair: other data, another validation and, if budget, more training."""
+    notes = []
+    if why := differences(theirs.data, ours.data):
+        notes.append(f"{name} has other data than {first} ({shortened(why)})")
+    if ours.config.val_tokens != theirs.config.val_tokens:
+        notes.append(f"{name} validates on {ours.config.val_tokens:,} tokens, {first} on {theirs.config.val_tokens:,}")
+    if budget and budget_of(ours.config) != budget_of(theirs.config):
+        notes.append(f"{name} trains for {budget_of(ours.config)}, {first} for {budget_of(theirs.config)}")
+    return notes
+
+
+def code_change(name: str, ours: Origin, first: str, theirs: Origin) -> list[str]:
+    """Names the commit and the changed files of a variant whose code is not the first's."""
+    why = other_code(ours.launch, theirs.launch)
+    return [f"{name} has other code than {first} ({why}): commit {short(ours.launch)} against {short(theirs.launch)}"] if why else []
+
+
+def forbidden(name: str, ours: Origin, theirs: Origin, may_change: tuple[str, ...]) -> list[str]:
+    """Names the changed files that may not change. may_change is () if all may."""
+    changed = changed_files(ours.launch, theirs.launch)
+    changed = ["unknown files: a run is of an older version"] if changed is None else changed
+    wrong = [file for file in changed if file not in may_change] if may_change else []
+    return [f"{name} changes {shortened(wrong)}: only {', '.join(may_change)} may change"] if wrong else []
+
+
+def short(launch: dict) -> str:
+    """Returns a launch's commit for people, such as d4f681e4 or d4f681e4+."""
+    commit = str(launch.get("commit") or "unknown")
+    return commit[:8] + "+" * commit.endswith("+")

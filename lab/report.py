@@ -1,0 +1,219 @@
+"""Shows a comparison: a table for people, results.tsv for programs, and a picture."""
+
+import io
+import math
+import os
+import shutil
+import statistics
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from common import cli
+from common.files import append
+from common.picture import label_of, picture
+from lab.judge import LEVEL, Judgement, distributions, nominal_level
+
+WIDTH = 100  # columns
+TSV = ("commit", "name", "seeds", "loss", "difference", "interval", "p", "memory", "seconds", "verdict")
+
+
+def summary(runs: dict[str, dict[int, dict]], judgements: dict[str, Judgement]) -> list[dict]:
+    """Returns a row per variant: means over its seeds, its speed relative to the first variant (median over seeds), and its verdict.
+
+    runs: name → seed → measured numbers. A failed variant may have none."""
+    first = next(iter(runs.values()))
+    rows = []
+    for name, seeds in runs.items():
+        row, judgement = {"variant": name, "seeds": [*seeds]}, judgements.get(name)
+        if seeds:
+            some, losses = next(iter(seeds.values())), [one["val_loss"] for one in seeds.values()]
+            bits = [one["bits_per_byte"] for one in seeds.values()]
+            ratios = [one["tokens_per_second"] / first[seed]["tokens_per_second"] for seed, one in seeds.items() if seed in first]
+            row |= {
+                **{key: some[key] for key in ("tokens", "params", "active_params", "cache_bytes")},
+                "val_loss": statistics.fmean(losses),
+                "spread": max(losses) - min(losses),
+                "perplexity": math.exp(statistics.fmean(losses)),
+                "bits_per_byte": None if None in bits else statistics.fmean(bits),
+                "speed": statistics.median(ratios) if ratios else None,
+                **{key: statistics.median(one[key] for one in seeds.values()) for key in ("seconds", "tokens_per_second", "memory_bytes")},
+            }
+        if judgement:
+            shared = [seed for seed in seeds if seed in first][: len(judgement.differences)]
+            row |= asdict(judgement) | {"text": judgement.text, "paired_seeds": shared}
+        rows.append(row)
+    return rows
+
+
+# ---- the table ----
+
+
+def check_tools():
+    """ValueError in one line if a package is missing: it should come before hours of training."""
+    distributions()
+    try:
+        import rich.table  # noqa: F401
+    except ImportError as e:
+        raise ValueError(f"lab.compare needs Rich for its table ({e}): pip install -r requirements.txt") from e
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], wide: Sequence[int] = ()) -> str:
+    """Returns an aligned table of at most WIDTH columns. The first column and those in wide hold words, which wrap; the others numbers.
+    Has colors only on a terminal, and not if NO_COLOR is set."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, name in enumerate(head):
+        words = number == 0 or number in wide
+        shown.add_column(Text(name), justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    colors = {"better": "green", "worse": "red", "failed": "red"}
+    for row in rows:
+        first, *others = map(cli.printable, row)
+        shown.add_row(Text(first), *(Text(cell, style=colors.get(cell.split(":")[0], "")) for cell in others))
+    text = io.StringIO()
+    Console(width=width, file=text, color_system="auto" if colored else None, force_terminal=colored).print(shown)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def show(rows: list[dict], looks: Sequence[int]) -> str:
+    """Returns the verdicts, the cost of each variant, and the differences seed by seed, in three tables."""
+    verdicts = [
+        [
+            row["variant"],
+            number(row.get("val_loss"), ".4f"),
+            number(row.get("bits_per_byte"), ".4f"),
+            interval(row),
+            number(row.get("p"), ".4f") if row.get("p") != 0 else "<.0001",
+            textwrap.shorten(row.get("text", "the first"), 100, placeholder=" …"),
+        ]
+        for row in rows
+    ]
+    costs = [
+        [
+            row["variant"],
+            f"{row['params']:,}" + (f" ({row['active_params']:,})" if row["active_params"] < row["params"] else ""),
+            f"{row['tokens']:,}",
+            f"{row['tokens_per_second']:,.0f}",
+            number(row["speed"], ".2f"),
+            f"{row['memory_bytes'] / 1e6:,.0f} MB",
+            f"{row['cache_bytes'] / 1e3:,.0f} kB",
+        ]
+        for row in rows
+        if "params" in row
+    ]
+    parts = [
+        table(["variant", "loss", "bits/byte", "difference ± 95 %", "p", "verdict"], verdicts, [5]),
+        table(["variant", "parameters (active)", "tokens", "tokens/s", "× first", "memory", "KV cache"], costs),
+    ]
+    each = [[row["variant"], by_seed(row)] for row in rows if row.get("differences")]
+    parts += [table(["variant", "difference, seed by seed"], each, [1])] if each else []
+    return "\n\n".join([*parts, meaning(looks)])
+
+
+def number(value: float | None, how: str) -> str:
+    return "" if value is None else format(value, how)
+
+
+def interval(row: dict) -> str:
+    if row.get("difference") is None:
+        return ""
+    return f"{row['difference']:+.4f}" + ("" if row["low"] is None else f" ± {(row['high'] - row['low']) / 2:.4f}")
+
+
+def by_seed(row: dict) -> str:
+    return ", ".join(f"{seed}: {difference:+.4f}" for seed, difference in zip(row["paired_seeds"], row["differences"], strict=True))
+
+
+def meaning(looks: Sequence[int]) -> str:
+    """Names the test, and says what its verdicts mean."""
+    rate = f"{100 * LEVEL:g} %"
+    lines = [
+        f"Student's paired t-test over seeds. A variant that changes nothing is called better in {rate} of comparisons, worse in {rate}.",
+        "No difference shown: more seeds might show one. p: the chance of so low a mean if it changes nothing.",
+    ]
+    if len(looks) > 1:
+        level = f"{100 * nominal_level(tuple(looks)):.2g} %"
+        lines += [f"Looks after {looks[0]} to {looks[-1]} seeds, each at {level}, keep these rates; p and ± allow for them."]
+    return textwrap.fill(" ".join(lines), WIDTH)
+
+
+# ---- results.tsv ----
+
+
+def record(rows: list[dict], path: Path):
+    """Appends a line per variant to results.tsv, unless the file has it already. memory in bytes, loss in nats per token."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    new = [] if lines else ["\t".join(TSV)]
+    for row in rows:
+        cells = {
+            "commit": row.get("commit", ""),
+            "name": " ".join(row["variant"].split()),
+            "seeds": " ".join(map(str, row["seeds"])),
+            "loss": number(row.get("val_loss"), ".6f"),
+            "difference": number(row.get("difference"), ".6f"),
+            "interval": "" if row.get("low") is None else f"{row['low']:.6f} {row['high']:.6f}",
+            "p": number(row.get("p"), ".6f"),
+            "memory": number(row.get("memory_bytes"), ".0f"),
+            "seconds": number(row.get("seconds"), ".1f"),
+            "verdict": " ".join(row.get("text", "the first").split()),
+        }
+        line = "\t".join(cells[name] for name in TSV)
+        new += [line] if line not in lines else []
+    if new:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append(path, "\n".join(new) + "\n")
+
+
+# ---- the picture ----
+
+
+def band(series: list[list[float]], level: float) -> tuple[list[float], list[float]]:
+    """Returns mean and half interval at each point of several series of equal length."""
+    means, halves = [], []
+    for values in zip(*series, strict=True):
+        n = len(values)
+        means.append(statistics.fmean(values))
+        halves.append(distributions().t.isf(level, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0)
+    return means, halves
+
+
+def draw(runs: dict[str, dict[int, dict]], looks: Sequence[int], out: Path):
+    """Draws the mean validation curves, and the paired differences to the first variant, with their 95 % bands."""
+    level = nominal_level(tuple(looks))
+    first_name, first = next(iter(runs.items()))
+    with picture(out, 13, 5) as figure:
+        left, right = figure.subplots(1, 2)
+        for number, (name, seeds) in enumerate(runs.items()):
+            curves = [one["curve"] for one in seeds.values()]
+            draw_band(left, curves, LEVEL, f"C{number}", label_of(name, 40))
+            pairs = [seed for seed in seeds if seed in first and name != first_name]
+            gaps = [{at: loss - first[s]["curve"][at] for at, loss in seeds[s]["curve"].items() if at in first[s]["curve"]} for s in pairs]
+            draw_band(right, gaps, level, f"C{number}", label_of(name, 40))
+        right.axhline(0, color="C0", linewidth=1, label=label_of(first_name, 40))
+        left.set(title="Validation loss, mean over seeds, 95 % band", xlabel="tokens", ylabel="nats per token")
+        right.set(title=f"Difference to {label_of(first_name, 30)}, paired by seed, 95 % band", xlabel="tokens", ylabel="nats per token")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+            axes.legend(loc="upper right")
+
+
+def draw_band(axes, curves: list[dict], level: float, color: str, name: str):
+    """Draws the mean of curves (x → y) with its band, where all of them have a point; with one point, an error bar."""
+    at = sorted(set.intersection(*map(set, curves))) if curves else []
+    if not at:
+        return
+    means, halves = band([[curve[x] for x in at] for curve in curves], level)
+    if len(at) == 1:  # beside each other
+        axes.errorbar([at[0] * (1 + 0.01 * int(color[1:]))], means, halves, color=color, fmt="o", capsize=4, label=name)
+        return
+    axes.plot(at, means, color=color, marker=".", label=name)
+    lows, highs = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+    axes.fill_between(at, lows, highs, color=color, alpha=0.2, linewidth=0)
