@@ -94,7 +94,8 @@ def temporary_bytes(config: TrainConfig, setting: Setting, model: GPT) -> dict[s
     recomputed = tokens * (per_token - kept)
     return {
         "copies in 16 bits": copies,
-        "activations": tokens * (shape.n_layer * kept + norm + e * shape.n_embd + 16),  # ids and targets: 8 bytes each
+        # ids and targets, and with a table of pairs their rows: 8 bytes each
+        "activations": tokens * (shape.n_layer * kept + norm + e * shape.n_embd + 16 + (4 * shape.n_embd + 8) * bool(shape.bigram)),
         "loss, or a block's backward pass": max(loss_bytes(shape, tokens, setting), recomputed + backward),
     }
 
@@ -124,7 +125,9 @@ def block_bytes(shape: VariantConfig, setting: Setting) -> float:
         attention += e * C * (not manual and (shape.pos == "rope" or shape.qk_norm or shape.value_residual))
         hidden += e * inner * (shape.mlp == "swiglu")
         experts = 3 * e * C * shape.n_expert_active
-    return residual + attention + hidden + experts * (shape.n_expert > 1)
+    convolutions = (e * (C + 2 * kv) + setting.stream * C) * bool(shape.short_conv)  # their inputs
+    gates = 2 * e * H * shape.head_gate
+    return residual + attention + hidden + convolutions + gates + experts * (shape.n_expert > 1)
 
 
 def cheap_bytes(shape: VariantConfig, setting: Setting) -> float:
