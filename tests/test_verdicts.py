@@ -296,6 +296,15 @@ def test_table_fits_a_hundred_columns(monkeypatch):
     assert len(starts) == 1  # aligned, even beside double-width letters
 
 
+def test_table_fits_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [["x" * 200, "better"]]
+    assert 60 < max(map(len, table(["variant", "verdict"], rows).splitlines())) <= WIDTH  # not a terminal
+    monkeypatch.setattr(report.sys.stdout, "isatty", lambda: True)
+    assert max(map(len, table(["variant", "verdict"], rows).splitlines())) == 60
+
+
 @pytest.mark.parametrize(("no_color", "colored"), [("", True), ("1", False)])
 def test_colors_need_a_terminal_without_no_color(monkeypatch, no_color, colored):
     monkeypatch.setenv("NO_COLOR", no_color)
