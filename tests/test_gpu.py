@@ -100,7 +100,20 @@ if not ON_GPU:
     SIZE |= dict(vocab_size=1000, seq_len=128, n_embd=128)
 VARIANTS = {
     "gpt2": {},
-    "modern": dict(pos="rope", qk_norm=True, norm="rmsnorm", mlp="swiglu", bias=False, tied_head=False, value_residual=True, n_kv_head=2),
+    "modern": dict(
+        pos="rope",
+        qk_norm=True,
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias=False,
+        tied_head=False,
+        value_residual=True,
+        n_kv_head=2,
+        short_conv=4,
+        key_offset=True,
+        head_gate=True,
+        bigram=500,
+    ),
     "documents in windows": dict(window=50, window_pattern="SSL", doc_mask=True, pos="rope"),
     "experts": dict(n_expert=4, n_expert_active=2, mlp="relu2"),
     "shared": dict(share_layers=2, n_kv_head=1, pos="rope", rope_scaling="yarn", rope_factor=4.0, mlp="gelu_exact"),
