@@ -14,7 +14,7 @@ import rich.cells
 from conftest import TINY, forked, rewrite_run, run_main, save_checkpoint
 
 from common.files import write_json
-from common.shards import find_shards
+from common.shards import find_shards, write_shard
 from lab import compare, measure, report, runs
 from lab.compare import CompareConfig
 from lab.report import WIDTH, draw, show, table
@@ -343,12 +343,30 @@ def test_band_is_the_interval_of_the_mean():
     assert (means[0] - halves[0], means[0] + halves[0]) == pytest.approx((-2.4598858, -0.7001142), abs=5e-8)
 
 
+class LikeGPT2:
+    """Decodes <|endoftext|> to its name, as tiktoken does."""
+
+    eot = 256
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return b"".join(bytes([i]) if i < 256 else b"<|endoftext|>" for i in ids)
+
+
 @pytest.mark.slow
-def test_bits_per_byte_equal_perplexitys(shards, tmp_path):
-    flags = [*TINY, "--max-steps", "2", "--data-dir", str(shards), "--out-dir", str(tmp_path / "run")]
+def test_bits_per_byte_equal_perplexitys(tmp_path, monkeypatch):
+    """A seventh of the tokens is <|endoftext|>, which has no bytes."""
+    rows = [np.resize(np.array([*b"the cat"[:6], 256], np.uint16), size) for size in (1000, 5000)]
+    entries = [write_shard(tmp_path / f"x_{name}.npy", row) for name, row in zip(("val_000000", "train_000001"), rows, strict=True)]
+    write_json(tmp_path / "manifest.json", {"tokenizer": "bytes", "vocab_size": 257, "shards": entries})
+    flags = [*TINY, "--max-steps", "2", "--data-dir", str(tmp_path), "--out-dir", str(tmp_path / "run")]
     assert forked(tmp_path, "train", *flags).returncode == 0
-    result = forked(tmp_path, "perplexity", "-m", tmp_path / "run", shards, "--max-tokens", 640, "-d", "cpu", "--json")
-    assert measure.measure(tmp_path / "run")["bits_per_byte"] == pytest.approx(json.loads(result.stdout)[0]["bits_per_byte"], rel=1e-4)
-    rewrite_data = json.loads((tmp_path / "run" / RUN).read_text())
-    write_json(tmp_path / "run" / RUN, rewrite_data | {"data": {}})
+    result = forked(tmp_path, "perplexity", "-m", tmp_path / "run", tmp_path, "--max-tokens", 640, "-d", "cpu", "--json")
+    found = measure.measure(tmp_path / "run")
+    assert found["bits_per_byte"] == pytest.approx(json.loads(result.stdout)[0]["bits_per_byte"], rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(found["val_loss"] / np.log(2) * 7 / 6, rel=0.02)
+    monkeypatch.setattr(measure, "get_tokenizer", lambda name: LikeGPT2())
+    measure.validated_bytes.cache_clear()
+    assert measure.measure(tmp_path / "run") == found
+    run = json.loads((tmp_path / "run" / RUN).read_text())
+    write_json(tmp_path / "run" / RUN, run | {"data": {}})
     assert measure.measure(tmp_path / "run")["bits_per_byte"] is None  # other shards than the run's
