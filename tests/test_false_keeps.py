@@ -18,6 +18,7 @@ def test_rates_have_exact_intervals(hits, n):
     assert (rate(hits, n)["low"], rate(hits, n)["high"]) == pytest.approx((interval.low, interval.high))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("advantage", "false"), [(0.0, 0), (1.0, 4)])
 def test_verdicts_are_counted_over_trials(tmp_path, monkeypatch, advantage, false):
     """The other seeds get an advantage, so that "better" is found in every trial or in none."""

@@ -121,6 +121,7 @@ def test_folders_of_seeds_are_paired(world):
     assert found["notes"] == [] and plain["changed"] == ""
 
 
+@pytest.mark.slow
 def test_single_runs_alike_are_one_variant(world):
     words = [made_up(Path(f"log/{name}{seed}"), world.shards, seed, loss_of(name, seed)) for name in ("plain",) for seed in (1, 2)]
     words += [made_up(Path(f"log/better{seed}"), world.shards, seed, loss_of("better", seed), ("--pos", "rope")) for seed in (1, 2)]
@@ -178,6 +179,7 @@ def both(shards: Path, *flags: str):
         made_up(Path(f"idea/{seed}"), shards, seed, 1.0, flags)
 
 
+@pytest.mark.slow
 def test_folders_without_finished_runs_are_named(world):
     world.variant("plain", (1, 2))
     Path("empty").mkdir()
@@ -264,6 +266,7 @@ def test_ideas_are_blamed_for_their_own_failures(status, output, to_blame):
     assert runs.is_to_blame(status, output) == to_blame
 
 
+@pytest.mark.slow
 def test_infinite_loss_of_the_first_ends_it(world):
     world.variant("plain", (1, 2)), world.variant("even", (1, 2))
     made_up(Path("plain/2"), world.shards, 2, float("inf"))
