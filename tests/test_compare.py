@@ -84,6 +84,7 @@ def test_a_variant_name_means_one_run():
     assert run.argv() == ["--teacher", "o/a/2", "--seed", "2", "--out-dir", "o/b/2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pos", ["learned", "rope"])
 def test_loss_by_position_and_stretched_models(shards, tmp_path, pos):
     assert run_train(shards, tmp_path, "--pos", pos, "--val-every", 0) == 0
@@ -131,6 +132,7 @@ class Finished:
         self.returncode, self.communicate = result.returncode, lambda timeout=None: ("", result.stderr)
 
 
+@pytest.mark.slow
 def test_comparison_keeps_finished_runs(shards, tmp_path, capsys, monkeypatch):
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0", "--sample-every", "20"])
     argv = ["plain=", "rope, 1 KV head=--pos rope --n-kv-head 1", f"--flags={flags}", "--out-dir", tmp_path, "--seeds", 2]
@@ -190,6 +192,7 @@ def test_runs_of_other_code_are_refused(compared, capsys, finished):
         assert json.loads(capsys.readouterr().out)["notes"] == [why]
 
 
+@pytest.mark.slow
 def test_runs_on_changed_shards_are_refused(compared, tmp_path, capsys):
     folder, argv = compared
     write_shards(tmp_path / "data", [1000, 5003, 17, 3001], seed=1)
@@ -205,6 +208,7 @@ def test_runs_on_changed_shards_are_refused(compared, tmp_path, capsys):
     assert "was trained on other data" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_code_edited_during_a_comparison_is_named(compared, tmp_path, capsys, monkeypatch):
     folder, argv = compared
 
@@ -291,6 +295,7 @@ def test_fine_tuning_comparison_keeps_finished_runs(shards, tmp_path, capsys, mo
     assert "window: window 9 does not fit" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_teacher_is_another_run(shards, tmp_path, capsys, monkeypatch):
     for name in ("base", "other"):
         assert run_train(shards, tmp_path / name, "--max-steps", 2, "--val-every", 0) == 0
