@@ -204,7 +204,8 @@ def test_weight_average_matches_torchs():
 # ---- in a run ----
 
 FLAGS = [
-    "--optimizer", "muon", "--muon-momentum", 0, "--muon-beta2", 0.9, "--schedule", "wsd", "--ema", 0.9, "--checkpoint-every", 10, "--keep", 0
+    "--optimizer", "muon", "--muon-momentum", 0, "--muon-beta2", 0.9, "--schedule", "wsd", "--ema", 0.9, "--checkpoint-every", 10,
+    "--keep", 0,
 ]  # fmt: skip
 
 
