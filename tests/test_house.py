@@ -1,6 +1,8 @@
 """The house rules of CONTRIBUTING.md: sizes, where lines belong, and the direction of imports."""
 
 import ast
+import importlib
+import json
 import re
 from pathlib import Path
 
@@ -156,3 +158,15 @@ def test_links_lead_somewhere(path):
 def test_test_names_have_eight_words(path):
     names = re.findall(r"^def test_(\w+)", path.read_text(), re.M)
     assert [name for name in names if len(name.split("_")) > 8] == []
+
+
+def test_notebook_imports_exist():
+    """The notebook itself runs in CI, at its end."""
+    cells = json.loads((REPO / "play.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    own = {name_of(file) for file in FILES}
+    found = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom) and node.module in own]
+    assert len(found) >= 3
+    for node in found:
+        for alias in node.names:
+            assert hasattr(importlib.import_module(node.module), alias.name), f"{node.module} has no {alias.name}"
