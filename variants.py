@@ -464,7 +464,7 @@ class Context(NamedTuple):
     mask: Tensor | BlockMask | None  # (…, T, S), True where a query may look
     rotation: tuple[Tensor, Tensor] | None  # cosines and sines for rope, (…, T, D/2) each
     cache: object | None  # stores new keys and values, returns all
-    past: Past | None  # where a short convolution finds earlier inputs
+    past: Past | None  # where a short convolution or an offset key finds earlier inputs
     values: tuple[Tensor | None, Tensor] | None  # the first layer's values (B, K, T, D), None in that layer; their share in the mix
 
 

@@ -102,9 +102,7 @@ class KVCache:
         return kept if self.document_of is None else [*kept, self.document_of]
 
     def nbytes(self) -> int:
-        return sum(x.nbytes for layer in self.layers.values() for x in (layer.keys, layer.values)) + sum(
-            x.nbytes for x in self.inputs.values()
-        )
+        return sum(x.nbytes for x in self.tensors() if x is not self.document_of)
 
 
 class LayerCache:

@@ -36,6 +36,7 @@ from model import GPT
 from training.compiling import compile_blocks
 from training.config import TrainConfig
 from training.evaluation import validate
+from training.presets import PRESETS
 from variants import VariantConfig, build
 
 DEVICE = torch.device(os.environ.get("GPU_TESTS_ON", "cuda"))
@@ -98,22 +99,10 @@ def spread_out(model: GPT) -> GPT:
 SIZE = dict(vocab_size=50257, seq_len=256, n_layer=4, n_head=4, n_embd=256)
 if not ON_GPU:
     SIZE |= dict(vocab_size=1000, seq_len=128, n_embd=128)
+MODERN = PRESETS["modern"].model
 VARIANTS = {
     "gpt2": {},
-    "modern": dict(
-        pos="rope",
-        qk_norm=True,
-        norm="rmsnorm",
-        mlp="swiglu",
-        bias=False,
-        tied_head=False,
-        value_residual=True,
-        n_kv_head=2,
-        short_conv=4,
-        key_offset=True,
-        head_gate=True,
-        bigram=500,
-    ),
+    "modern": {name: getattr(MODERN, name) for name in MODERN.switches_on()} | dict(n_kv_head=2, bigram=500),
     "documents in windows": dict(window=50, window_pattern="SSL", doc_mask=True, pos="rope"),
     "experts": dict(n_expert=4, n_expert_active=2, mlp="relu2"),
     "shared": dict(share_layers=2, n_kv_head=1, pos="rope", rope_scaling="yarn", rope_factor=4.0, mlp="gelu_exact"),
