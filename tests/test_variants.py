@@ -407,9 +407,9 @@ def test_queries_see_exactly_their_window(pattern, reach, attention):
 
 
 @pytest.mark.parametrize("attention", ["flash", "manual"])
-@pytest.mark.parametrize("window", [None, 5])
-def test_documents_do_not_see_each_other(attention, window):
-    model = randomized(attention=attention, doc_mask=True, pos="rope", window=window)
+@pytest.mark.parametrize("switches", [{}, dict(window=5), dict(short_conv=4, key_offset=True, bigram=97 * 98)])
+def test_documents_do_not_see_each_other(attention, switches):
+    model = randomized(attention=attention, doc_mask=True, pos="rope", **switches)
     idx = ids_with_documents(model.config)
     logits = model(idx)[0]
     for row, bounds in ((0, [0, 7, 8, 20, 24]), (1, [0, 11, 24]), (2, [0, 24])):
