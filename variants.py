@@ -101,6 +101,9 @@ class VariantConfig(GPTConfig):
     """Rows of a table of token pairs; each layer adds a pair's row to its input (Svenstrup et al., 2017). vocab_size · (vocab_size + 1)
     rows hold every pair. With fewer, some pairs share a row."""
     rules += rule("bigram is {bigram}: it must be at most 10^9", lambda c: c.bigram is None or c.bigram <= 10**9)
+    dropout: float = 0.0
+    """In training, zero this share of the embeddings and of each layer's outputs, and scale up the rest (Srivastava et al., 2014)."""
+    rules += rule("dropout is {dropout}: it must be at least 0 and below 1", lambda c: 0 <= c.dropout < 1)
     share_layers: int = 1
     """Consecutive layers that share weights (Lan et al., 2019); must divide n_layer. 1: none."""
     rules += rule(
@@ -157,7 +160,8 @@ SWITCHES = [f for f in fields(VariantConfig) if f.name not in GPT2_FIELDS]
 
 # adapt() changes these: no weight depends on them, except that seq_len cuts the table of learned positions
 NOT_IN_WEIGHTS = {
-    "seq_len", "attention", "rope_base", "rope_scaling", "rope_factor", "window", "window_pattern", "doc_mask", "load_balance",
+    "seq_len", "attention", "rope_base", "rope_scaling", "rope_factor", "window", "window_pattern", "doc_mask", "dropout",
+    "load_balance",
 }  # fmt: skip
 
 
@@ -388,6 +392,7 @@ class VariantGPT(GPT):
         x = self.transformer.wte(idx)
         if config.pos == "learned":
             x = x + self.transformer.wpe(positions)
+        x = dropped(x, self)
         pairs = None
         first_values, balance = None, 0.0
         for layer, window in enumerate(config.windows):
@@ -471,6 +476,7 @@ class Context(NamedTuple):
 class VariantBlock(Block):
     def __init__(self, config: VariantConfig):
         nn.Module.__init__(self)
+        self.config = config
         self.ln_1 = make_norm(config)
         self.attn = VariantAttention(config)
         self.ln_2 = make_norm(config)
@@ -480,13 +486,18 @@ class VariantBlock(Block):
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None, Tensor | float]:
         """x: (B, T, C). Returns the new x, the layer's values with value_residual, and its load-balancing loss."""
         y, values = self.attn(self.ln_1(x), context)
-        x = x + y
+        x = x + dropped(y, self)
         y = self.ln_2(x)
         if self.conv is not None:
             y = self.conv(y, context.past, "mlp")
         y = self.mlp(y)
         y, balance = y if isinstance(y, tuple) else (y, 0.0)
-        return x + y, values, balance
+        return x + dropped(y, self), values, balance
+
+
+def dropped(x: Tensor, module: nn.Module) -> Tensor:
+    """Applies config.dropout in training mode."""
+    return F.dropout(x, module.config.dropout, module.training) if module.config.dropout else x
 
 
 def make_norm(config: VariantConfig) -> nn.Module:

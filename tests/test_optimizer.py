@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 import checkpoint
 from common.distributed import DistContext
 from common.shards import find_shards
-from dataloader import TokenStream
+from dataloader import TokenStream, mix
 from training.optimizer import AverageWeights, Muon, MuonAndAdamW, batches, momentum_for, schedule
 from training.run_json import read_run
 from variants import VariantConfig, build
@@ -205,7 +205,7 @@ def test_weight_average_matches_torchs():
 
 FLAGS = [
     "--optimizer", "muon", "--muon-momentum", 0, "--muon-beta2", 0.9, "--schedule", "wsd", "--ema", 0.9, "--checkpoint-every", 10,
-    "--keep", 0,
+    "--keep", 0, "--dropout", 0.1,
 ]  # fmt: skip
 
 
@@ -240,6 +240,19 @@ def test_resume_is_exact_with_muon_and_ema(with_muon, shards, tmp_path, processe
     for weights, theirs in ((model["model"], other["model"]), (state["weights"], other_state["weights"])):
         assert all((weights[name] - theirs[name]).abs().max() <= (0 if processes == 1 else 1e-4) for name in weights)
     assert model["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
+
+
+def test_an_update_drops_out_and_the_stream_decides_what(with_muon):
+    config = read_run(with_muon)
+    torch.manual_seed(config.seed)
+    model, losses = build(config.model).train(), []
+    stream = TokenStream(find_shards(config.data_dir), "train", 32, config.shuffle, config.seed)
+    for start in (0, 4):  # the micro steps of step 0
+        torch.manual_seed(mix(config.seed, start))
+        losses.append(model(*map(torch.from_numpy, stream.batch(range(start, start + 4))))[1].item())
+    assert float(read_stream(with_muon, "train")[0]) == pytest.approx(sum(losses) / 2, abs=1e-6)
+    model.eval()
+    assert model(*map(torch.from_numpy, stream.batch(range(4, 8))))[1].item() != pytest.approx(losses[1], abs=1e-4)
 
 
 def test_averaged_weights_are_validated_and_saved(with_muon):

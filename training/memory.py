@@ -127,7 +127,8 @@ def block_bytes(shape: VariantConfig, setting: Setting) -> float:
         experts = 3 * e * C * shape.n_expert_active
     convolutions = (e * (C + 2 * kv) + setting.stream * C) * bool(shape.short_conv)  # their inputs
     gates = 2 * e * H * shape.head_gate
-    return residual + attention + hidden + convolutions + gates + experts * (shape.n_expert > 1)
+    masks = 2 * C * bool(shape.dropout)
+    return residual + attention + hidden + convolutions + gates + masks + experts * (shape.n_expert > 1)
 
 
 def cheap_bytes(shape: VariantConfig, setting: Setting) -> float:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import device
 from common.distributed import DistContext
 from common.shards import Shards
-from dataloader import TokenStream, rank_positions
+from dataloader import TokenStream, mix, rank_positions
 from model import GPT
 from training import optimizer, sharding
 from training.budget import Budget
@@ -46,8 +46,8 @@ class Trainer:
         self.val_stream = TokenStream(shards, "val", config.model.seq_len, shuffle=False)
         self.feed = Feed(self.train_stream, world.device)
         self.dtype = device.pick_dtype(config.dtype, world.device)
-        self.model = model.to(world.device)
-        self.teacher = teacher and teacher.to(world.device)
+        self.model = model.to(world.device).eval()  # without dropout, except in an update
+        self.teacher = teacher and teacher.to(world.device).eval()
         self.compiled = compiled
         self.place_model()
         self.optimizer = self.make_optimizer()
@@ -71,7 +71,7 @@ class Trainer:
             recompute_activations(self.model)
         self.sharded, self.evaluated = config.shard and world.size > 1, self.model
         if self.sharded:
-            self.evaluated = build_on_meta(config.model)  # gets all weights while it is evaluated
+            self.evaluated = build_on_meta(config.model).eval()  # gets all weights while it is evaluated
             if self.compiled:
                 compile_blocks(self.evaluated, config.activation_memory, world.device)
             sharding.shard(self.model, self.dtype, world)
@@ -114,7 +114,8 @@ class Trainer:
             for positions in mine:
                 last = positions == mine[-1]
                 # DDP sums gradients in the last micro step. FSDP sums them in each: whole gradients may not fit
-                with nullcontext() if last or self.parallel is self.model else self.parallel.no_sync():
+                sums = nullcontext() if last or self.parallel is self.model else self.parallel.no_sync()
+                with sums, dropout(self.model, mix(self.config.seed, positions.start)):  # a resumed run draws the same
                     part = self.loss(self.parallel, positions) / len(mine)
                     self.scaler.scale(part).backward()
                 loss += part.detach()
@@ -171,6 +172,20 @@ class Trainer:
         averaged = self.average.in_place() if self.average else nullcontext()
         with averaged, sharding.whole(self.model, self.evaluated) if self.sharded else nullcontext():
             yield
+
+
+@contextmanager
+def dropout(model: GPT, seed: int):
+    """Inside this block, forward and backward passes of a model with --dropout use it."""
+    if not getattr(model.config, "dropout", 0):
+        yield
+        return
+    torch.manual_seed(seed)
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 class Feed:
