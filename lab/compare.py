@@ -243,7 +243,7 @@ def remember_looks(path: Path, pairs: list[str], seeds: int, until_decided: bool
 
 
 def finish(comparison: Comparison, notes: list[str]) -> dict:
-    """Measures, records and draws. Returns what --json prints."""
+    """Measures, records and draws. Returns the results."""
     config, results = comparison.config, comparison.results()
     out_dir = Path(config.out_dir)
     if config.time_steps:
@@ -272,18 +272,23 @@ def text_of(found: dict) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def compare(config: CompareConfig) -> dict:
+    """Trains and judges. Returns what --json prints."""
+    comparison = Comparison(config)
+    notes = comparison.check()
+    pairs = [f"{name} against {comparison.first.name}" for name in comparison.others()]
+    notes += remember_looks(Path(config.out_dir, "judge.json"), pairs, config.seeds, config.until_decided)
+    notes += comparison.run()
+    notes += machine_notes([folder for runs in comparison.folders.values() for folder in runs.values()])
+    return finish(comparison, notes)
+
+
 def main():
     with cli.one_line_errors(cli.AGAIN):
         config = cli.parse(CompareConfig)
         config.validate()
         check_tools()
-        comparison = Comparison(config)
-        notes = comparison.check()
-        pairs = [f"{name} against {comparison.first.name}" for name in comparison.others()]
-        notes += remember_looks(Path(config.out_dir, "judge.json"), pairs, config.seeds, config.until_decided)
-        notes += comparison.run()
-        notes += machine_notes([folder for runs in comparison.folders.values() for folder in runs.values()])
-        found = finish(comparison, notes)
+        found = compare(config)
         print(json.dumps(found, indent=2) if config.json else text_of(found), flush=True)
 
 

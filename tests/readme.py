@@ -26,13 +26,16 @@ STEPS = (
     "--device cpu --no-compile --hellaswag-file tasks.jsonl --sample-every 4"
 )
 LADDER = "--seq-len 64 --total-batch-tokens 512 --micro-batch-size 4 --max-lr 3e-3 --val-tokens 1024 --device cpu --no-compile"
+QUICK = "--flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"
 VISIT = "curl --silent --fail --retry 60 --retry-delay 1 --retry-connrefused --output page.html"
 SMALL = (  # the first pattern that a command matches says what is added to it
     (r"^until", ""),  # the run in log is finished by then: it says so
-    (r"lab.sweep", "--trials 2 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
+    (r"lab.sweep", f"--trials 2 {QUICK}"),
     (r"lab.compare log/baseline", "--seeds 1"),
+    (r"^printf", ""),
+    (r"lab.search", f"--larger= --seeds 3 --fresh-seeds 2 {QUICK}"),
     (r"lab.false_keeps", "--trials 1 --seeds 2 --limit 3 --pairs 2"),
-    (r"lab.compare", "--seeds 1 --flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"),
+    (r"lab.compare", f"--seeds 1 {QUICK}"),
     (r"--plan|lab.scaling (plan|fit)", ""),
     (r"lab.scaling ladder", f"--sizes 1x32 2x32 2x64 --tokens 2560 5120 10240 --workers 2 --flags='{LADDER}'"),
     (r"export.py", ""),

@@ -29,6 +29,7 @@ SCRIPTS = [
     "lab.sweep",
     "lab.cluster",
     "lab.false_keeps",
+    "lab.search",
     "lab.scaling",
 ]
 COMMANDS = [*SCRIPTS[:-1], "lab.scaling ladder", "lab.scaling fit", "lab.scaling plan"]
@@ -127,7 +128,7 @@ def test_control_characters_print_as_boxes():
     assert cli.printable("a\x1b[2J\x07\r\x00\nb\tü\x9b") == "a�[2J���\nb\tü�"
 
 
-@pytest.mark.parametrize("name", ["lab.compare", "lab.false_keeps", "lab.sweep", "lab.scaling", "fineweb"])
+@pytest.mark.parametrize("name", ["lab.compare", "lab.false_keeps", "lab.search", "lab.sweep", "lab.scaling", "fineweb"])
 def test_ctrl_c_names_the_way_to_continue(name, monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
