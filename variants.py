@@ -97,6 +97,8 @@ class VariantConfig(GPTConfig):
     )
     head_gate: bool = False
     """Multiply each head's output by a gate, which depends on the layer's input (Qiu et al., 2025)."""
+    mimetic_init: bool = False
+    """Keys begin with the queries' weights, so that tokens first look for their like (Trockman & Kolter, 2023)."""
     bigram: int | None = None
     """Rows of a table of token pairs; each layer adds a pair's row to its input (Svenstrup et al., 2017). vocab_size · (vocab_size + 1)
     rows hold every pair. With fewer, some pairs share a row."""
@@ -366,6 +368,9 @@ class VariantGPT(GPT):
                 module.weight.zero_()
         if self.config.bigram:
             self.transformer.bigram.weight.zero_()
+        if self.config.mimetic_init:
+            for block in self.transformer.h:
+                block.attn.copy_queries_to_keys()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
         """Computes what GPT.forward does. With experts, the gradient includes the load-balancing loss, but the returned loss does not:
@@ -541,6 +546,12 @@ class VariantAttention(CausalSelfAttention):
             self.conv = ShortConv(config.n_embd + 2 * self.kv_size, config.short_conv)
         if config.head_gate:
             self.gate = HeadGate(config)
+
+    def copy_queries_to_keys(self):
+        """Gives each key head the weights of its group's first query head."""
+        queries, keys, _ = self.c_attn.weight.split([self.config.n_embd, self.kv_size, self.kv_size])
+        firsts = queries.unflatten(0, (self.config.kv_heads, -1, self.head_size))[:, 0]  # (K, D, C)
+        keys.copy_(firsts.flatten(0, 1))
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """x: (B, T, C). Returns the new x, and the values (B, K, T, D) with value_residual."""

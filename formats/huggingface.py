@@ -68,7 +68,8 @@ class Anything:
 
 # the switches of each architecture, with the values it can compute; all other switches must be off
 ANY, EITHER = Anything(), (True, False)
-ALL = dict(tied_head=EITHER, share_layers=ANY, load_balance=ANY, dropout=ANY)  # the last two matter in training only
+# the last three matter in training only
+ALL = dict(tied_head=EITHER, share_layers=ANY, load_balance=ANY, dropout=ANY, mimetic_init=ANY)
 ROPE = ALL | dict(pos=("rope",), rope_base=ANY, rope_scaling=("none", "linear", "yarn"), rope_factor=ANY)
 LLAMA = ROPE | dict(n_kv_head=ANY, norm=("rmsnorm",), mlp=("swiglu",), bias=(False,))
 ARCHITECTURES = {
@@ -83,7 +84,7 @@ ARCHITECTURES = {
 OFF = dict(
     pos="learned", rope_base=10000.0, rope_scaling="none", rope_factor=1.0, n_kv_head=None, window=None, window_pattern="S", doc_mask=False,
     qk_norm=False, norm="layernorm", mlp="gelu", bias=True, tied_head=True, value_residual=False, short_conv=None, key_offset=False,
-    head_gate=False, bigram=None, dropout=0.0, share_layers=1, n_expert=1, n_expert_active=1, load_balance=0.01,
+    head_gate=False, mimetic_init=False, bigram=None, dropout=0.0, share_layers=1, n_expert=1, n_expert_active=1, load_balance=0.01,
 )  # fmt: skip
 
 

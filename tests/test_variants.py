@@ -63,6 +63,7 @@ VARIANTS = {
     "short_conv of documents": dict(short_conv=4, doc_mask=True, pos="rope", n_kv_head=2, share_layers=2),
     "key_offset": dict(key_offset=True, pos="rope", n_kv_head=2, doc_mask=True),
     "head_gate": dict(head_gate=True, n_kv_head=2),
+    "mimetic_init": dict(mimetic_init=True, n_kv_head=2),
     "bigram": dict(bigram=500, doc_mask=True),
     "dropout": dict(dropout=0.2, pos="rope"),
     "every pair": dict(bigram=97 * 98, doc_mask=True, short_conv=2, pos="rope"),
@@ -121,6 +122,31 @@ def test_variant_classes_equal_gpt2_bit_for_bit(attention):
     idx = ids_for(built.config)
     (loss, grads), (variant_loss, variant_grads) = loss_and_gradients(built, idx), loss_and_gradients(variant, idx)
     assert loss == variant_loss and all((p == q).all() for p, q in zip(grads, variant_grads, strict=True))
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+def test_mimetic_tokens_look_for_what_followed_their_like(n_kv_head):
+    """The attention at the start, in a text without order in which every token comes twice. With --key-offset, a token's keys are half
+    its own and half the token's before."""
+    switches = dict(pos="rope", qk_norm=True, key_offset=True, n_kv_head=n_kv_head)
+    config = VariantConfig(**SHAPE | dict(vocab_size=500, seq_len=64, n_head=4, n_embd=256), **switches)
+    torch.manual_seed(0)
+    plain = build(config)
+    torch.manual_seed(0)
+    mimetic = build(replace(config, mimetic_init=True))
+    text = torch.randperm(500, generator=torch.Generator().manual_seed(0))[:32]
+    idx, found = torch.cat([text, text])[None], {}
+    for name, model in (("plain", plain), ("mimetic", mimetic)):
+        attn = model.transformer.h[0].attn
+        rest = {name: p for name, p in model.state_dict().items() if "c_attn" not in name}
+        assert all((rest[name] == p).all() for name, p in plain.state_dict().items() if name in rest)
+        attn.attend = lambda q, k, *args, name=name: found.update({name: (q, k)}) or q
+        model(idx)
+        q, k = found[name]
+        scores = (q @ k.repeat_interleave(4 // n_kv_head, 1).mT)[0, :: 4 // n_kv_head]  # (K, T, T), of each group's first head
+        best = scores[:, 40:63, :33].argmax(-1)  # without the token itself and its neighbors
+        hits = (best == torch.arange(40, 63) - 31).float().mean().item()  # the token after the first copy
+        assert hits > 0.9 if name == "mimetic" else hits < 0.3
 
 
 def ids_with_documents(config: VariantConfig) -> torch.Tensor:
