@@ -242,7 +242,7 @@ def test_resume_is_exact_with_muon_and_ema(with_muon, shards, tmp_path, processe
     assert model["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
 
 
-def test_an_update_drops_out_and_the_stream_decides_what(with_muon):
+def test_dropout_depends_on_seed_and_position(with_muon):
     config = read_run(with_muon)
     torch.manual_seed(config.seed)
     model, losses = build(config.model).train(), []

@@ -147,20 +147,8 @@ class TrainConfig:
         errors += cli.at_least(
             1, self, "max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens", "max_bad_steps"
         )
-        errors += cli.at_least(
-            0,
-            self,
-            "max_seconds",
-            "max_lr",
-            "head_lr",
-            "muon_lr",
-            "min_lr_ratio",
-            "warmup_steps",
-            "weight_decay",
-            "grad_clip",
-            "skip_spikes",
-            "seed",
-        )
+        errors += cli.at_least(0, self, "max_lr", "head_lr", "muon_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip")
+        errors += cli.at_least(0, self, "max_seconds", "skip_spikes", "seed")
         errors += cli.at_least(0, self, "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
         errors += cli.at_least(0, self, "price", "rate") + cli.at_least(1, self, "gpus")
         errors += cli.at_least(0.01, self, "timeout_minutes")
