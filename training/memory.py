@@ -118,10 +118,10 @@ def block_bytes(shape: VariantConfig, setting: Setting) -> float:
         experts = setting.stream * C - e * C + 2 * e * C * shape.n_expert_active
     else:
         residual = 8 * C + 3 * e * C + 8 * C * (shape.norm == "rmsnorm")
-        unused = shape.qk_norm and shape.value_residual and e < 4  # q, k and v are all copied then
+        unused = shape.value_residual and (e < 4 if shape.qk_norm else shape.pos == "rope")  # q, k and v are all copied then
         attention = 3 * e * C + scores if manual else e * (C + 2 * kv) * (not unused) + 4 * H
-        attention += 2 * e * C * (kv < C) + e * (C + kv) * (shape.pos == "rope") + e * kv * shape.value_residual
-        attention += (C + kv) * (e + (8 if e < 4 else 4)) * shape.qk_norm
+        attention += 2 * e * C * (kv < C) + e * (C + kv) * (shape.pos == "rope") + 2 * e * kv * shape.value_residual
+        attention += (C + kv) * (e * (shape.pos != "rope") + (8 if e < 4 else 4)) * shape.qk_norm
         attention += e * C * (not manual and (shape.pos == "rope" or shape.qk_norm or shape.value_residual))
         hidden += e * inner * (shape.mlp == "swiglu")
         experts = 3 * e * C * shape.n_expert_active
