@@ -99,6 +99,7 @@ class VariantConfig(GPTConfig):
     """Multiply each head's output by a gate, which depends on the layer's input (Qiu et al., 2025)."""
     mimetic_init: bool = False
     """Keys begin with the queries' weights, so that tokens first look for their like (Trockman & Kolter, 2023)."""
+    rules += rule("mimetic_init needs qk_norm: turn it on", lambda c: c.qk_norm or not c.mimetic_init)
     bigram: int | None = None
     """Rows of a table of token pairs; each layer adds a pair's row to its input (Svenstrup et al., 2017). vocab_size · (vocab_size + 1)
     rows hold every pair. With fewer, some pairs share a row."""
@@ -370,7 +371,7 @@ class VariantGPT(GPT):
             self.transformer.bigram.weight.zero_()
         if self.config.mimetic_init:
             for block in self.transformer.h:
-                block.attn.copy_queries_to_keys()
+                block.attn.begin_alike()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
         """Computes what GPT.forward does. With experts, the gradient includes the load-balancing loss, but the returned loss does not:
@@ -547,9 +548,11 @@ class VariantAttention(CausalSelfAttention):
         if config.head_gate:
             self.gate = HeadGate(config)
 
-    def copy_queries_to_keys(self):
-        """Gives each key head the weights of its group's first query head."""
+    def begin_alike(self):
+        """Gives each key head the weights of its group's first query head, and makes all of them larger. QK-norm hides their size, but the
+        first updates change large weights less: else these would undo the likeness before it is of use."""
         queries, keys, _ = self.c_attn.weight.split([self.config.n_embd, self.kv_size, self.kv_size])
+        queries.mul_(3)
         firsts = queries.unflatten(0, (self.config.kv_heads, -1, self.head_size))[:, 0]  # (K, D, C)
         keys.copy_(firsts.flatten(0, 1))
 

@@ -35,6 +35,7 @@ SUITES = {
         "rope, short convolutions": f"{ROPE} --short-conv 4",
         "rope, offset keys": f"{ROPE} --key-offset",
         "rope, gated heads": f"{ROPE} --head-gate",
+        "rope, QK-norm, mimetic init": f"{ROPE} --qk-norm --mimetic-init",
         "rope, token pairs": f"{ROPE} --bigram 66306",
         "modern": f"{MODERN} --max-steps 1600",
     },
@@ -44,13 +45,14 @@ SUITES = {
             f"modern, 533 steps, {name}": f"{MODERN} --max-steps 533 {flags}"
             for name, flags in {
                 "learned positions": "--pos learned --no-key-offset",
-                "no QK-norm": "--no-qk-norm",
+                "no QK-norm": "--no-qk-norm --no-mimetic-init",
                 "LayerNorm": "--norm layernorm",
                 "GELU": "--mlp gelu",
                 "ReLU²": "--mlp relu2",
                 "biases": "--bias",
-                "tied head": "--tied-head",
+                "untied head": "--no-tied-head",
                 "no value residual": "--no-value-residual",
+                "no mimetic init": "--no-mimetic-init",
                 "no short convolutions": "--short-conv None",
                 "no offset keys": "--no-key-offset",
                 "no head gates": "--no-head-gate",
@@ -66,7 +68,7 @@ SUITES = {
     "rates": {
         **{f"gpt2, {lr}": f"{ADAMW} --max-lr {lr} --max-steps 4000" for lr in ("2e-3", "4e-3", "8e-3")},
         **{f"modern, {lr}": f"{MODERN} --muon-lr {lr}" for lr in ("0.01", "0.02", "0.04")},
-        **{f"modern, AdamW's {lr}": f"{MODERN} --max-lr {lr}" for lr in ("1e-2", "2e-2")},
+        **{f"modern, AdamW's {lr}": f"{MODERN} --max-lr {lr}" for lr in ("5e-3", "2e-2")},
         **{f"modern, momentum {m}": f"{MODERN} --muon-momentum {m}" for m in ("0.8", "0.9", "0.95")},
     },
     "modern": {

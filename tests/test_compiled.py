@@ -110,7 +110,7 @@ ROWS = [
     dict(mlp="gelu_exact", **RMS, **NEAR, **VALUES, **QK, n_kv_head=1),
     dict(mlp="gelu_exact", **RMS, **NEAR | dict(window=1), **NO_BIAS, **ROPE, n_kv_head=2),
     dict(n_expert=4, n_expert_active=2, mlp="swiglu", **RMS),
-    dict(n_expert=3, load_balance=0.1, **NO_BIAS, mimetic_init=True),
+    dict(n_expert=3, load_balance=0.1, **NO_BIAS, **QK, mimetic_init=True),
 ]
 
 

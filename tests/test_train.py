@@ -662,7 +662,7 @@ def test_resume_on_three_processes_names_what_fits(finished):
         (["--window", 0], "window is 0: it must be a whole number of at least 1"),
         (["--n-embd", 34, "--pos", "rope"], "pos rope rotates pairs of channels: n_embd 34 / n_head 2 must be even"),
         (["--max-steps", 0, "--max-lr", -1, "--keep", -1], "--max-steps is 0: it must be at least 1; --max-lr is -1.0"),
-        (["--max-seconds", "inf", "--max-lr", "nan"], "--max-seconds is inf: it must be a finite number of at least 0; --max-lr is nan"),
+        (["--max-seconds", "inf", "--max-lr", "nan"], "--max-lr is nan: it must be a finite number of at least 0; --max-seconds is inf"),
         (["--ema", 2, "--micro-batch-size", 7], "below 1; --micro-batch-size 7 × --seq-len 32 × 1 processes does not divide"),
         (["--max-steps", 10**21], "it must be at most 1,000,000,000"),
         (["--timeout-minutes", 1e12], "it must be at most 1,000,000"),

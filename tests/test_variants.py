@@ -63,7 +63,7 @@ VARIANTS = {
     "short_conv of documents": dict(short_conv=4, doc_mask=True, pos="rope", n_kv_head=2, share_layers=2),
     "key_offset": dict(key_offset=True, pos="rope", n_kv_head=2, doc_mask=True),
     "head_gate": dict(head_gate=True, n_kv_head=2),
-    "mimetic_init": dict(mimetic_init=True, n_kv_head=2),
+    "mimetic_init": dict(mimetic_init=True, qk_norm=True, n_kv_head=2),
     "bigram": dict(bigram=500, doc_mask=True),
     "dropout": dict(dropout=0.2, pos="rope"),
     "every pair": dict(bigram=97 * 98, doc_mask=True, short_conv=2, pos="rope"),
