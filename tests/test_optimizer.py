@@ -269,23 +269,6 @@ def test_averaged_weights_are_validated_and_saved(with_muon):
         assert model["val_loss"] != pytest.approx(weights(x, y)[1].item(), abs=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_an_untied_head_has_its_own_rate(shards, tmp_path, optimizer):
-    def weights(name: str, *flags) -> dict:
-        steps = "--max-steps", 1, "--warmup-steps", 0, "--max-lr", 1e-3, "--optimizer", optimizer, "--no-tied-head"
-        assert run_train(shards, tmp_path / name, *steps, *flags) == 0
-        return checkpoint.load_training(tmp_path / name, 1)[0]["model"]
-
-    same, half = weights("same"), weights("half", "--head-lr", 5e-4)
-    config = read_run(tmp_path / "half")
-    torch.manual_seed(config.seed)
-    before = build(config.model).lm_head.weight.detach()[:257]
-    moved = half.pop("lm_head.weight")[:257] - before * (1 - 5e-4 * 0.1)
-    assert moved.abs().median().item() == pytest.approx(5e-4, rel=1e-3)  # Adam's first step, apart from the weight decay
-    assert all((half[name] == same[name]).all() for name in half)
-
-
 def test_a_run_sets_muons_momentum(with_muon):
     (group,) = checkpoint.load_training(with_muon, 20)[1]["optimizer"]["muon"]["param_groups"]
     assert group["momentum"] == 0.5

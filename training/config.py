@@ -50,8 +50,6 @@ class TrainConfig:
     """Sequences per forward pass of a process. Lower it if memory runs out: only rounding changes (and the balance of experts)."""
     max_lr: float = 6e-4
     """AdamW's learning rate at the end of the warmup."""
-    head_lr: float = 0.0
-    """The same for an untied head, which wants a lower rate the more tokens the vocabulary has. 0: max_lr."""
     min_lr_ratio: float = 0.1
     """The learning rate at the end of the schedule, as a fraction of the largest."""
     warmup_steps: int = 715
@@ -147,7 +145,7 @@ class TrainConfig:
         errors += cli.at_least(
             1, self, "max_steps", "total_batch_tokens", "micro_batch_size", "val_tokens", "sample_tokens", "max_bad_steps"
         )
-        errors += cli.at_least(0, self, "max_lr", "head_lr", "muon_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip")
+        errors += cli.at_least(0, self, "max_lr", "muon_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip")
         errors += cli.at_least(0, self, "max_seconds", "skip_spikes", "seed")
         errors += cli.at_least(0, self, "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
         errors += cli.at_least(0, self, "price", "rate") + cli.at_least(1, self, "gpus")

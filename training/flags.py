@@ -107,7 +107,6 @@ def warnings(config: TrainConfig) -> list[str]:
     differ = [name for name in ours if ours[name] != theirs[name]]
     idle = {
         "--optimizer muon": [] if config.optimizer == "muon" else ["muon_lr", "muon_momentum", "muon_beta2"],
-        "--no-tied-head": ["head_lr"] if config.model.tied_head and not config.init_from else [],
         "--schedule wsd": [] if config.schedule == "wsd" else ["decay_ratio"],
         "--teacher": [] if config.teacher else ["teacher_weight"],
         "--n-expert": [] if config.model.n_expert > 1 or config.init_from else ["load_balance"],  # the weights may have set it

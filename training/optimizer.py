@@ -17,17 +17,13 @@ def adamw(groups: list[dict], lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def decay_groups(model: nn.Module, weight_decay: float, head_lr: float = 0.0) -> list[dict]:
-    """Splits the parameters into two groups: tensors with 2 or more dimensions decay; biases, norms and short convolutions don't. With
-    head_lr, an untied head is a third group, which has this rate."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    head = [named.pop("lm_head.weight")] if head_lr and "lm_head.weight" in named else []
-    params = [(p.dim() >= 2 and "conv." not in name, p) for name, p in named.items()]
-    groups = [
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Splits the parameters into two groups: tensors with 2 or more dimensions decay; biases, norms and short convolutions don't."""
+    params = [(p.dim() >= 2 and "conv." not in name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
         {"params": [p for decays, p in params if decays], "weight_decay": weight_decay},
         {"params": [p for decays, p in params if not decays], "weight_decay": 0.0},
     ]
-    return groups + ([{"params": head, "weight_decay": weight_decay, "lr": head_lr}] if head else [])
 
 
 def is_matrix(name: str, p: torch.Tensor) -> bool:
@@ -134,14 +130,12 @@ class MuonAndAdamW:
         sharded: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         beta2: float = 0.0,
-        head_lr: float = 0.0,
     ):
         self.world, self.sharded = world, sharded
         matrices = [p for name, p in model.transformer.h.named_parameters() if is_matrix(name, p)]
         matrices.sort(key=lambda p: -p.numel())  # ranks take turns, largest first: all get about the same work
         self.matrices, taken = matrices, set(matrices)
-        groups = decay_groups(model, weight_decay, head_lr)
-        rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in groups]
+        rest = [group | {"params": [p for p in group["params"] if p not in taken]} for group in decay_groups(model, weight_decay)]
         self.gathered = [nn.Parameter(without_storage(p)) for p in matrices] if sharded else matrices
         products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self.muon = Muon(self.gathered, products, beta2, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)

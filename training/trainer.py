@@ -87,8 +87,8 @@ class Trainer:
         config = self.config
         if config.optimizer == "muon":
             rates = config.max_lr, config.muon_lr, config.muon_momentum, config.weight_decay
-            return optimizer.MuonAndAdamW(self.model, *rates, self.world, self.sharded, self.dtype, config.muon_beta2, config.head_lr)
-        return optimizer.adamw(optimizer.decay_groups(self.model, config.weight_decay, config.head_lr), config.max_lr)
+            return optimizer.MuonAndAdamW(self.model, *rates, self.world, self.sharded, self.dtype, config.muon_beta2)
+        return optimizer.adamw(optimizer.decay_groups(self.model, config.weight_decay), config.max_lr)
 
     def stop_compiling(self):
         """Trains eagerly from now on. Eager code keeps all activations, or recomputes all: the latter below 1."""
