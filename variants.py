@@ -96,9 +96,10 @@ class VariantConfig(GPTConfig):
         lambda c: not c.key_offset or (c.pos == "rope" and c.n_embd // c.n_head % 4 == 0),
     )
     head_gate: bool = False
-    """Multiply each head's output by a gate, which depends on the layer's input (Qiu et al., 2025)."""
+    """Multiply each head's output by a gate from 0 to 2, which depends on 12 channels of the layer's input (Qiu et al., 2025;
+    modded-nanogpt, 2025)."""
     mimetic_init: bool = False
-    """Keys begin with the queries' weights, so that tokens first look for their like (Trockman & Kolter, 2023)."""
+    """Keys begin with the queries' weights, so that tokens first look for their like (after Trockman & Kolter, 2023)."""
     rules += rule("mimetic_init needs qk_norm: turn it on", lambda c: c.qk_norm or not c.mimetic_init)
     bigram: int | None = None
     """Rows of a table of token pairs; each layer adds a pair's row to its input (Svenstrup et al., 2017). vocab_size · (vocab_size + 1)
@@ -461,7 +462,10 @@ class VariantGPT(GPT):
         """Returns the table's row for each id and the one before it: (B, T) → (B, T, C)."""
         before = past.lags(idx[..., None] + 1, 2, "ids")[1][..., 0]  # 0: none
         pairs = idx * (self.config.vocab_size + 1) + before
-        return self.transformer.bigram(pairs * 2654435761 % self.config.bigram)  # Knuth's multiplier spreads them over the rows
+        if self.config.bigram < self.config.vocab_size * (self.config.vocab_size + 1):
+            pairs = pairs * 2654435769 & 0xFFFFFFFF  # multiplicative hashing (Knuth, 1973, 6.4); the high bits are well mixed
+            pairs = pairs ^ pairs >> 16
+        return self.transformer.bigram(pairs % self.config.bigram)
 
     def num_params(self) -> int:
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
@@ -549,15 +553,15 @@ class VariantAttention(CausalSelfAttention):
             self.gate = HeadGate(config)
 
     def begin_alike(self):
-        """Gives each key head the weights of its group's first query head, and makes all of them larger. QK-norm hides their size, but the
-        first updates change large weights less: else these would undo the likeness before it is of use."""
+        """Gives each key head the weights of its group's first query head. Queries and keys begin larger than usual: QK-norm hides their
+        size, but updates turn large weights less, so that the likeness lasts until it is of use."""
         queries, keys, _ = self.c_attn.weight.split([self.config.n_embd, self.kv_size, self.kv_size])
         queries.mul_(3)
         firsts = queries.unflatten(0, (self.config.kv_heads, -1, self.head_size))[:, 0]  # (K, D, C)
         keys.copy_(firsts.flatten(0, 1))
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
-        """x: (B, T, C). Returns the new x, and the values (B, K, T, D) with value_residual."""
+        """x: (B, T, C) → the same shape. Also returns the values (B, K, T, D) with value_residual."""
         B, T, C = x.shape
         qkv = self.c_attn(x)
         if self.config.short_conv:

@@ -124,6 +124,18 @@ def test_variant_classes_equal_gpt2_bit_for_bit(attention):
     assert loss == variant_loss and all((p == q).all() for p, q in zip(grads, variant_grads, strict=True))
 
 
+@pytest.mark.parametrize("rows", [98, 1000, 4096, 97 * 98])
+def test_token_pairs_are_spread_over_the_rows(rows):
+    """Over all pairs, and over the pairs of each token, at least about as many rows are in use as with random rows."""
+    model = build(VariantConfig(**SHAPE, bigram=rows))
+    model.transformer.bigram.weight.data.copy_(torch.arange(rows)[:, None])
+    first, second = torch.meshgrid(torch.arange(97), torch.arange(97), indexing="ij")
+    used = model.pair_rows(torch.stack([first.flatten(), second.flatten()], 1), Past())[:, 1, 0]
+    expected = 97**2 if rows == 97 * 98 else rows * (1 - (1 - 1 / rows) ** 97**2)
+    assert used.unique().numel() >= 0.95 * expected
+    assert min(used.view(97, 97)[i].unique().numel() for i in range(97)) >= 0.75 * rows * (1 - (1 - 1 / rows) ** 97)
+
+
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 def test_mimetic_tokens_look_for_what_followed_their_like(n_kv_head):
     """The attention at the start, in a text without order in which every token comes twice. With --key-offset, a token's keys are half
@@ -304,7 +316,8 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
     for layer in range(c.n_layer):
         w = {n.removeprefix(f"transformer.h.{layer // c.share_layers}."): q for n, q in p.items()}
         if c.bigram:
-            x = x + p["bigram_scale"][layer] * p["transformer.bigram.weight"][[pair * 2654435761 % c.bigram for pair in pairs]]
+            mixed = [(h := pair * 2654435769 % 2**32) ^ h // 2**16 for pair in pairs] if c.bigram < 97 * 98 else pairs
+            x = x + p["bigram_scale"][layer] * p["transformer.bigram.weight"][[pair % c.bigram for pair in mixed]]
         h = F.layer_norm(x, (c.n_embd,), w["ln_1.weight"], w["ln_1.bias"])
         q, k, v = convolved(h @ w["attn.c_attn.weight"].T + w["attn.c_attn.bias"], w.get("attn.conv.weight")).chunk(3, -1)
         if c.value_residual:

@@ -59,7 +59,7 @@ class TrainConfig:
     decay_ratio: float = 0.2
     """Length of wsd's decay, as a fraction of the run."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon (Jordan et al., 2024) updates the blocks' matrices, except routers; AdamW updates the rest."""
+    """muon (Jordan et al., 2024) updates the matrices of attention and MLPs; AdamW updates the rest."""
     muon_lr: float = 0.02
     """Muon's learning rate at the end of the warmup. Works for all widths."""
     muon_momentum: float = 0.95
@@ -67,7 +67,7 @@ class TrainConfig:
     muon_beta2: float = 0.0
     """NorMuon (Li et al., 2025): Muon's update, evened out over the neurons with a moving average of this decay, such as 0.95. 0: off."""
     weight_decay: float = 0.1
-    """Decoupled weight decay (Loshchilov & Hutter, 2019), only on tensors with 2 or more dimensions."""
+    """Decoupled weight decay (Loshchilov & Hutter, 2019), only on matrices: not on biases, norms and short convolutions."""
     grad_clip: float = 1.0
     """Clip an update's gradient to this norm. 0: no clipping."""
     max_bad_steps: int = 10

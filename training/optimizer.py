@@ -34,9 +34,11 @@ def is_matrix(name: str, p: torch.Tensor) -> bool:
 class Muon(torch.optim.Muon):
     """torch.optim.Muon with a choice of the products' dtype, with fewer, larger products on CUDA, and with NorMuon's second step.
 
-    beta2: NorMuon (Li et al., 2025) divides each neuron's update by the root of a moving average of its mean square. A neuron is a row of
-    a tall matrix, a column of a wide one. 0: off. dtype: bf16, as in torch.optim.Muon, or fp32. Hardware without bf16 is many times slower
-    at products in bf16 (results/muon.md), and they would make a step's result depend on the world size.
+    beta2: after NorMuon (Li et al., 2025), divides each neuron's update by the root of a moving average of its mean square. A neuron is a
+    row of a tall matrix or, as in modded-nanogpt, a column of a wide one. A matrix's update keeps its norm. 0: off.
+
+    dtype: bf16, as in torch.optim.Muon, or fp32. Hardware without bf16 is many times slower at products in bf16 (results/muon.md), and
+    they would make a step's result depend on the world size.
     """
 
     def __init__(self, params: list[torch.Tensor], dtype: torch.dtype, beta2: float = 0.0, **settings):
@@ -112,7 +114,8 @@ def orthogonal(x: torch.Tensor, coefficients: tuple[float, float, float], steps:
 
 
 class MuonAndAdamW:
-    """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for embeddings, head, routers, short convolutions, norms and scales.
+    """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for the rest: embeddings, head, norms, scales, routers, gates and
+    short convolutions.
 
     Muon makes the gradient's momentum orthogonal. That is the expensive part of its step, so the ranks split the work: each rank
     updates its own matrices, keeps only their momentum, and broadcasts the new weights. With --shard, a rank first gathers its
