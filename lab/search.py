@@ -139,7 +139,7 @@ def text_of(found: dict) -> str:
             parts.append(table(["kept", "difference ± 95 %", title], [[r["variant"], interval(r), r["text"]] for r in rows], [2]))
     parts.append(
         f"kept {len(found['fresh'])} of {len(found['ideas'])} ideas; {found['held']} hold everywhere. "
-        f"By luck alone, {0.025 * len(counted):.1f} of {len(counted)} would be kept.\nrecipe: {found['recipe']}"
+        f"By luck alone, at most {0.025 * len(counted):.1f} of {len(counted)} would be kept.\nrecipe: {found['recipe']}"
     )
     return "\n\n".join(parts)
 
