@@ -69,16 +69,16 @@ def test_decay_begins_with_its_part_of_the_seconds():
         assert value == pytest.approx(0.1 + 0.9 * (10 - elapsed) / 2, abs=0.03)
 
 
-def test_progress_follows_the_limit_nearer_its_end():
+def test_schedule_follows_the_limit_nearer_its_end():
     lengths = [0.1] * 50 + [0.4] * 100
     for budget, step in run_of(lengths, max_seconds=20, max_steps=90):
-        assert budget.progress(step) == pytest.approx(max(budget.elapsed / 20, step / 90), abs=0.02)
+        assert step / budget.steps(step) == pytest.approx(max(budget.elapsed / 20, step / 90), abs=0.02)
     assert step == 50 + round(15 / 0.4) - 1
 
 
-def test_progress_stays_below_one_after_a_stall():
+def test_schedule_does_not_end_before_a_stalled_run():
     """A stall ends the run, once the ranks know of it."""
-    values = [budget.progress(step) for budget, step in run_of([0.1] * 20 + [500] + [0.1] * 20, max_seconds=10)]
+    values = [step / budget.steps(step) for budget, step in run_of([0.1] * 20 + [500] + [0.1] * 20, max_seconds=10)]
     assert len(values) == 22 and values[0] == 0 and values == sorted(values) and values[-1] < 1
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from training.config import TrainConfig
 
 
-def limits_reached(config: TrainConfig, step: int, seconds: float) -> list[str]:
+def ended_by(config: TrainConfig, step: int, seconds: float) -> list[str]:
     """Returns the flags that end a run after this many steps and seconds of training; [] if it continues."""
     return ["--max-steps"] * (step >= config.max_steps) + ["--max-seconds"] * (0 < config.max_seconds <= seconds)
 
@@ -27,19 +27,19 @@ class Budget:
         self.config = config
         self.elapsed = 0.0  # seconds of training before this step; the same on every rank
         self.counted = 0.0  # by this process's clock
-        self.uncounted = 0  # steps that compiled before any step told how long a step is
-        self.recent = deque(maxlen=20)  # seconds of the last steps that compiled nothing
+        self.recent = deque(maxlen=20)  # seconds of the last steps that compiled nothing; a usual step takes their median
+        self.uncounted = 0  # steps that compiled before a usual step was known
 
     def resume(self, seconds: float):
         self.elapsed = self.counted = seconds
 
     def after_this_step(self) -> float:
-        """Returns what this process's clock is expected to show after the step that is at work."""
+        """Returns what this process's clock will probably show after the step that is running."""
         return self.counted + (statistics.median(self.recent) if self.recent else 0.0)
 
     def count(self, seconds: float, compiled: bool, elapsed: float):
-        """Ends a step. It counts its seconds, or, if any rank compiled something, as many as a usual step takes. elapsed: rank 0's
-        after_this_step."""
+        """Counts a step that has ended. One in which any rank compiled counts as a usual step. Until one is known, it waits in uncounted.
+        elapsed: rank 0's after_this_step."""
         self.elapsed = elapsed
         if compiled:
             self.uncounted += 1
@@ -52,7 +52,7 @@ class Budget:
 
     def limits_reached(self, step: int) -> list[str]:
         """Returns the flags that end the run before this step; [] if it continues."""
-        return limits_reached(self.config, step, self.elapsed)
+        return ended_by(self.config, step, self.elapsed)
 
     def steps(self, step: int) -> float:
         """Returns how many steps the run will have: --max-steps, or fewer if at its pace so far --max-seconds ends it before. The
@@ -61,11 +61,6 @@ class Budget:
         if not (c.max_seconds and self.elapsed):
             return c.max_steps
         return min(c.max_steps, step * c.max_seconds / self.elapsed)
-
-    def progress(self, step: int) -> float:
-        """Returns how far the run is before this step: 0 at the start, below 1. Of --max-steps and --max-seconds, the one that is used up
-        further counts."""
-        return step / self.steps(step)
 
     def note(self, step: int) -> str:
         """Says what a run with --max-seconds lacked, if it ends at this step: steps to use its seconds, or seconds to end its warmup."""

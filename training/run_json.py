@@ -20,7 +20,7 @@ from common.distributed import DistContext
 from common.files import read_json
 from common.run_folder import RUN, RunFolder
 from common.validation import from_dict, has_type
-from training.budget import limits_reached, seconds_in
+from training.budget import ended_by, seconds_in
 from training.config import TrainConfig
 from training.trainer import Trainer
 from variants import VariantConfig
@@ -51,7 +51,7 @@ def is_finished(out_dir: Path) -> bool:
     step, seconds = content["step"], 0.0
     if config.max_seconds:
         seconds = seconds_in(checkpoint.load_torch(checkpoint.files_of(out_dir, step).state))
-    return limits_reached(config, step, seconds) != []
+    return ended_by(config, step, seconds) != []
 
 
 def read_run_json(path: Path) -> dict:
