@@ -44,8 +44,8 @@ SUITES = {
         **{
             f"modern, 533 steps, {name}": f"{MODERN} --max-steps 533 {flags}"
             for name, flags in {
-                "learned positions": "--pos learned --no-key-offset",
-                "no QK-norm": "--no-qk-norm --no-mimetic-init",
+                "learned positions, no offset keys": "--pos learned --no-key-offset",
+                "no QK-norm, no mimetic init": "--no-qk-norm --no-mimetic-init",
                 "LayerNorm": "--norm layernorm",
                 "GELU": "--mlp gelu",
                 "ReLU²": "--mlp relu2",
