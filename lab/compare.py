@@ -21,17 +21,29 @@ from common.files import read_json, write_json
 from common.picture import draw_or_warn
 from common.validation import raise_errors
 from lab.finished import common_seeds, variants_in
-from lab.judge import Judgement, judge, tokens_to_the_same_loss
+from lab.judge import Judgement, judge, looks_until
 from lab.length import extrapolate, plot_curves, show_curves
 from lab.measure import measure, speeds_in_turns
-from lab.origins import LEAVE_OUT, Origin, code_change, forbidden, machine_notes, mixtures, origin_of, refuse_unless, short, unequal
+from lab.origins import (
+    LEAVE_OUT,
+    MAKE_EQUAL,
+    Origin,
+    code_change,
+    forbidden,
+    machine_notes,
+    mixtures,
+    origin_of,
+    refuse_unless,
+    short,
+    shortened,
+    unequal,
+)  # fmt: skip
 from lab.report import check_tools, draw, record, show, summary
-from lab.runs import Run, folder_of, run_all, split
+from lab.runs import FAILED, IdeaFailed, Run, Trial, earlier_failure, folder_of, run_all, share_hardware, split
+from lab.sooner import tokens_to_the_same_loss
 from lab.suites import SMALL, SUITES
 from train import find_data
 from training.run_json import code_now, other_code
-
-FIRST_LOOK = 3  # seeds; with two, only huge differences can be seen
 
 
 @dataclass
@@ -49,23 +61,27 @@ class CompareConfig:
     out_dir: str = "log/compare"
     """Gets a folder for each run, results.tsv and compare.png. Finished runs in it are kept, stopped runs resume."""
     seeds: int = 5
-    """Runs of each variant. Five find a difference of 1.7 standard deviations of one seed's with probability 80 %."""
+    """Runs of each variant; with --until-decided, at most. Five find a difference of 1.7 standard deviations of one seed's difference with
+    probability 80 %."""
     first_seed: int = 1
-    """The first of these seeds. Confirm an idea with seeds that no search has seen."""
+    """Seeds start here. Confirm an idea with seeds that no search has seen. If a folder is given, its seeds count instead."""
     until_decided: bool = False
     """Train three seeds, then more, up to --seeds, until each variant is decided. Its stricter test allows for the repeated looks."""
+    complete_better: bool = False
+    """With --until-decided: then train the other seeds of each better variant, too. The next idea can be compared with it."""
     max_seconds: float = 0.0
     """Train each run for this long instead of a number of steps: adds train.py's flag to all variants. 0: equal steps."""
     max_minutes: float = 0.0
-    """End a run that takes longer than this by the clock: its variant has failed, unless it is the first. 0: no limit."""
+    """End a run that takes longer than this by the clock. Its variant has failed; if it is the first, the command stops. 0: no limit."""
     may_change: tuple[str, ...] = ()
     """Refuse a variant whose code differs from the first's in other files than these, such as variants.py. Without it, all may differ."""
     workers: int = 1
-    """Runs at a time. With several GPUs, each run gets one. More than 1 disturbs the logged speeds: measure them with --time-steps."""
+    """Runs at a time. Pass the number of GPUs: each run gets one. More than 1 disturbs the logged speeds: use --time-steps for them."""
     time_steps: int = 0
     """At the end, time this many steps of each variant, in turns, with all models in memory. 0: take the speeds from the logs."""
     mixed: bool = False
-    """Also use runs of other code, other data or unequal budgets. The table names them. Without it, they are refused."""
+    """Also use runs of other code, and compare variants with other data, another validation or unequal tokens. The output names them.
+    Without it, they are refused."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -93,29 +109,34 @@ class Variant(NamedTuple):
 
 
 def variants_of(config: CompareConfig) -> list[Variant]:
-    """Returns the variants in the order of the command line. Flags may contain {out_dir} and {seed}."""
+    """Returns the variants in the order of the command line. Flags may contain {out_dir} and {seed}. IdeaFailed if some are wrong."""
     common, words = config.flags, config.variants
     if config.suite != "none":
         common = f"{SMALL} --data-dir {shlex.quote(config.data_dir)} {common}"
         words = [f"{name}={flags}" for name, flags in SUITES[config.suite].items()]
     if config.max_seconds:
         common += f" --max-seconds {config.max_seconds:g}"
-    finished, found = variants_in([word for word in words if Path(word).is_dir()]), {}
+    names, given = variants_in([word for word in words if Path(word).is_dir()])
+    found = {}
     for word in words:
-        if Path(word).is_dir():
-            found |= {name: Variant(name, None, given) for name, given in finished.items() if is_of(Path(word), given)}
+        if word in names:
+            found[names[word]] = Variant(names[word], None, given[names[word]])
         else:
             name, flags = word.split("=", 1)
-            raise_errors([f"{name} is also the name of a folder's variant: rename it"] if name in finished else [])
-            found[name] = Variant(name, split(f"{common} {flags}"), {})  # a variant's own flags come last and win
-    reserved = ("--seed", "--out-dir", "--out_dir")
-    wrong = [v.name for v in found.values() if any(word.split("=")[0] in reserved for word in v.flags or [])]
-    raise_errors([f"{name}: lab.compare sets --seed and --out-dir for each run: leave them out" for name in wrong])
+            raise_errors([f"{name} is also the name of a folder's variant: rename it"] if name in given else [])
+            try:
+                found[name] = Variant(name, split(f"{common} {flags}"), {})  # a variant's own flags come last and win
+            except ValueError as e:
+                raise IdeaFailed(name, str(e)) from e
+    raise_if_reserved([*found.values()])
     return [*found.values()]
 
 
-def is_of(folder: Path, given: dict[int, Path]) -> bool:
-    return folder in given.values() or folder in {path.parent for path in given.values()}
+def raise_if_reserved(variants: list[Variant]):
+    reserved, why = ("--seed", "--out-dir", "--out_dir"), "lab.compare sets --seed and --out-dir for each run: leave them out"
+    wrong = [v.name for v in variants if any(word.split("=")[0] in reserved for word in v.flags or [])]
+    if wrong:
+        raise IdeaFailed(wrong[0], why, "; ".join(f"{name}: {why}" for name in wrong))
 
 
 def run_of(config: CompareConfig, name: str, flags: list[str], seed: int) -> Run:
@@ -127,20 +148,20 @@ def run_of(config: CompareConfig, name: str, flags: list[str], seed: int) -> Run
 
 
 class Comparison:
-    """The variants, their runs so far, and the verdicts."""
+    """The variants, their runs so far, and the verdicts. ValueError before a run starts if they can't be compared."""
 
     def __init__(self, config: CompareConfig):
         self.config, self.variants = config, {variant.name: variant for variant in variants_of(config)}
         self.first = next(iter(self.variants.values()))
         given = {name: variant.given for name, variant in self.variants.items() if variant.flags is None}
-        first, n = config.first_seed, config.seeds
-        both = 0 < len(given) < len(self.variants)
-        self.seeds = common_seeds(given)[:n] if both else [*range(first, first + n)]  # of the variants that are trained
-        self.looks = tuple(range(min(FIRST_LOOK, n), n + 1)) if config.until_decided else (len(self.seeds),)
+        seeds = common_seeds(given) if given and self.trained() else [*range(config.first_seed, config.first_seed + config.seeds)]
+        self.seeds = seeds[: config.seeds]  # of the variants that are trained
+        self.looks = looks_until(config.seeds) if config.until_decided else ()
         self.folders: dict[str, dict[int, Path]] = {name: given.get(name, {}) for name in self.variants}  # of the runs so far
         self.failures: dict[str, str] = {}
         self.measured: dict[Path, dict] = {}
         self.origins: dict[str, Origin] = {}
+        self.notes = self.check()
 
     def trained(self) -> list[Variant]:
         return [variant for variant in self.variants.values() if variant.flags is not None]
@@ -149,48 +170,73 @@ class Comparison:
         return [name for name in self.variants if name != self.first.name]
 
     def check(self) -> list[str]:
-        """Checks everything before a run starts. Returns notes about what differs. ValueError if it must not be compared."""
-        code = code_now()
+        """Returns notes about what differs. ValueError if it must not be compared; IdeaFailed if a variant's flags are at fault."""
+        config, code, notes = self.config, code_now(), []
         for variant in self.variants.values():
-            if variant.flags is None:
-                refuse_unless(self.config.mixed, mixtures(variant.name, [*variant.given.values()]), LEAVE_OUT)
-                self.origins[variant.name] = origin_of(next(iter(variant.given.values())))
-            else:
-                train = run_of(self.config, variant.name, variant.flags, self.seeds[0]).config()
-                self.origins[variant.name] = Origin(train, find_data(train).contents(), code)  # makes missing shards now, not twice
-        theirs, some_given, notes = self.origins[self.first.name], len(self.trained()) < len(self.variants), []
+            notes += refuse_unless(config.mixed, mixtures(variant.name, [*variant.given.values()]), LEAVE_OUT)
+            self.origins[variant.name] = self.origin(variant, code)
+        theirs = self.origins[self.first.name]
         for name in self.others():
             ours = self.origins[name]
-            raise_errors(forbidden(name, ours, theirs, self.config.may_change))
-            unfair = unequal(name, ours, self.first.name, theirs, budget=some_given)
-            notes += refuse_unless(self.config.mixed or not some_given, unfair, LEAVE_OUT)
-            notes += code_change(name, ours, self.first.name, theirs)
+            raise_errors(forbidden(name, ours, theirs, config.may_change))
+            unfair = unequal(name, ours, self.first.name, theirs, budget=config.suite == "none")  # some suites compare lengths
+            if unfair and not config.mixed:
+                raise IdeaFailed(name, shortened(unfair), f"{shortened(unfair)}: {MAKE_EQUAL}")
+            notes += unfair + code_change(name, ours, self.first.name, theirs)
+        if self.trained() and theirs.config.max_seconds and share_hardware(config.workers):
+            notes.append("the runs slow each other, so --max-seconds is no fair limit: leave out --workers, or pass the number of GPUs")
+        return notes + self.recall_failures(code)
+
+    def origin(self, variant: Variant, code: dict) -> Origin:
+        if variant.flags is None:
+            return origin_of(next(iter(variant.given.values())))
+        train = run_of(self.config, variant.name, variant.flags, self.seeds[0]).config()
+        try:
+            return Origin(train, find_data(train).contents(), code)  # makes missing shards now, not twice
+        except ValueError as e:
+            raise IdeaFailed(variant.name, str(e)) from e
+
+    def recall_failures(self, code: dict) -> list[str]:
+        """Doesn't try again what an earlier command found to fail. Returns notes about that. ValueError if it is the first."""
+        notes = []
+        for variant in self.trained():
+            runs = [run_of(self.config, variant.name, variant.flags, seed) for seed in self.seeds]
+            if reason := earlier_failure(runs, code):
+                self.failures[variant.name] = reason
+                notes.append(f"{variant.name} failed before ({reason}): delete {runs[0].folder.parent / FAILED} to try it again")
+                if variant is self.first:
+                    raise IdeaFailed(variant.name, reason, notes[-1])
         return notes
 
     def run(self) -> list[str]:
-        """Trains the seeds of all variants; with --until-decided, more seeds until all are decided. Returns notes."""
-        notes, active = [], self.trained()
-        for n in self.looks:
-            for variant in active:  # the folders of seeds that exist by now
-                self.folders[variant.name] = {seed: folder_of(self.config.out_dir, variant.name, seed) for seed in self.seeds[:n]}
-            jobs = [v for v in self.trained() if v.name not in self.failures]
-            notes = self.train(jobs)
-            if wrong := [seed for seed, one in self.results()[self.first.name].items() if not math.isfinite(one["val_loss"])]:
-                raise ValueError(f"{self.first.name}'s loss is not finite with seed {wrong[0]}: compare with another variant")
-            undecided = [name for name in self.others() if not self.judgement(name).decided and name not in self.failures]
+        """Trains the seeds of all variants; with --until-decided, more seeds until all are decided. Returns notes about all runs."""
+        active = self.trained()
+        for n in self.looks or (len(self.seeds),):
+            notes = self.train(active, self.seeds[:n])
+            undecided = [name for name in self.others() if not self.judgement(name).decided]
             active = [v for v in self.trained() if v.name in undecided or v is self.first]
             if not undecided:
                 break
+        if self.config.complete_better:
+            better = [v for v in self.trained() if v.name in self.others() and self.judgement(v.name).verdict == "better"]
+            notes = self.train(better, self.seeds)
         return notes
 
-    def train(self, variants: list[Variant]) -> list[str]:
-        """Trains what is missing: every variant with the first seed, then with the second, …: a machine whose speed drifts treats them
-        alike."""
-        config = self.config
-        runs = [run_of(config, v.name, v.flags, s) for s in self.seeds for v in variants if s in self.folders[v.name]]
-        notes = run_all(runs, config.workers, config.mixed, self.failures, self.first.name, config.max_minutes) if runs else []
+    def train(self, variants: list[Variant], seeds: list[int]) -> list[str]:
+        """Trains these variants with these seeds, unless they have been: every variant with the first seed, then with the second, …: a
+        machine whose speed drifts treats them alike. Returns notes about all runs so far."""
+        config, first = self.config, self.first.name
+        for variant in variants:
+            self.folders[variant.name] = {seed: folder_of(config.out_dir, variant.name, seed) for seed in seeds}
+        jobs = [v for v in self.trained() if v.name not in self.failures]
+        runs = [run_of(config, v.name, v.flags, s) for s in self.seeds for v in jobs if s in self.folders[v.name]]
+        trial = Trial(self.failures, first, next(iter(self.folders[first].values()), None), config.max_minutes)
+        notes = run_all(runs, config.workers, config.mixed, trial) if runs else []
         for name in self.failures:
             self.folders[name] = {}
+        if wrong := not_finite(self.results()[first]):
+            reason = f"a loss is not finite with seed {wrong[0]}"
+            raise IdeaFailed(first, reason, f"{first}'s loss is not finite with seed {wrong[0]}: compare with another variant")
         return notes
 
     def results(self) -> dict[str, dict[int, dict]]:
@@ -206,8 +252,10 @@ class Comparison:
             return Judgement("failed", reason=self.failures[name])
         results = self.results()
         ours, theirs = results[name], results[self.first.name]
+        if wrong := not_finite(ours):
+            return Judgement("failed", reason=f"a loss is not finite with seed {wrong[0]}")
         differences = [one["val_loss"] - theirs[seed]["val_loss"] for seed, one in ours.items() if seed in theirs]
-        return judge(differences, self.looks if self.config.until_decided else (len(differences) or 1,))
+        return judge(differences, self.looks or (max(1, len(differences)),))
 
     def rows(self, results: dict[str, dict[int, dict]]) -> list[dict]:
         """Returns the table's rows: numbers, verdict, commit, and which code differs from the first's."""
@@ -218,12 +266,17 @@ class Comparison:
         return rows
 
 
+def not_finite(runs: dict[int, dict]) -> list[int]:
+    """Returns the seeds whose loss is not finite."""
+    return [seed for seed, one in runs.items() if not math.isfinite(one["val_loss"])]
+
+
 def remember_looks(path: Path, pairs: list[str], seeds: int, until_decided: bool) -> list[str]:
     """Records in judge.json how these pairs are judged, before anyone looks. Returns notes about pairs that were judged with fewer seeds.
     ValueError if --until-decided had another limit."""
-    record, notes = read_json(path, "delete it, and train all runs again in another --out-dir") if path.exists() else {}, []
+    kept, notes = read_json(path, "delete it, and train all runs again in another --out-dir") if path.exists() else {}, []
     for pair in pairs:
-        before = record.get(pair, {})
+        before = kept.get(pair, {})
         limit, most = before.get("limit"), before.get("seeds")
         if until_decided and limit not in (None, seeds):
             raise ValueError(
@@ -236,9 +289,9 @@ def remember_looks(path: Path, pairs: list[str], seeds: int, until_decided: bool
                 f"{pair} was judged with {earlier} before, and looking again adds false verdicts: "
                 "begin with --until-decided, in another --out-dir"
             )
-        record[pair] = before | ({"limit": seeds} if until_decided else {"seeds": max(seeds, most or 0)})
+        kept[pair] = before | ({"limit": seeds} if until_decided else {"seeds": max(seeds, most or 0)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    write_json(path, kept)
     return notes
 
 
@@ -251,16 +304,31 @@ def finish(comparison: Comparison, notes: list[str]) -> dict:
         speeds = speeds_in_turns([next(iter(runs.values())) for runs in comparison.folders.values() if runs], config.time_steps)
         for runs, speed in zip(timed, speeds, strict=True):
             runs |= {seed: one | {"tokens_per_second": speed} for seed, one in runs.items()}
-    found = {"variants": comparison.rows(results), "looks": comparison.looks, "notes": notes}
-    record(found["variants"], out_dir / "results.tsv")
-    draw_or_warn(draw, results, comparison.looks, out_dir / "compare.png")
-    common = sorted(set.intersection(*map(set, results.values())))
-    if config.suite == "modern":
-        found["to_the_same_loss"] = tokens_to_the_same_loss({name: [runs[seed] for seed in common] for name, runs in results.items()})
-    if config.suite == "length":
-        found["by_position"] = extrapolate(config.out_dir, config.data_dir, common)
-        draw_or_warn(plot_curves, found["by_position"], len(found["by_position"][0]["loss"]) // 4, out_dir / "length.png")
-    return found
+    rows = comparison.rows(results)
+    looks = comparison.looks or [max(len(row.get("differences") or row["seeds"]) for row in rows)]
+    record(rows, out_dir / "results.tsv", comparison.first.name)
+    draw_or_warn(draw, results, looks, out_dir / "compare.png")
+    more = AFTER[config.suite](config, results) if config.suite in AFTER else {}
+    return {"variants": rows, "looks": looks, "notes": notes, **more}
+
+
+# ---- what some suites ask ----
+
+
+def how_much_sooner(config: CompareConfig, results: dict[str, dict[int, dict]]) -> dict:
+    return {"to_the_same_loss": tokens_to_the_same_loss(results)}
+
+
+def longer_sequences(config: CompareConfig, results: dict[str, dict[int, dict]]) -> dict:
+    seeds = sorted(set.intersection(*map(set, results.values())))
+    if not seeds:
+        return {}
+    curves = extrapolate(config.out_dir, config.data_dir, seeds)
+    draw_or_warn(plot_curves, curves, len(curves[0]["loss"]) // 4, Path(config.out_dir, "length.png"))
+    return {"by_position": curves}
+
+
+AFTER = {"modern": how_much_sooner, "length": longer_sequences}  # suite → what else its results say
 
 
 def text_of(found: dict) -> str:
@@ -272,12 +340,11 @@ def text_of(found: dict) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def compare(config: CompareConfig) -> dict:
+def compare(comparison: Comparison) -> dict:
     """Trains and judges. Returns what --json prints."""
-    comparison = Comparison(config)
-    notes = comparison.check()
-    pairs = [f"{name} against {comparison.first.name}" for name in comparison.others()]
-    notes += remember_looks(Path(config.out_dir, "judge.json"), pairs, config.seeds, config.until_decided)
+    config, first = comparison.config, comparison.first.name
+    pairs = [f"{name} against {first}" for name in comparison.others()]
+    notes = comparison.notes + remember_looks(Path(config.out_dir, "judge.json"), pairs, config.seeds, config.until_decided)
     notes += comparison.run()
     notes += machine_notes([folder for runs in comparison.folders.values() for folder in runs.values()])
     return finish(comparison, notes)
@@ -288,7 +355,7 @@ def main():
         config = cli.parse(CompareConfig)
         config.validate()
         check_tools()
-        found = compare(config)
+        found = compare(Comparison(config))
         print(json.dumps(found, indent=2) if config.json else text_of(found), flush=True)
 
 

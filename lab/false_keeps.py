@@ -3,7 +3,8 @@
     python -m lab.false_keeps --trials 100
 
 A trial of the first kind compares a model with itself, only with other seeds: any "better" is false. A trial of the second kind gives it
-ReLU² instead of GELU. Losses are kept in losses.json, so the same command with more --trials continues.
+ReLU² instead of GELU. Losses are kept in losses.json, so the same command with more --trials continues. It refuses losses of other code or
+data.
 """
 
 import json
@@ -19,13 +20,13 @@ from common.distributed import DistContext
 from common.files import read_json, write_json
 from common.shards import find_shards
 from common.validation import raise_errors
-from lab.compare import FIRST_LOOK
-from lab.judge import distributions, judge, power, seeds_needed
+from lab.judge import FIRST_LOOK, judge, looks_until, power, scipy_stats, seeds_needed
 from lab.runs import split
 from train import find_data
 from training.config import TrainConfig
 from training.evaluation import validate
 from training.flags import parse_flags
+from training.run_json import code_now
 from training.trainer import Trainer
 from variants import build
 
@@ -75,14 +76,16 @@ def train_once(config: TrainConfig) -> float:
 
 
 class Losses:
-    """Trains runs on demand, and keeps their losses in a file."""
+    """Trains runs on demand, and keeps their losses in a file. ValueError if it has losses of other flags, other code or other data."""
 
     def __init__(self, config: FalseKeepsConfig):
         self.path, self.flags = Path(config.out_dir, "losses.json"), config.flags
-        kept = read_json(self.path, "delete it, or choose another --out-dir") if self.path.exists() else {"flags": config.flags}
-        if kept["flags"] != config.flags:
-            raise ValueError(f"{self.path} has the losses of other flags ({kept['flags']}): choose another --out-dir")
-        self.kept = kept
+        data = find_data(parse_flags(split(config.flags))).contents()
+        of_now = json.loads(json.dumps({"flags": config.flags, "code": code_now()["code"], "data": data}))  # tuples become lists
+        self.kept = read_json(self.path, "delete it, or choose another --out-dir") if self.path.exists() else of_now
+        other = ", ".join(name for name in of_now if self.kept.get(name) != of_now[name])
+        if other:
+            raise ValueError(f"{self.path} has the losses of other {other}: choose another --out-dir")
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def get(self, flags: str, seeds: list[int]) -> list[float]:
@@ -103,7 +106,7 @@ class Losses:
 
 def rate(hits: int, n: int) -> dict:
     """Returns a rate with its exact 95 % interval (Clopper & Pearson, 1934)."""
-    beta = distributions().beta
+    beta = scipy_stats().beta
     low = float(beta.ppf(0.025, hits, n - hits + 1)) if hits else 0.0
     high = float(beta.ppf(0.975, hits + 1, n - hits)) if hits < n else 1.0
     return {"hits": hits, "of": n, "rate": hits / n, "low": low, "high": high}
@@ -116,7 +119,7 @@ def false_keeps(config: FalseKeepsConfig, losses: Losses) -> dict:
         seeds = [trial * most + i for i in range(1, most + 1)]
         differences = losses.differences("", seeds, [seed + OTHER_SEEDS for seed in seeds])
         counts["one look"] += judge(differences[: config.seeds], [config.seeds]).verdict == "better"
-        counts["until decided"] += judge(differences, range(FIRST_LOOK, config.limit + 1)).verdict == "better"
+        counts["until decided"] += judge(differences, looks_until(config.limit)).verdict == "better"
     return {name: rate(hits, config.trials) for name, hits in counts.items()}
 
 
@@ -145,7 +148,8 @@ def describe(config: FalseKeepsConfig, found: dict) -> str:
     lines = [
         f"false keeps, {config.seeds} seeds: {shown(kinds['one look'])}",
         f"false keeps, --until-decided --seeds {config.limit}: {shown(kinds['until decided'])}",
-        f"ReLU² against GELU, {config.pairs} seeds: {gain['difference']:+.4f} nats per token, one seed deviates by {gain['deviation']:.4f}",
+        f"ReLU² against GELU, {config.pairs} seeds: {gain['difference']:+.4f} nats per token, "
+        f"one seed's difference deviates by {gain['deviation']:.4f}",
     ]
     if gain["power"] is not None:
         lines.append(
@@ -159,8 +163,7 @@ def main():
     with cli.one_line_errors(cli.AGAIN):
         config = cli.parse(FalseKeepsConfig)
         config.validate()
-        distributions()
-        find_data(parse_flags(split(config.flags)))
+        scipy_stats()
         torch.set_num_threads(1)  # faster for tiny matrices
         losses = Losses(config)
         found = {"false": false_keeps(config, losses), "gain": real_gain(config, losses)}

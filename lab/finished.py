@@ -8,21 +8,30 @@ from lab.origins import last_of, settings_of
 from training.run_json import RUN, is_finished, read_run
 
 
-def variants_in(words: list[str]) -> dict[str, dict[int, Path]]:
-    """Returns name → seed → folder. A word is a folder of numbered runs, as lab.compare writes them, or the folder of one run. Runs of
-    the same settings and code, but other seeds, form one variant. ValueError if a folder has no finished run."""
-    found, alike = {}, {}
+def variants_in(words: list[str]) -> tuple[dict[str, str], dict[str, dict[int, Path]]]:
+    """Returns word → its variant's name, and name → seed → folder. A word is a folder of numbered runs, as lab.compare writes them, or the
+    folder of one run. Single runs of the same settings and code, but other seeds, form one variant. ValueError if a folder has no finished
+    run."""
+    names, found, single = {}, {}, {}
     for word in words:
         folders, is_one = runs_in(Path(word))
-        name = Path(word).resolve().name
-        name = word if name in found else name
+        runs = {read_run(folder).seed: folder for folder in folders}
+        kind = identity(folders[0]) if is_one else ""
+        name = single.get(kind) if is_one else None  # the latest variant of runs like this one
+        if not name or runs.keys() & found[name].keys():  # a seed twice begins another variant
+            name = unused_name(word, found)
         if is_one:
-            alike.setdefault(key := identity(folders[0]), name)
-            if read_run(folders[0]).seed in found.get(alike[key], {}):  # a second variant that differs in nothing
-                alike[key] = name
-            name = alike[key]
-        found.setdefault(name, {}).update({read_run(folder).seed: folder for folder in folders})
-    return {name: dict(sorted(seeds.items())) for name, seeds in found.items()}
+            single[kind] = name
+        names[word] = name
+        found[name] = found.get(name, {}) | runs
+    return names, {name: dict(sorted(seeds.items())) for name, seeds in found.items()}
+
+
+def unused_name(word: str, taken: dict) -> str:
+    """Returns a variant's name: its folder's, or that of the folder above a numbered run; the whole path if that is taken."""
+    path = Path(word).resolve()
+    name = path.parent.name if path.name.isdecimal() else path.name
+    return word if name in taken else name
 
 
 def runs_in(folder: Path) -> tuple[list[Path], bool]:

@@ -15,11 +15,12 @@ import numpy as np
 
 LEVEL = 0.025  # probability of calling a variant better that makes no difference; the same for worse
 POWER = 0.8  # probability of finding the difference that a verdict says it could detect
+FIRST_LOOK = 3  # seeds; with two, only huge differences can be seen
 SERIES = 100_000  # simulated for the level of several looks; their mirror images double them
-DECIDED = ("better", "worse")
+EQUAL = "the losses are equal"
 
 
-def distributions():
+def scipy_stats():
     """Returns scipy.stats, which takes half a second to import. ValueError if SciPy is missing."""
     try:
         from scipy import stats
@@ -37,13 +38,14 @@ class Judgement:
     difference: float | None = None  # their mean
     low: float | None = None  # of the 95 % interval around the mean
     high: float | None = None
-    p: float | None = None  # probability of so low a mean, at any look so far, if the variant makes no difference
-    detectable: float | None = None  # smallest true difference that these seeds would find with probability POWER
+    p: float | None = None  # how often luck alone gives evidence this strong for better, at any planned look; near 1 for worse
+    detectable: float | None = None  # about the smallest true difference that these seeds would find with probability POWER
     reason: str = ""
 
     @property
     def decided(self) -> bool:
-        return self.verdict in DECIDED
+        """Whether more seeds are of no use."""
+        return self.verdict in ("better", "worse", "failed") or self.reason == EQUAL
 
     @property
     def text(self) -> str:
@@ -53,35 +55,48 @@ class Judgement:
         return f"{self.verdict}: {self.reason}" if self.reason else self.verdict
 
 
+def looks_until(seeds: int) -> tuple[int, ...]:
+    """Returns the numbers of seeds after which --until-decided looks."""
+    return tuple(range(min(FIRST_LOOK, seeds), seeds + 1))
+
+
 def judge(differences: Sequence[float], looks: Sequence[int]) -> Judgement:
     """Judges a variant by its differences, one per seed in order. looks: the numbers of seeds after which someone looks, fixed before
-    the first look. Later seeds than the first decisive look don't count."""
+    the first look. Stops at the first look that decides; later seeds are ignored."""
     if not all(map(math.isfinite, differences)):
         return Judgement("failed", reason="a loss is not finite")
-    smallest, found = 1.0, Judgement("no difference shown", reason=f"{len(differences)} seeds, the first look is after {min(looks)}")
+    found = Judgement("no difference shown", reason=f"{len(differences)} seeds, the first look is after {min(looks)}")
+    smallest = 1.0  # p of the looks so far
     for n in looks:
         if n <= len(differences):
-            found, smallest = judge_once(tuple(differences[:n]), tuple(looks), smallest)
+            smallest = min(smallest, one_sided_p(differences[:n]))
+            found = judge_once(tuple(differences[:n]), tuple(looks), smallest)
             if found.decided:
                 break
     return found
 
 
-def judge_once(differences: tuple[float, ...], looks: tuple[int, ...], smallest: float) -> tuple[Judgement, float]:
-    """Judges at one of the looks. smallest: p of the earlier looks, the smallest of them; returned with this look's."""
+def one_sided_p(differences: Sequence[float]) -> float:
+    """Returns the probability of so low a mean if the true one is 0, by Student's t-test. 1 if the seeds can't say."""
+    n, mean = len(differences), statistics.fmean(differences)
+    deviation = statistics.stdev(differences) if n > 1 else 0.0
+    if deviation:
+        return float(scipy_stats().t.cdf(mean / deviation * math.sqrt(n), n - 1))
+    return 0.0 if n > 1 and mean < 0 else 1.0
+
+
+def judge_once(differences: tuple[float, ...], looks: tuple[int, ...], smallest: float) -> Judgement:
+    """Judges at one of the looks. smallest: p of this look or an earlier one, whichever is smaller."""
     n, mean = len(differences), statistics.fmean(differences)
     if n == 1:
-        return Judgement("one seed shows nothing", differences, mean), smallest
-    deviation = statistics.stdev(differences)
+        return Judgement("one seed shows nothing", differences, mean)
+    deviation, level = statistics.stdev(differences), nominal_level(looks)
     if deviation == 0 == mean:
-        return Judgement("no difference shown", differences, 0.0, 0.0, 0.0, 0.5, 0.0, reason="the losses are equal"), smallest
-    t, level = distributions().t(n - 1), nominal_level(looks)
-    error = deviation / math.sqrt(n)
-    smallest = min(smallest, float(t.cdf(mean / error if error else math.copysign(math.inf, mean))))
-    half = float(t.isf(level)) * error
+        return Judgement("no difference shown", differences, 0.0, 0.0, 0.0, 0.5, 0.0, reason=EQUAL)
+    half = float(scipy_stats().t.isf(level, n - 1)) * deviation / math.sqrt(n)
     low, high = mean - half, mean + half
     verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
-    return Judgement(verdict, differences, mean, low, high, overall(smallest, looks), detectable(n, level) * deviation), smallest
+    return Judgement(verdict, differences, mean, low, high, p_over_looks(smallest, looks), detectable(n, level) * deviation)
 
 
 # ---- several looks ----
@@ -98,7 +113,7 @@ def smallest_p(looks: tuple[int, ...]) -> np.ndarray:
     mean, square = x.cumsum(1)[:, n - 1] / n, (x * x).cumsum(1)[:, n - 1] / n  # (N, L)
     t = mean / np.sqrt((square - mean * mean) / (n - 1))
     lowest = np.concatenate([t, -t])
-    return np.sort(distributions().t.cdf(lowest, n - 1).min(1))
+    return np.sort(scipy_stats().t.cdf(lowest, n - 1).min(1))
 
 
 @cache
@@ -107,8 +122,8 @@ def nominal_level(looks: tuple[int, ...]) -> float:
     return LEVEL if len(looks) == 1 else float(np.quantile(smallest_p(looks), LEVEL))
 
 
-def overall(p: float, looks: tuple[int, ...]) -> float:
-    """Returns the probability that a variant that makes no difference has a p this small at any look."""
+def p_over_looks(p: float, looks: tuple[int, ...]) -> float:
+    """Returns the probability that a variant that makes no difference has a p this small at one of the planned looks."""
     if len(looks) == 1:
         return p
     simulated = smallest_p(looks)
@@ -119,14 +134,16 @@ def overall(p: float, looks: tuple[int, ...]) -> float:
 
 
 def power(n: int, effect: float, level: float = LEVEL) -> float:
-    """Returns the probability that n seeds find a true difference. effect: the difference in standard deviations of one seed's."""
-    t = distributions()
+    """Returns the probability that one look after n seeds finds a true difference. effect: that difference, in standard deviations of
+    one seed's difference."""
+    t = scipy_stats()
     return float(t.nct.sf(t.t.isf(level, n - 1), n - 1, abs(effect) * math.sqrt(n)))
 
 
 @cache
 def detectable(n: int, level: float = LEVEL) -> float:
-    """Returns the true difference that n seeds find with probability POWER, in standard deviations of one seed's difference."""
+    """Returns the true difference that n seeds find with probability POWER, in standard deviations of one seed's difference. It is a
+    little too large after several looks, because it leaves out what the earlier ones find."""
     low, high = 0.0, 1.0
     while power(n, high, level) < POWER:
         low, high = high, 2 * high
@@ -137,39 +154,6 @@ def detectable(n: int, level: float = LEVEL) -> float:
 
 
 def seeds_needed(effect: float, most: int = 1000) -> int | None:
-    """Returns how many seeds find a true difference of this many standard deviations with probability POWER. None if more than most."""
+    """Returns how many seeds find a true difference of this many standard deviations of one seed's difference with probability POWER.
+    None if more than most."""
     return next((n for n in range(2, most + 1) if power(n, effect) >= POWER), None)
-
-
-# ---- how much sooner ----
-
-
-def amount_for(loss: float, amounts: list[float], losses: list[float]) -> float | None:
-    """Interpolates the tokens (or seconds) that a series of runs needs to reach a loss.
-
-    Linear in the loss and in log(amount), between the two runs around that loss. None if no two runs are around it.
-    """
-    for i in range(1, len(amounts)):
-        if losses[i - 1] > loss >= losses[i]:
-            fraction = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
-            return math.exp((1 - fraction) * math.log(amounts[i - 1]) + fraction * math.log(amounts[i]))
-    return None
-
-
-def tokens_to_the_same_loss(runs: dict[str, list[dict]]) -> str:
-    """Says how many times fewer tokens and seconds the other variants need to reach the first variant's loss.
-
-    The other variants are one recipe at growing lengths.
-    """
-    first, *series = runs.values()
-    lines = []
-    for unit in ("tokens", "seconds"):
-        ratios = []
-        for seed, one in enumerate(first):
-            amount = amount_for(one["val_loss"], [runs[seed][unit] for runs in series], [runs[seed]["val_loss"] for runs in series])
-            if amount is None:
-                return "the series does not reach the first variant's loss, or its shortest run already beats it: choose other lengths"
-            ratios.append(one[unit] / amount)
-        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        lines.append(f"× fewer {unit} to the first variant's loss, seed by seed: {each}; mean {statistics.fmean(ratios):.2f}")
-    return "\n".join(lines)

@@ -44,11 +44,12 @@ def recorded(folders: list[Path]) -> list[Path]:
     return [folder for folder in folders if (folder / RUN).exists()]
 
 
-AGAIN = "train all runs again in another --out-dir, or pass --mixed to use these too"
+TRAIN_AGAIN = "train all runs again in another --out-dir, or pass --mixed to use these too"
 LEAVE_OUT = "leave them out, or pass --mixed to use these too"
+MAKE_EQUAL = "make both equal, or pass --mixed to compare them anyway"
 
 
-def refuse_unless(mixed: bool, notes: list[str], remedy: str = AGAIN) -> list[str]:
+def refuse_unless(mixed: bool, notes: list[str], remedy: str = TRAIN_AGAIN) -> list[str]:
     """Returns the notes. ValueError with them and the remedy unless mixed."""
     if notes and not mixed:
         raise ValueError(f"{shortened(notes)}: {remedy}")
@@ -94,6 +95,8 @@ def settings_of(folder: Path) -> dict:
 
 def mixtures(name: str, folders: list[Path]) -> list[str]:
     """Says how the runs of one variant differ in more than the seed."""
+    if not folders:
+        return []
     first, *others = folders
     settings, notes = settings_of(first), []
     for folder in others:

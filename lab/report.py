@@ -14,10 +14,10 @@ from pathlib import Path
 from common import cli
 from common.files import append
 from common.picture import label_of, picture
-from lab.judge import LEVEL, Judgement, distributions, nominal_level
+from lab.judge import LEVEL, Judgement, nominal_level, scipy_stats
 
 WIDTH = 100  # columns
-TSV = ("commit", "name", "seeds", "loss", "difference", "interval", "p", "memory", "seconds", "verdict")
+TSV = ("commit", "name", "against", "seeds", "loss", "difference", "interval", "p", "memory", "seconds", "verdict")
 
 
 def summary(runs: dict[str, dict[int, dict]], judgements: dict[str, Judgement]) -> list[dict]:
@@ -53,7 +53,7 @@ def summary(runs: dict[str, dict[int, dict]], judgements: dict[str, Judgement]) 
 
 def check_tools():
     """ValueError in one line if a package is missing: it should come before hours of training."""
-    distributions()
+    scipy_stats()
     try:
         import rich.table  # noqa: F401
     except ImportError as e:
@@ -71,8 +71,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], wide: Sequence[int
     colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for number, name in enumerate(head):
-        words = number == 0 or number in wide
+    for i, name in enumerate(head):
+        words = i == 0 or i in wide
         shown.add_column(Text(name), justify="left" if words else "right", no_wrap=not words, overflow="fold")
     colors = {"better": "green", "worse": "red", "failed": "red"}
     for row in rows:
@@ -88,10 +88,11 @@ def show(rows: list[dict], looks: Sequence[int]) -> str:
     verdicts = [
         [
             row["variant"],
-            number(row.get("val_loss"), ".4f"),
-            number(row.get("bits_per_byte"), ".4f"),
+            shown_as(row.get("val_loss"), ".4f"),
+            shown_as(row.get("bits_per_byte"), ".4f"),
+            str(len(row["seeds"])),
             interval(row),
-            number(row.get("p"), ".4f") if row.get("p") != 0 else "<.0001",
+            "<.0001" if (row.get("p") or 1) < 0.0001 or row.get("p") == 0 else shown_as(row.get("p"), ".4f"),
             textwrap.shorten(row.get("text", "the first"), 100, placeholder=" …"),
         ]
         for row in rows
@@ -102,7 +103,7 @@ def show(rows: list[dict], looks: Sequence[int]) -> str:
             f"{row['params']:,}" + (f" ({row['active_params']:,})" if row["active_params"] < row["params"] else ""),
             f"{row['tokens']:,}",
             f"{row['tokens_per_second']:,.0f}",
-            number(row["speed"], ".2f"),
+            shown_as(row["speed"], ".2f"),
             f"{row['memory_bytes'] / 1e6:,.0f} MB",
             f"{row['cache_bytes'] / 1e3:,.0f} kB",
         ]
@@ -110,7 +111,7 @@ def show(rows: list[dict], looks: Sequence[int]) -> str:
         if "params" in row
     ]
     parts = [
-        table(["variant", "loss", "bits/byte", "difference ± 95 %", "p", "verdict"], verdicts, [5]),
+        table(["variant", "loss", "bits/byte", "seeds", "difference ± 95 %", "p", "verdict"], verdicts, [6]),
         table(["variant", "parameters (active)", "tokens", "tokens/s", "× first", "memory", "KV cache"], costs),
     ]
     each = [[row["variant"], by_seed(row)] for row in rows if row.get("differences")]
@@ -118,7 +119,7 @@ def show(rows: list[dict], looks: Sequence[int]) -> str:
     return "\n\n".join([*parts, meaning(looks)])
 
 
-def number(value: float | None, how: str) -> str:
+def shown_as(value: float | None, how: str) -> str:
     return "" if value is None else format(value, how)
 
 
@@ -135,9 +136,12 @@ def by_seed(row: dict) -> str:
 def meaning(looks: Sequence[int]) -> str:
     """Names the test, and says what its verdicts mean."""
     rate = f"{100 * LEVEL:g} %"
+    anywhere = ", at any planned look" if len(looks) > 1 else ""
     lines = [
-        f"Student's paired t-test over seeds. A variant that changes nothing is called better in {rate} of comparisons, worse in {rate}.",
-        "No difference shown: more seeds might show one. p: the chance of so low a mean if it changes nothing.",
+        "Student's paired t-test over the seeds that both have.",
+        f"A variant that changes nothing is called better in {rate} of comparisons, worse in {rate}.",
+        "No difference shown: more seeds might show one. What these could detect is an estimate.",
+        f"p: how often luck alone gives evidence this strong for better{anywhere}. One-sided: near 1, it is for worse.",
     ]
     if len(looks) > 1:
         level = f"{100 * nominal_level(tuple(looks)):.2g} %"
@@ -148,28 +152,41 @@ def meaning(looks: Sequence[int]) -> str:
 # ---- results.tsv ----
 
 
-def record(rows: list[dict], path: Path):
-    """Appends a line per variant to results.tsv, unless the file has it already. memory in bytes, loss in nats per token."""
+def record(rows: list[dict], path: Path, first: str):
+    """Appends a line per variant to results.tsv, unless the file says it already. memory in bytes, loss in nats per token."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    new = [] if lines else ["\t".join(TSV)]
+    head = lines[0].split("\t") if lines else [*TSV]  # an older file keeps its columns
+    new = [] if lines else ["\t".join(head)]
     for row in rows:
         cells = {
             "commit": row.get("commit", ""),
             "name": " ".join(row["variant"].split()),
+            "against": " ".join(first.split()) if "verdict" in row else "",
             "seeds": " ".join(map(str, row["seeds"])),
-            "loss": number(row.get("val_loss"), ".6f"),
-            "difference": number(row.get("difference"), ".6f"),
+            "loss": shown_as(row.get("val_loss"), ".6f"),
+            "difference": shown_as(row.get("difference"), ".6f"),
             "interval": "" if row.get("low") is None else f"{row['low']:.6f} {row['high']:.6f}",
-            "p": number(row.get("p"), ".6f"),
-            "memory": number(row.get("memory_bytes"), ".0f"),
-            "seconds": number(row.get("seconds"), ".1f"),
+            "p": shown_as(row.get("p"), ".3g"),
+            "memory": shown_as(row.get("memory_bytes"), ".0f"),
+            "seconds": shown_as(row.get("seconds"), ".1f"),
             "verdict": " ".join(row.get("text", "the first").split()),
         }
-        line = "\t".join(cells[name] for name in TSV)
-        new += [line] if line not in lines else []
+        line = "\t".join(cells.get(name, "") for name in head)
+        known = line in lines or ("verdict" not in row and has_seeds(lines, head, cells))
+        new += [] if known else [line]
     if new:
         path.parent.mkdir(parents=True, exist_ok=True)
         append(path, "\n".join(new) + "\n")
+
+
+def has_seeds(lines: list[str], head: list[str], cells: dict[str, str]) -> bool:
+    """Whether a line has all of these seeds of the same variant and commit."""
+    for line in lines[1:]:
+        there = dict(zip(head, line.split("\t"), strict=False))
+        same = all(there.get(key) == cells[key] for key in ("commit", "name"))
+        if same and {*cells["seeds"].split()} <= {*there.get("seeds", "").split()}:
+            return True
+    return False
 
 
 # ---- the picture ----
@@ -181,7 +198,7 @@ def band(series: list[list[float]], level: float) -> tuple[list[float], list[flo
     for values in zip(*series, strict=True):
         n = len(values)
         means.append(statistics.fmean(values))
-        halves.append(distributions().t.isf(level, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0)
+        halves.append(scipy_stats().t.isf(level, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0)
     return means, halves
 
 
@@ -191,12 +208,12 @@ def draw(runs: dict[str, dict[int, dict]], looks: Sequence[int], out: Path):
     first_name, first = next(iter(runs.items()))
     with picture(out, 13, 5) as figure:
         left, right = figure.subplots(1, 2)
-        for number, (name, seeds) in enumerate(runs.items()):
+        for i, (name, seeds) in enumerate(runs.items()):
             curves = [one["curve"] for one in seeds.values()]
-            draw_band(left, curves, LEVEL, f"C{number}", label_of(name, 40))
+            draw_band(left, curves, LEVEL, f"C{i}", label_of(name, 40))
             pairs = [seed for seed in seeds if seed in first and name != first_name]
             gaps = [{at: loss - first[s]["curve"][at] for at, loss in seeds[s]["curve"].items() if at in first[s]["curve"]} for s in pairs]
-            draw_band(right, gaps, level, f"C{number}", label_of(name, 40))
+            draw_band(right, gaps, level, f"C{i}", label_of(name, 40))
         right.axhline(0, color="C0", linewidth=1, label=label_of(first_name, 40))
         left.set(title="Validation loss, mean over seeds, 95 % band", xlabel="tokens", ylabel="nats per token")
         right.set(title=f"Difference to {label_of(first_name, 30)}, paired by seed, 95 % band", xlabel="tokens", ylabel="nats per token")

@@ -15,12 +15,27 @@ import torch
 
 import checkpoint
 from common import cli
+from common.files import read_json, write_json
 from lab.origins import MAY_DIFFER, code_notes, data_notes, refuse_unless, shortened
 from training.config import LOWER_LR, LOWER_MEMORY, SMALLER_MODEL, TrainConfig
 from training.flags import parse_flags, raise_if_changed, recorded_teacher
 from training.run_json import RUN, code_now, is_finished, read_run
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
+FAILED = "failed.json"  # in an idea's folder
+
+
+class IdeaFailed(ValueError):
+    """An idea's code, flags or settings are wrong. Another idea may still succeed."""
+
+    def __init__(self, name: str, reason: str, message: str = ""):
+        """message: the reason with its command or remedy."""
+        super().__init__(message or f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+class OtherFlags(ValueError):
+    """A folder has a run with other flags."""
 
 
 def split(flags: str) -> list[str]:
@@ -46,12 +61,11 @@ class Run(NamedTuple):
         return self.folder.name
 
     def config(self) -> TrainConfig:
-        """Parses and checks the flags. Exits 2 on an unknown flag. ValueError names the variant if its settings are invalid."""
+        """Parses and checks the flags. IdeaFailed if one is unknown, or if the settings are invalid."""
         try:
             config = parse_flags(self.argv())
-        except SystemExit:
-            cli.say(f"error: train.py rejects the flags of {self.name!r}: correct them")
-            raise
+        except SystemExit as e:  # it has named the flag
+            raise IdeaFailed(self.name, "train.py rejects its flags", f"{self.name}: train.py rejects its flags, correct them") from e
         if config.init_from:  # its weights decide the shape
             config = parse_flags(self.argv(), checkpoint.load_config(config.init_from, config.init_revision))
         try:
@@ -59,7 +73,7 @@ class Run(NamedTuple):
             if config.plan or config.replay_step is not None or "--resume" in self.flags:
                 raise ValueError("--plan, --replay-step and --resume start no new run: leave them out")
         except ValueError as e:
-            raise ValueError(f"{self.name}: {e}") from e
+            raise IdeaFailed(self.name, str(e)) from e
         return config
 
     def argv(self, resume: bool = False) -> list[str]:
@@ -67,7 +81,7 @@ class Run(NamedTuple):
         return [*(["--resume"] if resume else self.flags), "--out-dir", str(self.folder)]
 
     def state(self) -> Literal["new", "begun", "finished"]:
-        """Says how far the run got. ValueError if its folder has a run with other flags."""
+        """Says how far the run got. OtherFlags if its folder has a run with other flags."""
         if not (self.folder / RUN).exists():
             return "new"
         wanted, recorded = self.config(), read_run(self.folder)
@@ -77,7 +91,7 @@ class Run(NamedTuple):
         try:
             raise_if_changed(recorded, wanted, MAY_DIFFER, str(self.folder))
         except ValueError as e:
-            raise ValueError(f"{self.name}: {e}, or choose another --out-dir") from e
+            raise OtherFlags(f"{self.name}: {e}, or choose another --out-dir") from e
         return "finished" if is_finished(self.folder) else "begun"
 
 
@@ -88,20 +102,40 @@ def last_checkpoint(folder: Path) -> dict:
     return content if content.get("val_loss") is not None else {}
 
 
-class IdeaFailed(ValueError):
-    """A run failed because of its code or its settings. Another idea may still succeed."""
-
-    def __init__(self, message: str, reason: str):
-        super().__init__(message)
-        self.reason = reason  # without the command
+# ---- ideas that failed ----
 
 
-def run_all(
-    runs: list[Run], workers: int, mixed: bool, failures: dict[str, str] | None = None, needed: str = "", max_minutes: float = 0
-) -> list[str]:
+def remember_failure(run: Run, reason: str, code: dict):
+    """Writes down why an idea failed, so that no later command tries it again."""
+    folder = run.folder.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FAILED, {"reason": reason, "flags": run.flags, "code": code["code"]})
+
+
+def earlier_failure(runs: list[Run], code: dict) -> str:
+    """Returns why an earlier command found that an idea fails; "" if none did, or if its flags or its code have changed since."""
+    path = runs[0].folder.parent / FAILED
+    kept = read_json(path, "delete it to try the idea again") if path.exists() else {}
+    same = kept.get("flags") in [run.flags for run in runs] and kept.get("code") == code["code"]
+    return str(kept.get("reason")) if same else ""
+
+
+# ---- train ----
+
+
+class Trial(NamedTuple):
+    """How run_all treats ideas. Without it, a run that fails ends everything."""
+
+    failures: dict[str, str]  # name → reason; gets those of this call
+    needed: str  # the name that must not fail
+    proof: Path | None  # a run of the needed one: if it finished, but fails now, the machine is at fault
+    max_minutes: float  # a run that takes longer has failed; 0: no limit
+
+
+def run_all(runs: list[Run], workers: int, mixed: bool, trial: Trial | None = None) -> list[str]:
     """Trains or resumes the runs that have not finished yet. ValueError if some are of other code or data, before and after it trains;
-    with mixed, returns a note about each. failures: gets name → reason of each idea that failed, except of the needed one; such an idea
-    starts no more runs. Without it, and if the machine is at fault, any failure is a ValueError."""
+    with mixed, returns a note about each. An idea that fails starts no more runs, and the others continue. ValueError if the machine is at
+    fault, or if the needed one fails."""
     code, folders = code_now(), [run.folder for run in runs]
     missing, running, free = [run for run in runs if run.state() != "finished"], [], SimpleQueue()
     refuse_unless(mixed, code_notes(folders, code) + data_notes(folders))
@@ -111,13 +145,18 @@ def run_all(
         free.put(environment(workers, slot))
 
     def attempt(run: Run):
+        if trial and run.name in trial.failures:
+            return
+        env = free.get()
         try:
-            if failures is None or run.name not in failures:
-                train_one(run, running, free, max_minutes)
+            train_one(run, running, env, trial)
         except IdeaFailed as e:
-            if failures is None or run.name == needed:
+            if not trial or run.name == trial.needed:
                 raise
-            failures[run.name] = e.reason
+            trial.failures[run.name] = e.reason
+            remember_failure(run, e.reason, code)
+        finally:
+            free.put(env)
 
     pool = ThreadPoolExecutor(workers)
     cli.exit_on_stop_signals()
@@ -133,28 +172,50 @@ def run_all(
     return refuse_unless(mixed, code_notes(folders, code) + data_notes(folders))  # someone may edit the code while the runs train
 
 
-def train_one(run: Run, running: list[subprocess.Popen], free: SimpleQueue, max_minutes: float):
-    """Trains or resumes one run in a free worker's environment. ValueError with train.py's last message if it fails: IdeaFailed if the
-    run is to blame, or takes longer than max_minutes (0: no limit)."""
-    argv, env = run.argv(resume=run.state() == "begun"), free.get()
-    process = launch(argv, {"WANDB_RUN_GROUP": run.name} | env)  # trackers then show the seeds of a variant together
+def train_one(run: Run, running: list[subprocess.Popen], env: dict, trial: Trial | None):
+    """Trains or resumes one run. ValueError with train.py's last message if it fails: IdeaFailed if the run is to blame, or takes too
+    long."""
+    argv = run.argv(resume=run.state() == "begun")
+    env = {"WANDB_RUN_GROUP": run.name} | env  # trackers then show the seeds of a variant together
+    minutes = trial.max_minutes if trial else 0
+    try:
+        status, _, errors = finish(argv, running, env, minutes)
+    except subprocess.TimeoutExpired:
+        raise IdeaFailed(run.name, f"seed {run.seed} took longer than {minutes:g} minutes") from None
+    if not status:
+        return
+    why = why_it_failed(status, errors)[0]
+    message = f"{run.name}: train.py {shlex.join(argv)} exited with {status}: {why}"
+    if not is_to_blame(status, errors):
+        raise ValueError(message)
+    if trial and status != 2 and (fault := fault_of_machine(trial, running, env)):
+        raise ValueError(f"{message}. {trial.needed} fails now too ({fault}): mend the machine, then run this command again")
+    raise IdeaFailed(run.name, f"seed {run.seed}: {why.removeprefix('error: ')}", message)
+
+
+def finish(argv: list[str], running: list[subprocess.Popen], env: dict, minutes: float = 0) -> tuple[int, str, str]:
+    """Runs train.py. Returns its exit status, stdout and stderr. TimeoutExpired if it takes longer than so many minutes; it saves then."""
+    process = launch(argv, env)
     running.append(process)
     try:
-        output = process.communicate(timeout=60 * max_minutes or None)[1]
+        output, errors = process.communicate(timeout=60 * minutes or None)
     except subprocess.TimeoutExpired:
-        process.terminate()  # it saves and exits
+        process.terminate()
         process.communicate()
-        reason = f"seed {run.seed} took longer than {max_minutes:g} minutes"
-        raise IdeaFailed(f"{run.name}: {reason}", reason) from None
+        raise
     finally:
         running.remove(process)
-        free.put(env)
-    if process.returncode:
-        why, _ = why_it_failed(process.returncode, output)
-        message = f"{run.name}: train.py {shlex.join(argv)} exited with {process.returncode}: {why}"
-        if is_to_blame(process.returncode, output):
-            raise IdeaFailed(message, f"seed {run.seed}: {why.removeprefix('error: ')}")
-        raise ValueError(message)
+    return process.returncode, output, errors
+
+
+def fault_of_machine(trial: Trial, running: list[subprocess.Popen], env: dict) -> str:
+    """Computes the first step of the proof, which changes nothing on disk. Returns why that fails; "" if it works, or if there is no
+    proof yet."""
+    if not (trial.proof and (trial.proof / RUN).exists() and is_finished(trial.proof)):
+        return ""
+    status, output, errors = finish(["--replay-step", "0", "--out-dir", str(trial.proof)], running, env)
+    works = status == 0 or "in the log: " in output  # other hardware gives other bits
+    return "" if works else why_it_failed(status, errors)[0]
 
 
 def why_it_failed(status: int, output: str) -> tuple[str, bool]:
@@ -170,6 +231,11 @@ def is_to_blame(status: int, output: str) -> bool:
     """Whether a run's own code or settings made it fail, rather than the machine or someone who stopped it."""
     crashed = status == 1 and "Traceback (most recent call last)" in output
     return crashed or status in (2, -signal.SIGSEGV, -signal.SIGABRT) or why_it_failed(status, output)[1]
+
+
+def share_hardware(workers: int) -> bool:
+    """Whether so many runs slow each other."""
+    return workers > max(1, torch.cuda.device_count())
 
 
 def launch(argv: list[str], env: dict) -> subprocess.Popen:

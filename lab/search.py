@@ -9,6 +9,7 @@ The same command continues a stopped search.
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -16,9 +17,10 @@ import tyro
 
 from common import cli
 from common.validation import raise_errors
-from lab.compare import FIRST_LOOK, CompareConfig, Comparison, compare, run_of
-from lab.report import check_tools, interval, table
-from lab.runs import folder_of
+from lab.compare import CompareConfig, Comparison, compare
+from lab.judge import FIRST_LOOK, LEVEL
+from lab.report import check_tools, interval, record, table
+from lab.runs import IdeaFailed, OtherFlags, folder_of
 
 BASELINE = "baseline"
 
@@ -40,9 +42,9 @@ class SearchConfig:
     out_dir: str = "log/search"
     """Gets the runs and results.tsv; fresh/ and larger/ in it get those of the end. Finished runs are kept."""
     workers: int = 1
-    """Runs at a time."""
+    """Runs at a time. Pass the number of GPUs: each run gets one."""
     max_minutes: float = 0.0
-    """An idea with a run that takes longer by the clock has failed. 0: no limit."""
+    """An idea with a run that takes longer by the clock has failed. If it is the baseline, the search stops. 0: no limit."""
     json: bool = False
     """Print JSON at the end instead of tables."""
 
@@ -52,94 +54,105 @@ class SearchConfig:
         raise_errors(errors + cli.at_least(1, self, "workers") + cli.at_least(0, self, "max_minutes"))
 
 
-class Step(NamedTuple):
-    """The baseline, or the recipe after an idea joined it."""
+class Recipe(NamedTuple):
+    """The flags of the baseline and of the ideas kept so far. Has the name of the latest."""
 
     name: str
     flags: str
 
 
-def read_ideas(path: str) -> list[Step]:
-    """Returns the ideas of a file, in its order. ValueError names the wrong lines."""
-    ideas, errors, taken = [], [], {folder_of("", BASELINE, 1)}
+def read_ideas(path: str) -> dict[str, str]:
+    """Returns name → flags, in the file's order. ValueError names the wrong lines."""
+    ideas, errors, taken = {}, [], {folder_of("", BASELINE, 1)}
     for line in map(str.strip, Path(path).read_text(encoding="utf-8").splitlines()):
         if not line or line.startswith("#"):
             continue
-        idea = Step(*map(str.strip, line.partition("=")[::2]))
-        if not (idea.name and idea.flags):
+        name, flags = map(str.strip, line.partition("=")[::2])
+        if not (name and flags):
             errors.append(f"{path}: {line!r} is not NAME=FLAGS")
-        elif (folder := folder_of("", idea.name, 1)) in taken:
-            errors.append(f"{path}: {idea.name!r} would share a folder with an earlier idea or the baseline: rename it")
+        elif (folder := folder_of("", name, 1)) in taken:
+            errors.append(f"{path}: {name!r} would share a folder with an earlier idea or the baseline: rename it")
         else:
             taken.add(folder)
-            ideas.append(idea)
+            ideas[name] = flags
     raise_errors(errors or ([] if ideas else [f"{path} has no idea: write a line NAME=FLAGS for each"]))
     return ideas
 
 
 class Search:
-    """The recipe so far, and what became of each idea."""
+    """The recipes so far: the baseline, then one for each idea that was kept. The next idea must beat the last one."""
 
-    def __init__(self, config: SearchConfig, ideas: list[Step]):
-        self.config, self.ideas = config, ideas
-        self.recipe = [Step(BASELINE, "")]  # its last step is what the next idea must beat
-        self.judged: list[dict] = []
+    def __init__(self, config: SearchConfig):
+        self.config, self.recipes = config, [Recipe(BASELINE, "")]
+        self.notes: list[str] = []  # of all comparisons
 
-    def settings(self, *steps: Step, **settings) -> CompareConfig:
+    def try_ideas(self, ideas: dict[str, str]) -> list[dict]:
+        """Judges each idea on top of the last recipe, and keeps it if it is better. Returns a row for each idea."""
+        if self.config.larger:
+            Comparison(self.settings(self.recipes[0], **self.at_the_end("larger")))  # wrong flags end the search now, not after a night
+        compare(Comparison(self.settings(self.recipes[0])))
+        rows = []
+        for name, flags in ideas.items():
+            recipe = Recipe(name, f"{self.recipes[-1].flags} {flags}".strip())
+            row = self.judge(self.recipes[-1], recipe, until_decided=True, complete_better=True)
+            cli.say(f"{name}: {row['text']} {interval(row)}")
+            self.recipes += [recipe] if row["verdict"] == "better" else []
+            rows.append(row)
+        return rows
+
+    def confirm(self, where: str) -> list[dict]:
+        """Judges each recipe against the one before, with fresh seeds. where: fresh, or larger for the larger model."""
+        return [self.judge(before, after, **self.at_the_end(where)) for before, after in pairwise(self.recipes)]
+
+    def judge(self, before: Recipe, after: Recipe, **how) -> dict:
+        """Returns lab.compare's row for the second recipe: a failed one if it can't be compared, or if a run fails."""
+        config = self.settings(before, after, **how)
+        try:
+            found = compare(Comparison(config))
+        except IdeaFailed as e:
+            reason = e.reason if e.name == after.name else f"{e.name} failed here: {e.reason}"
+            row = {"variant": after.name, "seeds": [], "verdict": "failed", "text": f"failed: {reason}"}
+            record([row], Path(config.out_dir, "results.tsv"), before.name)
+            return row
+        except OtherFlags as e:
+            raise ValueError(f"{e}. Did an idea before it change? Leave those as they were, and add new ideas at the end") from e
+        for note in found["notes"]:
+            if note not in self.notes:
+                self.notes.append(note)
+                cli.say(note)
+        return found["variants"][1]
+
+    def settings(self, *recipes: Recipe, **how) -> CompareConfig:
+        """Returns lab.compare's settings to compare these recipes."""
         config = self.config
         common = {name: getattr(config, name) for name in ("flags", "seeds", "out_dir", "workers", "max_minutes")}
-        return CompareConfig(tuple(f"{step.name}={step.flags}" for step in steps), **common | settings)
+        return CompareConfig(tuple(f"{recipe.name}={recipe.flags}" for recipe in recipes), **common | how)
 
-    def run(self):
-        compare(self.settings(self.recipe[0]))  # fails here, not with an idea, if the baseline is wrong
-        for idea in self.ideas:
-            self.judged.append(row := self.judge(idea))
-            cli.say(f"{idea.name}: {row['text']} {interval(row)}")
-
-    def judge(self, idea: Step) -> dict:
-        """Returns lab.compare's row for an idea on top of the recipe. If it is better, it joins the recipe."""
-        best, trial = self.recipe[-1], Step(idea.name, f"{self.recipe[-1].flags} {idea.flags}".strip())
-        settings = self.settings(best, trial, until_decided=True)
-        if why := impossible(settings, trial.name):
-            return {"variant": idea.name, "verdict": "failed", "text": f"failed: {why}"}
-        row = compare(settings)["variants"][1]
-        if row["verdict"] == "better":
-            self.recipe.append(trial)
-            compare(self.settings(trial))  # the seeds that it did without: the next idea needs them
-        return row
-
-    def confirm(self, where: str, flags: str) -> list[dict]:
-        """Judges each step of the recipe against the one before, with fresh seeds."""
-        settings = dict(
-            flags=f"{self.config.flags} {flags}".strip(),
-            seeds=self.config.fresh_seeds,
-            first_seed=self.config.seeds + 1,
-            out_dir=str(Path(self.config.out_dir, where)),
-        )
-        pairs = zip(self.recipe, self.recipe[1:], strict=False)
-        return [compare(self.settings(before, after, **settings))["variants"][1] for before, after in pairs]
+    def at_the_end(self, where: str) -> dict:
+        """Returns how the judgements at the end differ."""
+        config = self.config
+        flags = f"{config.flags} {config.larger}" if where == "larger" else config.flags
+        return dict(flags=flags, seeds=config.fresh_seeds, first_seed=config.seeds + 1, out_dir=str(Path(config.out_dir, where)))
 
 
-def impossible(settings: CompareConfig, name: str) -> str:
-    """Says why train.py rejects an idea's flags; "" if it doesn't."""
-    try:
-        variant = Comparison(settings).variants[name]
-        run_of(settings, name, variant.flags, 1).config()
-    except (ValueError, SystemExit) as e:
-        return str(e).removeprefix(f"{name}: ") if isinstance(e, ValueError) else "train.py rejects its flags"
-    return ""
+# ---- what it prints ----
 
 
-def text_of(found: dict) -> str:
-    """Returns the results for people."""
-    counted = [row for row in found["ideas"] if row["verdict"] != "failed"]
-    parts = [table(["idea", "difference ± 95 %", "verdict"], [[r["variant"], interval(r), r["text"]] for r in found["ideas"]], [2])]
-    for title, rows in (("with fresh seeds", found["fresh"]), ("in the larger model, with fresh seeds", found["larger"])):
+def ideas_table(rows: list[dict]) -> str:
+    return table(["idea", "difference ± 95 %", "verdict"], [[r["variant"], interval(r), r["text"]] for r in rows], [2])
+
+
+def end_of(found: dict) -> str:
+    """Returns the judgements at the end and the recipe, for people."""
+    parts = []
+    for title, rows in (("verdict with fresh seeds", found["fresh"]), ("verdict in the larger model", found["larger"])):
         if rows:
             parts.append(table(["kept", "difference ± 95 %", title], [[r["variant"], interval(r), r["text"]] for r in rows], [2]))
+    judged = sum(row["verdict"] != "failed" for row in found["ideas"])
+    again = "with fresh seeds" + " and in the larger model" * bool(found["larger"])
     parts.append(
-        f"kept {len(found['fresh'])} of {len(found['ideas'])} ideas; {found['held']} hold everywhere. "
-        f"By luck alone, at most {0.025 * len(counted):.1f} of {len(counted)} would be kept.\nrecipe: {found['recipe']}"
+        f"kept {len(found['fresh'])} of {len(found['ideas'])} ideas; better again {again}: {found['held']}\n"
+        f"By luck alone, at most {LEVEL * judged:.1f} of {judged} would be kept.\nrecipe: {found['recipe']}"
     )
     return "\n\n".join(parts)
 
@@ -149,14 +162,16 @@ def main():
         config = cli.parse(SearchConfig)
         config.validate()
         check_tools()
-        search = Search(config, read_ideas(config.ideas))
-        search.run()
-        found = {"ideas": search.judged, "recipe": f"{config.flags} {search.recipe[-1].flags}".strip()}
-        found["fresh"] = search.confirm("fresh", "")
-        found["larger"] = search.confirm("larger", config.larger) if config.larger else []
+        ideas, search = read_ideas(config.ideas), Search(config)
+        found = {"ideas": search.try_ideas(ideas), "recipe": f"{config.flags} {search.recipes[-1].flags}".strip()}
+        if not config.json:
+            print(ideas_table(found["ideas"]), flush=True)  # the rest may take hours
+        found["fresh"] = search.confirm("fresh")
+        found["larger"] = search.confirm("larger") if config.larger else []
         tested = [found["fresh"], *([found["larger"]] if config.larger else [])]
         found["held"] = sum(all(row["verdict"] == "better" for row in rows) for rows in zip(*tested, strict=True))
-        print(json.dumps(found, indent=2) if config.json else text_of(found), flush=True)
+        found["notes"] = search.notes
+        print(json.dumps(found, indent=2) if config.json else f"\n{end_of(found)}", flush=True)
 
 
 if __name__ == "__main__":

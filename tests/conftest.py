@@ -80,6 +80,15 @@ def shards(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards"), [1000, 5003, 17, 3001])
 
 
+@pytest.fixture
+def world(shards, tmp_path, monkeypatch, capsys):
+    """Calls lab.compare and lab.search in an empty folder, without pictures, on made-up runs: see made_up.World."""
+    from made_up import World  # it needs SciPy and more
+
+    monkeypatch.chdir(tmp_path)
+    return World(shards, monkeypatch, capsys)
+
+
 def make_tasks(n: int) -> list[dict]:
     """Tasks of random words in HellaSwag's layout. Some have WikiHow's markup, extra spaces or an empty ctx_b."""
     generator = random.Random(0)

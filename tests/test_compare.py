@@ -15,10 +15,11 @@ from common.shards import find_shards
 from dataloader import TokenStream
 from lab import compare, measure, origins, runs
 from lab.compare import CompareConfig
-from lab.judge import Judgement, amount_for, judge, tokens_to_the_same_loss
+from lab.judge import Judgement, judge
 from lab.length import loss_by_position, stretched
 from lab.measure import cache_bytes
 from lab.report import summary
+from lab.sooner import amount_for, tokens_to_the_same_loss
 from lab.suites import SUITES
 from ops.kv_cache import KVCache
 from training.flags import parse_config
@@ -46,10 +47,13 @@ def test_tokens_to_a_loss_are_interpolated():
     assert amount_for(2.0, [100, 400], [2.5, 1.5]) == pytest.approx(200)
     assert amount_for(1.5, [100, 400], [2.5, 1.5]) == pytest.approx(400)
     assert amount_for(1.4, [100, 400], [2.5, 1.5]) is None and amount_for(2.6, [100, 400], [2.5, 1.5]) is None
-    runs = {"first": [result(2.0, tokens=1000)], "x": [result(2.5, tokens=100, seconds=1.0)], "y": [result(1.5, tokens=400, seconds=4.0)]}
-    assert "tokens to the first variant's loss, seed by seed: 5.00" in tokens_to_the_same_loss(runs)
+    runs = {"first": {1: result(2.0, tokens=1000)}, "x": {1: result(2.5, tokens=100, seconds=1.0)}}
+    runs |= {"y": {1: result(1.5, tokens=400, seconds=4.0), 2: result(1.0)}}
+    assert "tokens to the first variant's loss, seed by seed: 5.00; mean 5.00" in tokens_to_the_same_loss(runs)
     assert "seconds to the first variant's loss, seed by seed: 2.50" in tokens_to_the_same_loss(runs)
-    assert "choose other lengths" in tokens_to_the_same_loss(runs | {"y": [result(2.1)]})
+    assert "choose other lengths" in tokens_to_the_same_loss(runs | {"y": {1: result(2.1)}})
+    assert tokens_to_the_same_loss(runs | {"z": {}}) == tokens_to_the_same_loss(runs)
+    assert tokens_to_the_same_loss(runs | {"y": {}}).startswith("y failed, and without it the series does not reach")
 
 
 @pytest.mark.parametrize(

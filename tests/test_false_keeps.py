@@ -7,6 +7,7 @@ import pytest
 from conftest import TINY, run_main, run_train
 from scipy import stats
 
+from common.files import write_json
 from lab import false_keeps
 from lab.false_keeps import FalseKeepsConfig, Losses, rate
 from training.flags import parse_flags
@@ -47,4 +48,9 @@ def test_losses_equal_train_pys_and_are_kept(shards, tmp_path, monkeypatch, caps
     monkeypatch.setattr(false_keeps, "train_once", None)
     assert run_main(false_keeps.main, *argv) == 0 and json.loads(capsys.readouterr().out) == found
     assert run_main(false_keeps.main, *argv[:-2]) == 2
-    assert "has the losses of other flags" in capsys.readouterr().err
+    assert "has the losses of other flags, data: choose another --out-dir" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "losses.json").read_text())
+    for other in ("code", "data"):
+        write_json(tmp_path / "losses.json", kept | {other: {}})
+        assert run_main(false_keeps.main, *argv) == 2
+        assert f"has the losses of other {other}: choose another --out-dir" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from lab.judge import LEVEL, detectable, nominal_level, power, seeds_needed
 
 # hours of extra sleep of ten patients with each of two drugs (Student, 1908)
 SLEEP = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0], [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
-EIGHT = tuple(range(3, 9))
+EIGHT = judge.looks_until(8)  # 3 to 8
 
 
 def test_sleep_data_give_the_published_numbers():
@@ -116,3 +116,24 @@ def test_looks_cross_as_often_as_the_verdicts_say():
     series = np.random.default_rng(8).normal(-1.0, 1.0, (300, 8))
     verdicts = [judge.judge([*differences], EIGHT).verdict for differences in series]
     assert first_crossings(series, EIGHT) == (verdicts.count("better") / 300, verdicts.count("worse") / 300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("effect", "found"), [(1.2, 0.655), (1.42, 0.80), (1.5, 0.85)])
+def test_until_decided_finds_what_the_docs_say(effect, found):
+    """docs/experiments.md: eight seeds at most find 1.4 standard deviations in 80 %."""
+    series = np.random.default_rng(9).normal(-effect, 1.0, (20_000, 8))
+    assert first_crossings(series, EIGHT)[0] == pytest.approx(found, abs=0.01)
+    assert 1.42 < detectable(8, nominal_level(EIGHT)) < 1.5  # a verdict's figure is a little too large
+
+
+def test_p_counts_the_best_look_among_all_planned():
+    best, later = [-0.03, -0.05, -0.024], [0.05, 0.03, 0.05, 0.04, 0.02]
+    found, p = judge.judge(best + later, EIGHT), judge.one_sided_p(best)
+    assert found.verdict == "no difference shown" and found.difference > 0
+    assert found.p == judge.p_over_looks(p, EIGHT) > p
+    assert found.p == judge.judge(best, EIGHT).p  # the later seeds speak against it, but the evidence was there
+
+
+def test_looks_begin_after_three_seeds():
+    assert [judge.looks_until(n) for n in (1, 2, 3, 5)] == [(1,), (2,), (3,), (3, 4, 5)]

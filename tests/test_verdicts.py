@@ -1,112 +1,22 @@
 """lab.compare on made-up runs, which no one trained: what it pairs, refuses, names, records and prints."""
 
 import json
-import math
 import re
-import subprocess
-from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rich.cells
-from conftest import TINY, forked, rewrite_run, run_main, save_checkpoint
+from conftest import TINY, forked, rewrite_run, run_main
+from made_up import CRASH, loss_of, made_up, noise
 
 from common.files import write_json
-from common.shards import find_shards, write_shard
+from common.shards import write_shard
 from lab import compare, measure, report, runs
 from lab.compare import CompareConfig
 from lab.report import WIDTH, draw, show, table
-from training.flags import parse_flags
-from training.run_json import RUN, code_now
-from variants import build
-
-code_once = cache(code_now)  # it takes a second
-NOISE = np.random.default_rng(0).normal(0, 0.01, 20).tolist()
-
-
-def made_up(folder: Path, shards: Path, seed: int, loss: float, flags: tuple[str, ...] = (), step: int | None = None) -> Path:
-    """Writes what a finished run of these flags leaves, with this validation loss."""
-    config = parse_flags([*TINY, "--n-layer", "1", "--n-embd", "8", "--data-dir", str(shards), "--seed", str(seed), *flags])
-    config.out_dir = str(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(folder, step or config.max_steps, build(replace(config.model, vocab_size=257)), "bytes", loss, {})
-    launch = {"step": 0, "config": asdict(config), **code_once(), "device": "cpu", "torch": "2", "world_size": 8, "token": "t"}
-    run = {"id": "i", "size": "none", "data": find_shards(shards).contents(), "config": asdict(config), "launches": [launch]}
-    write_json(folder / RUN, run)
-    axes = {"tokens": config.max_steps * config.total_batch_tokens, "seconds": 2.0}
-    loss = loss if math.isfinite(loss) else None  # as train.py writes it
-    lines = [{"step": config.max_steps - 1, "loss": loss, "tokens_per_second": 100.0, "memory_bytes": 10**6, **axes}]
-    lines += [{"step": step, "val_loss": loss and loss + 20 - step, **axes, "tokens": 256 * step} for step in (10, 20)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def loss_of(name: str, seed: int) -> float:
-    """better is 0.05 better than the first in each seed, apart from some noise; even is not."""
-    return 2.0 + 0.1 * seed - 0.05 * (name == "better") + NOISE[seed] * (name != "plain")
-
-
-@pytest.fixture
-def world(shards, tmp_path, monkeypatch, capsys):
-    """Calls lab.compare in an empty folder, without pictures. Runs are made up when they would start; world.started lists them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "draw_or_warn", lambda *args: None)
-    monkeypatch.setattr(runs, "environment", lambda workers, slot: {})
-    for module in (runs, compare):
-        monkeypatch.setattr(module, "code_now", code_once)
-    return World(shards, monkeypatch, capsys)
-
-
-class World:
-    def __init__(self, shards: Path, monkeypatch, capsys):
-        self.shards, self.capsys, self.started, self.failing = shards, capsys, [], {}
-        monkeypatch.setattr(runs, "launch", self.launch)
-
-    def launch(self, argv: list[str], env: dict):
-        folder = Path(argv[argv.index("--out-dir") + 1])
-        name, seed = folder.parent.name, int(folder.name)
-        self.started.append((name, seed))
-        status, output = self.failing.get(name, (0, ""))
-        if not status:
-            made_up(folder, self.shards, seed, loss_of(name, seed), tuple(argv))
-        return Process(status, output)
-
-    def variant(self, name: str, seeds=(1, 2, 3, 4, 5), flags: tuple[str, ...] = ()) -> str:
-        for seed in seeds:
-            made_up(Path(name, str(seed)), self.shards, seed, loss_of(Path(name).name, seed), flags)
-        return name
-
-    def judge(self, *argv) -> dict:
-        assert run_main(compare.main, *argv, "--json") == 0
-        return json.loads(self.capsys.readouterr().out)
-
-    def error(self, *argv) -> str:
-        self.capsys.readouterr()
-        assert run_main(compare.main, *argv) == 2
-        (line,) = (line for line in self.capsys.readouterr().err.splitlines() if line.startswith("error:"))
-        return line
-
-    def flags(self) -> str:
-        return "--flags=" + " ".join([*TINY, "--n-layer", "1", "--n-embd", "8", "--data-dir", str(self.shards)])
-
-
-class Process:
-    """A finished process with the interface of subprocess.Popen."""
-
-    def __init__(self, status: int, output: str):
-        self.returncode, self.output = status, output
-
-    def communicate(self, timeout=None):
-        if self.returncode == 99:
-            self.returncode = -15
-            raise subprocess.TimeoutExpired("train.py", timeout)
-        return "", self.output
-
-    def terminate(self):
-        pass
-
+from lab.suites import SUITES
+from training.run_json import RUN
 
 # ---- folders ----
 
@@ -117,7 +27,7 @@ def test_folders_of_seeds_are_paired(world):
     plain, better, even = found["variants"]
     assert [row["verdict"] for row in (better, even)] == ["better", "no difference shown"] and "verdict" not in plain
     assert better["paired_seeds"] == [2, 3, 4, 5] and better["seeds"] == [2, 3, 4, 5, 6]
-    assert better["differences"] == pytest.approx([NOISE[seed] - 0.05 for seed in (2, 3, 4, 5)])
+    assert better["differences"] == pytest.approx([noise("better", seed) - 0.05 for seed in (2, 3, 4, 5)])
     assert found["notes"] == [] and plain["changed"] == ""
 
 
@@ -130,6 +40,13 @@ def test_single_runs_alike_are_one_variant(world):
     words += [made_up(Path(f"log/again{seed}"), world.shards, seed, loss_of("even", seed)) for seed in (1, 2)]
     rows = world.judge(*words)["variants"]  # a seed that plain has already begins another variant
     assert [(row["variant"], row["seeds"]) for row in rows] == [("plain1", [1, 2]), ("better1", [1, 2]), ("again1", [1, 2])]
+
+
+@pytest.mark.slow
+def test_numbered_runs_have_their_folders_name(world):
+    world.variant("log/plain", (1, 2)), world.variant("log/even", (1, 2), ("--pos", "rope")), world.variant("x/even", (1,))
+    rows = world.judge("log/plain/1", "log/even/1", "log/even/2", "x/even/1")["variants"]
+    assert [(row["variant"], row["seeds"]) for row in rows] == [("plain", [1]), ("even", [1, 2]), ("x/even/1", [1])]
 
 
 @pytest.mark.slow
@@ -163,6 +80,33 @@ def test_unfair_mixtures_are_refused(world, spoil, message):
     spoil(world.shards)
     assert f"{message}" in (error := world.error("plain", "idea")) and "pass --mixed" in error
     assert world.judge("plain", "idea", "--mixed")["variants"][1]["variant"] == "idea"
+
+
+@pytest.mark.slow
+def test_variants_with_unequal_tokens_are_refused(world):
+    argv = ["plain=", "even=--max-steps 40", "batch=--total-batch-tokens 512 --max-steps 10", world.flags(), "--seeds", 2]
+    why = "even trains for 10,240 tokens, plain for 5,120 tokens"
+    assert world.error(*argv) == f"error: {why}: make both equal, or pass --mixed to compare them anyway" and world.started == []
+    assert world.judge(*argv, "--mixed")["notes"] == [why]
+    assert "val validates on 320 tokens, plain on 640" in world.error(*argv[:1], "val=--val-tokens 320", *argv[3:])
+
+
+@pytest.mark.slow
+def test_suite_of_lengths_survives_a_failed_one(world):
+    others = [*SUITES["modern"]][1:]
+    steps = dict(zip(SUITES["modern"], (100, 10, 20, 40), strict=True))
+    losses = dict(zip(map(folder_name, steps), (2.0, 2.5, 2.2, 1.5), strict=True))
+    world.loss = lambda name, seed, argv: losses[name]
+    argv = ["--suite", "modern", "--data-dir", world.shards, "--seeds", 1]
+    assert world.judge(*argv)["to_the_same_loss"].startswith("× fewer tokens")
+    world.failing = {folder_name(others[0]): CRASH}
+    assert world.judge(*argv, "--out-dir", "a")["to_the_same_loss"].startswith("× fewer tokens")
+    world.failing = {folder_name(name): CRASH for name in others}
+    assert ", and without it the series does not reach" in world.judge(*argv, "--out-dir", "b")["to_the_same_loss"]
+
+
+def folder_name(variant: str) -> str:
+    return runs.folder_of("", variant, 1).parent.name
 
 
 def change_code(folder: Path):
@@ -223,6 +167,33 @@ def test_until_decided_stops_each_variant_early(world):
 
 
 @pytest.mark.slow
+def test_better_ideas_are_completed_if_asked(world):
+    argv = ["plain=", "better=--pos rope", "even=--window 8", world.flags(), "--until-decided", "--seeds", 6, "--complete-better"]
+    better = world.judge(*argv)["variants"][1]
+    assert better["seeds"] == [1, 2, 3, 4, 5, 6] and len(better["paired_seeds"]) < 6 and better["verdict"] == "better"
+    world.failing = {"better/6": CRASH}
+    assert world.judge(*argv, "--out-dir", "o")["variants"][1]["text"] == "failed: seed 6: KeyError: 'x'"
+
+
+@pytest.mark.slow
+def test_idea_without_effect_gets_three_seeds(world):
+    world.loss = lambda name, seed, argv: 2.0 + seed
+    row = world.judge("plain=", "same=--window 8", world.flags(), "--until-decided", "--seeds", 8)["variants"][1]
+    assert row["text"] == "no difference shown: the losses are equal" and row["seeds"] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_unequal_clocks_of_workers_are_noted(world, monkeypatch):
+    argv = ["plain=", "even=--pos rope", world.flags() + " --max-seconds 9", "--seeds", 2]
+    assert world.judge(*argv)["notes"] == []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    (note,) = world.judge(*argv, "--workers", 2)["notes"]
+    assert note.startswith("the runs slow each other, so --max-seconds is no fair limit")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert world.judge(*argv, "--workers", 2)["notes"] == []
+
+
+@pytest.mark.slow
 def test_other_limits_and_second_looks_are_named(world):
     argv = ["plain=", "even=--pos rope", world.flags()]
     assert world.judge(*argv, "--seeds", 3)["notes"] == world.judge(*argv, "--seeds", 3)["notes"] == []
@@ -237,16 +208,53 @@ def test_other_limits_and_second_looks_are_named(world):
 
 @pytest.mark.slow
 def test_failed_idea_gets_a_row(world):
-    world.failing = {"bad": (1, "Traceback (most recent call last):\n  …\nKeyError: 'x'"), "slow": (99, "")}
+    world.failing = {"bad": CRASH, "slow": (99, "")}
     argv = ["plain=", "bad=--pos rope", "slow=--window 8", "better=--qk-norm", world.flags(), "--max-minutes", 2]
     rows = world.judge(*argv)["variants"]
     assert [row.get("text") for row in rows[:3]] == [None, "failed: seed 1: KeyError: 'x'", "failed: seed 1 took longer than 2 minutes"]
     assert rows[3]["verdict"] == "better" and [name for name, _ in world.started].count("bad") == 1
-    assert "\tbad\t\t\t\t\t\t\t\tfailed: seed 1: KeyError: 'x'\n" in Path("log/compare/results.tsv").read_text()
+    assert "\tbad\tplain\t\t\t\t\t\t\t\tfailed: seed 1: KeyError: 'x'\n" in Path("log/compare/results.tsv").read_text()
     world.failing = {"plain": (2, "error: no")}
     assert "plain: train.py " in (error := world.error(*argv, "--out-dir", "o")) and error.endswith("exited with 2: error: no")
     world.failing = {"bad": (1, "error: no space: free some space")}  # every later idea would fail too
     assert "bad: train.py " in world.error(*argv, "--out-dir", "p")
+
+
+@pytest.mark.slow
+def test_failed_ideas_are_not_tried_again(world):
+    argv = ["plain=", "bad=--pos rope", world.flags(), "--seeds", 2]
+    world.failing = {"bad": (99, "")}
+    row = world.judge(*argv, "--max-minutes", 2)["variants"][1]
+    world.failing = {}
+    world.started.clear()
+    found = world.judge(*argv)
+    assert world.started == [] and found["variants"][1]["text"] == row["text"] == "failed: seed 1 took longer than 2 minutes"
+    note = "bad failed before (seed 1 took longer than 2 minutes): delete log/compare/bad/failed.json to try it again"
+    assert found["notes"] == [note] and world.error("bad=--pos rope", *argv[2:]) == f"error: {note}"
+    Path("log/compare/bad/failed.json").unlink()
+    assert world.judge(*argv)["variants"][1]["verdict"] != "failed" and world.started == [("bad", 1), ("bad", 2)]
+
+
+@pytest.mark.slow
+def test_changed_ideas_are_tried_again(world):
+    argv = [world.flags(), "--seeds", 2]
+    world.failing = {"bad": CRASH}
+    world.judge("plain=", "bad=--pos rope", *argv)
+    world.failing = {}
+    assert world.judge("plain=", "bad=--window 8", *argv)["variants"][1]["verdict"] != "failed"
+
+
+@pytest.mark.slow
+def test_fault_of_the_machine_fails_no_idea(world):
+    argv = ["plain=", "bad=--pos rope", world.flags(), "--seeds", 2]
+    world.failing, world.replay = {"bad": CRASH}, (1, "Traceback (most recent call last):\nRuntimeError: CUDA error: device lost")
+    error = world.error(*argv)
+    assert "exited with 1: KeyError: 'x'. plain fails now too (RuntimeError: CUDA error: device lost): mend the machine" in error
+    assert world.replayed == [("plain", 1)] and not Path("log/compare/bad/failed.json").exists()
+    world.replay = (0, "")
+    assert world.judge(*argv)["variants"][1]["verdict"] == "failed"
+    given = ["log/compare/plain", "bad=--window 8", world.flags(), "--out-dir", "o"]
+    assert world.judge(*given)["variants"][1]["verdict"] == "failed" and len(world.replayed) == 3
 
 
 @pytest.mark.parametrize(
@@ -283,7 +291,15 @@ def test_equal_time_is_passed_to_every_run():
 
 def row_of(name: str, **more) -> dict:
     numbers = dict(tokens=819_200_000, val_loss=3.2914, bits_per_byte=0.98, speed=1.0, tokens_per_second=123_456.0, memory_bytes=1e10)
-    return {"variant": name, "params": 1_557_611_200, "active_params": 124_439_808, "cache_bytes": 1e8, **numbers, **more}
+    return {
+        "variant": name,
+        "seeds": [1, 2, 3],
+        "params": 1_557_611_200,
+        "active_params": 124_439_808,
+        "cache_bytes": 1e8,
+        **numbers,
+        **more,
+    }
 
 
 def test_table_fits_a_hundred_columns(monkeypatch):
@@ -294,9 +310,23 @@ def test_table_fits_a_hundred_columns(monkeypatch):
     text = show([row_of("first"), *(row_of(name, **verdict) for name in names)], [3, 4, 5])
     lines = text.splitlines()
     assert max(map(rich.cells.cell_len, lines)) <= WIDTH and "\x1b" not in text and "[red]long" in text
-    assert "no difference shown (12" in text and "-0.0123 ± 0.0400" in text and "1,557,611,200 (124,439,808)" in text
+    assert "no difference shown" in text and "-0.0123 ± 0.0400" in text and "1,557,611,200 (124,439,808)" in text
     starts = {rich.cells.cell_len(line[: line.index("-0.0123")]) for line in lines if "-0.0123" in line}
     assert len(starts) == 1  # aligned, even beside double-width letters
+
+
+@pytest.mark.parametrize(("p", "shown"), [(5.8e-13, "<.0001"), (0.0, "<.0001"), (0.00012, "0.0001"), (0.07, "0.0700"), (None, "")])
+def test_small_p_is_not_shown_as_zero(p, shown):
+    line = show([row_of("first"), row_of("idea", p=p, text="better", difference=-0.1, low=-0.2, high=0.0)], [5]).splitlines()[3]
+    assert line.split("± 0.1000")[1].split("better")[0].strip() == shown
+
+
+def test_table_says_how_many_seeds_each_loss_has():
+    text = show([row_of("first", seeds=[*range(8)]), row_of("idea")], [3, 4, 5])
+    assert text.split()[:4] == ["variant", "loss", "bits/byte", "seeds"]
+    assert [line.split()[3] for line in text.splitlines()[2:4]] == ["8", "3"]
+    assert "evidence this strong for better, at any planned look. One-sided" in " ".join(text.split())
+    assert "at any planned look" not in show([row_of("first"), row_of("idea")], [5])
 
 
 def test_table_fits_a_narrow_terminal(monkeypatch):
@@ -328,6 +358,25 @@ def test_results_file_gets_each_line_once(world):
     low, high = map(float, row["interval"].split())
     assert (row["name"], row["seeds"], row["verdict"]) == ("better", "1 2 3 4 5", "better") and low < float(row["difference"]) < high < 0
     assert (float(row["memory"]), float(row["seconds"])) == (1e6, 2.0) and float(row["p"]) < 0.025
+
+
+def test_results_file_names_each_first_once(tmp_path):
+    path, idea = tmp_path / "results.tsv", row_of("idea", verdict="better", text="better", commit="c")
+    for seeds in ([1, 2, 3], [1, 2], [1, 2, 3, 4], [1, 2]):
+        report.record([row_of("first", seeds=seeds, commit="c"), idea], path, "first")
+    report.record([idea | {"variant": "next"}], path, "idea")
+    report.record([row_of("idea", seeds=[1, 2], commit="c")], path, "idea")  # it has a line as an idea
+    lines = [line.split("\t") for line in path.read_text().splitlines()[1:]]
+    assert [(line[1], line[2], line[3]) for line in lines] == [
+        ("first", "", "1 2 3"), ("idea", "first", "1 2 3"), ("first", "", "1 2 3 4"), ("next", "idea", "1 2 3"),
+    ]  # fmt: skip
+
+
+def test_older_results_file_keeps_its_columns(tmp_path):
+    path = tmp_path / "results.tsv"
+    path.write_text("name\tloss\nfirst\t3.000000\n")
+    report.record([row_of("idea", verdict="better")], path, "first")
+    assert path.read_text().splitlines()[1:] == ["first\t3.000000", "idea\t3.291400"]
 
 
 @pytest.mark.slow
