@@ -127,6 +127,7 @@ def test_until_decided_finds_what_the_docs_say(effect, found):
     assert 1.42 < detectable(8, nominal_level(EIGHT)) < 1.5  # a verdict's figure is a little too large
 
 
+@pytest.mark.slow
 def test_p_counts_the_best_look_among_all_planned():
     best, later = [-0.03, -0.05, -0.024], [0.05, 0.03, 0.05, 0.04, 0.02]
     found, p = judge.judge(best + later, EIGHT), judge.one_sided_p(best)

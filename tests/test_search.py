@@ -121,6 +121,7 @@ def test_ideas_are_printed_before_the_end(world):
     assert status == 2 and "disk full" in err and "norm" in out and "verdict" in out
 
 
+@pytest.mark.slow
 def test_wrong_larger_flags_end_it_at_once(world):
     status, _, err = world.search("--larger=--n-embdd 64", ideas=KEPT)
     assert (status, world.started) == (2, []) and "n-embdd" in err
