@@ -54,7 +54,7 @@ class CompareConfig:
     """NAME=FLAGS of train.py, each in quotes, or folders of finished runs. The others are compared with the first."""
     flags: str = ""
     """Flags of train.py for all variants. Write --flags="…", with the equals sign."""
-    suite: Literal["none", "switches", "without", "modern", "rates", "experts", "teacher", "length"] = "none"
+    suite: Literal["none", "switches", "without", "modern", "tables", "rates", "experts", "teacher", "length"] = "none"
     """A ready-made comparison of small models. Two CPU cores train each in minutes."""
     data_dir: str = "webdocs_bytes"
     """Byte shards for a suite."""
@@ -328,7 +328,7 @@ def longer_sequences(config: CompareConfig, results: dict[str, dict[int, dict]])
     return {"by_position": curves}
 
 
-AFTER = {"modern": how_much_sooner, "length": longer_sequences}  # suite → what else its results say
+AFTER = {"modern": how_much_sooner, "tables": how_much_sooner, "length": longer_sequences}  # suite → what else its results say
 
 
 def text_of(found: dict) -> str:

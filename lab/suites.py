@@ -75,6 +75,10 @@ SUITES = {
         "gpt2, 4000 steps": f"{ADAMW} --max-steps 4000 --warmup-steps 100",
         **{f"modern, {steps} steps": f"{MODERN} --max-steps {steps}" for steps in (360, 440, 533)},
     },
+    "tables": {  # 9.3 M parameters: a row for each pair of bytes
+        "gpt2, 4000 steps": f"{ADAMW} --max-steps 4000 --warmup-steps 100",
+        **{f"modern, token pairs, {steps} steps": f"{MODERN} --bigram 66306 --max-steps {steps}" for steps in (300, 360, 440)},
+    },
     "experts": {  # all have the same number of active parameters, the router aside
         "rope": ROPE,
         "rope, 4 experts, 1 at work": f"{ROPE} --n-expert 4",
