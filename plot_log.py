@@ -1,21 +1,21 @@
 """Plots loss and HellaSwag from the logs that train.py writes.
 
-python plot_log.py log/log.txt                               # one run
-python plot_log.py a/log.txt b/log.txt --x tokens --smooth 0.98 --panels lr grad_norm --out ab.svg    # two runs in one plot
+python plot_log.py log/log.txt                                               # one run
+python plot_log.py log/rope/* log/plain/* --x tokens --zoom 0.3              # runs that differ only in the seed: a mean with a band
+python plot_log.py a/log.txt b/log.txt --panels lr grad_norm --out ab.svg    # more panels
 """
 
 import math
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 
-from common import cli
-from common.files import parse_json, read_json
-from common.picture import label_of, picture
+from common import cli, picture
+from common.logs import Curve, Group, Run, facts_beside, groups_of, read_run
+from common.picture import GREY, between, label_of, look
 from common.validation import has_type, raise_errors
 
 # OpenAI's models, by GPT-2's four sizes. build-nanogpt measured GPT-2's released weights: the loss on FineWeb-Edu's val shard,
@@ -24,34 +24,23 @@ from common.validation import has_type, raise_errors
 GPT2_LOSS = {"124M": 3.2924}
 GPT2_HELLASWAG = {"124M": 0.2955, "350M": 0.3752, "774M": 0.4320, "1558M": 0.4893}
 GPT3_HELLASWAG = {"124M": ("125M", 0.337), "350M": ("350M", 0.436), "774M": ("760M", 0.510), "1558M": ("1.3B", 0.547)}
+CHANCE, TASKS, HELLASWAG = 0.25, 10_042, "hellaswag_val.jsonl"  # HellaSwag has four endings, and its validation set so many tasks
 FORMATS = ("png", "svg", "pdf", "jpg", "webp")
 UNITS = {
     "step": "steps",
-    "tokens": "tokens",
-    "seconds": "seconds of training",
+    "tokens": "training tokens",
+    "seconds": "time of training",
     "epoch": "epochs",
-    "flops": "floating point operations",
+    "flops": "floating point operations (T = 10¹², P = 10¹⁵, E = 10¹⁸)",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
     "mfu": "share of peak FLOPs",
     "memory_bytes": "peak memory, bytes",
 }
-TITLES = {"loss": ("Loss", "cross entropy, nats per token"), "hella": ("HellaSwag, completion style", "acc_norm")}
-
-MARKS = {"train": "loss", "val": "val_loss", "hella": "hellaswag_acc_norm"}  # a key that only this stream's lines have
-
-# log lines with a value
-LINES = [
-    re.compile(pattern)
-    for pattern in (
-        r"(?P<step>\d+) (?P<stream>train|val|hella) (?P<value>\S+)$",  # train.py's, build-nanogpt's
-        r"step (?P<step>\d+): train loss \S+, val loss (?P<val>\S+)$",  # nanoGPT
-        r"iter (?P<step>\d+): loss (?P<train>\S+), ",
-        r"s:(?P<step>\d+) (tel:(?P<val>\S+)|eval:(?P<hella>\S+)|trl:(?P<train>\S+)( lr:(?P<lr>\S+) norm:(?P<grad_norm>\S+))?)$",  # llm.c
-        r"step:(?P<step>\d+)/\d+ (val_loss:(?P<val>\S+)|train_loss:(?P<train>\S+))",  # modded-nanogpt
-    )
-]
+FROM_ZERO = ("grad_norm", "tokens_per_second", "mfu", "memory_bytes")
+DOTS = dict(marker="o", markersize=3.5, linewidth=1)  # of values with many steps between them
+FEW = 4  # with more curves, each has one line in a panel: validation or training, and nothing raw behind
 
 
 @dataclass
@@ -63,15 +52,33 @@ class PlotConfig:
     out: str = "plots/log_plot.png"
     """Output file. Its extension sets the format."""
     x: Literal["step", "tokens", "seconds", "epoch", "flops"] = "step"
-    """The horizontal axis. All except step need the metrics.jsonl next to each log."""
-    smooth: float = 0.0
-    """Weight of earlier values in a moving average of noisy curves, such as 0.99; 0: no average. The raw curve stays faintly visible."""
+    """The horizontal axis. All except step need the metrics.jsonl next to each log; tokens only its run.json."""
+    zoom: float = 1.0
+    """Show only this last part of the horizontal axis, such as 0.25, and fit the vertical axis to it."""
+    mean: bool = True
+    """Draw runs that differ only in their seed, by their run.json, as one mean with a band from the lowest to the highest."""
+    smooth: float | None = None
+    """Smooths noisy curves: each step is averaged with some on both sides, 49 with 0.98, 99 with 0.99; 0: not at all. Default: 2 percent of
+    the steps. The raw curve stays faintly visible behind one or two curves."""
     panels: tuple[Literal["lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes"], ...] = ()
     """More values from metrics.jsonl to plot, each in its own panel."""
     size: Literal["auto", "124M", "350M", "774M", "1558M", "none"] = "auto"
     """Size of OpenAI's models to draw as baselines; none for other data or tokenizers. auto: the first run's size, else 124M."""
     baselines: tuple[str, ...] = ()
     """More losses to draw as lines, such as "GPT-2 on my val shard=3.12"."""
+    hellaswag_tasks: int = 0
+    """Number of HellaSwag tasks, for the standard error. 0: the number in metrics.jsonl, or all 10,042."""
+
+    def validate(self):
+        """Raises ValueError with all errors at once."""
+        errors = cli.at_least(0, self, "hellaswag_tasks")
+        if not 0 <= (self.smooth or 0) < 1:
+            errors.append(f"--smooth is {self.smooth}: it must be at least 0 and below 1")
+        if not 0 < self.zoom <= 1:
+            errors.append(f"--zoom is {self.zoom}: it must be above 0 and at most 1")
+        if Path(self.out).suffix[1:] not in FORMATS:
+            errors.append(f"--out {self.out} has no known extension: use one of {', '.join(FORMATS)}")
+        raise_errors(errors)
 
 
 def size_of(params: int) -> str:
@@ -79,165 +86,166 @@ def size_of(params: int) -> str:
     return next((size for size in GPT2_HELLASWAG if abs(params / 1e6 / float(size[:-1]) - 1) < 0.03), "none")
 
 
-def read_log(path: Path) -> dict[str, dict[int, float]]:
-    """Stream → step → value. If a step appears twice, the later line wins. Warns about lines that it skips.
-    ValueError if no line has a value."""
-    if not path.is_file():
-        raise ValueError(f"no log {path}: pass the log.txt in a run's folder")
-    streams, skipped = {}, 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        match = next((match for pattern in LINES if (match := pattern.match(line.strip()))), None)
-        try:
-            found = match.groupdict()
-            step = int(found.pop("step"))
-            named = {found["stream"]: found["value"]} if "stream" in found else found
-            for stream, value in named.items():
-                if value is not None:
-                    streams.setdefault(stream, {})[step] = float(value)
-        except (AttributeError, ValueError):
-            skipped += bool(line.strip())
-    if not streams:
-        raise ValueError(f"{path} has no line 'step stream value': pass a log.txt")
-    if skipped:
-        cli.say(f"warning: {path}: skipped {skipped} lines that are not 'step stream value'")
-    return streams
-
-
 def size_beside(log: Path) -> str:
     """The size in the run.json next to a log, else 124M."""
-    try:
-        size = read_json(log.with_name("run.json"), "")["size"]
-    except (OSError, ValueError, KeyError):
-        size = None
+    size = facts_beside(log).get("size")
     return size if size in (*GPT2_HELLASWAG, "none") else "124M"
 
 
-def read_metrics(path: Path, names: list[str], having: str = "") -> dict[str, dict[int, float]]:
-    """Name → step → number, from a metrics.jsonl; nothing if the file is missing. having: reads only lines with this key.
-    If a step appears twice, the later line wins."""
-    found = {name: {} for name in names}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if names and path.is_file() else ():
-        if having not in line:  # skips most lines without parsing JSON
-            continue
-        try:
-            row = parse_json(line)
-            for name in names if has_type(row["step"], int) and (not having or having in row) else ():
-                if has_type(row.get(name), float):
-                    found[name][row["step"]] = row[name]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass  # a killed run leaves half a line
-    return found
-
-
-def points(values: dict[int, float], axis: dict[int, float] | None) -> tuple[list[float], list[float]]:
-    """Step → value as two lists (x, y) in the order of steps. Skips values that are not finite or have no x on the axis."""
-    steps = [step for step in sorted(values) if math.isfinite(values[step]) and (axis is None or step in axis)]
-    return [axis[step] if axis else step for step in steps], [values[step] for step in steps]
-
-
-def smoothed(values: list[float], weight: float) -> list[float]:
-    """The exponential moving average, divided by the sum of its weights so far, as in Adam (Kingma & Ba, 2014)."""
-    average, total, out = 0.0, 0.0, []
-    for value in values:
-        average, total = weight * average + (1 - weight) * value, weight * total + (1 - weight)
-        out.append(average / total)
-    return out
-
-
 def plot(config: PlotConfig):
-    """Plots config.logs into the file config.out: loss, HellaSwag if there is a score or a baseline, and the panels.
-    ValueError if a log or a flag can't be drawn, or if matplotlib can't draw."""
-    errors = [] if 0 <= config.smooth < 1 else [f"--smooth is {config.smooth}: it must be at least 0 and below 1"]
-    if Path(config.out).suffix[1:] not in FORMATS:
-        errors.append(f"--out {config.out} has no known extension: use one of {', '.join(FORMATS)}")
-    raise_errors(errors)
+    """Plots config.logs into the file config.out: loss, the difference from the first if there are several, HellaSwag if there is a score
+    or a baseline, and the panels. ValueError if a log or a flag can't be drawn, or if matplotlib can't draw."""
+    config.validate()
     logs = [Path(log, "log.txt") if Path(log).is_dir() else Path(log) for log in config.logs]
-    runs, baselines = [read_log(log) for log in logs], parse_baselines(config.baselines)
-    beside = [metrics_beside(log, config) for log in logs]
+    runs, baselines = [read_run(log, config.x, (*config.panels, "hellaswag_tasks")) for log in logs], parse_baselines(config.baselines)
     for panel in config.panels:
-        if not any(noisy_points(panel, streams, *each)[1] for streams, each in zip(runs, beside, strict=True)):
+        if not any(run.curve(panel) for run in runs):
             raise ValueError(f"--panels {panel} is in no log or metrics.jsonl: drop it")
+    groups = groups_of(runs, config.mean)
     size = size_beside(logs[0]) if config.size == "auto" else config.size
-    has_hella = size != "none" or any("hella" in streams for streams in runs)
-    names = list(dict.fromkeys(["loss", *(["hella"] if has_hella else []), *config.panels]))
-    columns = 2 if len(names) == 4 else min(len(names), 3)
-    rows = -(-len(names) // columns)
-    with picture(Path(config.out), 7 * columns, 5.5 * rows) as figure:
-        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for unused in grid[len(names) :]:
-            unused.remove()
-        axes = dict(zip(names, grid, strict=False))
-        for number, (name, streams, each) in enumerate(zip(names_of(logs), runs, beside, strict=True)):
-            draw_run(axes, name, f"C{number}", streams, *each, config)
-        draw_baselines(axes, size, {name: (loss, f"C{len(logs) + i}") for i, (name, loss) in enumerate(baselines.items())})
-        label(axes, UNITS[config.x])
+    has_hella = size != "none" or any("hella" in run.streams for run in runs)
+    names = ["loss", *(["gap"] if groups[1:] else []), *(["hella"] if has_hella else []), *dict.fromkeys(config.panels)]
+    cells = ["loss"] * (len(names) % 2 and len(names) > 1) + names  # the loss may be wide: no cell stays empty
+    rows = [cells[i : i + 2] for i in range(0, len(cells), 2)]
+    width = picture.WIDTH if names[1:] else picture.NARROW
+    with picture.picture(Path(config.out), width, 1.2 + 3.2 * len(rows), title_of(groups)) as figure:
+        axes = figure.subplot_mosaic(rows)
+        streams = draw_groups(axes, groups, config)
+        draw_baselines(axes, size, baselines, used=len(groups))
+        if has_hella:
+            draw_chance(axes["hella"], runs, config.hellaswag_tasks)
+        label(axes, config.x, groups[0].name)
+        picture.legend_below(figure, key_of(groups, streams, config.smooth))
 
 
-def names_of(logs: list[Path]) -> list[str]:
-    """Names each log in the legend: by its folder, or by as much of its path as tells the logs apart."""
-    names = [log.parent.name or str(log) for log in logs]
-    if len(set(names)) < len(set(logs)):
-        folder = os.path.commonpath([log.parent.absolute() for log in logs])
-        names = [os.path.relpath(log, folder) for log in logs]
-    names = [label_of(name) for name in names]
-    repeated = len(set(names)) < len(set(logs))  # shortened alike
-    return [f"{number}: {name}" for number, name in enumerate(names, 1)] if repeated else names
+def title_of(groups: list[Group]) -> str:
+    """Says what is shown: names, parameters, training tokens and seeds, as far as they are known."""
+    runs = [run for group in groups for run in group.runs]
+    known = {"parameters": [run.facts.get("params") for run in runs], "tokens": [run.tokens for run in runs]}
+    if any(group.runs[1:] for group in groups):
+        known["seeds"] = [len(group.runs) for group in groups]
+    parts = [f"{between(values)} {unit}" for unit, values in known.items() if all(has_type(value, float) for value in values)]
+    who = " and ".join(group.name for group in groups) if len(groups) < 3 else f"{len(groups)} curves"
+    return f"{who}: {', '.join(parts)}" if parts else who
 
 
-def metrics_beside(log: Path, config: PlotConfig) -> tuple[dict, dict | None]:
-    """Values for the panels from the metrics.jsonl next to a log, and stream → step → x (None: x is the step)."""
-    path = log.with_name("metrics.jsonl")
-    metrics, x_axes = read_metrics(path, list(config.panels)), None
-    if config.x != "step":  # per stream, because a step is validated before its update
-        x_axes = {stream: read_metrics(path, [config.x], having)[config.x] for stream, having in MARKS.items()}
-    if x_axes and not x_axes["train"]:
-        raise ValueError(f"{path} is missing or has no {config.x}: use --x step")
-    return metrics, x_axes
+# ---- the panels ----
 
 
-def label(axes: dict, x_unit: str):
-    for name, panel in axes.items():
-        title, unit = TITLES.get(name) or (UNITS[name][0].upper() + UNITS[name][1:], UNITS[name])
-        panel.set(title=title, xlabel=x_unit, ylabel=unit)
-        panel.grid(alpha=0.3, which="both")
-        if panel.get_lines():
-            panel.legend(loc="lower right" if name == "hella" else "upper right")  # loc="best" takes seconds
-    axes["loss"].set_yscale("log")
-    axes["loss"].yaxis.set_major_formatter("{x:.2f}")
-    axes["loss"].yaxis.set_minor_formatter("{x:.2f}")
+def draw_groups(axes: dict, groups: list[Group], config: PlotConfig) -> list[str]:
+    """Draws all groups into the panels. Returns the streams that the loss panel shows: of many groups, only one of train and val."""
+    ends = [x for group in groups for stream in ("train", "val") for x in group.curve(stream).x]
+    start = -math.inf if config.zoom == 1 or not ends else max(ends) - config.zoom * (max(ends) - min(ends))
+    best = "val" if all(len(group.curve("val", start).x) > 2 for group in groups) else "train"
+    streams = [s for s in ("train", "val") if any(len(g.curve(s, start).x) for g in groups) and (len(groups) <= FEW or s == best)]
+    for i, group in enumerate(groups):
+        noisy = {"loss": "train"} if "train" in streams else {}
+        for panel, stream in (noisy | {panel: panel for panel in config.panels}).items():
+            smooth = 0.0 if panel == "lr" else config.smooth
+            if smooth != 0 and config.zoom == 1 and len(groups) <= 2:  # else raw curves would hide each other
+                draw_behind(axes[panel], group.curve(stream, start), i)
+            draw_curve(axes[panel], group.curve(stream, start, smooth), group, i, linewidth=1.2)
+        for panel, stream in (("loss", "val"), ("hella", "hella")):
+            if panel in axes and stream in (*streams, "hella"):
+                draw_curve(axes[panel], group.curve(stream, start), group, i, **DOTS)
+    if "gap" in axes:
+        draw_gaps(axes["gap"], groups, best, start, config)
+    return streams
 
 
-def noisy_points(stream: str, streams: dict, metrics: dict, x_axes: dict | None) -> tuple[list[float], list[float]]:
-    """The (x, y) of a curve that has a value at every step."""
-    return points(metrics.get(stream) or streams.get(stream, {}), x_axes and x_axes["train"])
+def draw_curve(axes, curve: Curve, group: Group, i: int, **how):
+    """Draws the mean and, of several runs, its band, with look i."""
+    if group.runs[1:]:
+        axes.fill_between(curve.x, curve.low, curve.high, color=look(i)["color"], alpha=0.2, linewidth=0)
+    axes.plot(curve.x, curve.mean, **look(i), **how)
 
 
-def draw_run(axes: dict, name: str, color: str, streams: dict, metrics: dict, x_axes: dict | None, config: PlotConfig):
-    """Draws one run's curves into the panels. x_axes: stream → step → x; None: x is the step."""
-    noisy = {"loss": ("train", f"{name}: train"), **{panel: (panel, name) for panel in config.panels}}
-    for panel, (stream, label) in noisy.items():
-        at, values = noisy_points(stream, streams, metrics, x_axes)
-        smooth = config.smooth if stream != "lr" else 0.0
-        if values and smooth:
-            axes[panel].plot(at, values, color=color, alpha=0.15, linewidth=0.8)
-            values = smoothed(values, smooth)
-        if values:
-            axes[panel].plot(at, values, color=color, alpha=1.0 if smooth else 0.5, linewidth=0.8, label=label)
-    for panel, stream, label in (("loss", "val", f"{name}: val"), ("hella", "hella", name)):
-        if stream in streams:
-            axes[panel].plot(*points(streams[stream], x_axes and x_axes[stream]), color=color, marker=".", label=label)
+def draw_behind(axes, curve: Curve, i: int):
+    """Draws the raw mean faintly. Its highest and lowest percent don't count for the axes' limits."""
+    from matplotlib.lines import Line2D
+
+    axes.add_artist(Line2D(curve.x, curve.mean, color=look(i)["color"], alpha=0.25, linewidth=0.6, zorder=1))
+    if len(curve.x):
+        axes.update_datalim([*zip(curve.x[[0, -1]], np.percentile(curve.mean, [1, 99]), strict=True)])
 
 
-def draw_baselines(axes: dict, size: str, others: dict[str, tuple[float, str]]):
-    """Draws OpenAI's models of a size, and other losses by name, each with its color."""
+def draw_gaps(axes, groups: list[Group], stream: str, start: float, config: PlotConfig):
+    """Draws the differences from the first group. Their later half fills the panel, and the first steps may leave it."""
+    smooth, how = (config.smooth, dict(linewidth=1.2)) if stream == "train" else (0.0, DOTS)
+    curves = [group.gap(groups[0], stream, start, smooth) for group in groups[1:]]
+    for i, (group, curve) in enumerate(zip(groups[1:], curves, strict=True), 1):
+        draw_curve(axes, curve, group, i, **how)
+    axes.axhline(0, **look(0))
+    picture.fit_late(axes, [(curve.x, curve.low, curve.high) for curve in curves], None if config.zoom == 1 else start)
+
+
+def draw_baselines(axes: dict, size: str, others: dict[str, float], used: int):
+    """Draws OpenAI's models of a size, and other losses by name, with the looks after those that are used."""
+    known = f"OpenAI GPT-2 ({size}{'; loss: FineWeb-Edu val' * (size in GPT2_LOSS)})"
+    gpt2 = dict(color=GREY, linestyle="--", linewidth=1, label=known)
     if size in GPT2_LOSS:
-        axes["loss"].axhline(GPT2_LOSS[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size}), FineWeb-Edu val")
-    for name, (loss, color) in others.items():
-        axes["loss"].axhline(loss, color=color, linestyle=":", label=label_of(name))
+        axes["loss"].axhline(GPT2_LOSS[size], **gpt2)
+    for number, (name, loss) in enumerate(others.items(), used):
+        axes["loss"].axhline(loss, **look(number), label=label_of(name))
     if size != "none":
-        axes["hella"].axhline(GPT2_HELLASWAG[size], color="r", linestyle="--", label=f"OpenAI GPT-2 ({size})")
+        axes["hella"].axhline(GPT2_HELLASWAG[size], **gpt2)
         gpt3, accuracy = GPT3_HELLASWAG[size]
-        axes["hella"].axhline(accuracy, color="g", linestyle="--", label=f"OpenAI GPT-3 ({gpt3})")
+        axes["hella"].axhline(accuracy, color=GREY, linestyle="-.", linewidth=1, label=f"OpenAI GPT-3 ({gpt3})")
+
+
+def draw_chance(axes, runs: list[Run], tasks: int):
+    """Draws what guessing scores, and one standard error around it, if the number of tasks is known: to --hellaswag-tasks, to
+    metrics.jsonl, or because the file was HellaSwag's own."""
+    tasks = tasks or int(max((n for run in runs for n in run.streams.get("hellaswag_tasks", {}).values()), default=0))
+    if not tasks and all(run.facts.get("hellaswag_file", HELLASWAG) == HELLASWAG for run in runs):
+        tasks = TASKS
+    line = axes.axhline(CHANCE, color=GREY, linestyle=":", linewidth=1)
+    if tasks:
+        error = math.sqrt(CHANCE * (1 - CHANCE) / tasks)
+        band = axes.axhspan(CHANCE - error, CHANCE + error, color=GREY, alpha=0.2, linewidth=0)
+        band.set_label(f"guessing: 25 % ± 1 standard error ({tasks:,} tasks)")
+    else:
+        line.set_label("guessing: 25 %")
+
+
+def label(axes: dict, x: str, first: str):
+    """Gives each panel its title, its units and ticks."""
+    titles = {
+        "loss": ("Loss", "cross entropy, nats per token"),
+        "gap": (f"Difference from {first}: below 0 is better", "nats per token"),
+        "hella": ("HellaSwag, completion style: accuracy", "acc_norm"),
+    }
+    for name, panel in axes.items():
+        title, unit = titles.get(name) or (UNITS[name].capitalize(), UNITS[name])
+        panel.set(title=title, xlabel=UNITS[x], ylabel=unit)
+        if name in FROM_ZERO:
+            panel.set_ylim(0, 1.1 * panel.dataLim.y1)
+        if name != "gap":
+            picture.number_axis(panel.yaxis, picture.SI if name == "memory_bytes" else picture.COUNTS)
+        if x == "seconds":
+            picture.time_axis(panel.xaxis)
+        else:
+            picture.number_axis(panel.xaxis, picture.SI if x == "flops" else picture.COUNTS)
+        if name in ("hella", "mfu"):
+            panel.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g} %")
+    axes["loss"].set_yscale("log")
+    picture.log_axis(axes["loss"].yaxis)
+
+
+def key_of(groups: list[Group], streams: list[str], smooth: float | None) -> list:
+    """Returns the legend's entries: the groups, and what the kinds of lines are."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    color = GREY if groups[1:] else look(0)["color"]
+    entries = [Line2D([], [], **look(i), label=group.label) for i, group in enumerate(groups) if groups[1:]]
+    if "train" in streams:
+        entries.append(Line2D([], [], color=color, linewidth=1.2, label="training" if smooth == 0 else "training, smoothed"))
+    if "val" in streams:
+        entries.append(Line2D([], [], color=color, label="validation", **DOTS))
+    if any(group.runs[1:] for group in groups):
+        entries.append(Patch(color=color, alpha=0.2, linewidth=0, label="lowest to highest seed"))
+    return entries
 
 
 def parse_baselines(given: tuple[str, ...]) -> dict[str, float]:

@@ -2,12 +2,28 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 from common.files import read_json, write_json
 from common.locks import HeldFolder
 
 RUN = "run.json"
+# settings that change no result
+MAY_DIFFER = {"verify_shards", "timeout_minutes", "tracker", "keep", "checkpoint_every", "on_save_error"}
+# settings that change no loss of a run, apart from its seed; the data are compared by their sha256
+NO_LOSS = MAY_DIFFER | {
+    "seed", "out_dir", "data_dir", "resume", "replay_step", "init_revision", "plan", "gpu", "gpus", "price", "rate", "val_every",
+    "hellaswag_every", "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens", "self_check",
+}  # fmt: skip
+
+
+def without_seed(settings: dict, seed: int) -> dict:
+    """Returns the settings that decide a run's loss, apart from its seed."""
+    found = {name: value for name, value in settings.items() if name not in NO_LOSS | {"model"}}
+    for name in ("teacher", "init_from"):  # each seed may have its own: log/teacher/1/model_01200.pt
+        found[name] = re.sub(rf"(?<=/){seed}(?=/|$)", "SEED", str(found.get(name, "")))
+    return found
 
 
 def run_id(folder: Path) -> str | None:

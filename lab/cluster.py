@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import cli, device
-from common.picture import picture
+from common import cli, device, picture
 from common.validation import raise_errors
 from training.presets import PRESETS
 from training.step_time import Step, step_on
@@ -63,17 +62,29 @@ def scale(config: ScaleConfig) -> tuple[str, dict[str, dict[int, Step]]]:
     return "\n".join(lines), curves
 
 
-def draw(curves: dict[str, dict[int, Step]], out: Path):
-    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(curve.split(",")[0] for curve in curves))}
-    with picture(out, 8, 5) as figure:
-        axes = figure.subplots()
-        for name, steps in curves.items():
-            look = dict(ls="--" if "per GPU" in name else "-", marker="o" if "DDP" in name else "x", color=colors[name.split(",")[0]])
-            axes.plot(steps.keys(), [step.efficiency for step in steps.values()], markersize=4, label=name, **look)
-        axes.axhline(0.9, color="gray", lw=0.8)
-        axes.set(xscale="log", xlabel="GPUs", ylabel="efficiency, calculated", xticks=COUNTS, xticklabels=COUNTS, ylim=(0, 1.02))
-        axes.minorticks_off()
-        axes.legend(fontsize=7)
+def draw(curves: dict[str, dict[int, Step]], gpu: str, out: Path):
+    """Draws a panel for each preset: efficiency over GPUs."""
+    presets = [*dict.fromkeys(curve.split(",")[0] for curve in curves)]
+    columns = min(len(presets), 3)
+    rows = -(-len(presets) // columns)
+    title = f"Calculated: how much of each {gpu}'s time goes into training"
+    with picture.picture(out, picture.WIDTH, 1.2 + 2.8 * rows, title) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        for axes, preset in zip(grid.flat, presets, strict=False):
+            for name, steps in curves.items():
+                if name.split(",")[0] == preset:
+                    weak, shard = "per GPU" in name, "FSDP" in name
+                    how = picture.look(shard) | {"linestyle": "--" if weak else "-", "marker": "s" if shard else "o", "markersize": 3.5}
+                    label = f"{'FSDP' if shard else 'DDP'}, {'batch grows with the GPUs' if weak else 'batch of fixed size'}"
+                    axes.plot(steps.keys(), [step.efficiency for step in steps.values()], label=label, **how)
+            axes.axhline(0.9, color=picture.GREY, linewidth=1, linestyle=":", label="90 %")
+            axes.set(title=preset, xscale="log", xlabel="GPUs", ylim=(0, 1.02))
+            axes.set_xticks(COUNTS[::3], [f"{count:,}" for count in COUNTS[::3]])
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g} %")
+        for unused in grid.flat[len(presets) :]:
+            unused.remove()
+        picture.legend_below(figure)
 
 
 def main():
@@ -81,7 +92,7 @@ def main():
         config = cli.parse(ScaleConfig)
         table, curves = scale(config)
         print(table)
-        draw(curves, Path(config.out))
+        draw(curves, config.gpu, Path(config.out))
 
 
 if __name__ == "__main__":

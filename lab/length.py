@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-from common.picture import picture
+from common import picture
 from common.shards import find_shards
 from dataloader import TokenStream
 from lab.runs import folder_of
@@ -71,12 +71,13 @@ def show_curves(curves: list[dict], parts: int = 4) -> str:
 
 
 def plot_curves(curves: list[dict], trained: int, out: Path):
-    with picture(out, 8, 5) as figure:
+    """Plots the loss over the position, in means of 16."""
+    with picture.picture(out, picture.NARROW, 4.8, f"Loss at each position, of models trained on {trained} positions") as figure:
         axes = figure.subplots()
-        for curve in curves:
+        for number, curve in enumerate(curves):
             bins = torch.tensor(curve["loss"]).view(-1, 16).mean(1)
-            axes.plot([16 * i + 8 for i in range(len(bins))], bins, label=curve["variant"])
-        axes.axvline(trained, color="gray", linestyle="--", label="length in training")
-        axes.set(xlabel="position", ylabel="cross entropy, nats per token, mean of 16 positions", title="Longer than in training")
-        axes.grid(alpha=0.3)
-        axes.legend()
+            axes.plot([16 * i + 8 for i in range(len(bins))], bins, **picture.look(number), label=picture.label_of(curve["variant"]))
+        axes.axvline(trained, color=picture.GREY, linestyle="--", label="length in training")
+        axes.set(xlabel="position in the sequence", ylabel="nats per token, mean of 16 positions")
+        picture.number_axis(axes.xaxis)
+        picture.legend_below(figure)

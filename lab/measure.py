@@ -14,12 +14,12 @@ from torch._subclasses import FakeTensorMode
 from common import cli
 from common.device import can_compile, pick_device
 from common.distributed import DistContext
+from common.logs import read_metrics
 from common.shards import differences, find_shards
 from common.tokenizer import get_tokenizer
 from lab.runs import last_checkpoint
 from ops.kv_cache import KVCache
 from perplexity import rows_of_shards
-from plot_log import read_metrics
 from train import load_teacher
 from training.run_json import RUN, read_run, read_run_json
 from training.trainer import Trainer

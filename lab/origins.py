@@ -1,17 +1,14 @@
 """Where runs come from: their code, data, settings and machine. Says what must not be mixed."""
 
-import re
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import checkpoint
+from common.run_folder import without_seed
 from common.shards import differences, find_shards
 from training.config import TrainConfig
 from training.run_json import RUN, changed_files, other_code, read_run, read_run_json
-
-# settings that change no result
-MAY_DIFFER = {"verify_shards", "timeout_minutes", "tracker", "keep", "checkpoint_every", "on_save_error"}
 
 
 def code_notes(folders: list[Path], reference: dict) -> list[str]:
@@ -72,12 +69,6 @@ def machine_notes(folders: list[Path]) -> list[str]:
 
 # ---- runs given by their folders ----
 
-# settings that change no loss of a run; the data are compared by their sha256
-NO_LOSS = MAY_DIFFER | {
-    "seed", "out_dir", "data_dir", "resume", "replay_step", "init_revision", "plan", "gpu", "gpus", "price", "rate", "val_every",
-    "hellaswag_every", "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens", "self_check",
-}  # fmt: skip
-
 
 def last_of(folder: Path) -> dict:
     """Returns the last launch of a run: its commit, code and hardware."""
@@ -87,10 +78,7 @@ def last_of(folder: Path) -> dict:
 def settings_of(folder: Path) -> dict:
     """Returns the settings that decide a run's loss, apart from its seed."""
     config = read_run(folder)
-    found = {name: value for name, value in {**vars(config), **vars(config.model)}.items() if name not in NO_LOSS | {"model"}}
-    for name in ("teacher", "init_from"):  # each seed may have its own: log/teacher/1/model_01200.pt
-        found[name] = re.sub(rf"(?<=/){config.seed}(?=/|$)", "SEED", found[name])
-    return found
+    return without_seed({**vars(config), **vars(config.model)}, config.seed)
 
 
 def mixtures(name: str, folders: list[Path]) -> list[str]:

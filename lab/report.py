@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from common import cli
+import numpy as np
+
+from common import cli, picture
 from common.files import append
-from common.picture import label_of, picture
+from common.picture import COLORS, GREY, between, fit_late, label_of, legend_below, look, number_axis
 from lab.judge import LEVEL, Judgement, nominal_level, scipy_stats
 
 WIDTH = 100  # columns
@@ -203,34 +205,73 @@ def band(series: list[list[float]], level: float) -> tuple[list[float], list[flo
 
 
 def draw(runs: dict[str, dict[int, dict]], looks: Sequence[int], out: Path):
-    """Draws the mean validation curves, and the paired differences to the first variant, with their 95 % bands."""
+    """Draws how each variant's loss differs from the first's: a dot for each seed, their mean and its 95 % interval. Above, with several
+    validations, the mean curves and their differences; without, the losses."""
     level = nominal_level(tuple(looks))
     first_name, first = next(iter(runs.items()))
-    with picture(out, 13, 5) as figure:
-        left, right = figure.subplots(1, 2)
-        for i, (name, seeds) in enumerate(runs.items()):
-            curves = [one["curve"] for one in seeds.values()]
-            draw_band(left, curves, LEVEL, f"C{i}", label_of(name, 40))
-            pairs = [seed for seed in seeds if seed in first and name != first_name]
-            gaps = [{at: loss - first[s]["curve"][at] for at, loss in seeds[s]["curve"].items() if at in first[s]["curve"]} for s in pairs]
-            draw_band(right, gaps, level, f"C{i}", label_of(name, 40))
-        right.axhline(0, color="C0", linewidth=1, label=label_of(first_name, 40))
-        left.set(title="Validation loss, mean over seeds, 95 % band", xlabel="tokens", ylabel="nats per token")
-        right.set(title=f"Difference to {label_of(first_name, 30)}, paired by seed, 95 % band", xlabel="tokens", ylabel="nats per token")
-        for axes in (left, right):
-            axes.grid(alpha=0.3)
-            axes.legend(loc="upper right")
+    against = {name: {seed: one for seed, one in seeds.items() if seed in first} for name, seeds in runs.items()}
+    final = {name: [one["val_loss"] - first[seed]["val_loss"] for seed, one in seeds.items()] for name, seeds in against.items()}
+    rows, several = 0.5 + 0.28 * len(runs), any(len(one["curve"]) > 1 for seeds in runs.values() for one in seeds.values())
+    panels = [["losses", "gaps"], ["final", "final"]] if several else [["each", "final"]]
+    with picture.picture(out, picture.WIDTH, rows + (5.4 if several else 1.2), title_of(runs)) as figure:
+        axes = figure.subplot_mosaic(panels, height_ratios=[3.6, rows] if several else [1])
+        draw_forest(axes["final"], final, level)
+        axes["final"].axvline(0, color=GREY, linewidth=1)
+        axes["final"].set(title=f"Difference from {label_of(first_name, 24)}, 95 % interval", xlabel="nats per token; left of 0 is better")
+        if several:
+            draw_curves(axes, runs, against, level)
+            legend_below(figure)
+            return
+        draw_forest(axes["each"], {name: [one["val_loss"] for one in seeds.values()] for name, seeds in runs.items()}, LEVEL)
+        axes["each"].set_title("Validation loss, 95 % interval")
+        axes["final"].set_yticklabels([])
 
 
-def draw_band(axes, curves: list[dict], level: float, color: str, name: str):
-    """Draws the mean of curves (x → y) with its band, where all of them have a point; with one point, an error bar."""
+def draw_curves(axes: dict, runs: dict[str, dict[int, dict]], against: dict[str, dict[int, dict]], level: float):
+    """Draws the mean validation losses, and the mean differences of those runs whose seed the first variant has, too, with bands."""
+    first_name, first = next(iter(runs.items()))
+    gaps = []
+    for i, (name, seeds) in enumerate(runs.items()):
+        draw_band(axes["losses"], [one["curve"] for one in seeds.values()], LEVEL, i, label_of(name, 40))
+        pairs = [(one["curve"], first[seed]["curve"]) for seed, one in against[name].items()]
+        differences = [{at: loss - theirs[at] for at, loss in ours.items() if at in theirs} for ours, theirs in pairs]
+        gaps.append(draw_band(axes["gaps"], differences, level, i))
+    fit_late(axes["gaps"], gaps)
+    titles = {
+        "losses": "Validation loss, mean over seeds, 95 % band",
+        "gaps": f"Difference from {label_of(first_name, 24)}: below 0 is better",
+    }
+    for name, title in titles.items():
+        axes[name].set(title=title, xlabel="training tokens", ylabel="nats per token")
+        number_axis(axes[name].xaxis)
+
+
+def title_of(runs: dict[str, dict[int, dict]]) -> str:
+    """Says what is compared, and of what size."""
+    names, every = [label_of(name, 40) for name in runs], [one for seeds in runs.values() for one in seeds.values()]
+    who = f"{names[1]} against {names[0]}" if len(names) == 2 else f"{len(names)} variants, the first is {names[0]}"
+    known = {unit: [one[key] for one in every if key in one] for unit, key in (("parameters", "params"), ("tokens", "tokens"))}
+    known["seeds"] = [len(seeds) for seeds in runs.values() if seeds]
+    return f"{who}: " + ", ".join(f"{between(values)} {unit}" for unit, values in known.items() if values)
+
+
+def draw_forest(axes, values: dict[str, list[float]], level: float):
+    """Draws a row for each name, from the top down: its values as faint dots, and their mean with its interval."""
+    for i, each in enumerate(values.values()):
+        axes.plot(each, [-i] * len(each), "o", color=COLORS[i % len(COLORS)], alpha=0.35, markersize=4)
+        if each:
+            mean, half = band([[value] for value in each], level)
+            axes.errorbar(mean, [-i], xerr=half, color=COLORS[i % len(COLORS)], fmt="D", markersize=5, capsize=3)
+    axes.set_yticks([-i for i in range(len(values))], [label_of(name, 34) + ("" if each else ": failed") for name, each in values.items()])
+    axes.set_ylim(-len(values) + 0.4, 0.6)
+    axes.set_xlabel("nats per token")
+    axes.locator_params("x", nbins=6)
+
+
+def draw_band(axes, curves: list[dict], level: float, i: int, name: str = "") -> tuple:
+    """Draws the mean of curves (x → y) with its band, where all of them have a point. Returns x and the band's ends."""
     at = sorted(set.intersection(*map(set, curves))) if curves else []
-    if not at:
-        return
-    means, halves = band([[curve[x] for x in at] for curve in curves], level)
-    if len(at) == 1:  # beside each other
-        axes.errorbar([at[0] * (1 + 0.01 * int(color[1:]))], means, halves, color=color, fmt="o", capsize=4, label=name)
-        return
-    axes.plot(at, means, color=color, marker=".", label=name)
-    lows, highs = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
-    axes.fill_between(at, lows, highs, color=color, alpha=0.2, linewidth=0)
+    means, halves = map(np.array, band([[curve[x] for x in at] for curve in curves], level))
+    axes.plot(at, means, **look(i), marker="o", markersize=3.5, label=name)
+    axes.fill_between(at, means - halves, means + halves, color=look(i)["color"], alpha=0.2, linewidth=0)
+    return at, means - halves, means + halves

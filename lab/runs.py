@@ -16,7 +16,8 @@ import torch
 import checkpoint
 from common import cli
 from common.files import read_json, write_json
-from lab.origins import MAY_DIFFER, code_notes, data_notes, refuse_unless, shortened
+from common.run_folder import MAY_DIFFER
+from lab.origins import code_notes, data_notes, refuse_unless, shortened
 from training.config import LOWER_LR, LOWER_MEMORY, SMALLER_MODEL, TrainConfig
 from training.flags import parse_flags, raise_if_changed, recorded_teacher
 from training.run_json import RUN, code_now, is_finished, read_run

@@ -18,10 +18,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from common import cli
+from common import cli, picture
 from common.device import ASSUMED_MFU, CARDS
 from common.files import read_json, write_json
-from common.picture import draw_or_warn, picture
+from common.picture import between, short
 from common.shards import differences
 from common.validation import raise_errors
 from lab.origins import code_notes, refuse_unless
@@ -412,33 +412,33 @@ def plot_fit(found: dict, out: Path):
     """Plots loss over compute (left: a curve per size, and the lowest loss) and the best size beside published laws (right)."""
     law, rows = Law(**found["law"]), found["points"] + found["held_out"]
     flops, params, tokens, loss = np.array([[6 * n * d, n, d, loss] for _, n, d, loss, _ in rows]).T
-    with picture(out, 14, 5.5) as figure:
+    near, far = np.geomspace(flops.min() / 2, flops.max() * 2), np.geomspace(flops.min() / 2, max(1e24, flops.max()))
+    title = f"A law fitted to {len(found['points'])} runs: {between(params)} parameters, {between(tokens)} tokens"
+    with picture.picture(out, picture.WIDTH, 5.4, title) as figure:
         losses, sizes = figure.subplots(1, 2)
         few = len(set(params)) <= 10
         for number, n in enumerate(sorted(set(params)) if few else ()):
             d = np.geomspace(tokens[params == n].min() / 1.5, tokens[params == n].max() * 1.5)
-            losses.plot(6 * n * d, law.loss(n, d), color=f"C{number}", linewidth=1, label=f"{n / 1e6:.2g} M parameters")
-            losses.plot(flops[params == n], loss[params == n], ".", color=f"C{number}")
+            losses.plot(6 * n * d, law.loss(n, d), **picture.look(number), label=f"{short(n, digits=2)} parameters")
+            losses.plot(flops[params == n], loss[params == n], "o", color=picture.look(number)["color"], markersize=4)
         if not few:
-            losses.plot(flops, loss, ".", color="gray", label="runs")
+            losses.plot(flops, loss, ".", color=picture.GREY, label="runs")
         if found["held_out"]:
             last = len(found["held_out"])
             losses.plot(flops[-last:], loss[-last:], "k*", markersize=12, label="held out of the fit")
-        near, far = np.geomspace(flops.min() / 2, flops.max() * 2), np.geomspace(flops.min() / 2, max(1e24, flops.max()))
-        losses.plot(near, [law.loss(*law.best(c)) for c in near], "k--", label="lowest for each compute")
-        losses.set(xscale="log", yscale="log", ylabel="validation loss, nats per token", title="Loss")
-        losses.yaxis.set_major_formatter("{x:.2f}")
-        losses.yaxis.set_minor_formatter("{x:.2f}")
-        for name, published in PUBLISHED.items():
-            sizes.plot(far, [published.best(c)[0] for c in far], label=name)
-        for compute, look, label in ((near, "k-", "these runs"), (far, "k:", "beyond them")):
-            sizes.plot(compute, [law.best(c)[0] for c in compute], look, label=label)
-        sizes.plot(flops, params, ".", color="gray")
+        losses.plot(near, [law.loss(*law.best(c)) for c in near], color=picture.GREY, linewidth=3, zorder=1, label="lowest: the best size")
+        losses.set(xscale="log", yscale="log", ylabel="validation loss, nats per token", title="Loss: dots are runs, lines the law")
+        picture.log_axis(losses.yaxis)
+        for number, (name, published) in enumerate(PUBLISHED.items()):
+            sizes.plot(far, [published.best(c)[0] for c in far], **picture.look(number), label=f"{name.capitalize()} et al.")
+        sizes.plot(near, [law.best(c)[0] for c in near], "k-", linewidth=2.5, label="this law, near the runs")
+        sizes.plot(far, [law.best(c)[0] for c in far], "k:", label="this law, beyond them")
+        sizes.plot(flops, params, "o", color=picture.GREY, markersize=4, label="runs")
         sizes.set(xscale="log", yscale="log", ylabel="parameters", title="Best size for each compute")
+        picture.number_axis(sizes.yaxis)
         for axes in (losses, sizes):
             axes.set_xlabel("floating point operations, 6 N D")
-            axes.grid(alpha=0.3, which="both")
-            axes.legend(fontsize=8)
+            picture.legend_below(axes)
 
 
 # ---- the plan ----
@@ -540,7 +540,7 @@ def do_fit(config: FitConfig):
     found = report(config, points) | {"notes": refuse_unless(config.mixed, code_notes(finished, first))}
     out_dir.mkdir(parents=True, exist_ok=True)
     write_json(out_dir / LAW, found)
-    draw_or_warn(plot_fit, found, out_dir / "scaling.png")
+    picture.draw_or_warn(plot_fit, found, out_dir / "scaling.png")
     print(json.dumps(found, indent=2) if config.json else show_fit(found))
 
 

@@ -21,14 +21,13 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from common import cli
+from common import cli, picture
 from common.files import write_json
 from common.locks import lock_folder
-from common.picture import draw_or_warn, label_of, picture
+from common.logs import read_metrics
 from common.validation import raise_errors
 from lab.origins import code_notes, data_notes, refuse_unless
 from lab.runs import SCRIPT, Run, environment, last_checkpoint, split, why_it_failed
-from plot_log import read_metrics
 from train import find_data
 from training.config import TrainConfig
 from training.flags import parse_flags
@@ -382,7 +381,7 @@ def show(config: SweepConfig, space: dict[str, Choice | Range], study, code: dic
     for row in rows:
         row["note"] = "; ".join(filter(None, [row["note"], *origin_notes(config, code, row["run"])]))
     print(json.dumps(rows, indent=2) if config.json else table(rows, space), flush=True)
-    draw_or_warn(plot, rows, space, Path(config.out_dir, "sweep.png"))
+    picture.draw_or_warn(plot, rows, space, Path(config.out_dir, "sweep.png"))
 
 
 def table(rows: list[dict], space: dict[str, Choice | Range]) -> str:
@@ -398,26 +397,47 @@ def table(rows: list[dict], space: dict[str, Choice | Range]) -> str:
 
 
 def plot(rows: list[dict], space: dict[str, Choice | Range], out: Path):
-    """Plots the loss of the finished runs over each flag of the space. Values of a choice stand in the order of the command line."""
-    done = [row for row in rows if row["val_loss"] is not None]
-    losses = [row["val_loss"] for row in done]
-    with picture(out, 4.5 * len(space), 4) as figure:
-        for axes, (name, values) in zip(figure.subplots(1, len(space), squeeze=False, sharey=True)[0], space.items(), strict=True):
-            at = [row[name] for row in done]
-            if isinstance(values, Choice):
-                labels = [label_of(value, 20) for value in values.values]
-                tilt = dict(rotation=30, ha="right") if len("".join(labels)) > 30 else {}
-                axes.set_xticks(range(len(labels)), labels, **tilt)
-                axes.set_xlim(-0.5, len(labels) - 0.5)
-                at = [values.values.index(value) for value in at]
-            elif values.log:
-                axes.set_xscale("log")
-            elif values.is_integer:
-                axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.scatter(at, losses)
-            axes.set_xlabel(cli.flag(name))
-            axes.grid(alpha=0.3)
-        figure.axes[0].set_ylabel("validation loss, nats per token")
+    """Plots the loss of the finished runs over each flag of the space, and where the others were. Values of a choice stand in the order
+    of the command line."""
+    done, others = ([row for row in rows if (row["val_loss"] is not None) == finished] for finished in (True, False))
+    best = min(done, key=lambda row: row["val_loss"])
+    columns = min(len(space), 3)
+    lines = -(-len(space) // columns)
+    title = f"{len(rows)} runs, {len(others)} of them pruned or failed; the lowest loss is {best['val_loss']:.4f}"
+    with picture.picture(out, picture.WIDTH, 1.2 + 2.8 * lines, title) as figure:
+        grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+        for axes, (name, values) in zip(grid.flat, space.items(), strict=False):
+            place = {value: i for i, value in enumerate(values.values)} if isinstance(values, Choice) else {}
+            at = [[place.get(row[name], row[name]) for row in some] for some in (done, [best], others)]
+            axes.scatter(at[0], [row["val_loss"] for row in done], color=picture.COLORS[0], label="finished")
+            axes.plot(at[1], [best["val_loss"]], "*", color=picture.COLORS[1], markersize=14, label="lowest loss")
+            if others:
+                top = axes.get_xaxis_transform()  # y from 0 to 1
+                axes.plot(
+                    at[2], [1.0] * len(others), "x", color=picture.GREY, transform=top, clip_on=False, label="pruned or failed: no loss"
+                )
+            label_flag(axes, name, values)
+        for unused in grid.flat[len(space) :]:
+            unused.remove()
+        for first in grid[:, 0]:
+            first.set_ylabel("validation loss, nats per token")
+        picture.legend_below(figure)
+
+
+def label_flag(axes, name: str, values: Choice | Range):
+    """Labels the horizontal axis with a flag and its values."""
+    axes.set_xlabel(cli.flag(name))
+    if isinstance(values, Choice):
+        labels = [picture.label_of(value, 20) for value in values.values]
+        tilt = dict(rotation=30, ha="right") if len("".join(labels)) > 30 else {}
+        axes.set_xticks(range(len(labels)), labels, **tilt)
+        axes.set_xlim(-0.5, len(labels) - 0.5)
+    elif values.log:
+        axes.set_xscale("log")
+        picture.log_axis(axes.xaxis, least=4)
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=values.is_integer, nbins=6)
+        picture.number_axis(axes.xaxis)
 
 
 def main():

@@ -53,6 +53,30 @@ def pytest_cmdline_main(config):
         option.dist = "loadfile" if option.dist == "no" else option.dist
 
 
+def covered(figure) -> list[str]:
+    """Names what a figure's legends cover or lose: panels with their labels, or the figure's edge."""
+    figure.draw_without_rendering()
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    found = []
+    for box in [legend.get_window_extent() for legend in legends]:
+        inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        found += [] if inside else [f"a legend leaves the figure: {box}"]
+        for axes in figure.axes:
+            parts = filter(None, [axes.get_window_extent(), axes.xaxis.get_tightbbox(), axes.yaxis.get_tightbbox()])
+            found += [f"a legend covers {axes.get_title(loc='left')}"] * any(part.overlaps(box) for part in parts)
+    return found
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would be written, the latest last."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+    return figures
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Runs PyTorch on one thread. That is faster for tiny matrices, and a fixed order of sums makes runs equal bit for bit."""

@@ -31,7 +31,7 @@ import hellaswag
 import plot_log
 import train
 import variants
-from common import cli, preparation
+from common import cli, logs, preparation
 from common.distributed import DistContext
 from common.files import read_json, write_json
 from common.shards import find_shards, inspect_shard, verify_shards
@@ -135,6 +135,7 @@ def read_run_json(folder: Path):
         run_json.read_run(out, 3).validate(1)
     plan.measured_rate(config, "cpu")
     plot_log.size_beside(out / "log.txt")
+    plot_log.title_of(logs.groups_of([logs.read_run(out / "log.txt", "tokens")]))
     scaling.data_of(out)
     config.validate(1)
 
@@ -145,8 +146,8 @@ def read_seal(folder: Path):
 
 
 def read_logs(folder: Path):
-    plot_log.read_log(folder / "run" / "log.txt")
-    found = plot_log.read_metrics(folder / "run" / "metrics.jsonl", ["loss", "seconds", "memory_bytes", "val_loss"])
+    logs.read_log(folder / "run" / "log.txt")
+    found = logs.read_metrics(folder / "run" / "metrics.jsonl", ["loss", "seconds", "memory_bytes", "val_loss"])
     assert all(isinstance(value, int | float) for values in found.values() for value in values.values())
     for step in range(5):
         train.logged_loss(folder / "run", step)
@@ -496,7 +497,7 @@ def test_unreadable_checkpoint_is_not_called_damaged(tmp_path, content, monkeypa
 def test_damaged_metrics_lines_are_skipped(tmp_path):
     lines = ['{"step": 3, "loss": 1.5}', '{"step": 3, "loss": "x"}', '{"step": 3, "loss": }', '{"step": "3", "loss": 2.0}']
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "[" * 9000, '{"step": 4, "loss": null}']))
-    assert plot_log.read_metrics(tmp_path / "metrics.jsonl", ["loss"]) == {"loss": {3: 1.5}}
+    assert logs.read_metrics(tmp_path / "metrics.jsonl", ["loss"]) == {"loss": {3: 1.5}}
     assert train.logged_loss(tmp_path, 3) == 1.5 and math.isnan(train.logged_loss(tmp_path, 4))
 
 

@@ -209,19 +209,19 @@ def test_workers_split_cores_and_gpus(monkeypatch):
     assert sweep.environment(2, 0)["OMP_NUM_THREADS"] == "1"
 
 
-def test_plot_names_each_choice(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
-    space = parse_space(("mlp=gelu,relu2,swiglu", "n_layer=1..3", "sample_prompt=_a,$x"))
-    points = [("swiglu", 3, "_a", 1.0), ("gelu", 1, "$x", 2.0), ("relu2", 2, "_a", None)]
-    sweep.plot([dict(mlp=m, n_layer=n, sample_prompt=s, val_loss=loss) for m, n, s, loss in points], space, tmp_path / "sweep.png")
-    mlp, layers, prompt = drawn[0].axes
+def test_plot_shows_each_flag_and_the_best(tmp_path, drawn):
+    space = parse_space(("mlp=gelu,relu2,swiglu", "n_layer=1..3", "sample_prompt=_a,$x", "max_lr=1e-4..1e-1:log"))
+    points = [("swiglu", 3, "_a", 1e-3, 1.0), ("gelu", 1, "$x", 1e-2, 2.0), ("relu2", 2, "_a", 3e-2, None)]
+    rows = [dict(mlp=m, n_layer=n, sample_prompt=s, max_lr=lr, val_loss=loss) for m, n, s, lr, loss in points]
+    sweep.plot(rows, space, tmp_path / "sweep.png")
+    mlp, layers, prompt, rate = drawn[0].axes
     assert [label.get_text() for label in mlp.get_xticklabels()] == ["gelu", "relu2", "swiglu"] and list(mlp.get_xticks()) == [0, 1, 2]
     assert mlp.collections[0].get_offsets().tolist() == [[2, 1.0], [0, 2.0]]
     assert layers.collections[0].get_offsets().tolist() == [[3, 1.0], [1, 2.0]] and layers.get_ylim() == mlp.get_ylim()
     assert [label.get_text() for label in prompt.get_xticklabels()] == [" _a", r"\$x"]
+    assert [(list(line.get_xdata()), line.get_marker()) for line in mlp.lines] == [([2], "*"), ([1], "x")]
+    assert [rate.xaxis.get_major_formatter()(x, 0) for x in rate.get_xticks()] == ["0.001", "0.003", "0.01", "0.03"]
+    assert drawn[0].get_suptitle() == "3 runs, 1 of them pruned or failed; the lowest loss is 1.0000"
 
 
 def test_runs_of_other_code_are_refused(shards, tmp_path, capsys, monkeypatch):

@@ -75,6 +75,8 @@ def test_run_writes_log_metrics_checkpoints_and_plot(finished):
     content = torch.load(finished / "model_00020.pt", weights_only=True)
     assert content["step"] == 20 and content["tokenizer"] == "bytes" and content["config"]["vocab_size"] == 257
     assert f"{content['val_loss']:.6f}" == read_stream(finished, "val")[20]
+    params = json.loads((finished / "run.json").read_text())["params"]
+    assert params == checkpoint.load_model(str(finished))[0].num_params()
 
 
 def test_metrics_jsonl_has_everything(finished):
@@ -463,6 +465,7 @@ def test_hellaswag_and_samples_during_a_run(shards, tmp_path, capsys, monkeypatc
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     row = next(row for row in rows if row["step"] == 20 and "hellaswag_acc_norm" in row)
     assert f"{row['hellaswag_acc_norm']:.6f}" == values[20] and "hellaswag_harness_acc_norm" in row
+    assert row["hellaswag_tasks"] == 12
     from common.distributed import DistContext
     from hellaswag import evaluate
 

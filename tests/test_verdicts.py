@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rich.cells
-from conftest import TINY, forked, rewrite_run, run_main
+from conftest import TINY, covered, forked, rewrite_run, run_main
 from made_up import CRASH, loss_of, made_up, noise
 
 from common.files import write_json
@@ -381,12 +381,31 @@ def test_older_results_file_keeps_its_columns(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("points", [(), (100, 200)])
-def test_picture_draws_curves_or_single_points(tmp_path, points):
-    def runs_at(shift: float) -> dict:
-        return {seed: {"curve": {at: 3.0 - at / 300 + shift + 0.01 * seed for at in (*points, 300)}} for seed in (1, 2)}
+def test_picture_shows_losses_and_differences(tmp_path, drawn, points):
+    noise = {1: 0.03, 2: -0.01, 3: 0.0}
 
-    draw({"first": runs_at(0.0), "idea": runs_at(-0.1), "failed": {}}, (2,), tmp_path / "compare.png")
-    assert (tmp_path / "compare.png").stat().st_size > 10_000
+    def runs_at(shift: float, spread: float = 0.0) -> dict:
+        shifts = {seed: shift + 0.01 * seed + spread * noise[seed] for seed in noise}
+        curves = {seed: {at: 3.0 - at / 300 + shift for at in (*points, 300)} for seed, shift in shifts.items()}
+        return {seed: {"curve": curve, "val_loss": curve[300], "params": 843_000, "tokens": 4.1e6} for seed, curve in curves.items()}
+
+    draw({"first": runs_at(0.0), "idea": runs_at(-0.1, 1.0), "failed": {}}, (3,), tmp_path / "compare.png")
+    (figure,) = drawn
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    final = panels["Difference from first, 95 % interval"]
+    differences = [-0.1 + x for x in noise.values()]
+    mean, half = np.mean(differences), 4.302653 * np.std(differences, ddof=1) / 3**0.5  # t at 97.5 %, two degrees of freedom
+    low, high = final.containers[1].lines[2][0].get_segments()[0][:, 0]
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=1e-6)
+    assert sorted(final.lines[final.lines.index(final.containers[0].lines[0]) + 3].get_xdata()) == pytest.approx(sorted(differences))
+    named = panels["Validation loss, 95 % interval"] if not points else final
+    assert [label.get_text() for label in named.get_yticklabels()] == ["first", "idea", "failed: failed"]
+    assert figure.get_suptitle() == "3 variants, the first is first: 843 k parameters, 4.1 M tokens, 3 seeds"
+    if points:
+        gaps = panels["Difference from first: below 0 is better"]
+        assert gaps.lines[1].get_ydata() == pytest.approx([mean] * 3) and gaps.get_ylim()[0] == pytest.approx(1.1 * (mean - half))
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "idea", "failed"]
+    assert not covered(figure)
 
 
 def test_band_is_the_interval_of_the_mean():

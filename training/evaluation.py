@@ -81,7 +81,7 @@ class Evaluation:
         how = dict(autocast=trainer.autocast(), stopped=self.stopped, trees=self.trees)
         scores, _ = hellaswag.evaluate(trainer.evaluated, tokenizer, tasks, self.world, **how)
         named = {f"hellaswag_{name}": score for name, score in scores.items()}
-        self.log.value(step, "hella", scores["acc_norm"], {**named, **axes(trainer, step)})
+        self.log.value(step, "hella", scores["acc_norm"], {**named, "hellaswag_tasks": len(tasks), **axes(trainer, step)})
         self.log.result(f"step {step}: HellaSwag acc_norm {scores['acc_norm']:.4f}, harness style {scores['harness_acc_norm']:.4f}")
 
     def sample(self, step: int):

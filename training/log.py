@@ -14,8 +14,8 @@ from pathlib import Path
 from common import cli, device
 from common.distributed import DistContext
 from common.files import append, parse_json, sync_file
+from common.logs import read_metrics
 from common.run_folder import RunFolder
-from plot_log import read_metrics
 from training.config import LOWER_LR, TrainConfig
 from training.failure import Hopeless
 from training.tracker import Tracker

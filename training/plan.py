@@ -9,7 +9,7 @@ import torch
 
 from common import device
 from common.device import ASSUMED_MFU
-from plot_log import read_metrics
+from common.logs import read_metrics
 from training.config import TrainConfig
 from training.memory import CUDA_ITSELF, Setting, largest_micro_batch, memory
 from training.run_json import RUN, RUN_REMEDY, last_launch, read_run_json

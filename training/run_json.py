@@ -88,8 +88,9 @@ def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, fol
     """Adds this launch to run.json, with its settings, hardware and software. Returns the run's id."""
     folder.check()
     path = folder.path / RUN
-    size = plot_log.size_of(trainer.model.num_params()) if trainer.shards.tokenizer == "gpt2" else "none"
-    before = {"id": secrets.token_hex(4), "size": size, "data": trainer.shards.contents(), "launches": []}
+    params = trainer.model.num_params()
+    size = plot_log.size_of(params) if trainer.shards.tokenizer == "gpt2" else "none"
+    before = {"id": secrets.token_hex(4), "size": size, "params": params, "data": trainer.shards.contents(), "launches": []}
     if config.teacher:
         before["teacher_sha256"] = checkpoint.fingerprint(config.teacher)
     if path.exists():
