@@ -225,6 +225,8 @@ def draw(runs: dict[str, dict[int, dict]], looks: Sequence[int], out: Path):
         draw_forest(axes["each"], {name: [one["val_loss"] for one in seeds.values()] for name, seeds in runs.items()}, LEVEL)
         axes["each"].set_title("Validation loss, 95 % interval")
         axes["final"].set_yticklabels([])
+        for panel in axes.values():
+            panel.locator_params("x", nbins=6)
 
 
 def draw_curves(axes: dict, runs: dict[str, dict[int, dict]], against: dict[str, dict[int, dict]], level: float):
@@ -265,7 +267,6 @@ def draw_forest(axes, values: dict[str, list[float]], level: float):
     axes.set_yticks([-i for i in range(len(values))], [label_of(name, 34) + ("" if each else ": failed") for name, each in values.items()])
     axes.set_ylim(-len(values) + 0.4, 0.6)
     axes.set_xlabel("nats per token")
-    axes.locator_params("x", nbins=6)
 
 
 def draw_band(axes, curves: list[dict], level: float, i: int, name: str = "") -> tuple:
