@@ -24,7 +24,8 @@ from common.validation import has_type, raise_errors
 GPT2_LOSS = {"124M": 3.2924}
 GPT2_HELLASWAG = {"124M": 0.2955, "350M": 0.3752, "774M": 0.4320, "1558M": 0.4893}
 GPT3_HELLASWAG = {"124M": ("125M", 0.337), "350M": ("350M", 0.436), "774M": ("760M", 0.510), "1558M": ("1.3B", 0.547)}
-CHANCE, TASKS, HELLASWAG = 0.25, 10_042, "hellaswag_val.jsonl"  # HellaSwag has four endings, and its validation set so many tasks
+CHANCE = 0.25  # HellaSwag has four endings
+TASKS, HELLASWAG = 10_042, "hellaswag_val.jsonl"  # its whole validation set, and the name of that file
 FORMATS = ("png", "svg", "pdf", "jpg", "webp")
 UNITS = {
     "step": "steps",
@@ -136,8 +137,9 @@ def draw_groups(axes: dict, groups: list[Group], config: PlotConfig) -> list[str
     """Draws all groups into the panels. Returns the streams that the loss panel shows: of many groups, only one of train and val."""
     ends = [x for group in groups for stream in ("train", "val") for x in group.curve(stream).x]
     start = -math.inf if config.zoom == 1 or not ends else max(ends) - config.zoom * (max(ends) - min(ends))
-    best = "val" if all(len(group.curve("val", start).x) > 2 for group in groups) else "train"
-    streams = [s for s in ("train", "val") if any(len(g.curve(s, start).x) for g in groups) and (len(groups) <= FEW or s == best)]
+    there = [stream for stream in ("train", "val") if any(len(group.curve(stream, start).x) for group in groups)]
+    best = "val" if there == ["val"] or all(len(group.curve("val", start).x) > 2 for group in groups) else "train"
+    streams = there if len(groups) <= FEW else [best]
     for i, group in enumerate(groups):
         noisy = {"loss": "train"} if "train" in streams else {}
         for panel, stream in (noisy | {panel: panel for panel in config.panels}).items():
@@ -196,7 +198,7 @@ def draw_baselines(axes: dict, size: str, others: dict[str, float], used: int):
 def draw_chance(axes, runs: list[Run], tasks: int):
     """Draws what guessing scores, and one standard error around it, if the number of tasks is known: to --hellaswag-tasks, to
     metrics.jsonl, or because the file was HellaSwag's own."""
-    tasks = tasks or int(max((n for run in runs for n in run.streams.get("hellaswag_tasks", {}).values()), default=0))
+    tasks = tasks or int(max([0, *(n for run in runs for n in run.streams.get("hellaswag_tasks", {}).values())]))
     if not tasks and all(run.facts.get("hellaswag_file", HELLASWAG) == HELLASWAG for run in runs):
         tasks = TASKS
     line = axes.axhline(CHANCE, color=GREY, linestyle=":", linewidth=1)

@@ -204,13 +204,16 @@ def test_zoom_shows_the_last_part(tmp_path, drawn):
 
 
 @pytest.mark.slow
-def test_ten_runs_stay_readable(tmp_path, drawn):
+@pytest.mark.parametrize("validations", [50, 1])
+def test_ten_runs_stay_readable(tmp_path, drawn, validations):
     """No raw curves, one line and one entry for each run, no two alike, and the legend covers no panel."""
-    logs = [write_run(tmp_path / f"a run with a long name, number {i}", np.geomspace(9, 3, 50) + i / 100, max_lr=i / 10) for i in range(10)]
+    names = [f"a run with a long name, number {i}" for i in range(10)]
+    losses = np.geomspace(9, 3, validations)
+    logs = [write_run(tmp_path / name, losses + i / 100, max_lr=i / 10) for i, name in enumerate(names)]
     plot_log.plot(PlotConfig(tuple(logs), str(tmp_path / "x.png")))
     (figure,) = drawn
     looks = {(line.get_color(), str(line._dash_pattern)) for line in figure.axes[0].lines}
-    assert len(looks) == len(figure.axes[0].lines) == 10 and len(legend_of(figure)) == 11
+    assert len(looks) == len(figure.axes[0].lines) == 10 and legend_of(figure) == [*names, "validation"]
     assert not covered(figure)
 
 
