@@ -63,7 +63,8 @@ VISION = {  # Machado et al., 2009, severity 1
 @pytest.mark.parametrize("vision", VISION)
 def test_color_blind_readers_tell_colors_apart(vision):
     seen = [seen_by(color, VISION[vision]) for color in COLORS]
-    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 10  # 2.3 is just noticeable
+    # 2.3 is just noticeable; matplotlib's own colors give 4.6
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 15
     assert all(color[0] < 80 for color in seen)  # darker than the paper
 
 
