@@ -26,7 +26,7 @@ from common.device import pick_device, pick_dtype
 from common.tokenizer import Tokenizer
 from common.validation import raise_errors
 from model import GPT
-from sample import stream
+from sample import Sampling, stream
 
 
 @dataclass
@@ -105,7 +105,7 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, length: int, seed: int,
     device = model.transformer.wte.weight.device
     idx = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=device)
     decoder, tokens, prob = codecs.getincrementaldecoder("utf-8")("replace"), 0, 1.0
-    steps = stream(model, idx, length, *sampling, torch.Generator(device).manual_seed(seed))
+    steps = stream(model, idx, length, Sampling(*sampling), torch.Generator(device).manual_seed(seed))
     for number, (new, logits) in enumerate(steps, 1):
         token, probs = new.item(), F.softmax(logits[0].float(), dim=-1)  # (V,)
         ended = token == tokenizer.eot

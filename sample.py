@@ -3,12 +3,15 @@
 python sample.py -m log --prompt "Hello, I'm a language model,"
 """
 
+import codecs
 import functools
+import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +29,19 @@ from ops.kv_cache import KVCache
 from variants import inference_copy, prepare_compiled_token, set_precision, with_switches
 
 
+FROM_FILE = "FILE:"
+
+
+class Sampling(NamedTuple):
+    """How to choose the next id: see SampleConfig."""
+
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
 @dataclass
 class SampleConfig:
     """Generate text. Only the samples go to stdout."""
@@ -33,7 +49,7 @@ class SampleConfig:
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
     """A checkpoint.pt, a run's folder, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
     prompt: str = "Hello, I'm a language model,"
-    """The text to continue; '' starts a new document."""
+    """The text to continue; '' starts a new document. FILE:prompt.txt reads it from a file."""
     num_samples: int = 4
     """Number of samples."""
     max_new_tokens: int = 64
@@ -44,6 +60,10 @@ class SampleConfig:
     """Sample from the k likeliest tokens; 0: from all."""
     top_p: float = 1.0
     """Sample from the fewest likeliest tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Sample from the tokens with at least this share of the likeliest one's probability; 0: from all."""
+    repetition_penalty: float = 1.0
+    """Make tokens that the text already has less likely, such as 1.2. 1: off."""
     seed: int = 1337
     """The same seed gives the same samples."""
     device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
@@ -69,6 +89,10 @@ class SampleConfig:
         errors += cli.at_most(10_000, self, "num_samples")
         if not 0 < self.top_p <= 1:
             errors.append(f"--top-p is {self.top_p}: it must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            errors.append(f"--min-p is {self.min_p}: it must be from 0 to 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            errors.append(f"--repetition-penalty is {self.repetition_penalty}: it must be above 0 and finite")
         if self.compile and not self.kv_cache:
             errors.append("--compile needs the KV cache: drop --no-kv-cache")
         if self.draft and not self.kv_cache:
@@ -76,6 +100,10 @@ class SampleConfig:
         if self.draft and self.compile:
             errors.append("--draft and --compile don't work together: drop one")
         raise_errors(errors)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(*(getattr(self, name) for name in Sampling._fields))
 
 
 @torch.no_grad()
@@ -92,33 +120,50 @@ def generate(
     draft: GPT | None = None,
     draft_tokens: int = 4,
     counts: Counter | None = None,
-    progress: bool = False,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
 ) -> Tensor:
     """Continues each row of idx by max_new_tokens ids: (B, T) int64 on the model's device → (B, T + max_new_tokens).
 
-    temperature: 0 is greedy. top_k, top_p: 0 and 1.0 turn them off. compile: torch.compile the step that adds a token; it
+    temperature: 0 is greedy. top_k, top_p, min_p: 0, 1.0 and 0 turn them off. compile: torch.compile the step that adds a token; it
     recompiles for another model, another batch size, or every 128 more positions. draft: a model that proposes draft_tokens ids
-    per pass, see speculate; use_cache and compile then have no effect. counts: adds up the model's "passes", and the draft's
-    "proposed" and "accepted" ids. progress: shows a bar on stderr after two seconds. The model sees at most its last seq_len
-    ids. Longer texts shift every position with each token, so they use neither cache nor draft.
+    per pass, see speculate; use_cache and compile then have no effect. counts: adds up the model's "passes", the "ids" added to each
+    row, and the draft's "proposed" and "accepted" ids. The model sees at most its last seq_len ids.
+    Longer texts shift every position with each token, so they use neither cache nor draft.
     ValueError if T is 0, the draft has another vocabulary, or SampleConfig rejects a number.
     """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    return torch.cat([idx, *grow(model, idx, max_new_tokens, sampling, generator, use_cache, compile, draft, draft_tokens, counts)], dim=1)
+
+
+def grow(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+    compile: bool = False,
+    draft: GPT | None = None,
+    draft_tokens: int = 4,
+    counts: Counter | None = None,
+) -> Iterator[Tensor]:
+    """Yields what generate adds, a few ids (B, n) at a time. See generate."""
     if idx.dim() != 2 or idx.size(1) == 0:
         raise ValueError(f"generate needs ids (B, T) with T at least 1: these are {tuple(idx.shape)}")
-    SampleConfig("", "", 1, max_new_tokens, temperature, top_k, top_p, draft_tokens=draft_tokens).validate()
+    SampleConfig("", max_new_tokens=max_new_tokens, draft_tokens=draft_tokens, **sampling._asdict()).validate()
     if compile and with_switches(model.config).n_expert > 1:
         raise ValueError("--compile does not work with experts: drop it")
-    end, sampling = idx.size(1) + max_new_tokens, (temperature, top_k, top_p)
-    counts = Counter() if counts is None else counts
+    end, counts = idx.size(1) + max_new_tokens, Counter() if counts is None else counts
     if draft is not None:
         fast = inference_copy(model, rows=len(idx) * (draft_tokens + 1)), inference_copy(draft, rows=len(idx))
-        idx = speculate(*fast, idx, end, draft_tokens, sampling, generator, counts)
-    rows = [idx]
-    steps = stream(model, idx, end - idx.size(1), *sampling, generator, use_cache, compile)
-    for new, _ in cli.bar(steps, total=end - idx.size(1), desc="sampling", unit="tok", delay=2, leave=False, disable=not progress):
-        rows.append(new)
-        counts["passes"] += 1
-    return torch.cat(rows, dim=1)
+        for new in speculate(*fast, idx, end, draft_tokens, sampling, generator, counts):
+            idx = torch.cat([idx, new], dim=1)
+            counts["ids"] += new.size(1)
+            yield new
+    for new, _ in stream(model, idx, end - idx.size(1), sampling, generator, use_cache, compile):
+        counts.update(passes=1, ids=1)
+        yield new
 
 
 @torch.no_grad()
@@ -126,9 +171,7 @@ def stream(
     model: GPT,
     idx: Tensor,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    sampling: Sampling,
     generator: torch.Generator | None,
     use_cache: bool = True,
     compile: bool = False,
@@ -154,7 +197,7 @@ def stream(
             cache.length += 1
         else:
             logits = next_logits(model, idx[:, -limit:] if cache is None else idx, cache)[:, -1]  # (B, V)
-        new = next_ids(logits.float(), temperature, top_k, top_p, generator)  # (B, 1)
+        new = next_ids(logits.float(), sampling, idx, generator)  # (B, 1)
         idx = torch.cat([idx, new], dim=1)
         yield new, logits
     if compile:
@@ -186,18 +229,19 @@ def empty_cache(model: GPT, idx: Tensor, room: int) -> KVCache:
     return cache
 
 
+@torch.no_grad()
 def speculate(
     model: GPT,
     draft: GPT,
     idx: Tensor,
     end: int,
     draft_tokens: int,
-    sampling: tuple[float, int, float],
+    sampling: Sampling,
     generator: torch.Generator | None,
     counts: Counter,
-) -> Tensor:
-    """Decodes speculatively (Leviathan et al., 2023; Chen et al., 2023): ids (B, T) → (B, end), or up to the model's last
-    position. sampling: temperature, top_k, top_p.
+) -> Iterator[Tensor]:
+    """Decodes speculatively (Leviathan et al., 2023; Chen et al., 2023): continues ids (B, T) to (B, end), or up to the model's last
+    position. Yields the ids (B, n) of each pass.
 
     The draft draws k ids, each from its distribution q. One pass of the model gives its distribution p for all of them. It accepts
     an id with probability min(1, p / q). A draw from max(p - q, 0) replaces the first rejected id. If all k are accepted, one more
@@ -211,7 +255,7 @@ def speculate(
     while (length := idx.size(1)) < end and length <= limit:
         k = max(0, min(draft_tokens, end - length - 1, limit - length, draft.config.seq_len - length + 1))
         ids, q = propose(draft, idx, k, draft_cache, sampling, generator)
-        probs, candidates = distribution(next_logits(model, ids, cache, k + 1).float(), *sampling)  # (B, k + 1, n)
+        probs, candidates = distribution(next_logits(model, ids, cache, k + 1).float(), sampling, ids)  # (B, k + 1, n)
         p = torch.zeros_like(q).scatter_(2, candidates, probs)
         proposed = ids[:, length:, None]  # (B, k, 1)
         p_proposed, q_proposed = p[:, :k].gather(2, proposed), q[:, :k].gather(2, proposed)
@@ -223,19 +267,19 @@ def speculate(
         if n < k:
             new = torch.where(accepted[:, n], proposed[:, n], new)
         idx = torch.cat([ids[:, : length + n], new], dim=1)
+        yield idx[:, length:]
         cache.length, draft_cache.length = length + n, min(draft_cache.length, length + n)
         counts.update(passes=1, proposed=proposed.numel(), accepted=int(accepted[:, : n + 1].sum()))
-    return idx
 
 
-def propose(draft: GPT, idx: Tensor, k: int, cache: KVCache, sampling: tuple[float, int, float], generator) -> tuple[Tensor, Tensor]:
+def propose(draft: GPT, idx: Tensor, k: int, cache: KVCache, sampling: Sampling, generator) -> tuple[Tensor, Tensor]:
     """Lets the draft draw k more ids: (B, T) → (B, T + k), and their distributions q (B, k + 1, V). The last q is 0, so that
     p - q is p there."""
     ids, q = idx, torch.zeros(idx.size(0), k + 1, draft.config.vocab_size, device=idx.device)
     for i in range(k):
-        probs, candidates = distribution(next_logits(draft, ids, cache, name="draft")[:, -1].float(), *sampling)
-        q[:, i].scatter_(1, candidates, probs)
-        ids = torch.cat([ids, draw(probs, candidates, generator)], dim=1)
+        probs, candidates = distribution(next_logits(draft, ids, cache, name="draft").float(), sampling, ids)  # (B, 1, n)
+        q[:, i : i + 1].scatter_(2, candidates, probs)
+        ids = torch.cat([ids, draw(probs[:, 0], candidates[:, 0], generator)], dim=1)
     return ids, q
 
 
@@ -267,16 +311,25 @@ def compiled_step(device_type: str):
     return torch.compile(decode_step, dynamic=False, options=cuda_options if device_type == "cuda" else cpu_options)
 
 
-def next_ids(logits: Tensor, temperature: float, top_k: int, top_p: float, generator) -> Tensor:
-    """Draws an id for each row of logits: (B, V) → (B, 1)."""
-    return draw(*distribution(logits, temperature, top_k, top_p), generator)
+def next_ids(logits: Tensor, sampling: Sampling, ids: Tensor, generator) -> Tensor:
+    """Draws the id after each row of ids (B, T), from its logits (B, V): (B, 1)."""
+    probs, candidates = distribution(logits[:, None], sampling, ids)
+    return draw(probs[:, 0], candidates[:, 0], generator)
 
 
-def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Logits (..., V) → probabilities (..., n) of the n likeliest ids (..., n). All other ids have probability 0.
+def distribution(logits: Tensor, sampling: Sampling, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, n, V) after the last n of the ids (B, T) → probabilities (B, n, k) of the k likeliest ids (B, n, k). All other ids
+    have probability 0.
 
-    Applies temperature, then top-k (Fan et al., 2018), then top-p (Holtzman et al., 2020).
+    Applies the repetition penalty (Keskar et al., 2019), temperature, top-k (Fan et al., 2018), top-p (Holtzman et al., 2020), then
+    min-p (Nguyen et al., 2024).
     """
+    temperature, top_k, top_p, min_p, penalty = sampling
+    if penalty != 1:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        for i in range(logits.size(1)):  # the later of the last n ids see more of the text
+            seen[:, i].scatter_(1, ids[:, : ids.size(1) - logits.size(1) + 1 + i], True)
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if temperature < 1e-4:  # greedy; a tiny temperature would overflow below
         ids = logits.argmax(-1, keepdim=True)
         return torch.ones_like(ids, dtype=logits.dtype), ids
@@ -289,6 +342,9 @@ def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -
     if top_p < 1:
         before = probs.cumsum(-1) - probs  # of all likelier ids: 0 for the likeliest, so it always stays
         probs = probs.masked_fill(before >= top_p, 0.0)
+    if min_p:
+        probs = probs.masked_fill(probs < min_p * probs[..., :1], 0.0)
+    if top_p < 1 or min_p:
         probs = probs / probs.sum(-1, keepdim=True)
     return probs, ids
 
@@ -309,21 +365,93 @@ def sample_texts(
     num_samples: int,
     max_new_tokens: int,
     seed: int,
+    sampling: Sampling | None = None,
+    show: Callable[[str], None] | None = None,
     **options,
 ) -> list[str]:
-    """The prompt with each continuation, as text up to its first <|endoftext|>. options: passed to generate."""
+    """The prompt with each continuation, as text up to its first <|endoftext|>. show: called with each piece of the first text as it
+    is written. options: passed to grow."""
     device = model.transformer.wte.weight.device
     start = tokenizer.encode(prompt) or [tokenizer.eot]
     idx = torch.tensor([start] * num_samples, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    rows = generate(model, idx, max_new_tokens, generator=generator, **options)[:, len(start) :].tolist()
-    return [prompt + tokenizer.decode(row[: row.index(tokenizer.eot)] if tokenizer.eot in row else row) for row in rows]
+    texts = [GrowingText(tokenizer) for _ in range(num_samples)]
+    show, unshown = show or (lambda piece: None), prompt  # the prompt comes with the first piece: nothing is shown before an error
+    for new in grow(model, idx, max_new_tokens, sampling or Sampling(), torch.Generator(device).manual_seed(seed), **options):
+        pieces = [text.add(ids) for text, ids in zip(texts, new.tolist(), strict=True)]
+        show(unshown + pieces[0])
+        unshown = ""
+        if all(text.ended for text in texts):
+            break
+    pieces = [text.end() for text in texts]
+    show(unshown + pieces[0])
+    return [prompt + text.text for text in texts]
+
+
+class GrowingText:
+    """A text that ids are added to, up to the first <|endoftext|>. A character appears when its last byte is there."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+        self.text, self.ended = "", False
+
+    def add(self, ids: list[int]) -> str:
+        """Returns the text that these ids add."""
+        if self.ended:
+            return ""
+        self.ended = self.tokenizer.eot in ids
+        ids = ids[: ids.index(self.tokenizer.eot)] if self.ended else ids
+        return self.append(self.decoder.decode(self.tokenizer.decode_bytes(ids)))
+
+    def end(self) -> str:
+        """Returns what the bytes of an unfinished character become."""
+        return self.append(self.decoder.decode(b"", final=True))
+
+    def append(self, piece: str) -> str:
+        self.text += piece
+        return piece
+
+
+def read_prompt(given: str) -> str:
+    """Returns the text of a --prompt. ValueError if its file can't be read."""
+    if not given.startswith(FROM_FILE):
+        return given
+    try:
+        return Path(given.removeprefix(FROM_FILE)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"--prompt {given}: can't read the file ({cli.in_one_line(e)}): give the path of a text in UTF-8") from e
+
+
+def write_samples(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: str, draft: GPT | None):
+    """Writes the samples to stdout, the first one as it grows, and their numbers to stderr."""
+    counts, pieces, clean = Counter(), [], cli.printable if sys.stdout.isatty() else str
+
+    def show(piece: str):
+        if not pieces:
+            cli.say(f"--- sample 1 of {config.num_samples}")
+        pieces.append(piece)
+        print(clean(piece), end="", flush=True)
+
+    _, *others = sample_texts(
+        model, tokenizer, prompt, config.num_samples, config.max_new_tokens, config.seed, config.sampling, show,
+        use_cache=config.kv_cache, compile=config.compile, draft=draft, draft_tokens=config.draft_tokens, counts=counts,
+    )  # fmt: skip
+    print()
+    for number, text in enumerate(others, 2):
+        cli.say(f"--- sample {number} of {config.num_samples}")
+        print(clean(text), flush=True)
+    if counts["proposed"]:
+        rate, per_pass = counts["accepted"] / counts["proposed"], counts["ids"] / counts["passes"]
+        cli.say(
+            f"draft: {counts['accepted']:,} of {counts['proposed']:,} tokens accepted ({rate:.0%}); "
+            f"each pass of the model added {per_pass:.2f} tokens to a sample"
+        )
 
 
 def main():
     with cli.one_line_errors(if_memory_runs_out="lower --num-samples or --max-new-tokens, or use a smaller model"):
         config = cli.parse(SampleConfig)
         config.validate()
+        prompt = read_prompt(config.prompt)
         device = pick_device(config.device)
         problem = compile_problem(device) if config.compile else ""
         if problem:
@@ -340,21 +468,7 @@ def main():
                 raise ValueError(
                     f"--draft uses {draft_tokenizer.name} tokens, the model {tokenizer.name}: use a draft with the same tokenizer"
                 )
-        counts = Counter()
-        texts = sample_texts(
-            model, tokenizer, config.prompt, config.num_samples, config.max_new_tokens, config.seed,
-            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, use_cache=config.kv_cache, compile=config.compile,
-            draft=draft, draft_tokens=config.draft_tokens, counts=counts, progress=True,
-        )  # fmt: skip
-        for number, text in enumerate(texts, 1):
-            cli.say(f"--- sample {number} of {len(texts)}")
-            print(cli.printable(text) if sys.stdout.isatty() else text, flush=True)
-        if counts["proposed"]:
-            rate, per_pass = counts["accepted"] / counts["proposed"], config.max_new_tokens / counts["passes"]
-            cli.say(
-                f"draft: {counts['accepted']:,} of {counts['proposed']:,} tokens accepted ({rate:.0%}); "
-                f"each pass of the model added {per_pass:.2f} tokens to a sample"
-            )
+        write_samples(config, model, tokenizer, prompt, draft)
 
 
 if __name__ == "__main__":

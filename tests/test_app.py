@@ -27,7 +27,7 @@ import app
 from app import Piece, as_html, clamp, offered, write
 from common.tokenizer import get_tokenizer
 from model import GPT
-from sample import sample_texts
+from sample import Sampling, sample_texts
 from variants import VariantConfig, build
 
 BYTES = get_tokenizer("bytes")
@@ -43,7 +43,7 @@ def test_text_and_probabilities_match_sample_py():
     model = tiny()
     pieces = list(write(model, BYTES, "def ", 40, 7, 0.8, 30, 0.9))
     text = "".join(piece.text for piece in pieces)
-    assert "def " + text == sample_texts(model, BYTES, "def ", 1, 40, 7, temperature=0.8, top_k=30, top_p=0.9)[0]
+    assert "def " + text == sample_texts(model, BYTES, "def ", 1, 40, 7, Sampling(0.8, 30, 0.9))[0]
     with torch.no_grad():
         probs = model(torch.tensor([BYTES.encode("def ")]))[0][0, -1].softmax(-1)
     assert pieces[0].prob == pytest.approx(probs[ord(pieces[0].text)].item(), rel=1e-4)  # before temperature, top-k and top-p
@@ -225,7 +225,7 @@ def test_page_works_in_a_browser(page):
         choose(tab, "Compare with", 3)  # none, newest, step 20, step 10
         generate(tab)
         until(lambda: written(tab, "right") == 30)
-        cold, other = (sample_texts(tiny(step), BYTES, "<i>def", 1, 30, 5, temperature=0.1)[0] for step in (20, 10))
+        cold, other = (sample_texts(tiny(step), BYTES, "<i>def", 1, 30, 5, Sampling(0.1))[0] for step in (20, 10))
         until(lambda: tab.locator("#left .text").text_content() == cold != text)
         assert tab.locator("#right .text").text_content() == other
 

@@ -24,7 +24,7 @@ import export
 import hellaswag
 from common.distributed import DistContext
 from common.tokenizer import get_tokenizer
-from sample import sample_texts
+from sample import Sampling, sample_texts
 from variants import VariantConfig, build
 
 LLAMA = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, n_kv_head=1)
@@ -76,7 +76,7 @@ def test_transformers_continues_text_like_the_run(run, tmp_path, capsys):
     model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
     assert output.endswith(f"/out: LlamaForCausalLM, {model.num_parameters():,} parameters in fp32, tokenizer bytes\n")
     theirs = model.generate(**tokenizer("def f(", return_tensors="pt"), max_new_tokens=30, do_sample=False)[0]
-    ours = sample_texts(*checkpoint.load_with_tokenizer(run), "def f(", 1, 30, 0, temperature=0.0)[0]
+    ours = sample_texts(*checkpoint.load_with_tokenizer(run), "def f(", 1, 30, 0, Sampling(0))[0]
     assert tokenizer.decode(theirs, skip_special_tokens=True) == ours
     (tmp_path / "out" / "model.safetensors.tmp").touch()  # as a killed export leaves
     assert run_main(export.main, "-m", run, "--out-dir", tmp_path / "out", "--dtype", "bf16") == 0  # replaces it

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import io
+import sys
 import weakref
 from collections import Counter
 from itertools import product
@@ -12,11 +14,12 @@ import torch
 from conftest import run_main, save_checkpoint
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
+from transformers.generation import logits_process as hf_process
 
 import sample
 from common.tokenizer import get_tokenizer
-from sample import generate, next_ids
+from sample import Sampling, generate, next_ids
 from variants import VariantConfig, build
 
 
@@ -117,8 +120,8 @@ def test_cache_of_inference_mode_stays_there(caches, model):
 def test_two_texts_at_once_have_two_caches(caches, model):
     idx = torch.full((1, 3), 7)
     texts(model, 1, compile=True)
-    expected = [new.item() for new, _ in sample.stream(model, idx, 6, 0, 0, 1.0, None)]
-    both = zip(*(sample.stream(model, idx, 6, 0, 0, 1.0, None, compile=True) for _ in range(2)), strict=True)
+    expected = [new.item() for new, _ in sample.stream(model, idx, 6, Sampling(0), None)]
+    both = zip(*(sample.stream(model, idx, 6, Sampling(0), None, compile=True) for _ in range(2)), strict=True)
     assert [(a.item(), b.item()) for (a, _), (b, _) in both] == [(x, x) for x in expected]
     assert len(set(map(id, caches))) == 2
 
@@ -153,8 +156,8 @@ def test_same_seed_gives_same_samples(model):
 
 
 def frequencies(logits, n=20_000, **options):
-    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
-    ids = next_ids(logits.repeat(n, 1), generator=torch.Generator().manual_seed(0), **options)
+    sampling = Sampling(**{"top_k": 0} | options)
+    ids = next_ids(logits.repeat(n, 1), sampling, torch.zeros(n, 1, dtype=torch.long), torch.Generator().manual_seed(0))
     return torch.bincount(ids.flatten(), minlength=logits.numel()) / n
 
 
@@ -179,6 +182,39 @@ def test_top_p_keeps_fewest_ids_that_reach_it():
     assert (frequencies(logits, top_p=0.51) > 0).tolist() == [False, True, False, True]
     assert (frequencies(logits, top_p=0.9) > 0).tolist() == [False, True, True, True]
     assert (frequencies(logits, top_p=0.01) > 0).tolist() == [False, True, False, False]
+
+
+OPTIONS = ({}, dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), dict(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1))
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_distribution_matches_hugging_face(penalty, options):
+    """Three positions, of which each sees one id more."""
+    sampling = Sampling(**{"top_k": 0, "repetition_penalty": penalty} | options)
+    ids, logits = torch.tensor([[1, 4, 4, 9, 2], [0, 0, 0, 7, 3]]), 2 * torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0))
+    probs, candidates = sample.distribution(logits, sampling, ids)
+    ours = torch.zeros_like(logits).scatter_(2, candidates, probs)
+    chain = [hf_process.RepetitionPenaltyLogitsProcessor(penalty), hf_process.TemperatureLogitsWarper(sampling.temperature)]
+    chain += [hf_process.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    chain += [hf_process.TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    chain += [hf_process.MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
+    for i in range(3):
+        theirs = LogitsProcessorList(chain)(ids[:, : 3 + i], logits[:, i]).softmax(-1)
+        assert torch.allclose(ours[:, i], theirs, atol=1e-6)
+
+
+def test_repetition_penalty_matches_hugging_face(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    hf = GPT2LMHeadModel.from_pretrained(tmp_path)
+    hf.generation_config.eos_token_id = None
+    idx = torch.tensor([[5, 200, 31]])
+    how = dict(max_new_tokens=20, do_sample=False, pad_token_id=0, repetition_penalty=1.5)
+    ours = generate(model, idx, 20, temperature=0, repetition_penalty=1.5)
+    assert (ours == hf.generate(idx, attention_mask=torch.ones_like(idx), **how)).all()
+    assert (ours != generate(model, idx, 20, temperature=0)).any()
+    draft = similar_model(model)
+    assert (generate(model, idx, 20, temperature=0, repetition_penalty=1.5, draft=draft) == ours).all()
 
 
 def test_zero_temperature_and_oversized_top_k():
@@ -207,11 +243,11 @@ def test_script_prints_only_samples(model, tmp_path, capsys):
 def test_script_casts_model_and_draft_to_dtype(model, tmp_path, monkeypatch, dtype):
     seen = []
 
-    def generate(model, idx, n, draft, **options):
+    def grow(model, idx, n, *sampling, draft, **options):
         seen.extend({p.dtype for p in model.parameters()} | {p.dtype for p in draft.parameters()})
-        return idx
+        return []
 
-    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr(sample, "grow", grow)
     path = save_checkpoint(tmp_path, 1, model, "bytes", None, {})
     assert run_main(sample.main, "-m", path, "-d", "cpu", "--dtype", dtype, "--draft", path) == 0
     assert seen == [torch.bfloat16 if dtype == "bf16" else torch.float32]
@@ -224,8 +260,44 @@ def test_compile_flag_without_compiler_is_one_line(monkeypatch, capsys):
 
 
 def test_samples_end_at_end_of_text(model, monkeypatch):
-    monkeypatch.setattr(sample, "generate", lambda model, idx, n, generator: torch.tensor([[97, 98, 256, 99], [97, 98, 99, 100]]))
-    assert sample.sample_texts(model, get_tokenizer("bytes"), "a", 2, 3, 0) == ["ab", "abcd"]
+    new = [torch.tensor([[98, 256, 99], [98, 99, 100]]), torch.tensor([[101], [256]]), torch.tensor([[102], [103]])]
+    monkeypatch.setattr(sample, "grow", lambda *args: iter(new))
+    assert sample.sample_texts(model, get_tokenizer("bytes"), "a", 2, 7, 0) == ["ab", "abcd"]
+    steps = iter(new)
+    monkeypatch.setattr(sample, "grow", lambda *args: steps)
+    sample.sample_texts(model, get_tokenizer("bytes"), "a", 2, 7, 0)
+    assert len(list(steps)) == 1  # it stops when all have ended
+
+
+def test_first_text_is_shown_as_it_grows(model, monkeypatch):
+    """A character of several bytes comes with its last one; bytes that are no text become the usual sign."""
+    monkeypatch.setattr(sample, "grow", lambda *args: [torch.tensor([[byte]]) for byte in [*"aé".encode(), 0xC3, 98, 0xE2, 0x82]])
+    shown = []
+    texts = sample.sample_texts(model, get_tokenizer("bytes"), "<", 1, 7, 0, show=shown.append)
+    assert shown == ["<a", "", "é", "", "\ufffdb", "", "", "\ufffd"]
+    assert texts == ["".join(shown)] == ["<" + get_tokenizer("bytes").decode([*"aé".encode(), 0xC3, 98, 0xE2, 0x82])]
+
+
+def test_script_streams_the_first_sample(model, tmp_path, monkeypatch):
+    path, written = save_checkpoint(tmp_path, 1, model, "bytes", None, {}), []
+    out = io.StringIO()
+    monkeypatch.setattr(out, "flush", lambda: written.append(out.getvalue()), raising=False)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert run_main(sample.main, "-m", path, "-d", "cpu", "--prompt", "abc", "--num-samples", 2, "--max-new-tokens", 5) == 0
+    assert len(written) >= 6 and written[0].startswith("abc") and len(out.getvalue().splitlines()) >= 2
+
+
+def test_prompt_comes_from_a_file(model, tmp_path, capsys):
+    path = save_checkpoint(tmp_path, 1, model, "bytes", None, {})
+    (tmp_path / "prompt.txt").write_text("def é\n", encoding="utf-8")
+    argv = ["-m", path, "-d", "cpu", "--num-samples", 1, "--max-new-tokens", 0, "--prompt"]
+    assert run_main(sample.main, *argv, f"FILE:{tmp_path}/prompt.txt") == 0
+    assert capsys.readouterr().out == "def é\n\n"
+    (tmp_path / "prompt.txt").write_bytes(b"\xff")
+    for name in ("prompt.txt", "nowhere.txt", ""):
+        assert run_main(sample.main, *argv, f"FILE:{tmp_path}/{name}") == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "can't read the file" in err and "give the path of a text in UTF-8" in err
 
 
 # ---- speculative decoding ----
@@ -285,7 +357,7 @@ def test_model_as_own_draft_accepts_all_ids(model, temperature):
     """20 ids take 4 passes of 5. Two positions are left: one pass, with one drafted id. 3 more ids take one pass each."""
     counts, idx = Counter(), torch.zeros(2, 2, dtype=torch.long)
     generate(model, idx, 26, temperature, draft=model, draft_tokens=4, generator=torch.Generator().manual_seed(0), counts=counts)
-    assert counts == {"proposed": 2 * 18, "accepted": 2 * 18, "passes": 4 + 1 + 3}
+    assert counts == {"proposed": 2 * 18, "accepted": 2 * 18, "passes": 4 + 1 + 3, "ids": 26}
 
 
 class Chain:
@@ -361,6 +433,8 @@ def test_script_reports_accepted_draft_tokens(model, tmp_path, capsys):
         (["--temperature", "-1", "--top-p", "0"], "--temperature is -1.0: it must be at least 0; --top-p is 0.0"),
         (["--num-samples", "0"], "--num-samples is 0"),
         (["--top-k", "-1"], "--top-k is -1"),
+        (["--min-p", "1.1"], "--min-p is 1.1: it must be from 0 to 1"),
+        (["--repetition-penalty", "0"], "--repetition-penalty is 0.0: it must be above 0 and finite"),
         (["--compile", "--no-kv-cache"], "--compile needs the KV cache: drop --no-kv-cache"),
         (["--draft", "y.pt", "--no-kv-cache", "--top-k", "-1"], "at least 0; --draft needs the KV cache: drop --no-kv-cache"),
         (["--draft", "y.pt", "--compile"], "--draft and --compile don't work together: drop one"),
