@@ -28,7 +28,6 @@ from model import GPT
 from ops.kv_cache import KVCache
 from variants import inference_copy, prepare_compiled_token, set_precision, with_switches
 
-
 FROM_FILE = "FILE:"
 
 

@@ -184,7 +184,7 @@ def test_top_p_keeps_fewest_ids_that_reach_it():
     assert (frequencies(logits, top_p=0.01) > 0).tolist() == [False, True, False, False]
 
 
-OPTIONS = ({}, dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), dict(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1))
+OPTIONS = ({}, dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), dict(min_p=1.0), dict(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1))
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
