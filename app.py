@@ -23,10 +23,14 @@ import tyro
 from checkpoint import checkpoint_file, files_of, load_with_tokenizer, sealed_steps
 from common import cli
 from common.device import pick_device, pick_dtype
-from common.tokenizer import Tokenizer
+from common.logs import read_metrics
+from common.shards import find_shards
+from common.tokenizer import Tokenizer, get_tokenizer
 from common.validation import raise_errors
+from dataloader import TokenStream
 from model import GPT
 from sample import Sampling, stream
+from training.run_json import read_run
 
 
 @dataclass
@@ -120,10 +124,15 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, length: int, seed: int,
             return
 
 
+FIGURE_SPACE = "\N{FIGURE SPACE}"  # a browser would drop a plain one
+
+
 def as_html(piece: Piece) -> str:
-    """A piece as HTML: the less likely, the more orange. Its tooltip shows the probabilities."""
-    tooltip = "\n".join(f"{p:6.1%} {text!r}" for text, p in [(piece.text, piece.prob), *(x for x in piece.likeliest if x[0] != piece.text)])
-    return f'<span style="--p:{piece.prob:.2f}" title="{html.escape(tooltip)}">{html.escape(piece.text)}</span>'
+    """A piece as HTML: the less likely, the more orange. Its tooltip shows the likeliest tokens, with a mark at the one that came. A tap
+    shows it too: phones have no tooltips."""
+    rows = piece.likeliest if any(text == piece.text for text, _ in piece.likeliest) else [*piece.likeliest, (piece.text, piece.prob)]
+    tooltip = "\n".join(f"{'▸' if text == piece.text else FIGURE_SPACE} {p:6.1%} {text!r}" for text, p in rows)
+    return f'<span tabindex="-1" style="--p:{piece.prob:.2f}" title="{html.escape(tooltip)}">{html.escape(piece.text)}</span>'
 
 
 class Column:
@@ -146,25 +155,70 @@ class Column:
         return f"{self.number} tokens, {self.number / self.seconds:,.0f} tokens/s" if self.number else ""
 
 
+# ---- the run that a model is from ----
+
+PROMPTS = ("Hello, I'm a language model,", "Once upon a time", "The meaning of life is")
+CURVE_POINTS, CURVE_SECONDS = 200, 5
+
+
+def examples(models: tuple[str, ...]) -> list[str]:
+    """Prompts that fit the first run among the models: its own one, and lines of the text that it validates on."""
+    for path in models:
+        try:
+            config = read_run(Path(path))
+            shards = find_shards(config.data_dir)
+            stream, decode = TokenStream(shards, "val", config.model.seq_len, shuffle=False), get_tokenizer(shards.tokenizer).decode
+            n = stream.sequences_per_epoch
+            texts = [decode(stream.batch([i * n // 20])[0][0].tolist()) for i in range(20)]
+        except (ValueError, OSError):  # not a run, or its data are elsewhere
+            continue
+        lines = [line for text in texts for line in text.splitlines()[1:-1] if 10 <= len(line) <= 60 and line[0].isalnum()]
+        return [config.sample_prompt, *dict.fromkeys(lines[:: max(1, len(lines) // 4)])][:5]
+    return [*PROMPTS]
+
+
+def loss_curves(models: tuple[str, ...]):
+    """Returns the losses of the models that are runs, as Gradio plots them: step, loss and the curve's name. None if none is a run."""
+    import pandas as pd
+
+    rows = []
+    for path in models:
+        losses = read_metrics(Path(path, "metrics.jsonl"), ["loss", "val_loss"])
+        name = "" if len(models) == 1 else f"{path}: "
+        train = sorted(losses["loss"].items())
+        size = max(1, len(train) // CURVE_POINTS)
+        for start in range(0, len(train), size):  # each point is the mean of some steps
+            part = train[start : start + size]
+            rows.append((part[-1][0], sum(loss for _, loss in part) / len(part), f"{name}train"))
+        rows += [(step, loss, f"{name}validation") for step, loss in losses["val_loss"].items()]
+    return pd.DataFrame(rows, columns=["step", "loss", "curve"]) if rows else None
+
+
 # ---- the page ----
 
 TITLE = "GPT-2 from scratch"
 HINT = (
     "Type a prompt and press Generate. The more orange a token is, the less the model expected it. "
-    "Point at a token to see what else could have come."
+    "Point at a token (or tap it) to see what else could have come."
 )
 NONE = "none"
-EXAMPLES = ("Hello, I'm a language model,", "def ", "class Stack:\n", "Once upon a time", "import os\n\n\ndef ")
 CSS = """
 .text { white-space: pre-wrap; font-family: monospace; font-size: 15px; line-height: 1.5; overflow-wrap: anywhere; min-height: 8em; }
 .text span { background: color-mix(in srgb, orange calc((1 - var(--p)) * 70%), transparent); border-radius: 3px; }
+.text span:focus { outline: 2px solid orange; }
+.text span:focus::after {
+  content: attr(title); position: fixed; left: 0; bottom: 0; z-index: 1000; padding: 8px 12px; white-space: pre; font-size: 14px;
+  color: var(--body-text-color); background: var(--background-fill-primary); border: 1px solid orange;
+}
 .status { color: gray; min-height: 1.5em; }
 """
 
 
-def build(choices: dict[str, str], device: torch.device, dtype: torch.dtype):
+def build(models: tuple[str, ...], device: torch.device, dtype: torch.dtype):
     """The page, a gradio.Blocks."""
     import gradio as gr
+
+    choices, prompts = offered(models), examples(models)
 
     def run(name, beside, prompt, temperature, top_k, top_p, length, seed):
         """Yields two texts and their status lines as they grow."""
@@ -180,17 +234,18 @@ def build(choices: dict[str, str], device: torch.device, dtype: torch.dtype):
                 raise
             raise gr.Error(html.escape(str(e)), print_exception=False) from e
 
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"# {TITLE}\n{HINT}")
         with gr.Row():
             name = gr.Dropdown(list(choices), value=next(iter(choices)), label="Checkpoint")
-            beside = gr.Dropdown([NONE, *choices], value=NONE, label="Compare with")
-        prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=3, max_lines=10, max_length=PROMPT_CHARS)
+            beside = gr.Dropdown([NONE, *choices], value=NONE, label="Compare with", visible=len(choices) > 1)
+        prompt = gr.Textbox(prompts[0], label="Prompt", lines=3, max_lines=10, max_length=PROMPT_CHARS)
         with gr.Row():
-            generate = gr.Button("Generate", variant="primary")
-            stop = gr.Button("Stop", variant="stop")
-        outputs, settings = text_columns(gr), sliders(gr)
-        gr.Examples([[text] for text in EXAMPLES], prompt, label="Examples")
+            generate = gr.Button("Generate", variant="primary", min_width=120)
+            stop = gr.Button("Stop", variant="stop", min_width=120)
+        outputs, settings = text_columns(gr, beside), sliders(gr)
+        gr.Examples([[text] for text in prompts], prompt, label="Examples")
+        live_curves(gr, models)
         inputs = [name, beside, prompt, *settings]
         running = gr.on([generate.click, prompt.submit], run, inputs, outputs, api_name="generate", concurrency_limit=1)
         stop.click(None, cancels=running)
@@ -213,14 +268,24 @@ def growing(columns: list[Column]) -> Iterator[list[str]]:
     yield contents()
 
 
-def text_columns(gr) -> list:
+def text_columns(gr, beside) -> list:
+    """The two texts with their status lines. The right column is there only while a second model is chosen."""
     outputs = []
     with gr.Row():
         for side in ("left", "right"):
-            with gr.Column():
+            with gr.Column(visible=side == "left") as column:
                 outputs.append(gr.HTML(elem_id=side, html_template='<div class="text">${value}</div>'))
                 outputs.append(gr.HTML(elem_id=f"{side}-status", html_template='<div class="status">${value}</div>'))
+    beside.change(lambda one: gr.Column(visible=one != NONE), beside, column, show_progress="hidden", api_name=False)
     return outputs
+
+
+def live_curves(gr, models: tuple[str, ...]):
+    """Draws the losses of the runs, again every few seconds: a run may be in training."""
+    if loss_curves(models) is None:
+        return
+    plot = gr.LinePlot(lambda: loss_curves(models), x="step", y="loss", color="curve", title="Loss in nats per token", height=300)
+    gr.Timer(CURVE_SECONDS).tick(lambda: loss_curves(models), None, plot, show_progress="hidden", api_name=False)
 
 
 def sliders(gr) -> list:
@@ -286,7 +351,7 @@ def serve(config: AppConfig, device: torch.device, dtype: torch.dtype) -> str:
     except ValueError as e:
         raise ValueError(f"Gradio can't read its environment ({e}): check the GRADIO_… variables") from e
     system = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # no fonts from the network
-    page = build(offered(config.model), device, dtype)
+    page = build(config.model, device, dtype)
     try:
         return page.launch(
             share=False, css=CSS, theme=gr.themes.Default(**system), footer_links=[], ssr_mode=False, quiet=True,

@@ -1,6 +1,6 @@
 """The page writes the same text as sample.py, works in a real browser, and survives bad requests.
 
-PYTHONPATH=. python tests/test_app.py results/app.png log/quickstart log/early    # takes the picture of two models side by side
+PYTHONPATH=. python tests/test_app.py results/app.png log/quickstart log/early    # takes pictures: two models, and one on a phone
 """
 
 import json
@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +25,12 @@ import torch
 from conftest import REPO, run_main, save_checkpoint, script
 
 import app
+import fineweb
 from app import Piece, as_html, clamp, offered, write
 from common.tokenizer import get_tokenizer
 from model import GPT
 from sample import Sampling, sample_texts
+from training.config import TrainConfig
 from variants import VariantConfig, build
 
 BYTES = get_tokenizer("bytes")
@@ -66,8 +69,10 @@ def test_cut_character_looks_as_in_sample_py(monkeypatch):
 
 
 def test_model_output_is_escaped_in_html():
-    written = as_html(Piece("<b>", 1, 0.5, [('"', 0.4), ("<b>", 0.5)]))
-    assert written == '<span style="--p:0.50" title=" 50.0% &#x27;&lt;b&gt;&#x27;\n 40.0% &#x27;&quot;&#x27;">&lt;b&gt;</span>'
+    written = as_html(Piece("<b>", 1, 0.4, [('"', 0.5), ("<b>", 0.4)]))
+    tooltip = "\u2007  50.0% &#x27;&quot;&#x27;\n▸  40.0% &#x27;&lt;b&gt;&#x27;"
+    assert written == f'<span tabindex="-1" style="--p:0.40" title="{tooltip}">&lt;b&gt;</span>'
+    assert 'title="\u2007  90.0% &#x27;a&#x27;\n▸   1.0% &#x27;b&#x27;"' in as_html(Piece("b", 1, 0.01, [("a", 0.9)]))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +121,30 @@ def test_wrong_gradio_environment_is_one_line(tmp_path):
     result = script("app.py", "-m", save_checkpoint(tmp_path, 1, tiny(1), "bytes", 3.0, {}), GRADIO_SERVER_PORT="abc")
     assert result.returncode == 2 and result.stderr.startswith("error: Gradio can't read its environment (invalid literal for int()")
     assert result.stderr.count("\n") == 1 and "GRADIO_" in result.stderr
+
+
+def test_curve_points_are_means_of_steps(tmp_path):
+    lines = [{"step": i, "loss": 4.0 - i / 1000} for i in range(1003)] + [{"step": 500, "val_loss": 3.25}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
+    found = app.loss_curves((str(tmp_path), "gpt2"))
+    train = found[found.curve == f"{tmp_path}: train"]
+    assert list(train.step) == [*range(4, 1000, 5), 1002] and train.loss.iloc[1] == pytest.approx(4 - 0.007)
+    assert found[found.curve == f"{tmp_path}: validation"].values.tolist() == [[500, 3.25, f"{tmp_path}: validation"]]
+    assert app.loss_curves(("gpt2", str(tmp_path / "none"))) is None
+
+
+def test_examples_are_lines_of_the_runs_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        Path(f"{name}.txt").write_text(f"SCENE {name}\n" + "ROMEO: is it?\nJULIET: It is, my lord.\n    too far to the right\n" * 400)
+    assert run_main(fineweb.main, "--dataset", "a.txt", "b.txt", "c.txt", "--tokenizer", "bytes", "--out-dir", "shards") == 0
+    Path("run").mkdir()
+    config = asdict(TrainConfig(data_dir="shards", sample_prompt="ROMEO:", model=VariantConfig(257, 64)))
+    Path("run/run.json").write_text(json.dumps({"config": config, "data": {}, "launches": []}))
+    assert set(app.examples(("gpt2", "run"))) == {"ROMEO:", "JULIET: It is, my lord.", "ROMEO: is it?"}
+    assert app.examples(("gpt2", "run"))[0] == "ROMEO:"
+    Path("shards").rename("elsewhere")
+    assert app.examples(("gpt2", "run")) == [*app.PROMPTS]
 
 
 # ---- a running page ----
@@ -207,6 +236,53 @@ def until(condition, seconds: float = 60):
 
 
 @pytest.mark.slow
+def test_page_fits_one_model_and_a_phone(tmp_path):
+    """One model has the whole width. The loss curve grows with the run. A tap shows what a tooltip shows."""
+    pytest.importorskip("gradio")
+    run = tmp_path / "run"
+    run.mkdir()
+    save_checkpoint(run, 20, tiny(20), "bytes", 3.0, {})
+    line = '{"step": %d, "loss": 3.0, "val_loss": 3.0}\n'
+    (run / "metrics.jsonl").write_text("".join(line % step for step in range(20)))
+    with served(run) as url, browser() as tab:
+        for width in (1200, 390):
+            tab.set_viewport_size({"width": width, "height": 844})
+            tab.goto(url)
+            generate(tab)
+            assert tab.locator("#left").bounding_box()["width"] > 0.8 * width and not tab.locator("#right").is_visible()
+            assert not tab.get_by_label("Compare with").is_visible()
+            assert tab.evaluate("document.documentElement.scrollWidth") == width
+            until(lambda: written(tab) > 5)
+            token = tab.locator("#left span").nth(5)
+            token.click()
+            shown = "(span) => getComputedStyle(span, '::after').content"
+            assert "▸" in token.evaluate(shown) and "%" in token.evaluate(shown)
+        curve = tab.locator("svg.marks, .vega-embed").first
+        curve.wait_for()
+        before = curve.inner_html()
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write("".join(line % step for step in range(20, 3000)))
+        until(lambda: curve.inner_html() != before, 4 * app.CURVE_SECONDS)
+
+
+@pytest.mark.slow
+def test_text_stops_when_its_reader_leaves(page):
+    """Only one text is written at a time: the next one would wait for it."""
+    url, newest = f"{page}/gradio_api/call/generate", newest_of(page)
+    data = json.dumps({"data": [*{**REQUEST, "name": newest, "length": LONGEST}.values()]}).encode()
+    began = time.monotonic()
+    assert ask(page, length=LONGEST) == "complete"
+    whole = time.monotonic() - began
+    for _ in range(5):
+        event = json.load(urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})))["event_id"]
+        with urllib.request.urlopen(f"{url}/{event}") as answers:
+            answers.readline()
+    began = time.monotonic()
+    assert ask(page) == "complete"
+    assert time.monotonic() - began < 2 * whole
+
+
+@pytest.mark.slow
 def test_page_works_in_a_browser(page):
     with browser() as tab:
         requested = []
@@ -244,11 +320,14 @@ def test_page_works_in_a_browser(page):
 REQUEST = {"name": None, "beside": "none", "prompt": "a", "temperature": 1.0, "top_k": 50, "top_p": 1.0, "length": 5, "seed": 1}
 
 
+def newest_of(page: str) -> str:
+    with urllib.request.urlopen(f"{page}/gradio_api/info") as info:
+        return json.load(info)["named_endpoints"]["/generate"]["parameters"][0]["parameter_default"]
+
+
 def ask(page: str, **changes) -> str:
     """The page's answer to a program: 'complete', 'error' or the HTTP status of a refusal."""
-    with urllib.request.urlopen(f"{page}/gradio_api/info") as info:
-        newest = json.load(info)["named_endpoints"]["/generate"]["parameters"][0]["parameter_default"]
-    url, values = f"{page}/gradio_api/call/generate", {**REQUEST, "name": newest, **changes}
+    url, values = f"{page}/gradio_api/call/generate", {**REQUEST, "name": newest_of(page), **changes}
     request = urllib.request.Request(url, json.dumps({"data": [*values.values()]}).encode(), {"Content-Type": "application/json"})
     try:
         event = json.load(urllib.request.urlopen(request, timeout=60))["event_id"]
@@ -299,12 +378,22 @@ def test_ctrl_c_stops_the_page_while_generating(tmp_path):
     client.join()
 
 
-if __name__ == "__main__":
-    with served(*sys.argv[2:]) as address, browser() as tab:
+def picture(path: str, width: int, *models: str):
+    """Takes a picture of the page with the last model beside the first, if there are two."""
+    with served(*models) as address, browser() as tab:
+        tab.set_viewport_size({"width": width, "height": 1000})
         tab.goto(address)
         tab.get_by_label("Prompt").fill("class Stack:\n    def push(self, ")
-        choose(tab, "Compare with", len(sys.argv) - 2)  # the last one
+        if models[1:]:
+            choose(tab, "Compare with", len(models))
+        tab.get_by_label("number input for Length").fill("300")
         generate(tab)
-        until(lambda: "tokens" in tab.locator("#right-status .status").inner_text())
-        time.sleep(5)
-        tab.screenshot(path=sys.argv[1])
+        until(lambda: written(tab) == 300 and (not models[1:] or written(tab, "right") == 300))
+        tab.locator("#left span").nth(40).click()
+        time.sleep(5)  # the curves are drawn
+        tab.screenshot(path=path, full_page=True)
+
+
+if __name__ == "__main__":
+    picture(sys.argv[1], 1200, *sys.argv[2:])
+    picture(sys.argv[1].replace(".png", "_phone.png"), 390, sys.argv[2])
