@@ -1,9 +1,11 @@
-"""Writes a checkpoint as a Hugging Face folder for transformers, lm-evaluation-harness and llama.cpp: weights, config, tokenizer.
+"""Writes a checkpoint as a Hugging Face folder for transformers, lm-evaluation-harness and llama.cpp: weights, config, tokenizer, and a
+model card.
 
 python export.py -m log --out-dir exported
 """
 
 import json
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +14,20 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from checkpoint import checkpoint_file, load_gpt
+from checkpoint import Opened, checkpoint_file, load_gpt
 from common import cli
 from common.device import pick_dtype
 from common.files import read_json
+from common.logs import read_metrics
+from common.shards import MANIFEST
 from common.tokenizer import Tokenizer, get_tokenizer
 from formats import tokenizer_files
 from formats.huggingface import hf_folder
+from formats.model_card import model_card
+from training.run_json import RUN, last_launch, read_run, read_run_json
 
-WEIGHTS = {"config.json", "model.safetensors"}
+CARD = "README.md"
+WEIGHTS = {"config.json", "model.safetensors", CARD}
 OURS = {"tokenizer.json", "tokenizer_config.json"}
 
 
@@ -114,8 +121,36 @@ def export(config: ExportConfig) -> str:
         note = "copied the files of its own tokenizer" if copied else f"wrote no tokenizer; put the files of the right one into {folder}"
         cli.say(f"warning: {why}: {note}")
     kind = read_json(folder / "config.json", "")["architectures"][0]
+    facts, scores, prompt = origin(config.model, opened)
+    facts = {"architecture": kind, "parameters": f"{model.num_params():,} in {config.dtype}"} | facts
+    prompt = prompt if copied or tokenizer else None
+    (folder / CARD).write_text(model_card(folder.resolve().name, facts, scores, prompt), encoding="utf-8")
     label = f"tokenizer {opened.tokenizer}" if not why else "its own tokenizer" if copied else "no tokenizer"
     return f"{folder}: {kind}, {model.num_params():,} parameters in {config.dtype}, {label}"
+
+
+def origin(path: str, opened: Opened) -> tuple[dict[str, str], dict[tuple[str, str], float], str]:
+    """Returns what is known of a model's training, for its card: facts, scores and a prompt."""
+    file, prompt = checkpoint_file(path), "Hello, I'm a language model,"
+    if file is None:
+        return {"from": path}, {}, prompt
+    step, val_loss = opened.content.get("step"), opened.content.get("val_loss")
+    scores = {} if val_loss is None else {("validation split", "loss in nats per token"): val_loss}
+    if step is None or not (file.parent / RUN).exists():
+        return {}, scores, prompt
+    config, launch = read_run(file.parent, step), last_launch(read_run_json(file.parent / RUN), step)
+    manifest = Path(config.data_dir, MANIFEST)
+    made = read_json(manifest, "") if manifest.exists() else {}
+    facts = {
+        "started from": config.init_from,
+        "trained on": f"{step * config.total_batch_tokens:,} tokens in {step:,} steps",
+        "data": " ".join(filter(None, (made.get("source"), made.get("revision")))),
+        "learned from": config.teacher,
+        "code": f"commit {launch['commit']}" if launch.get("commit") else "",
+    }
+    hellaswag = read_metrics(file.parent / "metrics.jsonl", ["hellaswag_acc_norm"], "hellaswag_acc_norm")["hellaswag_acc_norm"]
+    scores |= {("HellaSwag", "acc_norm"): hellaswag[step]} if step in hellaswag else {}
+    return {row: text for row, text in facts.items() if text}, scores, config.sample_prompt
 
 
 def raise_if_taken(folder: Path, source: Path | None, names: set[str]):
@@ -129,7 +164,10 @@ def raise_if_taken(folder: Path, source: Path | None, names: set[str]):
 
 def main():
     with cli.one_line_errors():
-        print(export(cli.parse(ExportConfig)))
+        config = cli.parse(ExportConfig)
+        print(export(config))
+        folder = Path(config.out_dir)
+        cli.say(f"its card is {folder / CARD}; to share it: hf upload {shlex.quote(folder.resolve().name)} {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ import torch
 import transformers
 from conftest import REPO, run_main, save_checkpoint
 from hub import serve
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hellaswag import make_tasks
@@ -25,6 +27,7 @@ import hellaswag
 from common.distributed import DistContext
 from common.tokenizer import get_tokenizer
 from sample import Sampling, sample_texts
+from training.config import TrainConfig
 from variants import VariantConfig, build
 
 LLAMA = dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, n_kv_head=1)
@@ -83,6 +86,33 @@ def test_transformers_continues_text_like_the_run(run, tmp_path, capsys):
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert half.dtype == torch.bfloat16
     assert (half.model.norm.weight == model.model.norm.weight.bfloat16()).all()
+
+
+def test_card_says_how_the_model_was_trained(run, tmp_path, capsys):
+    save_checkpoint(run, 7, checkpoint.load_model(str(run))[0], "bytes", 1.25, {})
+    config = asdict(TrainConfig(total_batch_tokens=640, sample_prompt="def ", data_dir=str(tmp_path / "data"), teacher="log/large"))
+    launches = [{"step": 0, "config": config, "commit": "abc"}, {"step": 9, "config": config, "commit": "later"}]
+    (run / "run.json").write_text(json.dumps({"config": config, "data": {}, "launches": launches}))
+    (run / "metrics.jsonl").write_text('{"step": 5, "hellaswag_acc_norm": 0.2}\n{"step": 7, "hellaswag_acc_norm": 0.31}\n')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text('{"source": "HuggingFaceFW/fineweb-edu", "revision": "87f0914"}')
+    assert run_main(export.main, "-m", run, "--out-dir", tmp_path / "my gpt") == 0
+    assert capsys.readouterr().err.endswith(f"; to share it: hf upload 'my gpt' '{tmp_path}/my gpt'\n")
+    card = ModelCard.load(tmp_path / "my gpt" / "README.md")
+    scores = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
+    assert scores == {("validation split", "loss in nats per token"): 1.25, ("HellaSwag", "acc_norm"): 0.31}
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", card.text, re.M))
+    assert rows["trained on"] == "4,480 tokens in 7 steps" and rows["data"] == "HuggingFaceFW/fineweb-edu 87f0914"
+    assert (rows["code"], rows["learned from"], rows["HellaSwag, acc_norm"]) == ("commit abc", "log/large", "0.3100")
+    assert rows["architecture"] == "LlamaForCausalLM" and "started from" not in rows
+
+
+def test_example_of_the_card_runs(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(export.main, "-m", run, "--out-dir", "mine") == 0
+    capsys.readouterr()
+    exec(re.search("```python\n(.*)```", Path("mine/README.md").read_text(), re.S)[1], {})
+    assert capsys.readouterr().out.startswith("Hello, I'm a language model,")
 
 
 def test_folder_with_other_files_is_rejected(run, capsys):
@@ -152,7 +182,7 @@ def test_unknown_tokenizer_is_not_exported(run, tmp_path, capsys):
     torch.save(content | {"tokenizer": None}, tmp_path / "unknown.pt")
     for out, status in (("out", 2), ("new", 0)):
         assert run_main(export.main, "-m", tmp_path / "unknown.pt", "--out-dir", tmp_path / out) == status
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert json.loads((tmp_path / "new" / "config.json").read_text())["eos_token_id"] is None
     error = capsys.readouterr().err
     assert "out has other files (tokenizer.json, …)" in error and "vocabulary of 257: wrote no tokenizer; put the files of" in error

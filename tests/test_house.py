@@ -17,9 +17,9 @@ FILES = sorted([*REPO.glob("*.py"), *(path for package in PACKAGES for path in R
 # from the top down; a file imports only files further down, or its own layer's without a cycle
 LAYERS = (
     ["lab"],
-    ["train", "app"],
+    ["train", "app", "export"],
     ["training"],
-    ["export", "hellaswag", "perplexity", "sample", "plot_log"],
+    ["hellaswag", "perplexity", "sample", "plot_log"],
     ["checkpoint", "fineweb"],
     ["variants"],
     ["model", "dataloader"],
