@@ -160,7 +160,7 @@ def set_up(config: TrainConfig, world: DistContext, folder: RunFolder) -> tuple[
     world.on_main(lambda: checks.check_checkpoint(config, step))
 
     torch.manual_seed(config.seed)
-    lines = flags.warnings(config)
+    lines = flags.warnings(config) + checks.thread_warnings(world.device)
     if config.init_from and step is None:
         model, _ = checkpoint.load_gpt(config.init_from, config.init_revision)
         lines += flags.overridden_preset(config, model.config)

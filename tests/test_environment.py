@@ -26,7 +26,7 @@ import plot_log
 import sample
 from common import cli, device, distributed, files
 from common.distributed import Launch, launched
-from training import run_json, trainer
+from training import checks, run_json, trainer
 from training.config import LOWER_MEMORY
 from training.flags import holds_a_run
 
@@ -450,3 +450,17 @@ def test_scripts_name_their_memory_remedy(name, monkeypatch, capsys):
     monkeypatch.setattr(cli, "parse", fail)
     assert run_main(module.main) == 1
     assert capsys.readouterr().err.startswith("error: out of memory (MemoryError): lower --")
+
+
+@pytest.mark.parametrize(("threads", "slower", "said"), [(2, 1.0, False), (2, 1.2, False), (2, 5.0, True), (1, 5.0, False)])
+def test_threads_on_busy_cores_are_reported(monkeypatch, threads, slower, said):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(checks, "product_seconds", lambda n: 0.01 if n == 1 else 0.01 * slower)
+    warnings = checks.thread_warnings(torch.device("cpu"))
+    assert len(warnings) == said and all("2 threads compute 5.0 × slower than one" in w and "OMP_NUM_THREADS=1" in w for w in warnings)
+    assert checks.thread_warnings(torch.device("cuda")) == []
+
+
+def test_threads_are_restored_after_timing():
+    before = torch.get_num_threads()
+    assert checks.product_seconds(1) > 0 and torch.get_num_threads() == before

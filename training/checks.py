@@ -2,11 +2,14 @@
 
 import math
 import platform
+import statistics
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+import torch
 
 import checkpoint
 from common import cli, device
@@ -53,6 +56,35 @@ def check_host(config: TrainConfig, world: DistContext, shards: Shards):
         raise ValueError(f"{platform.node()} needs the same shards in its --data-dir as the others: {e}") from e
     except OSError as e:
         raise OSError(e.errno, f"{e.strerror} on {platform.node()}", e.filename) from e
+
+
+def thread_warnings(device: torch.device) -> list[str]:
+    """Says so if several threads compute slower than one, as on a laptop whose cores are busy: each product waits for its last thread."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return []
+    pairs = [(product_seconds(1), product_seconds(threads)) for _ in range(5)]  # in turns
+    one, several = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    if several < 1.25 * one:
+        return []
+    return [
+        f"{threads} threads compute {several / one:.1f} × slower than one, because other programs use the cores: close those, or start "
+        "again with OMP_NUM_THREADS=1 before the command"
+    ]
+
+
+def product_seconds(threads: int) -> float:
+    """Times matrix products of a small model with so many threads."""
+    before, x, w = torch.get_num_threads(), torch.ones(512, 256), torch.ones(256, 256)
+    torch.set_num_threads(threads)
+    try:
+        x @ w  # starts the threads
+        began = time.perf_counter()
+        for _ in range(5):
+            x @ w
+        return time.perf_counter() - began
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_dtype(config: TrainConfig, world: DistContext):
