@@ -41,7 +41,7 @@ SMALL = (  # the first pattern that a command matches says what is added to it
     (r"export.py", ""),
     (r"lm_eval", "--device cpu"),
     (r"app.py", f"& {VISIT} http://127.0.0.1:7860; seen=$?; kill $!; exit $seen"),
-    (r"--preset quickstart --data-dir mine_bytes", "--max-steps 20"),
+    (r"--preset quickstart --data-dir (mine_bytes|play)", "--max-steps 20"),
     (r"--preset quickstart|log/quickstart|plot_log|pytest|pip install|jupyter", ""),
     (r"train.py.*--resume", "--max-steps 12"),
     (r"train.py.*--init-from", STEPS),
@@ -55,7 +55,7 @@ SMALL = (  # the first pattern that a command matches says what is added to it
 
 
 # later pages use what earlier ones made
-PAGES = ("README", "docs/data", "docs/rented-machines", "docs/variants", "docs/experiments", "docs/evaluation")
+PAGES = ("README", "docs/first-steps", "docs/data", "docs/rented-machines", "docs/variants", "docs/experiments", "docs/evaluation")
 
 
 def pages() -> list[Path]:
@@ -110,6 +110,7 @@ def main(folder: Path):
 
     subprocess.run(["git", "clone", "--quiet", str(REPO), str(folder / "clone")], check=True)
     clone = folder / "clone"
+    (clone / "play.txt").write_text((clone / "README.md").read_text() * 20)
     (clone / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(8)))
     with serve(repos(folder)) as (url, _):
         env = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1"}
