@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from contextlib import contextmanager, suppress
+from dataclasses import field, fields, is_dataclass, make_dataclass
 
 import tyro
 from tqdm import tqdm
@@ -39,11 +40,35 @@ def whole_number(text: str) -> int:
 
 
 def parse(cls, argv: list[str] | None = None, default=None, script: str | None = None):
-    """Parses the command line into a dataclass: each field is a flag, and the docstring under it is the help. Exits with status 2 on
-    an unknown flag. script: the name in the help, if these are another script's flags."""
-    return tyro.cli(
-        cls, prog=script or module_command(), args=argv, default=tyro.MISSING_NONPROP if default is None else default, registry=registry
-    )
+    """Parses the command line into a dataclass: each field is a flag, and the docstring under it is the help. The fields of a base class
+    have their own box in the help. Exits with status 2 on an unknown flag. script: the name in the help, if these are another script's
+    flags."""
+    boxes = {base.__name__.lower(): base for base in cls.__bases__[::-1] if is_dataclass(base)}  # in the order of the fields
+    kind = boxed(cls, boxes) if boxes else cls
+    default = kind(**split(default, boxes)) if boxes and default is not None else default
+    given = tyro.MISSING_NONPROP if default is None else default
+    found = tyro.cli(kind, prog=script or module_command(), args=argv, default=given, registry=registry)
+    return cls(**joined(found, boxes)) if boxes else found
+
+
+def boxed(cls, boxes: dict[str, type]) -> type:
+    """Returns a dataclass like cls, with an object of each base class in place of that class's fields: tyro draws a box for each."""
+    inherited = {one.name for base in boxes.values() for one in fields(base)}
+    parts = [(name, tyro.conf.OmitArgPrefixes[base], field(default_factory=base)) for name, base in boxes.items()]
+    own = [(one.name, one.type, field(default_factory=one.default_factory)) for one in fields(cls) if one.name not in inherited]
+    return make_dataclass(cls.__name__, parts + own, namespace={"__doc__": cls.__doc__})
+
+
+def split(config, boxes: dict[str, type]) -> dict:
+    """Returns the fields of boxed's class, from an object of the original class."""
+    values = dict(vars(config))
+    return {name: base(**{one.name: values.pop(one.name) for one in fields(base)}) for name, base in boxes.items()} | values
+
+
+def joined(found, boxes: dict[str, type]) -> dict:
+    """Returns the fields of the original class, from an object of boxed's class."""
+    values = dict(vars(found))
+    return {name: value for box in boxes for name, value in vars(values.pop(box)).items()} | values
 
 
 def parse_command(commands: dict[str, type], argv: list[str] | None = None):

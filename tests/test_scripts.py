@@ -5,15 +5,16 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import fields, replace
 
 import pytest
 from conftest import REPO, run_main, seconds_of
 
 from common import cli
 from common.device import CARDS
-from training.config import TrainConfig
+from training.config import Main, TrainConfig
 from training.flags import parse_config
-from variants import build, flops_per_token
+from variants import VariantConfig, build, flops_per_token
 
 SCRIPTS = [
     "train",
@@ -89,11 +90,32 @@ def test_help_documents_every_flag(command, capsys):
     name, *words = command.split()
     assert run_main(importlib.import_module(name).main, *words, "--help") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 10
-    for number, line in enumerate(lines):
-        if line.startswith("│ --") or line.startswith("│ -d") or line.startswith("│ -m"):
-            below = (line[30:] + lines[number + 1]).strip("│ ")
-            assert len(below.replace("(default", "").strip()) > 15, line
+    starts = [number for number, line in enumerate(lines) if re.match(r"[│ ] --?[a-z]", line)]
+    assert len(starts) > 2
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        _, *text = re.split(r" {2,}", " ".join(line.strip("│ ") + "  " for line in lines[start:end]))
+        assert len(" ".join(text).split("(default")[0].strip()) > 10, lines[start]
+
+
+def test_help_is_in_boxes_by_purpose(monkeypatch, capsys):
+    """The first box has the ten flags that most runs need. All fits 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_main(importlib.import_module("train").main, "--help") == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    titles = [number for number, line in enumerate(lines) if re.search(r"\w options\b", line)]
+    names = [re.search(r"(\w+) options", lines[number])[1] for number in titles]
+    assert names == ["main", "learning", "hardware", "evaluating", "saving", "planning", "model"]
+    first = "\n".join(lines[titles[0] : titles[1]])
+    assert re.findall(r"^[│ ] --(\w[\w-]*)", first, re.MULTILINE) == [cli.flag(one.name)[2:] for one in fields(Main)]
+    assert len(fields(Main)) == 10
+
+
+def test_boxes_keep_every_value():
+    config = TrainConfig(max_steps=3, model=VariantConfig(n_layer=5), ema=0.5, price=2.0)
+    assert cli.parse(TrainConfig, ["--n-head", "6", "--keep", "9"], config) == replace(
+        config, keep=9, model=replace(config.model, n_head=6)
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -18,8 +18,8 @@ SMALLER_MODEL = "choose a smaller --n-layer"
 
 
 @dataclass
-class TrainConfig:
-    """Train a GPT. The defaults are GPT-2 (124M) on 10 B tokens of FineWeb-Edu."""
+class Main:
+    """The flags that most runs need."""
 
     preset: Literal[
         "quickstart", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3-125m", "gpt3-350m", "gpt3-760m", "gpt3-1b", "modern"
@@ -31,25 +31,31 @@ class TrainConfig:
     """Folder for the run's log, metrics, checkpoints and plot."""
     resume: bool = False
     """Resume the run in --out-dir from its newest complete checkpoint, with its settings. torchrun's restarts do this by themselves."""
-    replay_step: int | None = None
-    """Recompute this step of the run in --out-dir, from the checkpoint before it, and compare its loss with the log. Saves nothing."""
-    init_from: str = ""
-    """Start from these weights instead of random ones: gpt2, gpt2-medium, …, a Hugging Face folder or a checkpoint."""
-    init_revision: str = ""
-    """Branch, tag or commit on the hub for --init-from gpt2, …. The run records the commit and resumes with it."""
-    model: tyro.conf.OmitArgPrefixes[VariantConfig] = field(default_factory=VariantConfig)
-
     max_steps: int = 19073
     """Updates in the whole run; 19,073 × 524,288 tokens are 10 B. The schedule ends here too, even if a resume changes it."""
-    max_seconds: float = 0.0
-    """Seconds of training, without compiling, evaluations and saves. 0: no limit. The run and its schedule end with these or with
-    --max-steps, whichever is first. The learning rates then depend on the clock, so a run can't be repeated bit for bit."""
     total_batch_tokens: int = 524288
     """Tokens per update, over all processes. Gradients accumulate until it is reached."""
     micro_batch_size: int = 64
     """Sequences per forward pass of a process. Lower it if memory runs out: only rounding changes (and the balance of experts)."""
     max_lr: float = 6e-4
     """AdamW's learning rate at the end of the warmup."""
+    seed: int = 1337
+    """Seed for the initial weights, the order of the data and the samples."""
+    plan: bool = False
+    """Print the run's memory by part, hours and cost, then exit. Allocates nothing and needs no shards."""
+
+
+@dataclass
+class Learning:
+    """What the model learns from, and how."""
+
+    init_from: str = ""
+    """Start from these weights instead of random ones: gpt2, gpt2-medium, …, a Hugging Face folder or a checkpoint."""
+    init_revision: str = ""
+    """Branch, tag or commit on the hub for --init-from gpt2, …. The run records the commit and resumes with it."""
+    max_seconds: float = 0.0
+    """Seconds of training, without compiling, evaluations and saves. 0: no limit. The run and its schedule end with these or with
+    --max-steps, whichever is first. The learning rates then depend on the clock, so a run can't be repeated bit for bit."""
     min_lr_ratio: float = 0.1
     """The learning rate at the end of the schedule, as a fraction of the largest."""
     warmup_steps: int = 715
@@ -82,8 +88,11 @@ class TrainConfig:
     """Also learn from this model's predictions: a checkpoint, a run's folder, a Hugging Face folder, gpt2, …."""
     teacher_weight: float = 0.5
     """The teacher's share of the gradient. The reported loss is always that of the text alone."""
-    seed: int = 1337
-    """Seed for the initial weights, the order of the data and the samples."""
+
+
+@dataclass
+class Hardware:
+    """Where it computes, and how."""
 
     device: str = "auto"
     """auto, cpu, cuda or mps."""
@@ -97,8 +106,13 @@ class TrainConfig:
     """Fraction of the activations to keep for the backward pass, which recomputes the rest. With --no-compile only 0 or 1."""
     shard: bool = False
     """Shard weights, gradients and optimizer state over the processes (FSDP2). For models too large for one GPU."""
-    verify_shards: bool = True
-    """Before the start, check the shards' sha256 against the manifest and their ids against the vocabulary."""
+    timeout_minutes: float = 10.0
+    """If a process hangs, all exit after this many minutes. Must be longer than one process needs to verify the shards."""
+
+
+@dataclass
+class Evaluating:
+    """What it reports during training."""
 
     val_every: int = 250
     """Steps between validations. 0, here and below, turns it off; the end of a run always validates and saves."""
@@ -114,26 +128,45 @@ class TrainConfig:
     """Prompt that the samples continue."""
     sample_tokens: int = 64
     """Tokens to generate per sample."""
+    tracker: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
+    """Also send the metrics there; install it first. Its errors never end the run."""
+
+
+@dataclass
+class Saving:
+    """Checkpoints and data."""
+
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 3
     """Keep this many of the newest complete checkpoints. 0: keep all."""
     on_save_error: Literal["continue", "stop"] = "continue"
     """If a checkpoint can't be saved (full disk): continue training and try the next one, or stop the run."""
-    tracker: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
-    """Also send the metrics there; install it first. Its errors never end the run."""
-    plan: bool = False
-    """Print the run's memory by part, hours and cost, then exit. Allocates nothing and needs no shards."""
+    replay_step: int | None = None
+    """Recompute this step of the run in --out-dir, from the checkpoint before it, and compare its loss with the log. Saves nothing."""
+    verify_shards: bool = True
+    """Before the start, check the shards' sha256 against the manifest and their ids against the vocabulary."""
+
+
+@dataclass
+class Planning:
+    """For --plan."""
+
     gpu: Literal[tuple(CARDS)] = "H100"
-    """For --plan: the GPU, with the most memory it is sold with. With --device cpu: this machine's CPU instead."""
+    """The GPU, with the most memory it is sold with. With --device cpu: this machine's CPU instead."""
     gpus: int = 1
-    """For --plan: number of GPUs."""
+    """Number of GPUs."""
     price: float = 0.0
-    """For --plan: price per GPU and hour, in $."""
+    """Price per GPU and hour, in $."""
     rate: float = 0.0
-    """For --plan: tokens per second, all GPUs together. 0: as the run in --out-dir measured on this GPU, or else 40 % of the peak."""
-    timeout_minutes: float = 10.0
-    """If a process hangs, all exit after this many minutes. Must be longer than one process needs to verify the shards."""
+    """Tokens per second, all GPUs together. 0: as the run in --out-dir measured on this GPU, or else 40 % of the peak."""
+
+
+@dataclass
+class TrainConfig(Planning, Saving, Evaluating, Hardware, Learning, Main):
+    """Train a GPT. The defaults are GPT-2 (124M) on 10 B tokens of FineWeb-Edu."""
+
+    model: tyro.conf.OmitArgPrefixes[VariantConfig] = field(default_factory=VariantConfig)
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Forward and backward passes per process and update."""
