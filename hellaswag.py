@@ -9,20 +9,16 @@ Two metrics share the name acc_norm (GPT-2 124M: 0.2955 and 0.3114):
 """
 
 import json
-import math
 import re
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import tyro
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checkpoint import load_with_tokenizer
 from common import cli
@@ -32,9 +28,7 @@ from common.files import parse_json, write_atomically
 from common.tokenizer import Tokenizer
 from common.validation import raise_errors
 from model import GPT
-from ops.attention import causal_mask
-from ops.loss import log_likelihoods
-from variants import inference_copy
+from tasks.scoring import Row, Scorer, Tree, merge_rows
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 VAL_TASKS = 10_042
@@ -120,15 +114,6 @@ def download(url: str, path: Path):
     write_atomically(path, lambda file: file.write(text))
 
 
-@dataclass
-class Row:
-    """A context and one ending: the last `scored` of its ids. acc_norm divides by `length`."""
-
-    ids: list[int]
-    scored: int
-    length: int
-
-
 def completion_rows(task: dict, tokenizer: Tokenizer) -> list[Row]:
     context = tokenizer.encode(task["ctx"])
     endings = [tokenizer.encode(" " + ending) for ending in task["endings"]]
@@ -154,81 +139,6 @@ def clean(text: str) -> str:
 
 
 # ---- scores ----
-
-
-@dataclass
-class Tree:
-    """A task's rows in one sequence: the shared context once, then the rest of each row, which sees the context and itself."""
-
-    ids: np.ndarray  # (L,)
-    positions: np.ndarray  # (L,) of each id in its own row
-    branch: np.ndarray  # (L,) 0 in the context, then the row's number
-    scored: np.ndarray  # (N,) where the endings' tokens are predicted, row by row
-    targets: np.ndarray  # (N,) these tokens
-    counts: list[int]  # of these tokens in each row
-    lengths: list[int]  # of each row: acc_norm divides by it
-
-
-def merge_rows(rows: list[Row], seq_len: int) -> Tree:
-    """Merges a task's rows. A row longer than the model's sequence loses the start of its context. Leaves out each row's last id,
-    which predicts nothing."""
-    paths = [row.ids[-(seq_len + 1) :] for row in rows]
-    counts = [min(row.scored, len(path) - 1) for row, path in zip(rows, paths, strict=True)]
-    shared = min(len(path) - n for path, n in zip(paths, counts, strict=True))  # the shortest context, cut where rows differ
-    shared = next((i for i in range(shared) if len({path[i] for path in paths}) > 1), shared)
-    ids, positions, branch, scored, targets = paths[0][:shared], list(range(shared)), [0] * shared, [], []
-    for number, (path, n) in enumerate(zip(paths, counts, strict=True), 1):
-        offset = len(ids) - shared  # from an index in this row to its index in the tree
-        scored += [i if i < shared else i + offset for i in range(len(path) - 1 - n, len(path) - 1)]
-        targets += path[len(path) - n :]
-        ids += path[shared:-1]
-        positions += range(shared, len(path) - 1)
-        branch += [number] * (len(path) - 1 - shared)
-    arrays = (np.array(part, np.int32) for part in (ids, positions, branch, scored, targets))
-    return Tree(*arrays, counts, [row.length for row in rows])
-
-
-def batches(trees: list[Tree], batch_tokens: int) -> Iterator[list[int]]:
-    """Yields indices of trees in groups of similar length, longest first. A padded group has at most batch_tokens, or one tree."""
-    order = sorted(range(len(trees)), key=lambda i: -len(trees[i].ids))
-    while order:
-        n = max(1, batch_tokens // len(trees[order[0]].ids))
-        yield order[:n]
-        order = order[n:]
-
-
-@torch.no_grad()
-def log_probs(
-    model: GPT, trees: list[Tree], batch_tokens: int, progress: bool = False, stopped: Callable[[], bool] = lambda: False
-) -> list[list[float]]:
-    """The log-probability in nats of each ending given its context, for each tree. Softmax and sum never run in bf16.
-    stopped: called before each batch; True skips the rest."""
-    model, device = inference_copy(model), model.transformer.wte.weight.device
-    # cuDNN's attention plans every new shape, and nearly every batch has a new shape
-    kernels = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
-    result = [[] for _ in trees]
-    with kernels, cli.bar(total=len(trees), desc="HellaSwag", unit="task", leave=False, disable=not progress) as bar:
-        for batch in batches(trees, batch_tokens):
-            if stopped():
-                break
-            B, L = len(batch), len(trees[batch[0]].ids)
-            ids, positions, branch = np.zeros((3, B, L), np.int64)  # padded on the right
-            for j, tree in enumerate(trees[i] for i in batch):
-                n = len(tree.ids)
-                ids[j, :n], positions[j, :n], branch[j, :n] = tree.ids, tree.positions, tree.branch
-            scored = np.concatenate([j * L + trees[i].scored.astype(np.int64) for j, i in enumerate(batch)])
-            targets = np.concatenate([trees[i].targets for i in batch]).astype(np.int64)
-            ids, positions, branch, scored, targets = (
-                torch.from_numpy(array).to(device) for array in (ids, positions, branch, scored, targets)
-            )
-            mask = (branch[:, None, :, None] == branch[:, None, None, :]) | (branch[:, None, None, :] == 0)  # own row or context
-            x = model.hidden_states(ids, positions=positions, mask=mask & causal_mask(L, L, device))  # (B, L, C)
-            log_p = log_likelihoods(model.logits, x.flatten(0, 1)[scored], targets)  # (N,): only these positions need logits
-            sums = [part.sum().item() for part in log_p.cpu().double().split([n for i in batch for n in trees[i].counts])]
-            for i in batch:
-                result[i], sums = sums[: len(trees[i].counts)], sums[len(trees[i].counts) :]
-            bar.update(B)
-    return result
 
 
 def answers(lengths: list[int], log_p: list[float]) -> dict:
@@ -269,24 +179,19 @@ def evaluate(
     """
     if trees is None:
         trees = build_trees(tasks, tokenizer, model.config.seq_len, world, styles)
-    batch_tokens = batch_tokens or (1024 if world.device.type == "cpu" else 32768)  # a CPU's caches hold about this much
-    with autocast or nullcontext():
-        scores = log_probs(model, list(trees.values()), batch_tokens, world.is_main, stopped)
-    given_up = stopped()
-    scored = {i: {"ind": tasks[i].get("ind", i), "label": int(tasks[i]["label"])} for i, _ in trees}
-    if not given_up:
-        for ((i, style), tree), log_p in zip(trees.items(), scores, strict=True):
-            scored[i][style] = answers(tree.lengths, log_p)
-    merged = {i: task for part in world.gather_unless(given_up, scored) for i, task in part.items()}
-    if any(math.isnan(p) for task in merged.values() for style in styles for p in task[style]["log_probs"]):
-        raise ValueError("the model's losses are NaN: its training diverged, use an earlier checkpoint")
+    scorer = Scorer(model, world, batch_tokens, autocast, stopped)
+    with scorer.bar(len(trees), "HellaSwag") as bar:
+        scored = scorer(trees, bar)
+    answered = [{"ind": task.get("ind", i), "label": int(task["label"])} for i, task in enumerate(tasks)]
+    for i, task in enumerate(answered):
+        task |= {style: answers(scored[i, style].lengths, scored[i, style].log_p) for style in styles}
 
     accuracies = {}
     for style in styles:
         for metric, pred in (("acc", "pred"), ("acc_norm", "pred_norm")):
-            right = sum(task[style][pred] == task["label"] for task in merged.values())
-            accuracies[STYLES[style][1] + metric] = right / len(merged)
-    return accuracies, [merged[i] for i in range(len(tasks))]
+            right = sum(task[style][pred] == task["label"] for task in answered)
+            accuracies[STYLES[style][1] + metric] = right / len(answered)
+    return accuracies, answered
 
 
 def main():

@@ -18,8 +18,9 @@ from checkpoint import load_model
 from common.distributed import DistContext
 from common.tokenizer import get_tokenizer
 from export import save_tokenizer
-from hellaswag import clean, completion_rows, evaluate, harness_rows, load_tasks, log_probs, merge_rows
+from hellaswag import clean, completion_rows, evaluate, harness_rows, load_tasks
 from model import GPT
+from tasks.scoring import merge_rows, score_trees
 from variants import VariantConfig, build
 
 WORLD = DistContext(torch.device("cpu"))
@@ -145,7 +146,7 @@ def test_too_long_rows_lose_their_start(switches):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     rows = [completion_rows(task, get_tokenizer("bytes")) for task in make_tasks(3)]
-    scores = log_probs(model, [merge_rows(group, 16) for group in rows], 4096)
+    scores = [tree.log_p for tree in score_trees(model, [merge_rows(group, 16) for group in rows], 4096)]
     for row, log_p in ((row, p) for group, ps in zip(rows, scores, strict=True) for row, p in zip(group, ps, strict=True)):
         ids, n = row.ids[-17:], min(row.scored, 16)
         expected = F.log_softmax(model(torch.tensor([ids[:-1]]))[0][0], -1)[torch.arange(16 - n, 16), ids[-n:]].sum()

@@ -33,6 +33,7 @@ from common.distributed import DistContext
 from common.run_folder import RunFolder
 from common.shards import find_shards
 from dataloader import TokenStream
+from tasks import scoring
 from training import checks, distillation, evaluation
 from training.config import TrainConfig
 from training.flags import overridden_preset, parse_config, parse_flags, warnings
@@ -740,7 +741,7 @@ def test_signal_at_any_moment_loses_nothing(finished, shards, tmp_path, monkeypa
         "first update": (train.Trainer, "update", 0),
         "update": (train.Trainer, "update", 19),
         "validation": (evaluation, "validate", 1),
-        "HellaSwag": (hellaswag, "log_probs", 1),
+        "HellaSwag": (scoring, "score_trees", 1),
         "validation at the end": (evaluation, "validate", 2),
         "samples at the end": (evaluation, "sample_texts", 2),
     }[where]
