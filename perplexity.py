@@ -26,6 +26,7 @@ from common.validation import raise_errors
 from dataloader import TokenStream
 from model import GPT
 from ops.loss import log_likelihoods
+from tasks.readers import Choice, rows_of_text
 from variants import inference_copy, set_precision
 
 
@@ -63,21 +64,7 @@ class PerplexityConfig:
         raise_errors(errors)
 
 
-# one window: its ids, and how many of them are predicted, counted from the end
-Row = tuple[list[int], int]
-
-
-def rows_of_text(ids: list[int], seq_len: int, stride: int) -> Iterator[Row]:
-    """Yields windows that predict every id except the first once, each from at most seq_len ids. After the first window, all reach
-    back as far as the model sees."""
-    done, last = 0, len(ids) - 1
-    while done < last:
-        end = min(last, done + (stride if done and stride else seq_len))
-        yield ids[max(0, end - seq_len) : end + 1], end - done
-        done = end
-
-
-def rows_of_shards(shards: Shards, seq_len: int, max_tokens: int) -> tuple[Iterator[Row], int]:
+def rows_of_shards(shards: Shards, seq_len: int, max_tokens: int) -> tuple[Iterator[Choice], int]:
     """The sequences that train.py validates on, and how many ids they predict in all."""
     stream = TokenStream(shards, "val", seq_len, shuffle=False)
     available = stream.sequences_per_epoch
@@ -87,7 +74,7 @@ def rows_of_shards(shards: Shards, seq_len: int, max_tokens: int) -> tuple[Itera
 
 
 @torch.no_grad()
-def score(model: GPT, tokenizer: Tokenizer, rows: Iterator[Row], batch_size: int, total: int | None = None) -> dict:
+def score(model: GPT, tokenizer: Tokenizer, rows: Iterator[Choice], batch_size: int, total: int | None = None) -> dict:
     """Scores a model on rows. Returns tokens (how many were predicted), loss (mean cross entropy in nats per token), perplexity
     (e^loss) and bits_per_byte (total cross entropy in bits per byte of their text; <|endoftext|> has no bytes)."""
     scorer, device = inference_copy(model), model.transformer.wte.weight.device

@@ -151,7 +151,7 @@ def set_up(config: TrainConfig, world: DistContext, folder: RunFolder) -> tuple[
     shards = world.on_main(lambda: checks.check_data(config, find_data(config)))
     world.on_all(lambda: checks.check_host(config, world, shards))
     world.on_main(lambda: checks.check_dtype(config, world))
-    world.on_main(lambda: checks.check_hellaswag(config))
+    world.on_main(lambda: checks.check_tasks(config))
     config.model = world.on_main(lambda: checks.fit_vocabulary(config, shards))
     world.on_main(lambda: checks.check_memory(config, world))
     if config.teacher:

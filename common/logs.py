@@ -21,7 +21,7 @@ from common.validation import has_type
 LINES = [
     re.compile(pattern)
     for pattern in (
-        r"(?P<step>\d+) (?P<stream>train|val|hella) (?P<value>\S+)$",  # train.py's, build-nanogpt's
+        r"(?P<step>\d+) (?P<stream>train|val|hella|lambada|core|blimp|text) (?P<value>\S+)$",  # train.py's, build-nanogpt's
         r"step (?P<step>\d+): train loss \S+, val loss (?P<val>\S+)$",  # nanoGPT
         r"iter (?P<step>\d+): loss (?P<train>\S+), ",
         r"s:(?P<step>\d+) (tel:(?P<val>\S+)|eval:(?P<hella>\S+)|trl:(?P<train>\S+)( lr:(?P<lr>\S+) norm:(?P<grad_norm>\S+))?)$",  # llm.c

@@ -28,6 +28,8 @@ def has_type(value, kind) -> bool:
         kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         return value in get_args(kind)
+    if get_origin(kind) is tuple:  # of any length; JSON has lists
+        return isinstance(value, list | tuple) and all(has_type(part, get_args(kind)[0]) for part in value)
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     if kind is float:
@@ -59,7 +61,7 @@ def from_dict(cls, values, source):
         if not has_type(value, kinds[name]):
             wanted = describe_type(kinds[name], "a whole number")
             raise ValueError(f"{source} has the setting {shown}, {wanted}: restore it from a copy, or use the code (branch) that made it")
-    return cls(**values)
+    return cls(**{name: tuple(value) if get_origin(kinds[name]) is tuple else value for name, value in values.items()})
 
 
 def raise_errors(errors: list[str]):

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FORKS, THOROUGH, run_main, run_train, save_checkpoint, write_shards
+from made_up_tasks import write_core, write_lambada
 from test_dataloader import llmc_bin
 from test_hellaswag import make_tasks
 
@@ -35,8 +36,10 @@ from common import cli, logs, preparation
 from common.distributed import DistContext
 from common.files import read_json, write_json
 from common.shards import find_shards, inspect_shard, verify_shards
+from common.tokenizer import get_tokenizer
 from dataloader import TokenStream
 from lab import scaling
+from tasks.readers import read_tasks
 from training import checks, plan, run_json
 from variants import VariantConfig, build
 
@@ -252,6 +255,24 @@ def make_hellaswag(folder: Path):
     (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(4)))
 
 
+def make_core(folder: Path):
+    write_core(folder / "eval_bundle.zip")
+
+
+def make_unpacked_core(folder: Path):
+    write_core(folder / "eval_bundle", unpacked=True)
+
+
+def read_given(given: str):
+    def read(folder: Path):
+        name, _, path = given.partition("=")
+        for task in read_tasks((f"{name}={folder / path}",), get_tokenizer("bytes"), 64):
+            for i in range(len(task.gold)):
+                task.choices(i, get_tokenizer("bytes"))
+
+    return read
+
+
 def make_law(folder: Path):
     law = {"law": {"E": 1.8, "A": 480.0, "alpha": 0.35, "B": 2000.0, "beta": 0.37}}
     (folder / "law.json").write_text(json.dumps(law))
@@ -273,8 +294,15 @@ FORMATS: dict[str, tuple[Callable, str, Callable, Callable]] = {
     "config.json": (make_hf, "config.json", damaged_json, read_folder),
     "safetensors": (make_hf, "model.safetensors", damaged_safetensors, read_folder),
     "hellaswag": (make_hellaswag, "tasks.jsonl", damaged_lines, lambda folder: hellaswag.load_tasks(folder / "tasks.jsonl")),
+    "lambada": (lambda folder: write_lambada(folder / "a.jsonl"), "a.jsonl", damaged_lines, read_given("lambada=a.jsonl")),
+    "bundle": (make_core, "eval_bundle.zip", damaged_bytes, read_given("core=eval_bundle.zip")),
+    "core.yaml": (make_unpacked_core, "eval_bundle/core.yaml", damaged_bytes, read_given("core=eval_bundle")),
+    "core.csv": (make_unpacked_core, "eval_bundle/eval_meta_data.csv", damaged_bytes, read_given("core=eval_bundle")),
     "law": (make_law, "law.json", damaged_json, lambda folder: scaling.read_law(str(folder / "law.json"))),
 }
+
+ONLY_SLOW = ("lambada", "bundle", "core.yaml", "core.csv")
+SLOW = [pytest.param(name, 2000 if THOROUGH else 500, marks=pytest.mark.slow) for name in FORMATS]
 
 # ---- the check ----
 
@@ -332,8 +360,7 @@ def in_process(target, *arguments):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory from /proc")
-@pytest.mark.parametrize("count", [50, pytest.param(2000 if THOROUGH else 500, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("name", "count"), [*((name, 50) for name in FORMATS if name not in ONLY_SLOW), *SLOW])
 def test_damaged_files_end_in_one_line(tmp_path, name, count):
     assert in_process(fuzz, name, tmp_path, count) == 0
     report = json.loads((tmp_path / "report").read_text())

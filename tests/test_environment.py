@@ -438,7 +438,7 @@ def test_lack_of_memory_names_its_remedy(shards, tmp_path, monkeypatch, capsys, 
     assert last.startswith("error: out of memory (" if memory else "error: ") and (LOWER_MEMORY in last) == memory
 
 
-@pytest.mark.parametrize("name", ["sample", "perplexity", "hellaswag"])
+@pytest.mark.parametrize("name", ["sample", "perplexity", "hellaswag", "evaluate"])
 def test_scripts_name_their_memory_remedy(name, monkeypatch, capsys):
     import importlib
 

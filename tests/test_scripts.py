@@ -20,6 +20,7 @@ SCRIPTS = [
     "train",
     "fineweb",
     "hellaswag",
+    "evaluate",
     "sample",
     "plot_log",
     "perplexity",

@@ -16,8 +16,9 @@ from common import cli, device
 from common.distributed import DistContext
 from common.shards import Shards, differences, verify_shards
 from common.tokenizer import VOCAB_SIZES
-from common.validation import from_dict
+from common.validation import from_dict, raise_errors
 from ops import choice
+from tasks.readers import missing_files
 from training import self_check, sharding
 from training.config import MAY_CHANGE, SMALLER_MODEL, TrainConfig
 from training.log import Log
@@ -92,8 +93,9 @@ def check_dtype(config: TrainConfig, world: DistContext):
         sharding.reject_fp16(device.pick_dtype(config.dtype, world.device))
 
 
-def check_hellaswag(config: TrainConfig):
-    """ValueError if a file named by flag is missing. The default file is downloaded, so it may be missing."""
+def check_tasks(config: TrainConfig):
+    """ValueError if a file of tasks is missing. HellaSwag's default file is downloaded, so it may be missing."""
+    raise_errors(missing_files(config.eval_tasks) if config.eval_every else [])
     custom = config.hellaswag_every and config.hellaswag_file != TrainConfig.hellaswag_file
     if custom and not Path(config.hellaswag_file).is_file():
         raise ValueError(

@@ -9,6 +9,7 @@ import tyro
 from common import cli
 from common.device import CARDS
 from common.validation import raise_errors
+from tasks.readers import task_errors
 from variants import VariantConfig
 
 # The remedies of a run that ends because of its own settings. lab.sweep looks for them: it then tries other settings
@@ -122,6 +123,12 @@ class Evaluating:
     """Steps between HellaSwag evaluations."""
     hellaswag_file: str = "hellaswag_val.jsonl"
     """HellaSwag's tasks. The default file is downloaded if it is missing."""
+    eval_every: int = 0
+    """Steps between evaluations on --eval-tasks."""
+    eval_tasks: tuple[str, ...] = ()
+    """As evaluate.py's --tasks: lambada=lambada_test.jsonl, core=eval_bundle.zip, blimp=FOLDER, text=FILE."""
+    eval_limit: int = 500
+    """Score only this many questions of each task, always the same ones; 0: all."""
     sample_every: int = 250
     """Steps between samples."""
     sample_prompt: str = "Hello, I'm a language model,"
@@ -180,7 +187,12 @@ class TrainConfig(Planning, Saving, Evaluating, Hardware, Learning, Main):
         )
         errors += cli.at_least(0, self, "max_lr", "muon_lr", "min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip")
         errors += cli.at_least(0, self, "max_seconds", "skip_spikes", "seed")
-        errors += cli.at_least(0, self, "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep")
+        errors += cli.at_least(
+            0, self, "val_every", "hellaswag_every", "eval_every", "eval_limit", "sample_every", "checkpoint_every", "keep"
+        )
+        errors += task_errors(self.eval_tasks, "--eval-tasks")
+        if self.eval_every > 0 and not self.eval_tasks:
+            errors.append("--eval-every needs --eval-tasks, such as lambada=lambada_test.jsonl")
         errors += cli.at_least(0, self, "price", "rate") + cli.at_least(1, self, "gpus")
         errors += cli.at_least(0.01, self, "timeout_minutes")
         if self.replay_step is not None and not 0 <= self.replay_step < self.max_steps:
@@ -243,6 +255,6 @@ def divisors(n: int) -> list[int]:
 MAY_CHANGE = {
     "replay_step", "data_dir", "max_steps", "max_seconds", "max_bad_steps", "skip_spikes", "micro_batch_size", "attention", "device",
     "dtype", "compile", "self_check", "activation_memory", "shard", "verify_shards", "val_every", "val_tokens", "hellaswag_every",
-    "hellaswag_file", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every", "keep", "on_save_error", "tracker",
-    "timeout_minutes", "plan", "gpu", "gpus", "price", "rate",
+    "hellaswag_file", "eval_every", "eval_tasks", "eval_limit", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every",
+    "keep", "on_save_error", "tracker", "timeout_minutes", "plan", "gpu", "gpus", "price", "rate",
 }  # fmt: skip

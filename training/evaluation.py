@@ -1,4 +1,4 @@
-"""Validation, HellaSwag and samples during a run."""
+"""Validation, HellaSwag, other tasks and samples during a run."""
 
 import shlex
 from collections.abc import Callable
@@ -12,12 +12,15 @@ from common import tokenizer as tokenizers
 from common.distributed import Stopped
 from ops import choice
 from sample import sample_texts
+from tasks.judging import group_figures, judge, main_figure
+from tasks.readers import Task, read_tasks
+from tasks.scoring import Scorer
 from training.log import Log, axes
 from training.trainer import Trainer
 
 
 class Evaluation:
-    """Runs evaluations when they are due. Skips HellaSwag or samples with a warning if their files are missing."""
+    """Runs evaluations when they are due. Skips tasks or samples with a warning if their files are missing or damaged."""
 
     def __init__(self, trainer: Trainer, log: Log, stopped: Callable[[], bool]):
         self.trainer, self.log, self.stopped = trainer, log, stopped
@@ -26,6 +29,9 @@ class Evaluation:
         wanted = self.tokenizer and self.config.hellaswag_every
         self.tasks = self.or_warn("HellaSwag in this run", self.get_tasks) if wanted else None
         self.trees = None  # of these tasks, once HellaSwag runs
+        wanted = self.tokenizer and self.config.eval_every
+        self.eval_tasks = self.or_warn("--eval-tasks in this run", self.get_eval_tasks) if wanted else None
+        self.eval_trees = {}  # of these tasks, once they run
 
     def get_tokenizer(self) -> tokenizers.Tokenizer:
         name, rows = self.trainer.shards.tokenizer, self.config.model.vocab_size
@@ -37,6 +43,10 @@ class Evaluation:
 
     def get_tasks(self) -> list[dict]:
         return self.world.on_main(lambda: hellaswag.load_tasks(self.config.hellaswag_file))
+
+    def get_eval_tasks(self) -> list[Task]:
+        given, limit, seq_len = self.config.eval_tasks, self.config.eval_limit, self.config.model.seq_len
+        return self.world.on_main(lambda: read_tasks(given, self.tokenizer, seq_len, limit))
 
     def or_warn(self, what: str, get, alone: bool = False):
         """Returns get(). If it fails, warns and returns None: the run continues without it. alone: no other rank takes part, or would
@@ -54,7 +64,7 @@ class Evaluation:
 
     def due(self, step: int) -> bool:
         """Whether run() has anything to do at this step."""
-        every = self.config.val_every, self.config.hellaswag_every, self.config.sample_every
+        every = self.config.val_every, self.config.hellaswag_every, self.config.eval_every, self.config.sample_every
         return bool(self.trainer.budget.limits_reached(step)) or any(is_due(each, step) for each in every)
 
     def run(self, step: int) -> float | None:
@@ -70,6 +80,8 @@ class Evaluation:
         with torch.compiler.set_stance("force_eager"), choice.defaults():
             if self.tasks and (end or is_due(config.hellaswag_every, step)):
                 self.or_warn(f"HellaSwag at step {step}", lambda: self.hellaswag(step), alone=self.world.size == 1)
+            if self.eval_tasks and (end or is_due(config.eval_every, step)):
+                self.or_warn(f"evaluation on --eval-tasks at step {step}", lambda: self.evaluate(step), alone=self.world.size == 1)
             if self.tokenizer and config.sample_every and (end or is_due(config.sample_every, step)):
                 self.or_warn(f"samples at step {step}", lambda: self.sample(step), alone=True)
         return val_loss
@@ -83,6 +95,19 @@ class Evaluation:
         named = {f"hellaswag_{name}": score for name, score in scores.items()}
         self.log.value(step, "hella", scores["acc_norm"], {**named, "hellaswag_tasks": len(tasks), **axes(trainer, step)})
         self.log.result(f"step {step}: HellaSwag acc_norm {scores['acc_norm']:.4f}, harness style {scores['harness_acc_norm']:.4f}")
+
+    def evaluate(self, step: int):
+        """Scores --eval-tasks. Logs a line for each group of them: a group's main figure in log.txt, all figures in metrics.jsonl."""
+        trainer, scorer = self.trainer, Scorer(self.trainer.evaluated, self.world, 0, self.trainer.autocast(), self.stopped)
+        judged = judge(scorer, self.eval_tasks, self.tokenizer, self.config.model.seq_len, self.eval_trees)
+        results = {name: result for name, result, _ in judged}
+        for group, mean in group_figures(results).items():
+            members = {name: result for name, result in results.items() if name.partition("/")[0] == group} | {group: mean}
+            named = {f"{name}_{key}": value for name, result in members.items() for key, value in result.items()}
+            main = main_figure(group)
+            self.log.value(step, group, mean[main], {**named, **axes(trainer, step)})
+            bits = f", {mean['bits_per_byte']:.4f} bits per byte of the right answers" if main != "bits_per_byte" else ""
+            self.log.result(f"step {step}: {group} {main} {mean[main]:.4f} ± {mean[f'{main}_stderr']:.4f}{bits}")
 
     def sample(self, step: int):
         if not self.world.is_main or self.stopped():

@@ -108,6 +108,7 @@ def warnings(config: TrainConfig) -> list[str]:
     idle = {
         "--optimizer muon": [] if config.optimizer == "muon" else ["muon_lr", "muon_momentum", "muon_beta2"],
         "--schedule wsd": [] if config.schedule == "wsd" else ["decay_ratio"],
+        "--eval-every": [] if config.eval_every else ["eval_tasks", "eval_limit"],
         "--teacher": [] if config.teacher else ["teacher_weight"],
         "--n-expert": [] if config.model.n_expert > 1 or config.init_from else ["load_balance"],  # the weights may have set it
         "--plan": ["gpu", "gpus", "price", "rate"],  # --plan returns before this

@@ -9,7 +9,11 @@ import torch
 
 from common import device
 from common.device import ASSUMED_MFU
+from common.distributed import DistContext
 from common.logs import read_metrics
+from common.tokenizer import ROWS, get_tokenizer
+from tasks.judging import build_trees
+from tasks.readers import read_tasks
 from training.config import TrainConfig
 from training.memory import CUDA_ITSELF, Setting, largest_micro_batch, memory
 from training.run_json import RUN, RUN_REMEDY, last_launch, read_run_json
@@ -106,9 +110,34 @@ def cost(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) -> li
         f"the whole run, {steps:,} steps of {config.total_batch_tokens:,} tokens, {total:,} in all, {total * flops:.3g} floating point "
         f"operations: {hours:,.2f} hours{limit}",
     ]
+    if config.eval_every:
+        lines.append(evaluation_cost(config, steps, rate))
     if config.price:
         lines.append(f"{hours * config.gpus * config.price:,.2f} $ at {config.price:g} $ per GPU and hour")
     return lines
+
+
+def evaluation_cost(config: TrainConfig, steps: int, rate: float) -> str:
+    """The plan's line about --eval-tasks. A forward pass costs a third of a training step's operations per token."""
+    times = len({*range(0, steps, config.eval_every), steps})
+    try:
+        tokens = evaluation_tokens(config)
+    except (ValueError, OSError) as e:
+        return f"evaluations on --eval-tasks come on top, not counted: {e}"
+    minutes = times * tokens / rate / 3 / 60
+    return f"{times:,} evaluations on --eval-tasks, about {tokens:,} tokens each, forward only: {minutes:,.1f} minutes more"
+
+
+def evaluation_tokens(config: TrainConfig, sample: int = 16) -> int:
+    """Estimates the tokens of one evaluation from the first questions of each task. ValueError if a file or the tokenizer is missing."""
+    rows, seq_len, world = config.model.vocab_size, config.model.seq_len, DistContext(torch.device("cpu"))
+    if rows not in ROWS:
+        raise ValueError(f"no known tokenizer has {rows} ids")
+    tokenizer, total = get_tokenizer(ROWS[rows]), 0.0
+    for task in read_tasks(config.eval_tasks, tokenizer, seq_len, config.eval_limit):
+        trees = build_trees(replace(task, gold=task.gold[:sample]), tokenizer, seq_len, world)
+        total += sum(len(tree.ids) for tree in trees.values()) * len(task.gold) / len(task.gold[:sample])
+    return round(total)
 
 
 def rate_of(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) -> tuple[float, str]:
