@@ -53,7 +53,10 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 def write_lambada(path: Path, n: int = 12) -> Path:
     """Passages of one or two paragraphs. Some have two blanks before the last word."""
     rng = random.Random(0)
-    texts = [sentence(rng, 4, 12) + rng.choice(["\n", " "]) + sentence(rng, 3, 9) + rng.choice([" ", " ", "  "]) + "end" for _ in range(n)]
+    texts = [
+        sentence(rng, 4, 12) + rng.choice(["\n", " "]) + sentence(rng, 3, 9) + rng.choice([" ", " ", "  "]) + rng.choice(WORDS)
+        for _ in range(n)
+    ]
     return write_jsonl(path, [{"text": text} for text in texts])
 
 

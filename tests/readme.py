@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from hub import serve
+from made_up_tasks import write_tasks
 from test_dataloader import llmc_bin
 from test_fineweb import CARD
 
@@ -46,6 +47,7 @@ SMALL = (  # the first pattern that a command matches says what is added to it
     (r"train.py.*--resume", "--max-steps 12"),
     (r"train.py.*--init-from", STEPS),
     (r"train.py", f"{SHAPE} {STEPS}"),
+    (r"evaluate.py", "-d cpu --limit 4"),
     (r"hellaswag.py", "--file tasks.jsonl -d cpu"),
     (r"sample.py", "-d cpu"),
     (r"perplexity.py", "-d cpu --max-tokens 2000"),
@@ -111,6 +113,7 @@ def main(folder: Path):
     subprocess.run(["git", "clone", "--quiet", str(REPO), str(folder / "clone")], check=True)
     clone = folder / "clone"
     (clone / "play.txt").write_text((clone / "README.md").read_text() * 20)
+    write_tasks(clone)
     (clone / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(8)))
     with serve(repos(folder)) as (url, _):
         env = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1"}
