@@ -3,7 +3,6 @@
 python app.py -m log/quickstart        # then open http://127.0.0.1:7860
 """
 
-import codecs
 import functools
 import html
 import math
@@ -29,7 +28,7 @@ from common.tokenizer import Tokenizer, get_tokenizer
 from common.validation import raise_errors
 from dataloader import TokenStream
 from model import GPT
-from sample import Sampling, stream
+from sample import GrowingText, Sampling, stream
 from training.run_json import read_run
 
 
@@ -108,19 +107,19 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, length: int, seed: int,
     """Continues a prompt up to <|endoftext|>, as sample.py does with the same seed. sampling: temperature, top_k, top_p."""
     device = model.transformer.wte.weight.device
     idx = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=device)
-    decoder, tokens, prob = codecs.getincrementaldecoder("utf-8")("replace"), 0, 1.0
+    written, tokens, prob = GrowingText(tokenizer), 0, 1.0
     steps = stream(model, idx, length, Sampling(*sampling), torch.Generator(device).manual_seed(seed))
     for number, (new, logits) in enumerate(steps, 1):
         token, probs = new.item(), F.softmax(logits[0].float(), dim=-1)  # (V,)
-        ended = token == tokenizer.eot
         tokens, prob = tokens + 1, prob * probs[token].item()
-        text = decoder.decode(b"" if ended else tokenizer.decode_bytes([token]), final=ended or number == length)
-        text += "<|endoftext|>" if ended else ""
+        text = written.add([token])
+        text += written.end() if written.ended or number == length else ""
+        text += "<|endoftext|>" if written.ended else ""
         if text:
             best = zip(*(part.tolist() for part in probs.topk(5)), strict=True)
             yield Piece(text, tokens, prob, [(tokenizer.decode([i]), p) for p, i in best])
             tokens, prob = 0, 1.0
-        if ended:
+        if written.ended:
             return
 
 

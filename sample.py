@@ -266,9 +266,9 @@ def speculate(
         if n < k:
             new = torch.where(accepted[:, n], proposed[:, n], new)
         idx = torch.cat([ids[:, : length + n], new], dim=1)
-        yield idx[:, length:]
         cache.length, draft_cache.length = length + n, min(draft_cache.length, length + n)
         counts.update(passes=1, proposed=proposed.numel(), accepted=int(accepted[:, : n + 1].sum()))
+        yield idx[:, length:]  # last: the reader may stop here
 
 
 def propose(draft: GPT, idx: Tensor, k: int, cache: KVCache, sampling: Sampling, generator) -> tuple[Tensor, Tensor]:

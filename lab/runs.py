@@ -195,7 +195,7 @@ def train_one(run: Run, running: list[subprocess.Popen], env: dict, trial: Trial
 
 
 def finish(argv: list[str], running: list[subprocess.Popen], env: dict, minutes: float = 0) -> tuple[int, str, str]:
-    """Runs train.py. Returns its exit status, stdout and stderr. TimeoutExpired if it takes longer than so many minutes; it saves then."""
+    """Runs train.py. Returns its exit status, stdout and stderr. TimeoutExpired if it takes longer than minutes; it saves then."""
     process = launch(argv, env)
     running.append(process)
     try:
@@ -235,7 +235,7 @@ def is_to_blame(status: int, output: str) -> bool:
 
 
 def share_hardware(workers: int) -> bool:
-    """Whether so many runs slow each other."""
+    """Whether this many runs slow each other."""
     return workers > max(1, torch.cuda.device_count())
 
 

@@ -75,7 +75,7 @@ def thread_warnings(device: torch.device) -> list[str]:
 
 
 def product_seconds(threads: int) -> float:
-    """Times matrix products of a small model with so many threads."""
+    """Times matrix products of a small model with this many threads."""
     before, x, w = torch.get_num_threads(), torch.ones(512, 256), torch.ones(256, 256)
     torch.set_num_threads(threads)
     try:
