@@ -9,6 +9,7 @@ Two metrics share the name acc_norm (GPT-2 124M: 0.2955 and 0.3114):
 """
 
 import json
+import math
 import re
 import urllib.request
 from collections.abc import Callable
@@ -194,6 +195,11 @@ def evaluate(
     return accuracies, answered
 
 
+def error_of(scores: dict[str, float], n: int) -> float:
+    """Returns the largest standard error of these accuracies on n tasks; nan for one task."""
+    return max(math.sqrt(p * (1 - p) / (n - 1)) for p in scores.values()) if n > 1 else math.nan
+
+
 def main():
     with exit_without_others(), cli.one_line_errors(if_memory_runs_out="lower --batch-tokens, or use a smaller model"):
         config = cli.parse(HellaSwagConfig)
@@ -214,6 +220,7 @@ def main():
             if config.out:
                 lines = "".join(json.dumps(task) + "\n" for task in answered)
                 write_atomically(Path(config.out), lambda file: file.write(lines.encode()))
+            print(f"HellaSwag's validation set: {len(tasks):,} tasks, standard error of a score about {error_of(scores, len(tasks)):.4f}")
             for prefix in (STYLES[style][1] for style in styles):
                 acc, acc_norm = scores[f"{prefix}acc"], scores[f"{prefix}acc_norm"]
                 print(f"{len(tasks)} {prefix}acc: {acc:.4f} {prefix}acc_norm: {acc_norm:.4f}")

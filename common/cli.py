@@ -253,6 +253,13 @@ def on_a_screen() -> bool:
     return False
 
 
+def columns() -> int:
+    """The width of the terminal that shows stderr; 80 if it is unknown."""
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    return 80
+
+
 class Unbroken:
     """A stream that drops what it can't write, as when its terminal has closed or its disk is full."""
 

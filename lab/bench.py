@@ -38,6 +38,7 @@ from common.distributed import DistContext
 from common.files import write_json
 from common.run_folder import RunFolder
 from common.shards import find_shards, write_shard
+from common.tables import table
 from common.validation import raise_errors
 from dataloader import TokenStream
 from model import GPT
@@ -88,6 +89,8 @@ class BenchConfig:
     """Megabytes of text to tokenize."""
     shard_tokens: int = 100_000_000
     """Tokens in the shard to load."""
+    markdown: bool = False
+    """Print tables as Markdown."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -487,17 +490,16 @@ def best_time(work, device: torch.device) -> float:
     return min(seconds)
 
 
-def table(rows: list[dict]) -> str:
-    """Returns a Markdown table with a line per task."""
-    lines = ["| work | ours | peer | ratio | memory, ours | memory, peer | |", "| --- | --- | --- | --- | --- | --- | --- |"]
+def show_rows(rows: list[dict], markdown: bool) -> str:
+    """Returns a table with a line per task."""
+    lines = []
     for row in rows:
         note = {True: "the same answers", False: "OTHER ANSWERS", None: ""}[row.get("same_answers")]
         note = ", ".join(filter(None, (note, *(f"{name}: {way}" for name, way in row.get("ways", {}).items()))))
-        lines.append(
-            f"| {row['work']} | {row['ours']:,.1f} {row['unit']} | {row['peer']:,.1f} ({row['peer_name']}) | {row['ratio']:.2f} × | "
-            f"{row['memory_ours'] / 1e9:.2f} GB | {row['memory_peer'] / 1e9:.2f} GB | {note} |"
-        )
-    return "\n".join(lines)
+        memory = (f"{row[side] / 1e9:.2f} GB" for side in ("memory_ours", "memory_peer"))
+        speeds = f"{row['ours']:,.1f} {row['unit']}", f"{row['peer']:,.1f} ({row['peer_name']})", f"{row['ratio']:.2f} ×"
+        lines.append([row["work"], *speeds, *memory, note])
+    return table(["work", "ours", "peer", "ratio", "memory, ours", "memory, peer", "note"], lines, [1, 2, 6], markdown)
 
 
 def errors_of(config: BenchConfig) -> list[str]:
@@ -530,7 +532,7 @@ def main():
         if config.json:
             print(json.dumps({**machine, "rows": rows}, indent=1))
         else:
-            print(table(rows))
+            print(show_rows(rows, config.markdown))
             print("\n" + ", ".join(f"{key} {value}" for key, value in machine.items() if key != "command"))
 
 

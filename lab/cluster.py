@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from common import cli, device, picture
+from common.tables import table
 from common.validation import raise_errors
 from training.presets import PRESETS
 from training.step_time import Step, step_on
@@ -22,6 +23,8 @@ class ScaleConfig:
     """Presets of train.py. A batch of fixed size gets at most one GPU per sequence."""
     gpu: Literal[tuple(device.CARDS)] = "H100"
     """The kind of GPU. The links between them are fixed: see Cluster in training/step_time.py."""
+    markdown: bool = False
+    """Print the table as Markdown."""
     out: str = "results/scale.png"
     """File of the plot: .png, .svg or .pdf."""
 
@@ -41,11 +44,7 @@ def scale(config: ScaleConfig) -> tuple[str, dict[str, dict[int, Step]]]:
     if Path(config.out).suffix not in (".png", ".svg", ".pdf"):
         errors.append(f"--out {config.out}: give a .png, .svg or .pdf file")
     raise_errors(errors)
-    lines = [
-        "| preset | batch | | GPUs | compute, ms | communication, ms | sent by each, MB | step, ms | efficiency | below 90 % from |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    curves = {}
+    lines, curves = [], {}
     for name, weak, shard in itertools.product(config.presets, (False, True), (False, True)):
         run = PRESETS[name]
         most = COUNTS[-1] if weak else run.total_batch_tokens // run.model.seq_len
@@ -53,13 +52,12 @@ def scale(config: ScaleConfig) -> tuple[str, dict[str, dict[int, Step]]]:
         batch = f"{run.micro_batch_size * run.model.seq_len:,} per GPU" if weak else f"{run.total_batch_tokens:,}"
         kind = "FSDP" if shard else "DDP"
         curves[f"{name}, {kind}, {batch}"] = steps
-        lines += [
-            f"| {name} | {batch} | {kind} | {n} | {s.compute * 1e3:.1f} | {s.communication * 1e3:.1f} | {s.sent / 1e6:,.0f} | "
-            f"{s.seconds * 1e3:.1f} | {s.efficiency:.0%} | {limit(steps)} |"
-            for n, s in steps.items()
-            if n in (8, 64, 512)
-        ]
-    return "\n".join(lines), curves
+        for n in (n for n in (8, 64, 512) if n in steps):
+            s = steps[n]
+            times = (f"{1e3 * seconds:,.1f}" for seconds in (s.compute, s.communication, s.seconds))
+            lines.append([name, batch, kind, str(n), *times, f"{s.sent / 1e6:,.0f}", f"{s.efficiency:.0%}", limit(steps)])
+    head = ["preset", "batch", "", "GPUs", "compute, ms", "sending, ms", "step, ms", "sent, MB", "efficiency", "< 90 % from"]
+    return table(head, lines, [1, 2], config.markdown), curves
 
 
 def draw(curves: dict[str, dict[int, Step]], gpu: str, out: Path):
@@ -90,8 +88,8 @@ def draw(curves: dict[str, dict[int, Step]], gpu: str, out: Path):
 def main():
     with cli.one_line_errors():
         config = cli.parse(ScaleConfig)
-        table, curves = scale(config)
-        print(table)
+        text, curves = scale(config)
+        print(text)
         draw(curves, config.gpu, Path(config.out))
 
 

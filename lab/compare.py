@@ -82,6 +82,8 @@ class CompareConfig:
     mixed: bool = False
     """Also use runs of other code, and compare variants with other data, another validation or unequal tokens. The output names them.
     Without it, they are refused."""
+    markdown: bool = False
+    """Print tables as Markdown."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -331,11 +333,11 @@ def longer_sequences(config: CompareConfig, results: dict[str, dict[int, dict]])
 AFTER = {"modern": how_much_sooner, "tables": how_much_sooner, "length": longer_sequences}  # suite → what else its results say
 
 
-def text_of(found: dict) -> str:
+def text_of(found: dict, markdown: bool = False) -> str:
     """Returns the results for people. The last lines are the verdicts, one for each variant, for scripts."""
-    parts = [show(found["variants"], found["looks"]), "\n".join(found["notes"])]
+    parts = [show(found["variants"], found["looks"], markdown), "\n".join(found["notes"])]
     parts += [found["to_the_same_loss"]] if "to_the_same_loss" in found else []
-    parts += [show_curves(found["by_position"])] if "by_position" in found else []
+    parts += [show_curves(found["by_position"], markdown)] if "by_position" in found else []
     parts += ["\n".join(f"verdict {row['variant']}: {row['verdict']}" for row in found["variants"] if "verdict" in row)]
     return "\n\n".join(filter(None, parts))
 
@@ -356,7 +358,7 @@ def main():
         config.validate()
         check_tools()
         found = compare(Comparison(config))
-        print(json.dumps(found, indent=2) if config.json else text_of(found), flush=True)
+        print(json.dumps(found, indent=2) if config.json else text_of(found, config.markdown), flush=True)
 
 
 if __name__ == "__main__":

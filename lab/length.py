@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import checkpoint
 from common import picture
 from common.shards import find_shards
+from common.tables import table
 from dataloader import TokenStream
 from lab.runs import folder_of
 from lab.suites import SUITES
@@ -59,15 +60,12 @@ def extrapolate(out_dir: str, data_dir: str, seeds: list[int], times: int = 4, s
     return curves
 
 
-def show_curves(curves: list[dict], parts: int = 4) -> str:
-    """Returns a Markdown table: the mean loss in each of `parts` equal parts of the sequence."""
+def show_curves(curves: list[dict], markdown: bool = False, parts: int = 4) -> str:
+    """Returns a table: the mean loss in each of `parts` equal parts of the sequence."""
     length = len(curves[0]["loss"]) // parts
-    head = " | ".join(f"{i * length} to {(i + 1) * length - 1}" for i in range(parts))
-    lines = [f"| positions | {head} |", "| --- " * (parts + 1) + "|"]
-    for curve in curves:
-        means = [statistics.fmean(curve["loss"][i * length : (i + 1) * length]) for i in range(parts)]
-        lines.append(f"| {curve['variant']} | {' | '.join(f'{mean:.4f}' for mean in means)} |")
-    return "\n".join(lines)
+    slices = [slice(i * length, (i + 1) * length) for i in range(parts)]
+    rows = [[curve["variant"], *(f"{statistics.fmean(curve['loss'][part]):.4f}" for part in slices)] for curve in curves]
+    return table(["positions", *(f"{part.start} to {part.stop - 1}" for part in slices)], rows, markdown=markdown)
 
 
 def plot_curves(curves: list[dict], trained: int, out: Path):

@@ -1,11 +1,7 @@
 """Shows a comparison: a table for people, results.tsv for programs, and a picture."""
 
-import io
 import math
-import os
-import shutil
 import statistics
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common import cli, picture
+from common import picture
 from common.files import append
 from common.picture import COLORS, GREY, between, fit_late, label_of, legend_below, look, number_axis
+from common.tables import WIDTH, check_rich, table
 from lab.judge import LEVEL, Judgement, nominal_level, scipy_stats
 
-WIDTH = 100  # columns
 TSV = ("commit", "name", "against", "seeds", "loss", "difference", "interval", "p", "memory", "seconds", "verdict")
 
 
@@ -56,36 +52,10 @@ def summary(runs: dict[str, dict[int, dict]], judgements: dict[str, Judgement]) 
 def check_tools():
     """ValueError in one line if a package is missing: it should come before hours of training."""
     scipy_stats()
-    try:
-        import rich.table  # noqa: F401
-    except ImportError as e:
-        raise ValueError(f"lab.compare needs Rich for its table ({e}): pip install -r requirements.txt") from e
+    check_rich()
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], wide: Sequence[int] = ()) -> str:
-    """Returns an aligned table of at most WIDTH columns. The first column and those in wide hold words, which wrap; the others numbers.
-    Has colors only on a terminal, and not if NO_COLOR is set."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for i, name in enumerate(head):
-        words = i == 0 or i in wide
-        shown.add_column(Text(name), justify="left" if words else "right", no_wrap=not words, overflow="fold")
-    colors = {"better": "green", "worse": "red", "failed": "red"}
-    for row in rows:
-        first, *others = map(cli.printable, row)
-        shown.add_row(Text(first), *(Text(cell, style=colors.get(cell.split(":")[0], "")) for cell in others))
-    text = io.StringIO()
-    Console(width=width, file=text, color_system="auto" if colored else None, force_terminal=colored).print(shown)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
-
-
-def show(rows: list[dict], looks: Sequence[int]) -> str:
+def show(rows: list[dict], looks: Sequence[int], markdown: bool = False) -> str:
     """Returns the verdicts, the cost of each variant, and the differences seed by seed, in three tables."""
     verdicts = [
         [
@@ -113,11 +83,11 @@ def show(rows: list[dict], looks: Sequence[int]) -> str:
         if "params" in row
     ]
     parts = [
-        table(["variant", "loss", "bits/byte", "seeds", "difference ± 95 %", "p", "verdict"], verdicts, [6]),
-        table(["variant", "parameters (active)", "tokens", "tokens/s", "× first", "memory", "KV cache"], costs),
+        table(["variant", "loss", "bits/byte", "seeds", "difference ± 95 %", "p", "verdict"], verdicts, [6], markdown),
+        table(["variant", "parameters (active)", "tokens", "tokens/s", "× first", "memory", "KV cache"], costs, markdown=markdown),
     ]
     each = [[row["variant"], by_seed(row)] for row in rows if row.get("differences")]
-    parts += [table(["variant", "difference, seed by seed"], each, [1])] if each else []
+    parts += [table(["variant", "difference, seed by seed"], each, [1], markdown)] if each else []
     return "\n\n".join([*parts, meaning(looks)])
 
 

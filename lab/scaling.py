@@ -23,6 +23,7 @@ from common.device import ASSUMED_MFU, CARDS
 from common.files import read_json, write_json
 from common.picture import between, short
 from common.shards import differences
+from common.tables import table
 from common.validation import raise_errors
 from lab.origins import code_notes, refuse_unless
 from lab.runs import Run, last_checkpoint, run_all, split
@@ -85,6 +86,8 @@ class FitConfig:
     """Seed of the resampling."""
     mixed: bool = False
     """Fit runs of several versions of the code. The output names them. Without it, they are refused."""
+    markdown: bool = False
+    """Print tables as Markdown."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -114,6 +117,8 @@ class PlanConfig:
     """Fraction of the GPU's peak, counting 6 N D operations. train.py's mfu also counts attention's."""
     law: str = "besiroglu"
     """A published law (besiroglu, hoffmann or kaplan), or the law.json from lab.scaling fit."""
+    markdown: bool = False
+    """Print tables as Markdown."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -388,24 +393,25 @@ def report(config: FitConfig, points: list[Point]) -> dict:
     }
 
 
-def show_fit(found: dict) -> str:
-    """Returns the law and its points as Markdown."""
+def show_fit(found: dict, markdown: bool = False) -> str:
+    """Returns the law and its points as tables."""
 
     def within(ends: list[float]) -> str:
         return f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""
 
-    lines = ["| L = E + A / N^alpha + B / D^beta | | 80 % interval |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {value:.4g} | {within(found['intervals'][name])} |" for name, value in found["law"].items()]
-    lines.append(f"| best N ~ C^ | {found['share_of_n']:.4g} | {within(found['share_of_n_interval'])} |")
-    lines.append(f"| L(C) = E + K / C^ | {found['exponent']:.4g} | {within(found['exponent_interval'])} |")
-    lines.append(f"\nRoot mean square error over {len(found['points'])} runs: {found['error']:.2%}")
-    rows = [("", row) for row in found["points"] if len(found["points"]) <= 60]
-    rows += [(" (held out)", row) for row in found["held_out"]]
-    if rows:
-        lines += ["", "| run | parameters | tokens | loss | predicted | error |", "| --- " * 6 + "|"]
-    for name, (run, params, tokens, loss, predicted) in rows:
-        lines.append(f"| {run}{name} | {params:,.0f} | {tokens:,.0f} | {loss:.4f} | {predicted:.4f} | {predicted / loss - 1:+.2%} |")
-    return "\n".join([*lines, *found["notes"]])
+    law = [[name, f"{value:.4g}", within(found["intervals"][name])] for name, value in found["law"].items()]
+    law.append(["best N ~ C^", f"{found['share_of_n']:.4g}", within(found["share_of_n_interval"])])
+    law.append(["L(C) = E + K / C^", f"{found['exponent']:.4g}", within(found["exponent_interval"])])
+    parts = [table(["L = E + A / N^alpha + B / D^beta", "", "80 % interval"], law, markdown=markdown)]
+    parts.append(f"Root mean square error over {len(found['points'])} runs: {found['error']:.2%}")
+    runs = [("", row) for row in found["points"] if len(found["points"]) <= 60]
+    runs += [(" (held out)", row) for row in found["held_out"]]
+    rows = [
+        [f"{run}{note}", f"{params:,.0f}", f"{tokens:,.0f}", f"{loss:.4f}", f"{predicted:.4f}", f"{predicted / loss - 1:+.2%}"]
+        for note, (run, params, tokens, loss, predicted) in runs
+    ]
+    parts += [table(["run", "parameters", "tokens", "loss", "predicted", "error"], rows, markdown=markdown)] if rows else []
+    return "\n\n".join([*parts, *(["\n".join(found["notes"])] if found["notes"] else [])])
 
 
 def plot_fit(found: dict, out: Path):
@@ -502,16 +508,16 @@ def params_of(shape: tuple[int, int]) -> int | None:
     return None if config.errors() else build_on_meta(config).num_params()
 
 
-def show_plan(found: dict) -> str:
+def show_plan(found: dict, markdown: bool = False) -> str:
     cost = f", {found['dollars']:,.0f} $" if found["dollars"] else ""
     budget = f"{found['flops']:.3g} floating point operations, {found['gpu_hours']:,.1f} hours of one {found['gpu']}{cost}"
-    lines = [f"{budget}, by {found['law']}:", ""]
-    lines += ["| | parameters | tokens | tokens per parameter | loss | flags of train.py | their parameters |", "| --- " * 7 + "|"]
+    rows = []
     for name, row in zip(("half the size", "best", "twice the size"), found["rows"], strict=True):
         n, d = row["params"], row["tokens"]
         actual = f"{row['its_params'] / 1e6:,.4g} M" if row["its_params"] else "too many layers"
-        lines.append(f"| {name} | {n / 1e6:,.3g} M | {d / 1e9:,.3g} B | {d / n:,.3g} | {row['loss']:.4f} | {row['shape']} | {actual} |")
-    return "\n".join(lines)
+        rows.append([name, f"{n / 1e6:,.3g} M", f"{d / 1e9:,.3g} B", f"{d / n:,.3g}", f"{row['loss']:.4f}", row["shape"], actual])
+    head = ["", "parameters", "tokens", "tokens each", "loss", "flags of train.py", "their parameters"]
+    return f"{budget}, by {found['law']}:\n\n{table(head, rows, [5], markdown)}"
 
 
 # ---- the commands ----
@@ -541,13 +547,13 @@ def do_fit(config: FitConfig):
     out_dir.mkdir(parents=True, exist_ok=True)
     write_json(out_dir / LAW, found)
     picture.draw_or_warn(plot_fit, found, out_dir / "scaling.png")
-    print(json.dumps(found, indent=2) if config.json else show_fit(found))
+    print(json.dumps(found, indent=2) if config.json else show_fit(found, config.markdown))
 
 
 def do_plan(config: PlanConfig):
     config.validate()
     found = plan(config)
-    print(json.dumps(found, indent=2) if config.json else show_plan(found))
+    print(json.dumps(found, indent=2) if config.json else show_plan(found, config.markdown))
 
 
 COMMANDS = {LadderConfig: ("ladder", do_ladder), FitConfig: ("fit", do_fit), PlanConfig: ("plan", do_plan)}

@@ -16,10 +16,11 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from common import cli
+from common.tables import table
 from common.validation import raise_errors
 from lab.compare import CompareConfig, Comparison, compare
 from lab.judge import FIRST_LOOK, LEVEL
-from lab.report import check_tools, interval, record, table
+from lab.report import check_tools, interval, record
 from lab.runs import IdeaFailed, OtherFlags, folder_of
 
 BASELINE = "baseline"
@@ -45,6 +46,8 @@ class SearchConfig:
     """Runs at a time. Pass the number of GPUs: each run gets one."""
     max_minutes: float = 0.0
     """An idea with a run that takes longer by the clock has failed. If it is the baseline, the search stops. 0: no limit."""
+    markdown: bool = False
+    """Print tables as Markdown."""
     json: bool = False
     """Print JSON at the end instead of tables."""
 
@@ -138,16 +141,17 @@ class Search:
 # ---- what it prints ----
 
 
-def ideas_table(rows: list[dict]) -> str:
-    return table(["idea", "difference ± 95 %", "verdict"], [[r["variant"], interval(r), r["text"]] for r in rows], [2])
+def verdicts(rows: list[dict], first: str, last: str, markdown: bool) -> str:
+    """Returns a table with these titles of its first and last column."""
+    return table([first, "difference ± 95 %", last], [[r["variant"], interval(r), r["text"]] for r in rows], [2], markdown)
 
 
-def end_of(found: dict) -> str:
+def end_of(found: dict, markdown: bool) -> str:
     """Returns the judgements at the end and the recipe, for people."""
     parts = []
     for title, rows in (("verdict with fresh seeds", found["fresh"]), ("verdict in the larger model", found["larger"])):
         if rows:
-            parts.append(table(["kept", "difference ± 95 %", title], [[r["variant"], interval(r), r["text"]] for r in rows], [2]))
+            parts.append(verdicts(rows, "kept", title, markdown))
     judged = sum(row["verdict"] != "failed" for row in found["ideas"])
     again = "with fresh seeds" + " and in the larger model" * bool(found["larger"])
     parts.append(
@@ -165,13 +169,13 @@ def main():
         ideas, search = read_ideas(config.ideas), Search(config)
         found = {"ideas": search.try_ideas(ideas), "recipe": f"{config.flags} {search.recipes[-1].flags}".strip()}
         if not config.json:
-            print(ideas_table(found["ideas"]), flush=True)  # the rest may take hours
+            print(verdicts(found["ideas"], "idea", "verdict", config.markdown), flush=True)  # the rest may take hours
         found["fresh"] = search.confirm("fresh")
         found["larger"] = search.confirm("larger") if config.larger else []
         tested = [found["fresh"], *([found["larger"]] if config.larger else [])]
         found["held"] = sum(all(row["verdict"] == "better" for row in rows) for rows in zip(*tested, strict=True))
         found["notes"] = search.notes
-        print(json.dumps(found, indent=2) if config.json else f"\n{end_of(found)}", flush=True)
+        print(json.dumps(found, indent=2) if config.json else f"\n{end_of(found, config.markdown)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from common import cli, picture
 from common.files import write_json
 from common.locks import lock_folder
 from common.logs import read_metrics
+from common.tables import table
 from common.validation import raise_errors
 from lab.origins import code_notes, data_notes, refuse_unless
 from lab.runs import SCRIPT, Run, environment, last_checkpoint, split, why_it_failed
@@ -57,6 +58,8 @@ class SweepConfig:
     """Write the space to this .yaml file, for wandb sweep, and run nothing."""
     mixed: bool = False
     """Also use runs of other code or other data. The output names them. Without it, they are refused."""
+    markdown: bool = False
+    """Print tables as Markdown."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -380,20 +383,18 @@ def show(config: SweepConfig, space: dict[str, Choice | Range], study, code: dic
     rows = rows_of(study)
     for row in rows:
         row["note"] = "; ".join(filter(None, [row["note"], *origin_notes(config, code, row["run"])]))
-    print(json.dumps(rows, indent=2) if config.json else table(rows, space), flush=True)
+    print(json.dumps(rows, indent=2) if config.json else show_rows(rows, space, config.markdown), flush=True)
     picture.draw_or_warn(plot, rows, space, Path(config.out_dir, "sweep.png"))
 
 
-def table(rows: list[dict], space: dict[str, Choice | Range]) -> str:
+def show_rows(rows: list[dict], space: dict[str, Choice | Range], markdown: bool) -> str:
     def cell(name: str, value) -> str:
         if value is None:
             return ""
-        text = f"{value:.4f}" if name == "val_loss" else f"{value:.4g}" if isinstance(value, float) else str(value)
-        return text.replace("|", "/")
+        return f"{value:.4f}" if name == "val_loss" else f"{value:.4g}" if isinstance(value, float) else str(value)
 
     names = ["run", *space, "val_loss", "note"]
-    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(cell(name, row[name]) for name in names)} |" for row in rows)])
+    return table(names, [[cell(name, row[name]) for name in names] for row in rows], [len(names) - 1], markdown)
 
 
 def plot(rows: list[dict], space: dict[str, Choice | Range], out: Path):

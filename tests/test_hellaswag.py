@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import statistics
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -196,14 +198,18 @@ def test_script_reports_both_styles(model, tasks_file, tmp_path, capsys):
     def accuracy(style, pred):
         return sum(row[style][pred] == row["label"] for row in rows) / 40
 
+    first, *lines = lines
     assert lines == [
         f"40 acc: {accuracy('completion', 'pred'):.4f} acc_norm: {accuracy('completion', 'pred_norm'):.4f}",
         f"40 harness_acc: {accuracy('harness', 'pred'):.4f} harness_acc_norm: {accuracy('harness', 'pred_norm'):.4f}",
     ]
+    shown = float(re.fullmatch(r"HellaSwag's validation set: 40 tasks, standard error of a score about (0\.\d{4})", first)[1])
+    points = [[row[style][pred] == row["label"] for row in rows] for style in ("completion", "harness") for pred in ("pred", "pred_norm")]
+    assert shown == pytest.approx(max(statistics.stdev(map(float, each)) for each in points) / 40**0.5, abs=5e-5)
     assert run_main(hellaswag.main, *argv, "--limit", 7) == 0
-    assert capsys.readouterr().out.startswith("7 acc: ")
+    assert capsys.readouterr().out.splitlines()[1].startswith("7 acc: ")
     assert run_main(hellaswag.main, *argv, "--style", "harness", "--batch-tokens", 300) == 0
-    assert capsys.readouterr().out.splitlines() == lines[1:]
+    assert capsys.readouterr().out.splitlines()[1:] == lines[1:]
     assert run_main(hellaswag.main, *argv, "--dtype", "bf16") == 0
     bf16 = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert bf16 != rows and all(

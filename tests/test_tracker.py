@@ -115,6 +115,9 @@ class Broken:
     def log(self, step, numbers):
         self.call("log" if step == 5 else "")
 
+    def text(self, step, name, text):
+        self.call("text")
+
     def finish(self):
         self.call("finish")
 
@@ -137,6 +140,37 @@ def test_missing_tracker_names_pip_install(shards, tmp_path, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "trackio", None)
     assert run_train(shards, tmp_path, "--tracker", "trackio") == 0
     assert ": pip install trackio\n" in capsys.readouterr().err
+
+
+def test_samples_go_to_tensorboard(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said = []
+    board = tracker.Tracker("tensorboard", str(tmp_path / "my run"), "ab12", {"max_steps": 5}, 0, said.append)
+    board.text(3, "samples", "def f():\n    return <b>")
+    board.finish()
+    assert said == [f"to watch the run: tensorboard --logdir '{tmp_path}/my run'/tensorboard"]
+    events = EventAccumulator(str(tmp_path / "my run" / "tensorboard"), {"tensors": 0})
+    events.Reload()
+    (event,) = events.Tensors("samples/text_summary")
+    assert (event.step, event.tensor_proto.string_val[0].decode()) == (3, "    def f():\n        return <b>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["trackio", "wandb"])
+def test_samples_go_to_other_trackers(tmp_path, kind):
+    code = (
+        "from training import tracker\n"
+        f"sink = tracker.Tracker({kind!r}, {str(tmp_path)!r}, 'ab12', {{}}, 0, print)\n"
+        "sink.text(3, 'samples', 'def f():\\n    return <b>')\nsink.log(4, {'loss': 1.0})\nsink.finish()\n"
+    )
+    env = os.environ | {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    result = subprocess.run([sys.executable, "-c", code], env=env, cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0 and "warning" not in result.stdout
+    if kind == "trackio":
+        assert "return <b>" in json.dumps(in_trackio(tmp_path, "samples")[3])
+    else:
+        assert "return &lt;b&gt;" in "".join(path.read_text() for path in tmp_path.rglob("*.html"))
 
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio"])

@@ -1,6 +1,7 @@
 """Validation, HellaSwag, other tasks and samples during a run."""
 
 import shlex
+import textwrap
 from collections.abc import Callable
 
 import torch
@@ -116,10 +117,14 @@ class Evaluation:
         with self.trainer.autocast():
             texts = sample_texts(self.trainer.evaluated, self.tokenizer, prompt, 4, length, seed)
         texts = list(map(cli.printable, texts))
-        for text in texts:
+        untrained = step == 0 and not self.config.init_from  # it writes noise: a glimpse is enough
+        for text in [textwrap.shorten(texts[0], 60, placeholder=" …")] if untrained else texts:
             self.log.result(f"step {step}: sample: {text}")
         titles = (f"---- step {step}, sample {number} of {len(texts)} ----" for number in range(1, len(texts) + 1))
-        self.log.append("samples.txt", "".join(f"{title}\n{text}\n\n" for title, text in zip(titles, texts, strict=True)))
+        shown = "".join(f"{title}\n{text}\n\n" for title, text in zip(titles, texts, strict=True))
+        self.log.append("samples.txt", shown)
+        if self.log.tracker:
+            self.log.tracker.text(step, "samples", shown)
 
     def plot(self):
         """Draws the log. The run is finished and saved: no error in a picture may fail it."""

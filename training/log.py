@@ -119,13 +119,13 @@ class Log:
         if time.perf_counter() - self.shown > 1 or step + 1 == steps:
             self.shown = time.perf_counter()
             by_seconds = (self.config.max_seconds or math.inf) - trainer.budget.elapsed
-            line = progress_line(step, steps, metrics, min(by_seconds, statistics.median(self.recent) * (steps - step - 1)))
+            parts = progress_parts(step, steps, metrics, min(by_seconds, statistics.median(self.recent) * (steps - step - 1)))
             if self.world.is_main and cli.on_a_screen():
-                self.bar = self.bar or cli.bar(total=steps, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar:10}| {desc}")
+                self.bar = self.bar or cli.bar(total=steps, dynamic_ncols=True, bar_format="{bar:10}| {desc}")
                 self.bar.n, self.bar.total = step + 1, steps
-                self.bar.set_description_str(line)
+                self.bar.set_description_str(fitting(parts, cli.columns() - len("██████████| ")))
             else:
-                self.progress(line)
+                self.progress(" | ".join(parts))
         if update.skipped:
             self.skipped(step, update.skipped, trainer.guard.bad_steps)
 
@@ -137,14 +137,23 @@ def write_pending(folder: RunFolder, pending: dict[str, str], name: str):
         pending[name] = ""
 
 
-def progress_line(step: int, steps: int, metrics: dict, seconds: float) -> str:
-    """Returns a step's line for the screen. seconds: left until the end."""
-    eta = timedelta(seconds=round(seconds))
-    mfu = "n/a" if metrics["mfu"] is None else f"{metrics['mfu']:.1%}"
-    return (
-        f"step {step:{len(str(steps))}}/{steps} | loss {metrics['loss']:.4f} | lr {metrics['lr']:.2e} | "
-        f"norm {metrics['grad_norm']:.2f} | {metrics['tokens_per_second']:,.0f} tok/s | mfu {mfu} | eta {eta}"
-    )
+def progress_parts(step: int, steps: int, metrics: dict, seconds: float) -> list[str]:
+    """Returns the parts of a step's line for the screen, the most needed first. seconds: left until the end."""
+    parts = [
+        f"step {step:{len(str(steps))}}/{steps}",
+        f"loss {metrics['loss']:.4f}",
+        f"eta {timedelta(seconds=round(seconds))}",
+        f"{metrics['tokens_per_second']:,.0f} tok/s",
+        f"lr {metrics['lr']:.2e}",
+        f"norm {metrics['grad_norm']:.2f}",
+    ]
+    return parts + ([] if metrics["mfu"] is None else [f"mfu {metrics['mfu']:.1%}"])
+
+
+def fitting(parts: list[str], width: int) -> str:
+    """Joins as many of the first parts as fit into the width, at least one."""
+    lines = [" | ".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((line for line in lines if len(line) <= width), lines[-1][:width])
 
 
 def logged_loss(out_dir: Path, step: int) -> float | None:

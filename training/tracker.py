@@ -1,8 +1,10 @@
 """--tracker: sends a run's metrics to Weights & Biases, Trackio or TensorBoard too."""
 
+import html
 import importlib
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -16,17 +18,23 @@ class Tracker:
     """Sends metrics to one tracker. After any error it warns once and stops sending; the run continues.
 
     run_id: the same for all launches of a run, so the tracker shows them as one run. step: this launch's first step. warn: called
-    with the warning.
+    with the warning, and with the command that shows the run.
     """
 
     def __init__(self, kind: str, out_dir: str, run_id: str, config: dict, step: int, warn: Callable[[str], None]):
         self.kind, self.warn, self.sink = kind, warn, None
         self.sink = self.attempt(lambda: SINKS[kind](Path(out_dir), run_id, config, step))
+        if self.sink and kind in TO_WATCH:
+            warn(f"to watch the run: {TO_WATCH[kind].replace('FOLDER', shlex.quote(out_dir))}")
 
     def log(self, step: int, metrics: dict):
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)}
         if self.sink:
             self.attempt(lambda: self.sink.log(step, numbers))
+
+    def text(self, step: int, name: str, text: str):
+        if self.sink:
+            self.attempt(lambda: self.sink.text(step, name, text))
 
     def finish(self):
         if self.sink:
@@ -67,6 +75,10 @@ class WandbSink:
     def log(self, step: int, numbers: dict):
         self.run.log({"step": step, **numbers})
 
+    def text(self, step: int, name: str, text: str):
+        wandb = importlib.import_module("wandb")
+        self.run.log({"step": step, name: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)})
+
     def finish(self):
         self.run.finish()
 
@@ -82,6 +94,9 @@ class TrackioSink:
     def log(self, step: int, numbers: dict):
         self.trackio.log(numbers, step=step)
 
+    def text(self, step: int, name: str, text: str):
+        self.trackio.log({name: self.trackio.Markdown(indented(text))}, step=step)
+
     def finish(self):
         self.trackio.finish()
 
@@ -92,14 +107,24 @@ class TensorBoardSink:
     def __init__(self, out_dir: Path, run_id: str, config: dict, step: int):
         tensorboard = importlib.import_module("torch.utils.tensorboard")
         self.writer = tensorboard.SummaryWriter(str(out_dir / "tensorboard"), purge_step=step)  # hides the steps that a resume recomputes
-        self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()), step)
+        self.writer.add_text("config", indented("\n".join(f"{name}: {value}" for name, value in config.items())), step)
 
     def log(self, step: int, numbers: dict):
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
 
+    def text(self, step: int, name: str, text: str):
+        self.writer.add_text(name, indented(text), step)
+
     def finish(self):
         self.writer.close()
 
 
+def indented(text: str) -> str:
+    """Returns text as it is, for Markdown."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
+
+
+# W&B prints an address itself
+TO_WATCH = {"tensorboard": "tensorboard --logdir FOLDER/tensorboard", "trackio": f"trackio show --project {PROJECT}"}
 SINKS = {"wandb": WandbSink, "trackio": TrackioSink, "tensorboard": TensorBoardSink}
