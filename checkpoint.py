@@ -160,6 +160,8 @@ class Saver:
         except Exception as e:  # a bug: wait raises it, or it would die with this thread
             self.bug = e
         else:
+            if self.folder.mirror:
+                self.folder.mirror.saved(step)
             self.prune(step)
 
     def follow_folder(self):

@@ -9,13 +9,11 @@ evaluates and saves once more.
 """
 
 import math
-import os
 import shlex
 import signal
 import sys
-import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -29,7 +27,7 @@ from common.locks import lock_folder
 from common.run_folder import RunFolder
 from common.shards import MANIFEST, Shards, find_shards
 from common.validation import raise_errors
-from training import checks, failure, flags, run_json
+from training import checks, failure, flags, mirror, run_json
 from training.config import LOWER_MEMORY, TrainConfig
 from training.evaluation import Evaluation, is_due
 from training.guard import largest_weight
@@ -37,6 +35,7 @@ from training.log import Log, logged_clock, logged_loss, resume_notice
 from training.plan import report
 from training.presets import PRESETS
 from training.saving import Checkpoints
+from training.stop import StopSignal
 from training.trainer import Trainer
 
 
@@ -107,34 +106,6 @@ def replay(config: TrainConfig, world: DistContext, folder: RunFolder):
         sys.exit(1)
 
 
-class StopSignal:
-    """On SIGTERM, SIGHUP or Ctrl-C, the run finishes its step or cancels its evaluation, saves everything and exits.
-
-    It exits at once if there is nothing to save yet (the first step compiles), or at a second signal. A second signal within one
-    second of the first doesn't count: torchrun forwards a signal that the scheduler has also sent to its processes.
-    """
-
-    hard_exit: threading.Timer | None = None
-
-    def __init__(self):
-        self.received, self.at, self.unsaved = 0, 0.0, False
-        cli.on_stop_signals(self.handle, signal.SIGINT)
-
-    def handle(self, number, frame):
-        if not self.received:
-            self.received, self.at = number, time.monotonic()
-            if not self.unsaved:
-                with suppress(OSError):  # the terminal is gone
-                    os.write(2, b"stopped by a signal before the first step: nothing to save\n")  # print is not for signal handlers
-                # Python drops an exception that is raised in a weakref's callback, and torch.compile has many of those
-                StopSignal.hard_exit = threading.Timer(5, os._exit, [128 + number])  # main cancels it
-                StopSignal.hard_exit.daemon = True
-                StopSignal.hard_exit.start()
-                sys.exit(128 + number)
-        elif time.monotonic() - self.at > 1 and number in (signal.SIGTERM, signal.SIGINT):
-            raise KeyboardInterrupt
-
-
 def find_data(config: TrainConfig) -> Shards:
     """Returns the shards of --data-dir. The quickstart's first start makes its own."""
     own = config.preset == "quickstart" and config.data_dir == PRESETS["quickstart"].data_dir
@@ -202,6 +173,7 @@ def claim_folder(folder: RunFolder, given: TrainConfig, stack: ExitStack) -> Tra
     """Locks --out-dir until the stack closes. Only then reads the settings, since another launch may have changed the folder before."""
     if given.replay_step is None:
         folder.held = stack.enter_context(lock_folder(folder.path))
+        stack.enter_context(mirror.opened(folder, given))
     config = flags.parse_config()
     launch = launched()
     config.validate(launch.size if launch else 1)

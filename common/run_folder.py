@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import secrets
 from pathlib import Path
 
 from common.files import read_json, write_json
@@ -51,6 +52,8 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self.token = secrets.token_hex(8)  # in run.json, it proves that the folder is this launch's
+        self.mirror = None  # on rank 0 with --remote, a training.mirror.Mirror
         self.home = path.absolute()  # the current folder may be deleted too
         self.held: HeldFolder | None = None  # on rank 0, from lock_folder
         self.run, self.seen = None, None  # run.json's content, as this launch wrote it, and the file's identity

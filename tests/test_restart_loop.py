@@ -118,7 +118,7 @@ def out_of_memory_on_rank_1():
     train.Trainer.update = update
 
 
-@pytest.mark.parametrize("line", range(2))
+@pytest.mark.parametrize("line", range(3))
 def test_docs_loops_and_slurm_look_for_the_file(line):
     text = (REPO / "docs" / "rented-machines.md").read_text()
     loop = re.findall(r"^until .*?done$", text, re.M | re.S)[line]

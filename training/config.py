@@ -149,6 +149,11 @@ class Saving:
     """Keep this many of the newest complete checkpoints. 0: keep all."""
     on_save_error: Literal["continue", "stop"] = "continue"
     """If a checkpoint can't be saved (full disk): continue training and try the next one, or stop the run."""
+    remote: str = ""
+    """Also keep the run in a bucket: s3://bucket/run (pip install s3fs), gs://… (gcsfs), hf://buckets/… (huggingface_hub), file:///….
+    Sends checkpoints and logs while training continues. With --resume, an empty --out-dir is filled from there. '': off."""
+    notice_seconds: float = 100.0
+    """With --remote: after SIGTERM, send the last checkpoint for at most this long. torchrun needs --shutdown-timeout for it."""
     replay_step: int | None = None
     """Recompute this step of the run in --out-dir, from the checkpoint before it, and compare its loss with the log. Saves nothing."""
     verify_shards: bool = True
@@ -193,7 +198,7 @@ class TrainConfig(Planning, Saving, Evaluating, Hardware, Learning, Main):
         errors += task_errors(self.eval_tasks, "--eval-tasks")
         if self.eval_every > 0 and not self.eval_tasks:
             errors.append("--eval-every needs --eval-tasks, such as lambada=lambada_test.jsonl")
-        errors += cli.at_least(0, self, "price", "rate") + cli.at_least(1, self, "gpus")
+        errors += cli.at_least(0, self, "price", "rate", "notice_seconds") + cli.at_least(1, self, "gpus")
         errors += cli.at_least(0.01, self, "timeout_minutes")
         if self.replay_step is not None and not 0 <= self.replay_step < self.max_steps:
             errors.append(f"--replay-step is {self.replay_step}: the run's steps are 0 to {self.max_steps - 1}")
@@ -256,5 +261,5 @@ MAY_CHANGE = {
     "replay_step", "data_dir", "max_steps", "max_seconds", "max_bad_steps", "skip_spikes", "micro_batch_size", "attention", "device",
     "dtype", "compile", "self_check", "activation_memory", "shard", "verify_shards", "val_every", "val_tokens", "hellaswag_every",
     "hellaswag_file", "eval_every", "eval_tasks", "eval_limit", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every",
-    "keep", "on_save_error", "tracker", "timeout_minutes", "plan", "gpu", "gpus", "price", "rate",
+    "keep", "on_save_error", "tracker", "timeout_minutes", "remote", "notice_seconds", "plan", "gpu", "gpus", "price", "rate",
 }  # fmt: skip

@@ -9,6 +9,7 @@ import tyro
 
 import checkpoint
 from common import cli
+from common.run_folder import RUN
 from common.validation import raise_errors
 from training.config import MAY_CHANGE, TrainConfig
 from training.presets import PRESETS
@@ -29,6 +30,10 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     ValueError if a flag contradicts these weights or this run, or if the run would overwrite another."""
     config = parse_flags(argv)
     out_dir = Path(config.out_dir)
+    new = config.resume and config.remote != "" and not (out_dir / RUN).exists()  # training.mirror has looked for the run there
+    if new:
+        cli.say(f"neither {out_dir} nor {config.remote} has a run: starting one")
+        config.resume = False
     if config.plan and not (config.resume or config.init_from):
         return config
     if config.resume or config.replay_step is not None or is_restart(out_dir):
@@ -41,7 +46,7 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         raise ValueError(f"{out_dir} holds a run or a model already: add --resume to continue it, or choose another --out-dir")
     elif config.init_from:
         shape = checkpoint.load_config(config.init_from, config.init_revision)
-        config = parse_flags(argv, shape)
+        config = replace(parse_flags(argv, shape), resume=False)
         config.init_revision = checkpoint.hub_commit(config.init_from, config.init_revision)
         raise_if_changed(shape, config.model, NOT_IN_WEIGHTS, config.init_from)
     if config.teacher and not config.resume:  # the teacher's folder may have a newer checkpoint by the time this run resumes

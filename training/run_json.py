@@ -99,7 +99,7 @@ def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, fol
         before["init"] = checkpoint.fingerprint(config.init_from, config.init_revision)
     settings = asdict(config) | {"resume": False, "replay_step": None}
     launch = {
-        "token": secrets.token_hex(8),  # proves to RunFolder that the folder is this launch's
+        "token": folder.token,
         "step": step,
         "config": settings,
         "command": sys.argv,

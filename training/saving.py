@@ -20,6 +20,8 @@ class Checkpoints:
         self.trainer, self.folder, self.log, self.stop_on_error = trainer, folder, log, config.on_save_error == "stop"
         # a background save needs a copy in main memory; on a CPU, training needs that memory itself
         self.saver = checkpoint.Saver(folder, config.keep, trainer.device.type != "cpu", log.progress)
+        if folder.mirror:
+            folder.mirror.health.warn = log.progress
         self.val_loss = None  # of the checkpoint that this launch resumes, if it was validated
 
     def save(self, step: int, val_loss: float | None):
@@ -51,7 +53,8 @@ class Checkpoints:
         return sharding.weights(model, self.trainer.world.is_main) if self.trainer.sharded else model.state_dict()
 
     def must_stop(self) -> bool:
-        """Warns if the last save failed. Returns whether the run must stop: for that, or because its folder is no longer its own."""
+        """Warns if the last save failed. Returns whether the run must stop: for that, because its folder is no longer its own, or because
+        another launch took over."""
         error = self.saver.failure()
         if error:
             then = "the run ends" if self.stop_on_error else "training continues, the next save tries again"
@@ -59,7 +62,8 @@ class Checkpoints:
         if self.folder.problem():
             self.saver.wait()  # its thread may find the new folder
             self.saver.follow_folder()
-        return bool(self.folder.lost) or (error is not None and self.stop_on_error)
+        taken = self.folder.mirror and self.folder.mirror.lost
+        return bool(self.folder.lost or taken) or (error is not None and self.stop_on_error)
 
     def load(self, step: int):
         """Loads a checkpoint. If a host lacks it, rank 0 sends it to all."""

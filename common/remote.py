@@ -1,0 +1,162 @@
+"""A folder in a bucket, or wherever else fsspec reaches: s3://, gs://, hf://, file://, memory://, …
+
+Credentials come from the usual places of each store (environment, ~/.aws, hf auth login). No message contains one.
+"""
+
+import base64
+import hashlib
+import io
+import os
+import re
+import secrets
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from common import cli
+from common.files import sha256
+
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
+ATOMIC = {*PACKAGES, "abfss", "oss", "oci", "memory"}  # an object appears there in one piece, or not at all
+PART = 50 * 2**20  # bytes in s3fs's part of a large upload
+
+
+def url_error(url: str) -> str:
+    """Says why this can't be a remote folder. Returns '' if it can."""
+    if "::" in url or not re.match(r"[a-z][a-z0-9+.-]*://.", url):
+        return "--remote needs a URL such as s3://bucket/run or file:///mnt/disk/run"
+    parts = urlsplit(url)
+    if ":" in parts.netloc.rpartition("@")[0] or parts.query:
+        return f"--remote {parts.scheme}://… contains credentials, and run.json would record them: set them in the environment instead"
+    return ""
+
+
+class Remote:
+    """A remote folder. Its methods raise one ValueError that names the URL and a remedy: cli.TryAgain if the error may pass."""
+
+    def __init__(self, url: str):
+        if error := url_error(url):
+            raise ValueError(error)
+        self.url, self.hashes = url.rstrip("/"), True
+        scheme = urlsplit(url).scheme
+        self.atomic = scheme in ATOMIC
+        try:
+            import fsspec
+
+            with self.explained():
+                self.fs, self.root = fsspec.url_to_fs(self.url, use_listings_cache=False, skip_instance_cache=True)
+        except ImportError as e:
+            package = f"fsspec {PACKAGES.get(scheme, '')}".strip()
+            raise ValueError(f"--remote {self.url} needs a package that is missing ({e}): pip install {package}") from None
+
+    def place(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}"
+
+    def put(self, source: Path | bytes, name: str, verify: bool = True):
+        """Writes a file or bytes under a name. Nobody ever sees a part of it. FileNotFoundError if the file itself is gone."""
+        place = self.place(name)
+        target = place if self.atomic else f"{place}.{secrets.token_hex(4)}.tmp"
+        with self.explained(source):
+            if not self.atomic:
+                self.fs.makedirs(place.rpartition("/")[0], exist_ok=True)
+            if isinstance(source, bytes):
+                self.fs.pipe_file(target, source)
+            else:
+                self.fs.put_file(str(source), target)
+            if not self.atomic:
+                self.fs.mv(target, place)
+            if verify:
+                self.verify(source, place)
+
+    def verify(self, source: Path | bytes, place: str):
+        """Compares what has arrived: its size, and its hash if the store tells one."""
+        info, size = self.fs.info(place), len(source) if isinstance(source, bytes) else source.stat().st_size
+        if info["size"] != size:
+            raise OSError(f"{info['size']:,} of {size:,} bytes arrived")
+        if self.hashes and hash_differs(source, info):  # also with some kinds of encryption: read it back once
+            with self.fs.open(place, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != (hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else sha256(source)):
+                raise OSError("other bytes arrived than were sent")
+            self.hashes = False
+
+    def read(self, name: str) -> bytes | None:
+        """Returns a small file's bytes. None if it is missing."""
+        with self.explained():
+            try:
+                return self.fs.cat_file(self.place(name))
+            except FileNotFoundError:
+                return None
+
+    def get(self, name: str, path: Path):
+        """Downloads a file. OSError if it is this machine's disk that is full. Leaves nothing if it fails."""
+        try:
+            with self.explained(path):
+                self.fs.get_file(self.place(name), str(path))
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+    def list(self) -> dict[str, int]:
+        """Returns every file's name below this folder, and its size."""
+        with self.explained():
+            try:
+                found = self.fs.find(self.root, detail=True)
+            except FileNotFoundError:
+                return {}
+        begin = len(self.root.rstrip("/")) + 1
+        return {place[begin:]: info["size"] for place, info in found.items()}
+
+    def delete(self, name: str):
+        with self.explained(), suppress(FileNotFoundError):
+            self.fs.rm_file(self.place(name))
+
+    @contextmanager
+    def explained(self, local: Path | bytes = b""):
+        """Turns whatever a store's package raises into one line, unless the local file is at fault."""
+        try:
+            yield
+        except ImportError:
+            raise
+        except Exception as e:
+            if isinstance(local, Path) and (isinstance(e, FileNotFoundError) and not local.exists()):
+                raise
+            if isinstance(local, Path) and isinstance(e, OSError) and cli.REMEDIES.get(e.errno) == cli.FULL and e.filename == str(local):
+                raise
+            raise explain(self.url, e) from None
+
+
+def hash_differs(source: Path | bytes, info: dict) -> bool:
+    """Whether the hash that a store tells differs from the source's. False if it tells none."""
+    etag, md5 = str(info.get("ETag", "")).strip('"'), info.get("md5Hash")
+    if not md5 and not re.fullmatch(r"[0-9a-f]{32}(-\d+)?", etag):
+        return False
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        if md5:  # Google's
+            return base64.b64decode(md5) != hashlib.file_digest(file, "md5").digest()
+        if "-" not in etag:
+            return etag != hashlib.file_digest(file, "md5").hexdigest()
+        parts = [hashlib.md5(part).digest() for part in iter(lambda: file.read(PART), b"")]  # S3's hash of a large file: of its parts'
+        return etag != f"{hashlib.md5(b''.join(parts)).hexdigest()}-{len(parts)}"
+
+
+def explain(url: str, e: Exception) -> ValueError:
+    """Returns the one line for an error of a store's package."""
+    text = without_secrets(f"{type(e).__name__}: {' '.join(str(e).split())}".removesuffix(": "))[:300]
+    if isinstance(e, PermissionError) or re.search("credential|unauthorized|forbidden|access ?denied", text, re.I):
+        return ValueError(f"{url} refuses access ({text}): check your credentials for it and their rights")
+    if isinstance(e, FileNotFoundError):
+        return ValueError(f"{url} can't be written ({text}): create the bucket, or check the URL")
+    return cli.TryAgain(f"{url} failed ({text}): check the network and the store")
+
+
+SECRET_NAMES = re.compile("secret|token|key|passw|credential", re.I)
+SECRETS = re.compile(r"(AKIA|ASIA)[0-9A-Z]{16}|\bhf_\w{20,}|(?<=Signature=)\S+|(?<=Credential=)\S+")
+
+
+def without_secrets(text: str) -> str:
+    """Replaces what looks like a credential, and each value of a variable that is named like one."""
+    for name, value in os.environ.items():
+        if SECRET_NAMES.search(name) and len(value) >= 6:
+            text = text.replace(value, "…")
+    return SECRETS.sub("…", text)

@@ -1,0 +1,150 @@
+"""What a run has under --remote, and how a launch fetches it.
+
+    lease.json                                    which launch works on the run now: see lease.py
+    launch-TOKEN/run.json, log.txt, …             as in the run's folder, when this launch last saved
+    launch-TOKEN/model_00010.pt, state_00010.pt, model_00010.json     its checkpoints, as in checkpoint.py; the seal was sent last
+
+Each launch writes under a name of its own, the token in its run.json. So a machine that was believed dead can't replace another one's
+file, however late its upload comes: equal steps may have different bits, and its log is another one. A launch that resumes takes the
+newest complete checkpoint together with the log of the launch that made it. Both belong to the same history.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from checkpoint import Files, files_of
+from common import cli
+from common.files import parse_json, replace, sha256, write_atomically, write_json
+from common.remote import Remote
+from common.run_folder import RUN
+
+TEXTS = (RUN, "log.txt", "metrics.jsonl", "samples.txt")
+LAUNCH = re.compile(r"(launch-[0-9a-f]{16})/([^/]+)")
+TRIES = 2  # downloads of a file whose bytes are wrong
+
+
+class Sealed(NamedTuple):
+    """A checkpoint whose files have the sizes that its seal names."""
+
+    step: int
+    launch: str
+    seal: dict
+
+    def names(self) -> Files:
+        return Files(*(f"{self.launch}/{path.name}" for path in files_of(Path(), self.step)))
+
+
+class Bucket:
+    """What was under a URL when this was made. runs: each launch's run.json. checkpoints: the sealed ones, from old to new.
+    Files of others are not looked at."""
+
+    def __init__(self, remote: Remote):
+        self.remote, self.files, self.runs, self.checkpoints = remote, {}, {}, []
+        for name, size in remote.list().items():
+            if found := LAUNCH.fullmatch(name):
+                self.files.setdefault(found[1], {})[found[2]] = size
+        for launch, files in self.files.items():
+            run = self.json_of(launch, RUN) if RUN in files else None
+            if run and isinstance(run.get("id"), str) and isinstance(run.get("launches"), list):
+                self.runs[launch] = run
+                self.checkpoints += self.sealed(launch)
+        self.checkpoints.sort(key=lambda each: (each.step, len(self.runs[each.launch]["launches"]), each.launch))
+
+    def json_of(self, launch: str, name: str) -> dict | None:
+        data = self.remote.read(f"{launch}/{name}")
+        try:
+            found = parse_json(data or b"")
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    def sealed(self, launch: str) -> list[Sealed]:
+        found, files, run = [], self.files[launch], self.runs[launch]["id"]
+        for step in sorted(int(m[1]) for name in files if (m := re.fullmatch(r"model_(\d+)\.json", name))):
+            model, state, name = (path.name for path in files_of(Path(), step))
+            seal = self.json_of(launch, name) or {}
+            parts = [seal.get(part) for part in (model, state)]
+            whole = all(
+                isinstance(each, dict) and (each.get("run"), each.get("step"), each.get("bytes")) == (run, step, files.get(part))
+                for each, part in zip(parts, (model, state), strict=True)
+            )
+            if whole:
+                found.append(Sealed(step, launch, seal))
+        return found
+
+    def ids(self) -> set[str]:
+        return {run["id"] for run in self.runs.values()}
+
+    def newest_launch(self) -> str | None:
+        return max(self.runs, key=lambda launch: (len(self.runs[launch]["launches"]), launch), default=None)
+
+
+def fetch_newest(bucket: Bucket, folder: Path, newer_than: int) -> int | None:
+    """Downloads the newest complete checkpoint after a step, with its log and run.json, and returns its step. None if there is none.
+    Reports and skips damaged ones. ValueError if all are damaged and there is no earlier one."""
+    newer = [each for each in bucket.checkpoints if each.step > newer_than]
+    for found in reversed(newer):
+        if download(bucket.remote, found, folder):
+            return found.step
+        cli.say(f"warning: skipping the checkpoint of step {found.step} in {bucket.remote.url}/{found.launch}: its bytes are wrong")
+    if newer and newer_than < 0:
+        raise ValueError(f"none of the {len(newer)} checkpoints in {bucket.remote.url} can be resumed: restore one, or use another folder")
+    return None
+
+
+def download(remote: Remote, found: Sealed, folder: Path) -> bool:
+    """Downloads a checkpoint and what belongs to it. Returns False if it is damaged. A kill leaves the folder as it was, or complete:
+    see checkpoint.write_checkpoint."""
+    files, temporaries = files_of(folder, found.step), []
+    size = sum(found.seal[path.name]["bytes"] for path in files[:2])
+    cli.say(f"downloading the checkpoint of step {found.step} from {remote.url} ({size / 1e6:,.1f} MB)")
+    for path, name in zip(files[:2], found.names(), strict=False):
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporaries.append(temporary)
+        for _ in range(TRIES):
+            remote.get(name, temporary)
+            if sha256(temporary) == found.seal[path.name].get("sha256"):
+                break
+        else:
+            for each in temporaries:
+                each.unlink()
+            return False
+    download_texts(remote, found.launch, folder)
+    write_json(files.seal, found.seal)
+    for path, temporary in zip(files[:2], temporaries, strict=True):
+        replace(temporary, path)
+    return True
+
+
+def download_texts(remote: Remote, launch: str, folder: Path):
+    for name in reversed(TEXTS):  # run.json last: it says that the others are its run's
+        if (data := remote.read(f"{launch}/{name}")) is not None:
+            write_atomically(folder / name, lambda file, data=data: file.write(data))
+
+
+def prune(bucket: Bucket, run: str, keep: int, own: str):
+    """Deletes all but the last `keep` checkpoints of a run (0 keeps all), and what dead launches left. The seal goes first: without it
+    the rest does not count. own: the launch that works now; its newest checkpoint always stays.
+
+    Deletes only what proves to be this run's: files of a checkpoint in a launch's folder whose run.json has the run's id."""
+    if not keep:
+        return
+    ours = [each for each in bucket.checkpoints if bucket.runs[each.launch]["id"] == run]
+    ours.sort(key=lambda each: (each.step, each.launch == own))
+    kept = {(each.launch, each.step) for each in [*ours[-keep:], *[each for each in ours if each.launch == own][-1:]]}
+    for launch, theirs in bucket.runs.items():
+        if theirs["id"] != run:
+            continue
+        steps = {step for name, step in kept if name == launch}
+        names = [name for name in bucket.files[launch] if (step := step_of(name)) is not None and step not in steps]
+        if launch != own and not steps:
+            names += [name for name in (*TEXTS[1:], RUN) if name in bucket.files[launch]]
+        for name in sorted(names, key=lambda name: (name == RUN, not name.endswith(".json"))):
+            bucket.remote.delete(f"{launch}/{name}")
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's file; None if it is none."""
+    found = re.fullmatch(r"(?:model|state)_(\d+)\.pt|model_(\d+)\.json", name)
+    return int(found[1] or found[2]) if found else None

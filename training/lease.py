@@ -1,0 +1,95 @@
+"""The lease under --remote: which launch works on the run now.
+
+Two machines may both believe that they are the run: one lost its network, was suspended, or was given up by its owner too early. The
+launch that works rewrites lease.json every few seconds. A launch that finds a lease watches whether it changes. Clocks of two machines
+are never compared. The lease only saves money: even without it no launch could damage another's files, since each writes under a name
+of its own (see bucket.py).
+"""
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+from common import cli
+from common.files import parse_json
+from common.remote import Remote
+
+NAME = "lease.json"
+EVERY = 10.0  # seconds between renewals
+EVERY_ON_THE_HUB = 60.0  # there each one is a commit, if the URL is a repository
+MISSED = 3  # a lease that its owner didn't renew for so many times is free
+SETTLE = 2.0  # seconds until a launch that wrote the lease at the same moment has written it
+
+
+class LeaseLost(Exception):
+    """Another launch has taken over. The message says which."""
+
+
+class Lease:
+    """One launch's claim on the run under a URL. token: the launch's. folder: the run's, which this launch has locked."""
+
+    def __init__(self, remote: Remote, token: str, folder: Path):
+        self.remote, self.token, self.count, self.owned = remote, token, 0, False
+        info = os.stat(folder)
+        self.place = [str(folder.absolute()), info.st_dev, info.st_ino]
+        self.every = EVERY_ON_THE_HUB if remote.url.startswith("hf://") else EVERY
+        self.seen, self.since = self.read(), time.monotonic()
+
+    def read(self) -> dict:
+        """Returns what the lease says now. {} if there is none, or if it is damaged."""
+        data = self.remote.read(NAME)
+        try:
+            found = parse_json(data or b"{}")
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write(self, released: bool = False):
+        self.count += 1
+        owner = {"token": self.token, "host": platform.node(), "folder": self.place}
+        content = owner | {"renewed": self.count, "every": self.every, "released": released}
+        self.remote.put(json.dumps(content).encode(), NAME, verify=False)
+
+    def acquire(self):
+        """Takes the lease once it is free: nobody has it, or its owner released it, stopped renewing it, or has ended. TryAgain if another
+        launch is at work."""
+        while self.held():
+            every = self.seen.get("every")
+            every = every if isinstance(every, int | float) and 0 < every < 3600 else self.every
+            rest = self.since + MISSED * every - time.monotonic()
+            if rest <= 0:
+                break
+            time.sleep(min(rest, every / 4))
+            if (found := self.read()) != self.seen:
+                self.seen, self.since = found, time.monotonic()
+                if self.held():
+                    raise self.busy()
+        self.write()
+        time.sleep(SETTLE)
+        if (found := self.read()).get("token") != self.token:
+            self.seen = found
+            raise self.busy()
+        self.owned = True
+
+    def held(self) -> bool:
+        """Whether the owner may be at work. In the folder that this launch has locked, nobody else is."""
+        ended = (self.seen.get("host"), self.seen.get("folder")) == (platform.node(), self.place)
+        return bool(self.seen.get("token")) and not self.seen.get("released") and not ended
+
+    def busy(self) -> cli.TryAgain:
+        place = cli.printable(str(self.seen.get("host")))
+        return cli.TryAgain(f"another launch, on {place}, is training the run in {self.remote.url}: wait for its end, or stop it there")
+
+    def renew(self):
+        """Says that this launch is still at work. LeaseLost if another one has taken over."""
+        found = self.read()
+        if found and found.get("token") != self.token:
+            self.owned = False
+            raise LeaseLost(f"another launch, on {cli.printable(str(found.get('host')))}, has taken over the run in {self.remote.url}")
+        self.write()
+
+    def release(self):
+        if self.owned and self.read().get("token") == self.token:
+            self.write(released=True)

@@ -1,0 +1,256 @@
+"""--remote: sends a run's checkpoints and logs to a bucket while it trains, and fetches them on an empty machine.
+
+Training never waits for the bucket: threads do all of this, on rank 0. If the bucket fails, they say so once, try again, and say once
+that they have caught up. bucket.py has the layout, lease.py what happens if two machines are the run.
+"""
+
+import math
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from checkpoint import files_of, find_problem, recover_interrupted_save, sealed_steps
+from common import cli
+from common.files import parse_json
+from common.remote import Remote
+from common.run_folder import RUN, RunFolder, run_id
+from training import flags
+from training.bucket import TEXTS, Bucket, download_texts, fetch_newest, prune
+from training.config import TrainConfig
+from training.lease import Lease, LeaseLost
+from training.stop import StopSignal, stopped_at
+
+PATIENCE = 600.0  # seconds that the end of a run waits for a bucket that fails
+PAUSES = 1.0, 30.0  # seconds between two tries: first, and at most
+
+
+@contextmanager
+def opened(folder: RunFolder, given: TrainConfig):
+    """If --remote is set, fetches what is newer there into the locked folder, and sends what the run saves while the block runs. At the
+    end, waits until all has arrived: SystemExit if it can't. given: the flags, without the settings of the run that they resume.
+
+    ValueError if another run or another launch has the URL, or if it can't be used."""
+    config = flags.parse_config() if (folder.path / RUN).exists() else given
+    if not config.remote:
+        yield
+        return
+    StopSignal.current = None  # of an earlier run in this process
+    mirror = Mirror(Remote(config.remote), folder, config)
+    try:
+        mirror.begin(config.resume)
+        folder.mirror = mirror
+        yield
+    except BaseException as e:
+        missing = mirror.end(wait=isinstance(e, SystemExit), stopping=True)
+        if missing and not mirror.lost:
+            cli.say(f"warning: {missing}")
+        raise
+    if missing := mirror.end(wait=True):
+        cli.say(f"error: {missing}; to send it: --resume --out-dir {shlex.quote(str(folder.path))}")
+        sys.exit(1)
+
+
+# ---- the begin: on an empty machine, too ----
+
+
+def fetch(remote: Remote, folder: Path, resume: bool) -> int:
+    """Fetches a newer checkpoint, or if there is none at all, the run itself. Returns the bucket's newest step; -1 if it has none.
+    ValueError if another run is there."""
+    bucket, ours = Bucket(remote), run_id(folder)
+    others = bucket.ids() - {ours}
+    if others and not resume:
+        raise ValueError(f"{remote.url} has a run already: add --resume to continue it, or choose another --remote")
+    if others and (ours or len(others) > 1):
+        here = f"the one in {folder} is {ours}" if ours else "one folder is for one run"
+        raise ValueError(f"{remote.url} has the run {cli.some(sorted(others))}, and {here}: choose another --remote")
+    if resume:
+        newest = newest_complete(folder)
+        fetched = fetch_newest(bucket, folder, -1 if newest is None else newest)
+        if fetched is None and ours is None and bucket.runs:
+            download_texts(remote, bucket.newest_launch(), folder)
+    return max((each.step for each in bucket.checkpoints), default=-1)
+
+
+def newest_complete(folder: Path) -> int | None:
+    """Returns the newest step with a complete checkpoint, without a word about damaged ones: the bucket may have better ones."""
+    return next((step for step in reversed(sealed_steps(folder)) if find_problem(folder, step) is None), None)
+
+
+# ---- while the run trains ----
+
+
+class Health:
+    """Whether a bucket answers. Says once that it fails, and once that all is well again: it answers, and up_to_date() is true.
+    warn: called with the line."""
+
+    def __init__(self, url: str, up_to_date: Callable[[], bool]):
+        self.url, self.up_to_date, self.warn = url, up_to_date, cli.say
+        self.problems: dict[str, str] = {}  # by task, while it fails
+        self.since = math.inf  # time of the first failure
+        self.lock = threading.Lock()
+
+    def attempt(self, task: str, work: Callable[[], None]) -> bool:
+        """Calls work. Returns whether it succeeded."""
+        try:
+            work()
+        except Exception as e:  # the packages of the stores may raise anything
+            if isinstance(e, LeaseLost):
+                raise
+            with self.lock:
+                if self.since == math.inf:
+                    self.since = time.monotonic()
+                    self.warn(f"warning: {cli.in_one_line(e)}; training continues, and {task} is tried again")
+                self.problems[task] = cli.in_one_line(e)
+            return False
+        with self.lock:
+            self.problems.pop(task, None)
+            if self.since < math.inf and not self.problems and self.up_to_date():
+                self.since = math.inf
+                self.warn(f"{self.url} works again and is up to date")
+        return True
+
+
+class Mirror:
+    """Sends one launch's files in a thread, and renews its lease in another. lost: why it must stop, if another launch took over."""
+
+    def __init__(self, remote: Remote, folder: RunFolder, config: TrainConfig):
+        self.remote, self.folder, self.keep, self.notice = remote, folder, config.keep, config.notice_seconds
+        self.launch, self.lost = f"launch-{folder.token}", ""
+        self.health = Health(remote.url, lambda: self.wanted == self.sent)
+        self.wanted, self.sent, self.run = None, None, None  # steps; and the run's id, once run.json has arrived
+        self.arrived: set[str] = set()  # checkpoint files
+        self.changed, self.closing = threading.Condition(), threading.Event()
+        self.lease, self.threads = None, []
+
+    def begin(self, resume: bool):
+        """Fetches what is newer than the folder, takes the lease and starts the threads."""
+        path = self.folder.path
+        recover_interrupted_save(path)
+        self.lease = Lease(self.remote, self.folder.token, path)
+        fetch(self.remote, path, resume)  # meanwhile, the lease may change
+        self.lease.acquire()
+        there, newest = fetch(self.remote, path, resume), newest_complete(path)
+        if newest is not None and newest > there:
+            self.saved(newest)
+        for task in (self.send_all, self.renew_lease):
+            self.threads.append(threading.Thread(target=task, name=f"--remote: {task.__name__}", daemon=True))
+            self.threads[-1].start()
+
+    def saved(self, step: int):
+        """Sends a checkpoint that was just saved, and the log. Returns at once. An older one that waits is skipped."""
+        with self.changed:
+            self.wanted = step
+            self.changed.notify_all()
+
+    def end(self, wait: bool, stopping: bool = False) -> str:
+        """Ends the threads and releases the lease. wait: first, until all has arrived; after a signal or an error (stopping), at most
+        for --notice-seconds. Returns what is missing, or ''."""
+        if wait and self.threads:
+            self.wait_until_sent(time.monotonic() if stopping else math.inf)
+        self.closing.set()
+        self.health.warn = lambda text: None
+        with self.changed:
+            self.changed.notify_all()
+        if not self.threads:  # it was refused while it began
+            self.release()
+        for thread in self.threads:
+            thread.join(5)  # a bucket that is gone must not hold up the end
+        return self.missing()
+
+    def wait_until_sent(self, since: float):
+        """Waits until everything has arrived. since: when the end began, if the machine may be taken away now."""
+        said = False
+        while self.missing() and not self.lost:
+            now = time.monotonic()
+            if now > (stopped_at() or since) + self.notice or now - self.health.since > PATIENCE:
+                return
+            if not said:
+                self.health.warn(f"waiting until {self.remote.url} has the checkpoint of step {self.wanted}")
+                said = True
+            with self.changed:
+                self.changed.wait(0.2)
+        if said and not self.lost:
+            self.health.warn(f"everything is in {self.remote.url}")
+
+    def missing(self) -> str:
+        """Says what the bucket lacks, or ''."""
+        if self.lost or self.wanted == self.sent:
+            return self.lost
+        why = next(iter(self.health.problems.values()), "there was no time left")
+        return f"{self.remote.url} lacks the checkpoint of step {self.wanted}, which is in {self.folder.path} ({why})"
+
+    def renew_lease(self):
+        try:
+            while not self.closing.wait(self.lease.every):
+                self.health.attempt("the lease", self.lease.renew)
+            self.release()
+        except LeaseLost as e:
+            if not self.closing.is_set():
+                self.lost = str(e)
+                self.health.warn(f"warning: {e}: this launch sends nothing more, and stops")
+
+    def release(self):
+        with suppress(Exception):  # then the next launch has to wait
+            if self.lease:
+                self.lease.release()
+
+    def send_all(self):
+        """Sends until the end whatever is due."""
+        pause, longest = PAUSES
+        while not self.closing.is_set() and not self.lost:
+            with self.changed:
+                if self.wanted == self.sent and (self.run or not self.folder.run):
+                    self.changed.wait(1)  # training doesn't tell when it writes run.json
+                    continue
+            if self.health.attempt("sending", self.send):
+                pause = PAUSES[0]
+            else:
+                self.closing.wait(pause)
+                pause = min(2 * pause, longest)
+
+    def send(self):
+        """Sends the logs, then the newest checkpoint, its seal last: what is sealed there is complete, and its log reaches as far."""
+        step = self.wanted
+        try:
+            self.send_texts()
+            if step != self.sent:
+                self.send_checkpoint(step)
+        except FileNotFoundError as e:
+            if self.wanted == step:  # else a newer one was saved meanwhile, and this one deleted
+                raise OSError(f"{e.filename} is gone, and could not be sent to {self.remote.url}") from None
+        with self.changed:
+            self.changed.notify_all()
+
+    def send_texts(self):
+        folder, run = self.folder.path, run_id(self.folder.path)
+        if run is None or run != (self.run or run):
+            raise OSError(f"{folder} is not this run's any more: sent nothing to {self.remote.url}")
+        for name in reversed(TEXTS):  # run.json last
+            if (folder / name).exists():
+                data = (folder / name).read_bytes()
+                self.remote.put(data[: data.rfind(b"\n") + 1], f"{self.launch}/{name}")
+        self.run = run
+
+    def send_checkpoint(self, step: int):
+        files = files_of(self.folder.path, step)
+        seal = files.seal.read_bytes()
+        if parse_json(seal)[files.model.name].get("run") != self.run:
+            raise OSError(f"{files.seal} is not of this run: sent nothing to {self.remote.url}")
+        for path in files[:2]:
+            if self.lost or (path == files.model and stopped_at() and self.wanted != step):  # no time for an old one now
+                return
+            if path.name not in self.arrived:
+                self.remote.put(path, f"{self.launch}/{path.name}")
+                self.arrived.add(path.name)
+        if self.lost:
+            return
+        self.remote.put(seal, f"{self.launch}/{files.seal.name}")
+        self.sent = step
+        try:
+            prune(Bucket(self.remote), self.run, self.keep, self.launch)
+        except ValueError as e:
+            self.health.warn(f"warning: the checkpoint of step {step} has arrived, but older ones could not be deleted ({e})")
