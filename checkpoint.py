@@ -2,7 +2,8 @@
 
     model_{step:05d}.pt      model (state dict), config (dict), step, val_loss, tokenizer (its name); loads with weights_only=True
     state_{step:05d}.pt      what else an exact resume needs: optimizer, scaler, seconds, skipped steps, recent losses
-    model_{step:05d}.json    the seal: size and sha256 of both, step and run; a checkpoint counts only if they match
+    model_{step:05d}.json    the seal: size and sha256 of both, step and run; a checkpoint counts only if they match. "timed": true, if
+                             --checkpoint-minutes made it between those of --checkpoint-every
 
 write_checkpoint explains why a kill at any moment is safe. The run is the id in run.json. The state names the run, the step and the
 sha256 of its model file, so files of other steps or runs don't pass for this one's.
@@ -61,7 +62,10 @@ def content_of(step: int, model: GPT, tokenizer: str, val_loss: float | None, we
     }
 
 
-def write_checkpoint(folder: RunFolder, step: int, content: dict, state: dict):
+TIMED = "timed"  # in a seal
+
+
+def write_checkpoint(folder: RunFolder, step: int, content: dict, state: dict, timed: bool = False):
     """Writes a checkpoint so that a kill at any moment leaves all of it or none.
 
     First both .pt files go to disk under temporary names. Then the seal is written: from now on the checkpoint counts. Last, the
@@ -71,7 +75,7 @@ def write_checkpoint(folder: RunFolder, step: int, content: dict, state: dict):
     OSError, before the seal, if the folder is no longer this run's."""
     folder.check()
     files = files_of(folder.path, step)
-    temporaries, seal, owner = [], {}, {"run": folder.id, "step": step}
+    temporaries, seal, owner = [], {TIMED: True} if timed else {}, {"run": folder.id, "step": step}
     try:
         for path, part in ((files.model, content), (files.state, state | owner)):
             if path == files.state:
@@ -112,13 +116,28 @@ def save_torch(content: dict, file):
         raise e.__context__ if isinstance(e.__context__, OSError) else e from None
 
 
-def prune(folder: Path, keep: int, newest: int):
-    """Deletes all but the last `keep` complete checkpoints (0 keeps all). Never deletes `newest`, the one just saved. Neither counts
-    nor deletes incomplete ones and those of other runs."""
-    complete = [step for step in sealed_steps(folder) if find_problem(folder, step) is None] if keep else []
-    for step in set(complete[:-keep]) - {newest}:
+def outdated(regular: list, timed: list, keep: int) -> list:
+    """Returns those of a run's complete checkpoints, each list from old to new, that are deleted once there is a newer one: all but the
+    last `keep` regular ones (0 keeps all), and each timed one, which only bridges the time until the next."""
+    return timed + (regular[:-keep] if keep else [])
+
+
+def prune(folder: Path, keep: int, *spared: int | None):
+    """Deletes outdated checkpoints. Never deletes the spared steps, such as the one just saved. Neither counts nor deletes incomplete ones
+    and those of other runs."""
+    timed = [step for step in sealed_steps(folder) if is_timed(folder, step)]
+    regular = [step for step in sealed_steps(folder) if step not in timed] if keep else []
+    complete = [[step for step in steps if find_problem(folder, step) is None] for steps in (regular, timed)]
+    for step in set(outdated(*complete, keep)).difference(spared):
         for path in reversed(files_of(folder, step)):  # the seal first: without it the rest does not count
             path.unlink()
+
+
+def is_timed(folder: Path, step: int) -> bool:
+    try:
+        return read_json(files_of(folder, step).seal, "").get(TIMED) is True
+    except (OSError, ValueError):
+        return False
 
 
 class SaveError(OSError):
@@ -137,23 +156,23 @@ class Saver:
         self.folder, self.keep, self.background, self.warn = folder, keep, background, warn
         self.thread, self.error, self.bug = None, None, None
 
-    def save(self, step: int, content: dict, state: dict):
+    def save(self, step: int, content: dict, state: dict, timed: bool = False):
         self.wait()
         if self.background:
             copies = {key: tensor.to("cpu", copy=True) for key, tensor in tensors_in([content, state]).items()}
             content, state = with_tensors([content, state], copies)
-        self.thread = threading.Thread(target=self.write, args=(step, content, state), name=SAVING)
+        self.thread = threading.Thread(target=self.write, args=(step, content, state, timed), name=SAVING)
         self.thread.start()
         if not self.background:
             self.wait()
 
-    def write(self, step: int, content: dict, state: dict):
+    def write(self, step: int, content: dict, state: dict, timed: bool):
         try:
             try:
-                write_checkpoint(self.folder, step, content, state)
+                write_checkpoint(self.folder, step, content, state, timed)
             except LostFolder:  # while the files were being written
                 self.follow_folder()
-                write_checkpoint(self.folder, step, content, state)
+                write_checkpoint(self.folder, step, content, state, timed)
             self.error = None
         except OSError as e:
             self.error = self.explain(e, step, content, state)
@@ -173,7 +192,8 @@ class Saver:
     def prune(self, step: int):
         try:
             self.folder.check()
-            prune(self.folder.path, self.keep, step)
+            sending = self.folder.mirror and self.folder.mirror.sending  # or a slow upload might never complete a checkpoint
+            prune(self.folder.path, self.keep, step, sending)
         except OSError as e:
             self.warn(f"warning: the checkpoint of step {step} is saved, but older ones could not be deleted ({e})")
 

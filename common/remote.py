@@ -9,12 +9,13 @@ import io
 import os
 import re
 import secrets
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from common import cli
-from common.files import sha256
+from common.files import naming, sha256
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
 ATOMIC = {*PACKAGES, "abfss", "oss", "oci", "memory"}  # an object appears there in one piece, or not at all
@@ -37,7 +38,7 @@ class Remote:
     def __init__(self, url: str):
         if error := url_error(url):
             raise ValueError(error)
-        self.url, self.hashes = url.rstrip("/"), True
+        self.url, self.hashes, self.temporary = url.rstrip("/"), True, f".{secrets.token_hex(4)}.tmp"
         scheme = urlsplit(url).scheme
         self.atomic = scheme in ATOMIC
         try:
@@ -50,13 +51,13 @@ class Remote:
             raise ValueError(f"--remote {self.url} needs a package that is missing ({e}): pip install {package}") from None
 
     def place(self, name: str) -> str:
-        return f"{self.root.rstrip('/')}/{name}"
+        return f"{self.root.rstrip('/')}/{name}".rstrip("/")
 
     def put(self, source: Path | bytes, name: str, verify: bool = True):
         """Writes a file or bytes under a name. Nobody ever sees a part of it. FileNotFoundError if the file itself is gone."""
         place = self.place(name)
-        target = place if self.atomic else f"{place}.{secrets.token_hex(4)}.tmp"
-        with self.explained(source):
+        target = place if self.atomic else place + self.temporary
+        with self.explained(lambda e: isinstance(e, FileNotFoundError) and isinstance(source, Path) and not source.exists()):
             if not self.atomic:
                 self.fs.makedirs(place.rpartition("/")[0], exist_ok=True)
             if isinstance(source, bytes):
@@ -89,39 +90,38 @@ class Remote:
                 return None
 
     def get(self, name: str, path: Path):
-        """Downloads a file. OSError if it is this machine's disk that is full. Leaves nothing if it fails."""
+        """Downloads a file. OSError if this machine's disk fails or is full. Leaves nothing if it fails."""
         try:
-            with self.explained(path):
+            with naming(path), self.explained(cli.disk_failed):
                 self.fs.get_file(self.place(name), str(path))
         except BaseException:
             path.unlink(missing_ok=True)
             raise
 
-    def list(self) -> dict[str, int]:
-        """Returns every file's name below this folder, and its size."""
+    def list(self, folder: str = "") -> dict[str, int | None]:
+        """Returns the names in a folder below this one, each with its size; None for a folder. {} if there is no such folder."""
+        place = self.place(folder)
         with self.explained():
             try:
-                found = self.fs.find(self.root, detail=True)
+                found = {info["name"].rstrip("/"): info for info in self.fs.ls(place, detail=True)}
             except FileNotFoundError:
                 return {}
-        begin = len(self.root.rstrip("/")) + 1
-        return {place[begin:]: info["size"] for place, info in found.items()}
+        found.pop(place, None)  # some stores list the folder itself
+        return {name.rpartition("/")[2]: None if info["type"] == "directory" else info["size"] for name, info in found.items()}
 
     def delete(self, name: str):
         with self.explained(), suppress(FileNotFoundError):
             self.fs.rm_file(self.place(name))
 
     @contextmanager
-    def explained(self, local: Path | bytes = b""):
-        """Turns whatever a store's package raises into one line, unless the local file is at fault."""
+    def explained(self, ours: Callable[[Exception], bool] = lambda e: False):
+        """Turns whatever a store's package raises into one line. ours: whether an error is this machine's; it then stays as it is."""
         try:
             yield
         except ImportError:
             raise
         except Exception as e:
-            if isinstance(local, Path) and (isinstance(e, FileNotFoundError) and not local.exists()):
-                raise
-            if isinstance(local, Path) and isinstance(e, OSError) and cli.REMEDIES.get(e.errno) == cli.FULL and e.filename == str(local):
+            if ours(e):
                 raise
             raise explain(self.url, e) from None
 
@@ -145,7 +145,7 @@ def explain(url: str, e: Exception) -> ValueError:
     text = without_secrets(f"{type(e).__name__}: {' '.join(str(e).split())}".removesuffix(": "))[:300]
     if isinstance(e, PermissionError) or re.search("credential|unauthorized|forbidden|access ?denied", text, re.I):
         return ValueError(f"{url} refuses access ({text}): check your credentials for it and their rights")
-    if isinstance(e, FileNotFoundError):
+    if isinstance(e, FileNotFoundError) or "Protocol not known" in text:
         return ValueError(f"{url} can't be written ({text}): create the bucket, or check the URL")
     return cli.TryAgain(f"{url} failed ({text}): check the network and the store")
 

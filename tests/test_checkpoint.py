@@ -14,7 +14,18 @@ from conftest import Trap, save_checkpoint
 from transformers import GPT2LMHeadModel
 
 import checkpoint
-from checkpoint import Saver, content_of, files_of, find_problem, load_model, newest_step, prune, recover_interrupted_save, sealed_steps
+from checkpoint import (
+    Saver,
+    content_of,
+    files_of,
+    find_problem,
+    load_model,
+    newest_step,
+    prune,
+    recover_interrupted_save,
+    sealed_steps,
+    write_checkpoint,
+)
 from common.run_folder import RunFolder
 from model import GPT
 from variants import VariantConfig, build, build_on_meta
@@ -108,6 +119,20 @@ def test_keep_ignores_incomplete_checkpoints(run, model):
     save_checkpoint(run, 15, model, "bytes", None, {})
     prune(run, 2, 15)
     assert sealed_steps(run) == [5, 12, 15] and newest_step(run) == 15
+
+
+def test_timed_checkpoints_last_until_the_next(run, model):
+    def save(step, timed):
+        write_checkpoint(RunFolder(run), step, content_of(step, model, "bytes", None), {}, timed)
+        prune(run, 2, step)
+        return sealed_steps(run)
+
+    assert save(17, True) == [10, 15, 17]  # --keep doesn't count it
+    assert save(18, True) == [10, 15, 18] and newest_step(run) == 18
+    assert save(20, False) == [15, 20]
+    assert save(21, True) == [15, 20, 21]
+    prune(run, 0, 25)  # keeps all, but not these
+    assert sealed_steps(run) == [15, 20]
 
 
 def test_training_does_not_change_a_background_save(run, model):

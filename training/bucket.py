@@ -13,14 +13,16 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint import Files, files_of
+from checkpoint import TIMED, Files, files_of, outdated
 from common import cli
 from common.files import parse_json, replace, sha256, write_atomically, write_json
 from common.remote import Remote
 from common.run_folder import RUN
 
 TEXTS = (RUN, "log.txt", "metrics.jsonl", "samples.txt")
-LAUNCH = re.compile(r"(launch-[0-9a-f]{16})/([^/]+)")
+LAUNCH = re.compile(r"launch-[0-9a-f]{16}")
+# what a launch writes; a store that isn't atomic may keep the temporary file of an upload that was killed
+WRITTEN = re.compile(rf"(?:(?:model|state)_(\d+)\.pt|model_(\d+)\.json|{'|'.join(map(re.escape, TEXTS))})(?:\.[0-9a-f]{{8}}\.tmp)?")
 TRIES = 2  # downloads of a file whose bytes are wrong
 
 
@@ -40,10 +42,9 @@ class Bucket:
     Files of others are not looked at."""
 
     def __init__(self, remote: Remote):
-        self.remote, self.files, self.runs, self.checkpoints = remote, {}, {}, []
-        for name, size in remote.list().items():
-            if found := LAUNCH.fullmatch(name):
-                self.files.setdefault(found[1], {})[found[2]] = size
+        self.remote, self.runs, self.checkpoints = remote, {}, []
+        launches = [name for name, size in remote.list().items() if size is None and LAUNCH.fullmatch(name)]
+        self.files = {launch: {name: size for name, size in remote.list(launch).items() if size is not None} for launch in launches}
         for launch, files in self.files.items():
             run = self.json_of(launch, RUN) if RUN in files else None
             if run and isinstance(run.get("id"), str) and isinstance(run.get("launches"), list):
@@ -124,27 +125,26 @@ def download_texts(remote: Remote, launch: str, folder: Path):
 
 
 def prune(bucket: Bucket, run: str, keep: int, own: str):
-    """Deletes all but the last `keep` checkpoints of a run (0 keeps all), and what dead launches left. The seal goes first: without it
-    the rest does not count. own: the launch that works now; its newest checkpoint always stays.
+    """Deletes a run's outdated checkpoints, and what dead launches left. The seal goes first: without it the rest does not count.
+    own: the launch that works now; its newest checkpoint always stays.
 
     Deletes only what proves to be this run's: files of a checkpoint in a launch's folder whose run.json has the run's id."""
-    if not keep:
-        return
     ours = [each for each in bucket.checkpoints if bucket.runs[each.launch]["id"] == run]
     ours.sort(key=lambda each: (each.step, each.launch == own))
-    kept = {(each.launch, each.step) for each in [*ours[-keep:], *[each for each in ours if each.launch == own][-1:]]}
-    for launch, theirs in bucket.runs.items():
-        if theirs["id"] != run:
-            continue
-        steps = {step for name, step in kept if name == launch}
-        names = [name for name in bucket.files[launch] if (step := step_of(name)) is not None and step not in steps]
-        if launch != own and not steps:
-            names += [name for name in (*TEXTS[1:], RUN) if name in bucket.files[launch]]
+    kept = [*ours[-1:], *[each for each in ours if each.launch == own][-1:]]
+    timed = [each for each in ours if each.seal.get(TIMED)]
+    old = outdated([each for each in ours if each not in timed], timed, keep)
+    kept += [each for each in ours if each not in old]
+    for launch in [launch for launch in bucket.runs if bucket.runs[launch]["id"] == run]:
+        steps = {each.step for each in kept if each.launch == launch}
+        names = [name for name in bucket.files[launch] if is_outdated(name, steps, dead=launch != own and not steps)]
         for name in sorted(names, key=lambda name: (name == RUN, not name.endswith(".json"))):
             bucket.remote.delete(f"{launch}/{name}")
 
 
-def step_of(name: str) -> int | None:
-    """The step of a checkpoint's file; None if it is none."""
-    found = re.fullmatch(r"(?:model|state)_(\d+)\.pt|model_(\d+)\.json", name)
-    return int(found[1] or found[2]) if found else None
+def is_outdated(name: str, kept: set[int], dead: bool) -> bool:
+    """Whether prune deletes this file of a launch. dead: none of the launch's checkpoints is kept, and it does not work now."""
+    found = WRITTEN.fullmatch(name)
+    if found and found.lastindex:
+        return int(found[found.lastindex]) not in kept
+    return bool(found) and dead

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from common import cli
@@ -91,5 +92,7 @@ class Lease:
         self.write()
 
     def release(self):
-        if self.owned and self.read().get("token") == self.token:
-            self.write(released=True)
+        """Frees the lease. If that fails, the next launch has to wait."""
+        with suppress(Exception):
+            if self.owned and self.read().get("token") == self.token:
+                self.write(released=True)

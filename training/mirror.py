@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from checkpoint import files_of, find_problem, recover_interrupted_save, sealed_steps
@@ -121,24 +121,33 @@ class Mirror:
         self.remote, self.folder, self.keep, self.notice = remote, folder, config.keep, config.notice_seconds
         self.launch, self.lost = f"launch-{folder.token}", ""
         self.health = Health(remote.url, lambda: self.wanted == self.sent)
-        self.wanted, self.sent, self.run = None, None, None  # steps; and the run's id, once run.json has arrived
+        self.wanted, self.sending, self.sent = None, None, None  # steps
+        self.run = None  # its id, once run.json has arrived
         self.arrived: set[str] = set()  # checkpoint files
         self.changed, self.closing = threading.Condition(), threading.Event()
-        self.lease, self.threads = None, []
+        self.lease, self.threads = Lease(remote, folder.token, folder.path), []
 
     def begin(self, resume: bool):
         """Fetches what is newer than the folder, takes the lease and starts the threads."""
         path = self.folder.path
         recover_interrupted_save(path)
-        self.lease = Lease(self.remote, self.folder.token, path)
         fetch(self.remote, path, resume)  # meanwhile, the lease may change
         self.lease.acquire()
         there, newest = fetch(self.remote, path, resume), newest_complete(path)
         if newest is not None and newest > there:
             self.saved(newest)
         for task in (self.send_all, self.renew_lease):
-            self.threads.append(threading.Thread(target=task, name=f"--remote: {task.__name__}", daemon=True))
+            self.threads.append(threading.Thread(target=self.until_lost, args=[task], name=f"--remote: {task.__name__}", daemon=True))
             self.threads[-1].start()
+
+    def until_lost(self, task: Callable[[], None]):
+        """Runs a thread's task. If another launch has taken over, says so once, and the run stops."""
+        try:
+            task()
+        except LeaseLost as e:
+            if not (self.closing.is_set() or self.lost):
+                self.lost = str(e)
+                self.health.warn(f"warning: {e}: this launch sends nothing more, and stops")
 
     def saved(self, step: int):
         """Sends a checkpoint that was just saved, and the log. Returns at once. An older one that waits is skipped."""
@@ -156,7 +165,7 @@ class Mirror:
         with self.changed:
             self.changed.notify_all()
         if not self.threads:  # it was refused while it began
-            self.release()
+            self.lease.release()
         for thread in self.threads:
             thread.join(5)  # a bucket that is gone must not hold up the end
         return self.missing()
@@ -171,8 +180,11 @@ class Mirror:
             if not said:
                 self.health.warn(f"waiting until {self.remote.url} has the checkpoint of step {self.wanted}")
                 said = True
-            with self.changed:
-                self.changed.wait(0.2)
+            try:
+                with self.changed:
+                    self.changed.wait(0.2)
+            except KeyboardInterrupt:  # the user doesn't want to wait
+                return
         if said and not self.lost:
             self.health.warn(f"everything is in {self.remote.url}")
 
@@ -184,19 +196,9 @@ class Mirror:
         return f"{self.remote.url} lacks the checkpoint of step {self.wanted}, which is in {self.folder.path} ({why})"
 
     def renew_lease(self):
-        try:
-            while not self.closing.wait(self.lease.every):
-                self.health.attempt("the lease", self.lease.renew)
-            self.release()
-        except LeaseLost as e:
-            if not self.closing.is_set():
-                self.lost = str(e)
-                self.health.warn(f"warning: {e}: this launch sends nothing more, and stops")
-
-    def release(self):
-        with suppress(Exception):  # then the next launch has to wait
-            if self.lease:
-                self.lease.release()
+        while not self.closing.wait(self.lease.every):
+            self.health.attempt("the lease", self.lease.renew)
+        self.lease.release()
 
     def send_all(self):
         """Sends until the end whatever is due."""
@@ -214,7 +216,7 @@ class Mirror:
 
     def send(self):
         """Sends the logs, then the newest checkpoint, its seal last: what is sealed there is complete, and its log reaches as far."""
-        step = self.wanted
+        step = self.sending = self.wanted
         try:
             self.send_texts()
             if step != self.sent:
@@ -241,7 +243,7 @@ class Mirror:
         if parse_json(seal)[files.model.name].get("run") != self.run:
             raise OSError(f"{files.seal} is not of this run: sent nothing to {self.remote.url}")
         for path in files[:2]:
-            if self.lost or (path == files.model and stopped_at() and self.wanted != step):  # no time for an old one now
+            if self.lost or (stopped_at() and self.wanted != step):  # now there is only time for the newest
                 return
             if path.name not in self.arrived:
                 self.remote.put(path, f"{self.launch}/{path.name}")
@@ -250,7 +252,11 @@ class Mirror:
             return
         self.remote.put(seal, f"{self.launch}/{files.seal.name}")
         self.sent = step
+        if stopped_at():  # no time for this either
+            return
         try:
-            prune(Bucket(self.remote), self.run, self.keep, self.launch)
+            found = Bucket(self.remote)
+            self.lease.renew()  # if it is ours now, nothing that was found can be of a launch that takes over
+            prune(found, self.run, self.keep, self.launch)
         except ValueError as e:
             self.health.warn(f"warning: the checkpoint of step {step} has arrived, but older ones could not be deleted ({e})")
