@@ -51,7 +51,7 @@ def train(config: TrainConfig, world: DistContext, folder: RunFolder):
     torchruns = world.gather(run_json.torchrun_id())
     world.on_main(lambda: log.track(run_json.record_launch(config, world, trainer, folder, start, torchruns), start))
     evaluation = Evaluation(trainer, log, stopped=lambda: stop.received > 0)
-    step, stopping = start, False
+    step, stopping, asked = start, False, False
     while True:
         finished, val_loss = bool(trainer.budget.limits_reached(step)), None
         if not stopping and evaluation.due(step):
@@ -60,18 +60,18 @@ def train(config: TrainConfig, world: DistContext, folder: RunFolder):
                     val_loss = evaluation.run(step)
             except Stopped:  # the next launch evaluates this step
                 stopping = True
-        if finished or (step > start and (stopping or is_due(config.checkpoint_every, step))):
+        if (due := finished or (step > start and (stopping or is_due(config.checkpoint_every, step)))) or asked:
             log.stop_if_diverged(f"a weight after {step} steps", largest_weight(trainer))
-            checkpoints.save(step, val_loss)
+            checkpoints.save(step, val_loss, timed=config.checkpoint_every > 0 and not due)
         if finished or stopping:
             break
         began = time.perf_counter()
-        update = trainer.update(step, stop=stop.received > 0 or checkpoints.must_stop())
+        update = trainer.update(step, stop=stop.received > 0 or checkpoints.must_stop(), save=checkpoints.due())
         seconds, stop.unsaved = time.perf_counter() - began, True
         trainer.seconds += seconds  # only updates count
         log.train(trainer, step, update, seconds)
         trainer.budget.count(seconds, update.compiled, update.elapsed)
-        step, stopping = step + 1, update.stop
+        step, stopping, asked = step + 1, update.stop, update.save
     world.on_main(checkpoints.saver.finish)
     world.on_main(log.finish)
     evaluation.plot()

@@ -11,7 +11,10 @@ from common.locks import HeldFolder
 
 RUN = "run.json"
 # settings that change no result
-MAY_DIFFER = {"verify_shards", "timeout_minutes", "tracker", "keep", "checkpoint_every", "on_save_error"}
+MAY_DIFFER = {
+    "verify_shards", "timeout_minutes", "tracker", "keep", "checkpoint_every", "checkpoint_minutes", "on_save_error", "remote",
+    "notice_seconds",
+}  # fmt: skip
 # settings that change no loss of a run, apart from its seed; the data are compared by their sha256
 NO_LOSS = MAY_DIFFER | {
     "seed", "out_dir", "data_dir", "resume", "replay_step", "init_revision", "plan", "gpu", "gpus", "price", "rate", "val_every",

@@ -171,10 +171,10 @@ def test_run_ends_validates_and_resumes_with_more(clock, shards, tmp_path, capsy
 
 @pytest.mark.slow
 def test_stopped_run_keeps_its_used_seconds(clock, shards, tmp_path, monkeypatch):
-    def update(self, step, stop=False):
+    def update(self, step, **how):
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, step, stop)
+        return plain(self, step, **how)
 
     run, plain = tmp_path / "run", trainer.Trainer.update
     with monkeypatch.context() as patch:

@@ -35,7 +35,11 @@ class Budget:
 
     def after_this_step(self) -> float:
         """Returns what this process's clock will probably show after the step that is running."""
-        return self.counted + (statistics.median(self.recent) if self.recent else 0.0)
+        return self.counted + self.usual_step()
+
+    def usual_step(self) -> float:
+        """Returns the seconds of a usual step, by this process's clock; 0.0 as long as none is known."""
+        return statistics.median(self.recent) if self.recent else 0.0
 
     def count(self, seconds: float, compiled: bool, elapsed: float):
         """Counts a step that has ended. One in which any rank compiled counts as a usual step. Until one is known, it waits in uncounted.
@@ -47,7 +51,7 @@ class Budget:
             self.recent.append(seconds)
             self.counted += seconds
         if self.recent:
-            self.counted += self.uncounted * statistics.median(self.recent)
+            self.counted += self.uncounted * self.usual_step()
             self.uncounted = 0
 
     def limits_reached(self, step: int) -> list[str]:

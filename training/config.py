@@ -145,8 +145,10 @@ class Saving:
 
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
+    checkpoint_minutes: float = 15.0
+    """Also save if this much work would be lost, in minutes, but for at most 1 % of the time: if a save takes long, less often. 0: off."""
     keep: int = 3
-    """Keep this many of the newest complete checkpoints. 0: keep all."""
+    """Keep this many of the newest complete checkpoints. 0: keep all. Those between two of --checkpoint-every last until the next."""
     on_save_error: Literal["continue", "stop"] = "continue"
     """If a checkpoint can't be saved (full disk): continue training and try the next one, or stop the run."""
     remote: str = ""
@@ -198,7 +200,7 @@ class TrainConfig(Planning, Saving, Evaluating, Hardware, Learning, Main):
         errors += task_errors(self.eval_tasks, "--eval-tasks")
         if self.eval_every > 0 and not self.eval_tasks:
             errors.append("--eval-every needs --eval-tasks, such as lambada=lambada_test.jsonl")
-        errors += cli.at_least(0, self, "price", "rate", "notice_seconds") + cli.at_least(1, self, "gpus")
+        errors += cli.at_least(0, self, "price", "rate", "notice_seconds", "checkpoint_minutes") + cli.at_least(1, self, "gpus")
         errors += cli.at_least(0.01, self, "timeout_minutes")
         if self.replay_step is not None and not 0 <= self.replay_step < self.max_steps:
             errors.append(f"--replay-step is {self.replay_step}: the run's steps are 0 to {self.max_steps - 1}")
@@ -261,5 +263,6 @@ MAY_CHANGE = {
     "replay_step", "data_dir", "max_steps", "max_seconds", "max_bad_steps", "skip_spikes", "micro_batch_size", "attention", "device",
     "dtype", "compile", "self_check", "activation_memory", "shard", "verify_shards", "val_every", "val_tokens", "hellaswag_every",
     "hellaswag_file", "eval_every", "eval_tasks", "eval_limit", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every",
-    "keep", "on_save_error", "tracker", "timeout_minutes", "remote", "notice_seconds", "plan", "gpu", "gpus", "price", "rate",
+    "checkpoint_minutes", "keep", "on_save_error", "tracker", "timeout_minutes", "remote", "notice_seconds", "plan", "gpu", "gpus",
+    "price", "rate",
 }  # fmt: skip

@@ -1,5 +1,9 @@
 """A run's checkpoints: saves and loads everything that an exact resume needs."""
 
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -10,6 +14,36 @@ from training import sharding
 from training.budget import seconds_in
 from training.log import Log
 from training.trainer import Trainer
+
+COST = 0.01  # of the time, for --checkpoint-minutes
+
+
+class Interval:
+    """When the next checkpoint is due by --checkpoint-minutes. Each process has one; only rank 0's counts."""
+
+    def __init__(self, minutes: float, warn: Callable[[str], None]):
+        self.seconds, self.warn = 60 * minutes, warn
+        self.last = time.monotonic()  # when the state was taken that is safe now
+        self.costs = deque(maxlen=3)  # seconds that training waited for the last saves: a single slow one doesn't count
+
+    def due(self, step: float) -> bool:
+        """Whether to save after the step that begins now. step: seconds of a usual one."""
+        if not self.seconds:
+            return False
+        cost = statistics.median(self.costs) if self.costs else 0.0
+        # a save one step later would be too late: it must be complete before the time is over
+        least, most = cost / COST - step, self.seconds - cost - 2 * step
+        if least > most and self.warn:
+            self.warn(
+                f"warning: a save takes {cost:,.1f} s; for at most {COST:.0%} of the time, they come every {cost / COST / 60:,.1f} minutes"
+            )
+            self.warn = None
+        return time.monotonic() - self.last > max(least, most)
+
+    def saved(self, began: float):
+        """Notes a save that began at this time.monotonic() and has returned."""
+        self.last = began
+        self.costs.append(time.monotonic() - began)
 
 
 class Checkpoints:
@@ -23,10 +57,15 @@ class Checkpoints:
         if folder.mirror:
             folder.mirror.health.warn = log.progress
         self.val_loss = None  # of the checkpoint that this launch resumes, if it was validated
+        self.interval = Interval(config.checkpoint_minutes, log.progress)
 
-    def save(self, step: int, val_loss: float | None):
-        """Saves a checkpoint. Call it on all ranks; rank 0 writes."""
-        trainer = self.trainer
+    def due(self) -> bool:
+        """Whether this process would save after the step that begins now, by --checkpoint-minutes."""
+        return self.interval.due(self.trainer.budget.usual_step())
+
+    def save(self, step: int, val_loss: float | None, timed: bool = False):
+        """Saves a checkpoint. Call it on all ranks; rank 0 writes. timed: only --checkpoint-minutes asks for it."""
+        trainer, began = self.trainer, time.monotonic()
         optimizer_state = trainer.optimizer.state_dict()  # Muon gathers its parts from all ranks
         state = {
             "optimizer": sharding.gathered(optimizer_state, trainer.world.is_main) if trainer.sharded else optimizer_state,
@@ -45,7 +84,8 @@ class Checkpoints:
             self.saver.wait()
             self.saver.follow_folder()
             self.log.sync()  # after a power cut, the log must reach as far as the checkpoint
-            self.saver.save(step, checkpoint.content_of(step, trainer.model, trainer.shards.tokenizer, val_loss, weights), state)
+            self.saver.save(step, checkpoint.content_of(step, trainer.model, trainer.shards.tokenizer, val_loss, weights), state, timed)
+        self.interval.saved(began)
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state dict, with full tensors on rank 0. Call it on all ranks."""

@@ -31,6 +31,7 @@ class Update(NamedTuple):
     norm: float  # of the gradient, before clipping
     skipped: str  # why no weight changed, or ''
     stop: bool  # whether any rank asks to stop
+    save: bool  # whether rank 0 asks to save
     compiled: bool  # whether any rank compiled something
     elapsed: float  # seconds of training after this step, as rank 0 expects
 
@@ -106,8 +107,8 @@ class Trainer:
         config = self.config
         return rank_positions(step, config.total_batch_tokens // config.model.seq_len, config.micro_batch_size, rank, self.world.size)
 
-    def update(self, step: int, stop: bool = False) -> Update:
-        """Does one optimizer step, or skips it if any rank's loss or gradient is bad. stop: whether this rank asks to stop."""
+    def update(self, step: int, stop: bool = False, save: bool = False) -> Update:
+        """Does one optimizer step, or skips it if any rank's loss or gradient is bad. stop, save: whether this rank asks for it."""
         mine = self.positions(step, self.world.rank)
         loss = torch.zeros((), device=self.device)
         with noticed_compilations() as compiled:
@@ -125,9 +126,9 @@ class Trainer:
         if step + 1 < self.config.max_steps:
             self.feed.prefetch(self.positions(step + 1, self.world.rank)[0])
         # the only sync of a step: every rank's numbers, so that all ranks decide alike
-        numbers = stop, bool(compiled), self.budget.after_this_step()
+        numbers = stop, save, bool(compiled), self.budget.after_this_step()
         row = torch.stack([loss, norm, *(torch.full_like(loss, number) for number in numbers)])
-        losses, norms, stops, compiles, clocks = zip(*self.world.rows(row), strict=True)
+        losses, norms, stops, saves, compiles, clocks = zip(*self.world.rows(row), strict=True)
         norm = next((n for n in norms if not math.isfinite(n)), norms[0])  # all equal, unless one is not finite
         mean = sum(losses) / len(losses)
         skipped = self.guard.judge(losses, mean, norm)
@@ -138,7 +139,7 @@ class Trainer:
             skipped += locate_nonfinite(self, step, losses)
         self.clear_gradients()
         self.scaler.update()
-        return Update(mean, list(losses), norm, skipped, any(stops), any(compiles), clocks[0])
+        return Update(mean, list(losses), norm, skipped, any(stops), bool(saves[0]), any(compiles), clocks[0])
 
     def step_optimizer(self, step: int):
         for group, lr in zip(self.optimizer.param_groups, self.largest_lrs, strict=True):
