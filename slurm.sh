@@ -30,6 +30,6 @@ srun=$!
 wait $srun
 status=$?
 if [ -n "$late" ]; then # the signal ended the first wait
-  wait $srun || test -e "$out_dir/failed.txt" || scontrol requeue "$SLURM_JOB_ID"
+  wait $srun || cat "$out_dir/failed.txt" 2>/dev/null || scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $status

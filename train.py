@@ -177,6 +177,8 @@ def claim_folder(folder: RunFolder, given: TrainConfig, stack: ExitStack) -> Tra
     config = flags.parse_config()
     launch = launched()
     config.validate(launch.size if launch else 1)
+    if given.replay_step is None:
+        failure.count_launch(folder.path)
     return config
 
 

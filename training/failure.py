@@ -1,15 +1,22 @@
-"""failed.txt: why a run can't go on. It ends a loop around torchrun, which itself always exits with 1."""
+"""failed.txt: why a run can't go on. It ends a loop around torchrun, which itself always exits with 1.
+
+launches.json counts the launches in a row that began with the same checkpoint. Too many of them are such a reason too.
+"""
 
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from checkpoint import sealed_steps
 from common import cli
 from common.distributed import launched
+from common.files import read_json, write_json
 from common.locks import lock_folder
 from training.flags import out_dir_of
 from training.run_json import is_restart, torchrun_id
 
 FAILED = "failed.txt"
+LAUNCHES = "launches.json"
+ENOUGH = 3  # launches without a new checkpoint
 
 
 class Hopeless(SystemExit):
@@ -36,6 +43,25 @@ def recorded():
             with suppress(ValueError, OSError):
                 write_reason(path, reason)
         raise
+    path.with_name(LAUNCHES).unlink(missing_ok=True)
+
+
+def count_launch(folder: Path):
+    """Counts this launch. ValueError if the last ones saved no new checkpoint: the next one would hardly do. Only under torchrun; call it
+    on rank 0, in a locked folder, once nothing is known that a later launch might not meet, such as another process at work."""
+    if torchrun_id() == "":
+        return
+    path, newest, launches = folder / LAUNCHES, max(sealed_steps(folder), default=None), 1
+    with suppress(OSError, ValueError):
+        before = read_json(path, "")
+        if "newest" in before and before["newest"] == newest and isinstance(before.get("launches"), int):
+            launches += before["launches"]
+    if launches > ENOUGH:
+        path.unlink()  # the user has fixed something, and starts again
+        since = "at all" if newest is None else f"since that of step {newest}"
+        raise ValueError(f"{ENOUGH} launches in a row saved no checkpoint {since}: read why each of them ended, then start again")
+    with suppress(OSError):  # a full disk
+        write_json(path, {"newest": newest, "launches": launches})
 
 
 def raise_if_failed_before(path: Path):
