@@ -62,12 +62,20 @@ class Remote:
                 self.fs.makedirs(place.rpartition("/")[0], exist_ok=True)
             if isinstance(source, bytes):
                 self.fs.pipe_file(target, source)
+            elif self.atomic and self.has(source, place):  # from an earlier try whose answer came too late
+                return
             else:
                 self.fs.put_file(str(source), target)
             if not self.atomic:
                 self.fs.mv(target, place)
             if verify:
                 self.verify(source, place)
+
+    def has(self, source: Path, place: str) -> bool:
+        with suppress(Exception):
+            self.verify(source, place)
+            return True
+        return False
 
     def verify(self, source: Path | bytes, place: str):
         """Compares what has arrived: its size, and its hash if the store tells one."""
@@ -145,7 +153,7 @@ def explain(url: str, e: Exception) -> ValueError:
     text = without_secrets(f"{type(e).__name__}: {' '.join(str(e).split())}".removesuffix(": "))[:300]
     if isinstance(e, PermissionError) or re.search("credential|unauthorized|forbidden|access ?denied", text, re.I):
         return ValueError(f"{url} refuses access ({text}): check your credentials for it and their rights")
-    if isinstance(e, FileNotFoundError) or "Protocol not known" in text:
+    if (isinstance(e, FileNotFoundError) and "upload" not in text) or "Protocol not known" in text:
         return ValueError(f"{url} can't be written ({text}): create the bucket, or check the URL")
     return cli.TryAgain(f"{url} failed ({text}): check the network and the store")
 

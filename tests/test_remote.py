@@ -3,6 +3,7 @@
 import errno
 import importlib
 import io
+import math
 import os
 import random
 import re
@@ -322,7 +323,7 @@ def test_upload_cut_anywhere_is_never_resumed(undisturbed, tmp_path, monkeypatch
     monkeypatch.undo()
     (tmp_path / "empty").mkdir()
     found = Bucket(Remote(remote.url))
-    step = fetch_newest(found, tmp_path / "empty", -1)
+    step = fetch_newest(found, tmp_path / "empty", -1, set())
     assert step is None or find_problem(tmp_path / "empty", step) is None
     assert step is not None or not any(path.name.startswith("model_") and path.suffix == ".json" for path in tmp_path.glob("bucket/*/*"))
 
@@ -420,8 +421,24 @@ def test_damaged_checkpoint_in_bucket_is_skipped(undisturbed, copied, tmp_path, 
     path.write_bytes(data)
     assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run", "--remote", copied) == 0
     err = capsys.readouterr().err
-    assert err.count("warning: skipping the checkpoint of step 20") == 2 and "its bytes are wrong" in err
+    assert err.count("warning: skipping the checkpoint of step 20") == 1 and "its bytes are wrong" in err
     assert "resuming from the checkpoint of step" in err
+    assert_same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_interrupted_download_is_tried_again(undisturbed, copied, tmp_path, monkeypatch):
+    get, failed = Remote.get, []
+
+    def cut(self, name, path):
+        if name not in failed:
+            failed.append(name)
+            raise cli.TryAgain("cut off")
+        get(self, name, path)
+
+    monkeypatch.setattr(Remote, "get", cut)
+    assert run_main(train.main, "--resume", "--out-dir", tmp_path / "run", "--remote", copied) == 0
+    assert len(failed) == 2
     assert_same(tmp_path / "run", undisturbed)
 
 
@@ -751,6 +768,16 @@ def test_after_a_signal_the_newest_goes_first(undisturbed, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+def test_end_waits_also_after_a_long_failure(undisturbed, tmp_path, monkeypatch, quick):
+    sender = sender_of(undisturbed, f"file://{tmp_path}/bucket")
+    sender.wanted, began = 20, time.monotonic()
+    sender.health.since = began - 10 * mirror.PATIENCE
+    monkeypatch.setattr(mirror, "PATIENCE", 0.3)
+    sender.wait_until_sent(math.inf)
+    assert time.monotonic() - began >= 0.3
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_the_wait(undisturbed, tmp_path, monkeypatch, quick):
     def interrupted(seconds=None):
         raise KeyboardInterrupt
@@ -773,6 +800,28 @@ def test_own_disk_is_not_called_a_failed_bucket(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device.*file"):
         store.get("a", tmp_path / "file")
     assert not (tmp_path / "file").exists()
+
+
+def test_upload_with_a_late_answer_is_not_repeated(tmp_path, monkeypatch):
+    """As when S3 takes a minute to put the parts of a large file together."""
+    (tmp_path / "file").write_bytes(b"content")
+    store, calls = Remote(f"memory://{tmp_path.name}"), []
+    plain = store.fs.put_file
+
+    def late(source, target):
+        calls.append(target)
+        plain(source, target)
+        raise FileNotFoundError("The specified upload does not exist.")
+
+    monkeypatch.setattr(store.fs, "put_file", late)
+    with pytest.raises(cli.TryAgain):
+        store.put(tmp_path / "file", "name")
+    store.put(tmp_path / "file", "name")
+    assert len(calls) == 1 and store.read("name") == b"content"
+    (tmp_path / "file").write_bytes(b"other content")
+    with pytest.raises(cli.TryAgain):
+        store.put(tmp_path / "file", "name")
+    assert len(calls) == 2
 
 
 def test_only_launches_are_listed(tmp_path, monkeypatch):

@@ -23,7 +23,6 @@ TEXTS = (RUN, "log.txt", "metrics.jsonl", "samples.txt")
 LAUNCH = re.compile(r"launch-[0-9a-f]{16}")
 # what a launch writes; a store that isn't atomic may keep the temporary file of an upload that was killed
 WRITTEN = re.compile(rf"(?:(?:model|state)_(\d+)\.pt|model_(\d+)\.json|{'|'.join(map(re.escape, TEXTS))})(?:\.[0-9a-f]{{8}}\.tmp)?")
-TRIES = 2  # downloads of a file whose bytes are wrong
 
 
 class Sealed(NamedTuple):
@@ -81,13 +80,16 @@ class Bucket:
         return max(self.runs, key=lambda launch: (len(self.runs[launch]["launches"]), launch), default=None)
 
 
-def fetch_newest(bucket: Bucket, folder: Path, newer_than: int) -> int | None:
+def fetch_newest(bucket: Bucket, folder: Path, newer_than: int, damaged: set) -> int | None:
     """Downloads the newest complete checkpoint after a step, with its log and run.json, and returns its step. None if there is none.
-    Reports and skips damaged ones. ValueError if all are damaged and there is no earlier one."""
+    Reports damaged ones and adds them to the set; skips those in it. ValueError if all are damaged and there is no earlier one."""
     newer = [each for each in bucket.checkpoints if each.step > newer_than]
     for found in reversed(newer):
+        if found.names() in damaged:
+            continue
         if download(bucket.remote, found, folder):
             return found.step
+        damaged.add(found.names())
         cli.say(f"warning: skipping the checkpoint of step {found.step} in {bucket.remote.url}/{found.launch}: its bytes are wrong")
     if newer and newer_than < 0:
         raise ValueError(f"none of the {len(newer)} checkpoints in {bucket.remote.url} can be resumed: restore one, or use another folder")
@@ -103,8 +105,13 @@ def download(remote: Remote, found: Sealed, folder: Path) -> bool:
     for path, name in zip(files[:2], found.names(), strict=False):
         temporary = path.with_name(f"{path.name}.tmp")
         temporaries.append(temporary)
-        for _ in range(TRIES):
-            remote.get(name, temporary)
+        for last in (False, False, True):
+            try:
+                remote.get(name, temporary)
+            except cli.TryAgain:
+                if last:
+                    raise
+                continue
             if sha256(temporary) == found.seal[path.name].get("sha256"):
                 break
         else:

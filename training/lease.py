@@ -56,12 +56,16 @@ class Lease:
     def acquire(self):
         """Takes the lease once it is free: nobody has it, or its owner released it, stopped renewing it, or has ended. TryAgain if another
         launch is at work."""
+        said = False
         while self.held():
             every = self.seen.get("every")
             every = every if isinstance(every, int | float) and 0 < every < 3600 else self.every
             rest = self.since + MISSED * every - time.monotonic()
             if rest <= 0:
                 break
+            if not said:
+                cli.say(f"waiting {rest:.0f} s to see whether the last launch, on {self.host()}, still trains the run in {self.remote.url}")
+                said = True
             time.sleep(min(rest, every / 4))
             if (found := self.read()) != self.seen:
                 self.seen, self.since = found, time.monotonic()
@@ -79,16 +83,20 @@ class Lease:
         ended = (self.seen.get("host"), self.seen.get("folder")) == (platform.node(), self.place)
         return bool(self.seen.get("token")) and not self.seen.get("released") and not ended
 
+    def host(self) -> str:
+        return cli.printable(str(self.seen.get("host")))
+
     def busy(self) -> cli.TryAgain:
-        place = cli.printable(str(self.seen.get("host")))
-        return cli.TryAgain(f"another launch, on {place}, is training the run in {self.remote.url}: wait for its end, or stop it there")
+        return cli.TryAgain(
+            f"another launch, on {self.host()}, is training the run in {self.remote.url}: wait for its end, or stop it there"
+        )
 
     def renew(self):
         """Says that this launch is still at work. LeaseLost if another one has taken over."""
         found = self.read()
         if found and found.get("token") != self.token:
-            self.owned = False
-            raise LeaseLost(f"another launch, on {cli.printable(str(found.get('host')))}, has taken over the run in {self.remote.url}")
+            self.owned, self.seen = False, found
+            raise LeaseLost(f"another launch, on {self.host()}, has taken over the run in {self.remote.url}")
         self.write()
 
     def release(self):

@@ -50,16 +50,16 @@ def opened(folder: RunFolder, given: TrainConfig):
             cli.say(f"warning: {missing}")
         raise
     if missing := mirror.end(wait=True):
-        cli.say(f"error: {missing}; to send it: --resume --out-dir {shlex.quote(str(folder.path))}")
+        cli.say(f"error: {missing}")
         sys.exit(1)
 
 
 # ---- the begin: on an empty machine, too ----
 
 
-def fetch(remote: Remote, folder: Path, resume: bool) -> int:
-    """Fetches a newer checkpoint, or if there is none at all, the run itself. Returns the bucket's newest step; -1 if it has none.
-    ValueError if another run is there."""
+def fetch(remote: Remote, folder: Path, resume: bool, newest: int, damaged: set) -> tuple[int, int]:
+    """Fetches a checkpoint after step `newest`, the folder's, or if there is none at all, the run itself. Returns the newest steps of the
+    folder and of the bucket; -1: none. damaged: see fetch_newest. ValueError if another run is there."""
     bucket, ours = Bucket(remote), run_id(folder)
     others = bucket.ids() - {ours}
     if others and not resume:
@@ -68,16 +68,16 @@ def fetch(remote: Remote, folder: Path, resume: bool) -> int:
         here = f"the one in {folder} is {ours}" if ours else "one folder is for one run"
         raise ValueError(f"{remote.url} has the run {cli.some(sorted(others))}, and {here}: choose another --remote")
     if resume:
-        newest = newest_complete(folder)
-        fetched = fetch_newest(bucket, folder, -1 if newest is None else newest)
+        fetched = fetch_newest(bucket, folder, newest, damaged)
+        newest = newest if fetched is None else fetched
         if fetched is None and ours is None and bucket.runs:
             download_texts(remote, bucket.newest_launch(), folder)
-    return max((each.step for each in bucket.checkpoints), default=-1)
+    return newest, max((each.step for each in bucket.checkpoints), default=-1)
 
 
-def newest_complete(folder: Path) -> int | None:
-    """Returns the newest step with a complete checkpoint, without a word about damaged ones: the bucket may have better ones."""
-    return next((step for step in reversed(sealed_steps(folder)) if find_problem(folder, step) is None), None)
+def newest_complete(folder: Path) -> int:
+    """Returns the newest step with a complete checkpoint, without a word about damaged ones: the bucket may have better ones. -1: none."""
+    return next((step for step in reversed(sealed_steps(folder)) if find_problem(folder, step) is None), -1)
 
 
 # ---- while the run trains ----
@@ -129,12 +129,12 @@ class Mirror:
 
     def begin(self, resume: bool):
         """Fetches what is newer than the folder, takes the lease and starts the threads."""
-        path = self.folder.path
+        path, damaged = self.folder.path, set()
         recover_interrupted_save(path)
-        fetch(self.remote, path, resume)  # meanwhile, the lease may change
+        newest, _ = fetch(self.remote, path, resume, newest_complete(path), damaged)  # meanwhile, the lease may change
         self.lease.acquire()
-        there, newest = fetch(self.remote, path, resume), newest_complete(path)
-        if newest is not None and newest > there:
+        newest, there = fetch(self.remote, path, resume, newest, damaged)
+        if newest > there:
             self.saved(newest)
         for task in (self.send_all, self.renew_lease):
             self.threads.append(threading.Thread(target=self.until_lost, args=[task], name=f"--remote: {task.__name__}", daemon=True))
@@ -167,15 +167,15 @@ class Mirror:
         if not self.threads:  # it was refused while it began
             self.lease.release()
         for thread in self.threads:
-            thread.join(5)  # a bucket that is gone must not hold up the end
+            thread.join(5 if stopping or self.health.problems else 60)  # a bucket that is gone must not hold up the end
         return self.missing()
 
     def wait_until_sent(self, since: float):
         """Waits until everything has arrived. since: when the end began, if the machine may be taken away now."""
-        said = False
+        said, began = False, time.monotonic()
         while self.missing() and not self.lost:
             now = time.monotonic()
-            if now > (stopped_at() or since) + self.notice or now - self.health.since > PATIENCE:
+            if now > (stopped_at() or since) + self.notice or now - max(began, self.health.since) > PATIENCE:
                 return
             if not said:
                 self.health.warn(f"waiting until {self.remote.url} has the checkpoint of step {self.wanted}")
@@ -193,7 +193,8 @@ class Mirror:
         if self.lost or self.wanted == self.sent:
             return self.lost
         why = next(iter(self.health.problems.values()), "there was no time left")
-        return f"{self.remote.url} lacks the checkpoint of step {self.wanted}, which is in {self.folder.path} ({why})"
+        place = shlex.quote(str(self.folder.path))
+        return f"{self.remote.url} lacks the checkpoint of step {self.wanted} ({why}); to send it: --resume --out-dir {place}"
 
     def renew_lease(self):
         while not self.closing.wait(self.lease.every):
