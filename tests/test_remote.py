@@ -250,9 +250,9 @@ def kill_at_put(number: int, middle: bool):
     Remote.put, Trainer.update = counted, slow_update
 
 
-def one_machine(folder: Path, world: int, *argv, first) -> SimpleNamespace:
+def one_machine(folder: Path, world: int, *argv, first, **env) -> SimpleNamespace:
     """Runs train.py on a machine that is gone once rank 0 is. Returns what Forked.wait returns, with rank 0's exit status."""
-    machine = Forked(folder, "train", *argv, processes=world if world > 1 else 0, first=first)
+    machine = Forked(folder, "train", *argv, processes=world if world > 1 else 0, first=first, **env)
     machine.processes[0].join(60)
     for process in machine.processes[1:] if machine.processes[0].exitcode else []:
         process.kill()
@@ -265,13 +265,14 @@ def one_machine(folder: Path, world: int, *argv, first) -> SimpleNamespace:
 def test_kills_with_wiped_folder_lose_nothing(shards, tmp_path, quick, worlds, request):
     """Each machine loses its disk. The next one has only the bucket, the same command, and perhaps another world size."""
     url = request.getfixturevalue("bucket") if THOROUGH else f"file://{tmp_path}/bucket"
+    env = request.getfixturevalue("server").env if THOROUGH else {}
     generator, kills, seen, (wanted, steps) = random.Random(0), 0, [], (50, 120) if THOROUGH else (3, 20)
     assert run_train(shards, tmp_path / "undisturbed", "--max-steps", steps) == 0
     argv = [*TINY, "--data-dir", shards, "--max-steps", steps, "--checkpoint-every", 2, "--keep", 2, "--remote", url, "--resume"]
     for number in range(2 * wanted):
         run, world = tmp_path / str(number), worlds[number % len(worlds)]
         at = generator.randrange(2, 16) if kills < wanted else -1
-        result = one_machine(tmp_path, world, *argv, "--out-dir", run, first=partial(kill_at_put, at, generator.random() < 0.5))
+        result = one_machine(tmp_path, world, *argv, "--out-dir", run, first=partial(kill_at_put, at, generator.random() < 0.5), **env)
         assert "Traceback" not in result.stderr and SECRET not in result.stderr
         seen.append(max((int(found) for found in re.findall(r"resuming from the checkpoint of step (\d+)", result.stderr)), default=0))
         kills += result.returncode == -signal.SIGKILL

@@ -232,7 +232,7 @@ class Mirror:
         folder, run = self.folder.path, run_id(self.folder.path)
         if run is None or run != (self.run or run):
             raise OSError(f"{folder} is not this run's any more: sent nothing to {self.remote.url}")
-        for name in reversed(TEXTS):  # run.json last
+        for name in TEXTS:  # run.json first: with it, prune knows that the others are this run's
             if (folder / name).exists():
                 data = (folder / name).read_bytes()
                 self.remote.put(data[: data.rfind(b"\n") + 1], f"{self.launch}/{name}")
