@@ -34,7 +34,9 @@ from training.run_json import read_run
 
 @dataclass
 class AppConfig:
-    """Serve a page to try models in, on 127.0.0.1:7860. Gradio's environment variables (GRADIO_SERVER_PORT, …) change that."""
+    """Serve a page to try models in, on 127.0.0.1:7860.
+
+    Gradio's environment variables (GRADIO_SERVER_PORT, …) change that."""
 
     model: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-m"])]
     """One or more: a run's folder (offers all its checkpoints), a checkpoint.pt, a Hugging Face folder, gpt2, …"""

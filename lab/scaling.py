@@ -39,7 +39,9 @@ LAW = "law.json"
 
 @dataclass
 class LadderConfig:
-    """Train a ladder: a model of each size for each token count. Finished runs are kept, stopped runs resume."""
+    """Train a ladder: a model of each size for each token count.
+
+    Finished runs are kept, stopped runs resume."""
 
     data_dir: str
     """Folder of shards. Byte shards give the smallest models: 0.2 to 10 M parameters with the default sizes."""
@@ -72,7 +74,7 @@ class LadderConfig:
 
 @dataclass
 class FitConfig:
-    """Fit L(N, D) = E + A / N^alpha + B / D^beta to a ladder, or to points from a .csv."""
+    """Fit L(N, D) = E + A / N^alpha + B / D^beta to a ladder or a .csv."""
 
     out_dir: str = "log/scaling"
     """The ladder's folder. Gets law.json and scaling.png."""

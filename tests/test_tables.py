@@ -1,6 +1,7 @@
 """Tables: aligned within 100 columns, or Markdown that GitHub reads back as the same cells."""
 
 import re
+import sys
 
 import pytest
 from rich.cells import cell_len
@@ -26,6 +27,24 @@ def test_markdown_keeps_cells_apart():
 
 
 def test_missing_rich_is_one_line(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "rich.table", None)
+    monkeypatch.setitem(sys.modules, "rich.table", None)
     with pytest.raises(ValueError, match=r"tables need Rich .*: pip install -r requirements.txt"):
         table(HEAD, ROWS)
+
+
+def test_table_fits_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [["x" * 200, "better"]]
+    assert 60 < max(map(len, table(["variant", "verdict"], rows).splitlines())) <= WIDTH  # not a terminal
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert max(map(len, table(["variant", "verdict"], rows).splitlines())) == 60
+
+
+@pytest.mark.parametrize(("no_color", "colored"), [("", True), ("1", False)])
+def test_colors_need_a_terminal_without_no_color(monkeypatch, no_color, colored):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm")
+    assert "\x1b" not in table(["variant", "verdict"], [["a", "better"]])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert ("\x1b[32m" in table(["variant", "verdict"], [["a", "better"]])) == colored

@@ -12,9 +12,10 @@ from made_up import CRASH, loss_of, made_up, noise
 
 from common.files import write_json
 from common.shards import write_shard
+from common.tables import WIDTH
 from lab import compare, measure, report, runs
 from lab.compare import CompareConfig
-from lab.report import WIDTH, draw, show, table
+from lab.report import draw, show
 from lab.suites import SUITES
 from training.run_json import RUN
 
@@ -327,24 +328,6 @@ def test_table_says_how_many_seeds_each_loss_has():
     assert [line.split()[3] for line in text.splitlines()[2:4]] == ["8", "3"]
     assert "evidence this strong for better, at any planned look. One-sided" in " ".join(text.split())
     assert "at any planned look" not in show([row_of("first"), row_of("idea")], [5])
-
-
-def test_table_fits_a_narrow_terminal(monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "60")
-    rows = [["x" * 200, "better"]]
-    assert 60 < max(map(len, table(["variant", "verdict"], rows).splitlines())) <= WIDTH  # not a terminal
-    monkeypatch.setattr(report.sys.stdout, "isatty", lambda: True)
-    assert max(map(len, table(["variant", "verdict"], rows).splitlines())) == 60
-
-
-@pytest.mark.parametrize(("no_color", "colored"), [("", True), ("1", False)])
-def test_colors_need_a_terminal_without_no_color(monkeypatch, no_color, colored):
-    monkeypatch.setenv("NO_COLOR", no_color)
-    monkeypatch.setenv("TERM", "xterm")
-    assert "\x1b" not in table(["variant", "verdict"], [["a", "better"]])
-    monkeypatch.setattr(report.sys.stdout, "isatty", lambda: True)
-    assert ("\x1b[32m" in table(["variant", "verdict"], [["a", "better"]])) == colored
 
 
 @pytest.mark.slow
