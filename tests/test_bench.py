@@ -78,6 +78,6 @@ def test_table_shows_different_answers():
         "memory_ours": 1e9,
         "memory_peer": 2e9,
     }
-    assert bench.table([row | {"same_answers": False}]).splitlines()[-1] == (
+    assert bench.show_rows([row | {"same_answers": False}], markdown=True).splitlines()[-1] == (
         "| score | 3.0 tasks/s | 1.5 (x) | 2.00 × | 1.00 GB | 2.00 GB | OTHER ANSWERS |"
     )

@@ -217,7 +217,7 @@ def test_ladder_trains_once_and_fits(shards, tmp_path, capsys):
     capsys.readouterr()
     assert run_main(scaling.main, *words, *grid) == 0
     assert folders == {path.name: path.stat().st_mtime for path in Path(tmp_path).iterdir()}
-    assert run_main(scaling.main, "fit", "--out-dir", tmp_path, "--hold-out", 1, "--bootstraps", 5) == 0
+    assert run_main(scaling.main, "fit", "--out-dir", tmp_path, "--hold-out", 1, "--bootstraps", 5, "--markdown") == 0
     out = capsys.readouterr().out
     assert out.count("| 1x32_") == 3 and "| 2x64_10240 (held out) |" in out
     found = json.loads((tmp_path / "law.json").read_text())

@@ -153,7 +153,7 @@ def test_stopped_launch_shows_finished_trials(shards, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(sweep, "begin", begin)
     out = tmp_path / os.fsdecode(b"lr?a=b#c%3F\xff")
-    argv = ["max_lr=1e-3,2e-3", f"--flags=--data-dir {shards}", "--trials", 2, "--out-dir", out]
+    argv = ["max_lr=1e-3,2e-3", f"--flags=--data-dir {shards}", "--trials", 2, "--out-dir", out, "--markdown"]
     assert run_main(sweep.main, *argv) == 2
     shown = capsys.readouterr()
     assert "| 0 | 1e-3 | 1.2500 |  |" in shown.out and "error: another process is writing" in shown.err
@@ -252,6 +252,7 @@ def test_missing_optuna_names_the_install_command(monkeypatch, capsys, tmp_path)
 def test_stopped_sweep_resumes(shards, tmp_path):
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--max-steps", "300"])
     argv = ["max_lr=1e-3..1e-1:log", "n_head=1,2,3", f"--flags={flags}", "--trials", "5", "--workers", "2", "--out-dir", tmp_path / "sweep"]
+    argv.append("--markdown")
     command = list(map(str, [sys.executable, "-m", "lab.sweep", *argv]))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not any("5 train" in log.read_text() for log in (tmp_path / "sweep").glob("*/log.txt")):
