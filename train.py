@@ -34,6 +34,7 @@ from training.guard import largest_weight
 from training.log import Log, logged_clock, logged_loss, resume_notice
 from training.plan import report
 from training.presets import PRESETS
+from training.rehearsal import rehearse
 from training.saving import Checkpoints
 from training.stop import StopSignal
 from training.trainer import Trainer
@@ -114,10 +115,10 @@ def find_data(config: TrainConfig) -> Shards:
     return find_shards(config.data_dir)
 
 
-def set_up(config: TrainConfig, world: DistContext, folder: RunFolder) -> tuple[Log, Trainer, Checkpoints, int]:
-    """Checks everything, then builds or loads the model. Returns log, trainer, checkpoints and the first step."""
-    log, out_dir = Log(config, world, folder), Path(config.out_dir)
-    if config.replay_step is None:
+def set_up(config: TrainConfig, world: DistContext, folder: RunFolder, log=Log) -> tuple[Log, Trainer, Checkpoints, int]:
+    """Checks everything, then builds or loads the model. Returns log, trainer, checkpoints and the first step. log: the class to use."""
+    log, out_dir = log(config, world, folder), Path(config.out_dir)
+    if config.replay_step is None and not config.rehearse:
         world.on_main(lambda: checkpoint.recover_interrupted_save(out_dir))
     shards = world.on_main(lambda: checks.check_data(config, find_data(config)))
     world.on_all(lambda: checks.check_host(config, world, shards))
@@ -197,6 +198,8 @@ def launch():
         if given.plan:
             print(report(flags.parse_config()))
             return
+        if given.rehearse:
+            sys.exit(rehearse(given, find_data, set_up))
         raise_errors(cli.at_least(0.01, given, "timeout_minutes") + cli.at_most(10**6, given, "timeout_minutes"))
         try:
             with ExitStack() as stack:

@@ -163,6 +163,11 @@ def in_one_line(e: Exception) -> str:
     return printable(" ".join(str(e).splitlines()))
 
 
+def with_remedy(e: Exception) -> str:
+    """in_one_line, and what helps against an OSError. A ValueError's message names its remedy itself."""
+    return in_one_line(e) + (f": {REMEDIES.get(e.errno, 'check the path')}" if isinstance(e, OSError) else "")
+
+
 @contextmanager
 def one_line_errors(after_ctrl_c: str = "", if_memory_runs_out: str = "close other programs, or use a smaller model"):
     """Turns errors into one line and an exit status: 2 for a user's mistake (ValueError, a file that can't be used), 1 if the machine
@@ -179,8 +184,7 @@ def one_line_errors(after_ctrl_c: str = "", if_memory_runs_out: str = "close oth
             fail(f"out of memory ({first_line(e)}): {if_memory_runs_out}", 1)
         if isinstance(e, RuntimeError):
             raise
-        remedy = f": {REMEDIES.get(e.errno, 'check the path')}" if isinstance(e, OSError) else ""
-        fail("" if getattr(e, "is_shared", False) else f"{in_one_line(e)}{remedy}", 1 if disk_failed(e) else 2)
+        fail("" if getattr(e, "is_shared", False) else with_remedy(e), 1 if disk_failed(e) else 2)
     except KeyboardInterrupt:
         say(f"\nstopped by Ctrl-C{after_ctrl_c and ': '}{after_ctrl_c}")
         sys.exit(130)

@@ -121,6 +121,17 @@ class Remote:
         with self.explained(), suppress(FileNotFoundError):
             self.fs.rm_file(self.place(name))
 
+    def exists(self) -> bool:
+        """Whether there is such a folder."""
+        with self.explained():
+            return self.fs.exists(self.place(""))
+
+    def delete_folder(self, name: str = ""):
+        """Deletes an empty folder, on a store that has folders. Does nothing if it isn't empty."""
+        if not self.atomic:
+            with suppress(OSError):
+                self.fs.rmdir(self.place(name))
+
     @contextmanager
     def explained(self, ours: Callable[[Exception], bool] = lambda e: False):
         """Turns whatever a store's package raises into one line. ours: whether an error is this machine's; it then stays as it is."""

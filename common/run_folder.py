@@ -17,9 +17,9 @@ MAY_DIFFER = {
 }  # fmt: skip
 # settings that change no loss of a run, apart from its seed; the data are compared by their sha256
 NO_LOSS = MAY_DIFFER | {
-    "seed", "out_dir", "data_dir", "resume", "replay_step", "init_revision", "plan", "gpu", "gpus", "price", "rate", "val_every",
-    "hellaswag_every", "hellaswag_file", "eval_every", "eval_tasks", "eval_limit", "sample_every", "sample_prompt", "sample_tokens",
-    "self_check",
+    "seed", "out_dir", "data_dir", "resume", "replay_step", "init_revision", "plan", "rehearse", "gpu", "gpus", "price", "rate",
+    "val_every", "hellaswag_every", "hellaswag_file", "eval_every", "eval_tasks", "eval_limit", "sample_every", "sample_prompt",
+    "sample_tokens", "self_check",
 }  # fmt: skip
 
 

@@ -44,6 +44,7 @@ SMALL = (  # the first pattern that a command matches says what is added to it
     (r"app.py", f"& {VISIT} http://127.0.0.1:7860; seen=$?; kill $!; exit $seen"),
     (r"--preset quickstart --data-dir (mine_bytes|play)", "--max-steps 20"),
     (r"--preset quickstart|log/quickstart|plot_log|pytest|pip install|jupyter", ""),
+    (r"--rehearse", f"{SHAPE} {STEPS} --out-dir log/rehearsed"),  # log holds a run by then
     (r"train.py.*--resume", "--max-steps 12"),
     (r"train.py.*--init-from", STEPS),
     (r"train.py", f"{SHAPE} {STEPS}"),

@@ -20,9 +20,12 @@ import train
 from model import GPT
 from training.compiling import compile_blocks, recompute_activations
 from training.config import TrainConfig
+from training.cost import HELLASWAG, VALIDATION, evaluations, saves
+from training.evaluation import is_due
 from training.memory import Setting, largest_micro_batch, memory
 from training.plan import cost
 from training.presets import PRESETS
+from training.saving import Interval
 from training.step_time import Cluster, ddp_step, fsdp_step
 from variants import VariantConfig, build, build_on_meta, flops_per_token
 
@@ -217,7 +220,7 @@ def test_plan_needs_no_shards(capsys, tmp_path):
     out = tmp_path / "none"
     assert run_main(train.main, "--plan", "--gpus", 8, "--price", 3, "--data-dir", out, "--out-dir", out) == 0
     text = capsys.readouterr().out
-    assert "124,439,808 parameters, 8 × H100, bfloat16, compiled" in text and "0.75 hours" in text and "18.02 $" in text
+    assert "124,439,808 parameters, 8 × H100, bfloat16, compiled" in text and "0.75 hours" in text and "18.69 $" in text
     assert "assumed MFU of 40%" in text and "fits; the largest that fits: --micro-batch-size 64" in text and not out.exists()
 
 
@@ -228,6 +231,33 @@ def test_plan_says_what_seconds_buy():
     assert "7,200 steps of 524,288 tokens, 3,774,873,600 in all" in ends(3600) and "1.00 hours, --max-seconds 3,600 ends it" in ends(3600)
     assert "19,073 steps" in ends(1e300) and "2.65 hours, --max-steps ends it" in ends(1e300)
     assert ends(0).endswith("2.65 hours")
+
+
+@pytest.mark.parametrize("first", [0, 7, 20])
+@pytest.mark.parametrize("every", [0, 1, 7, 10, 100])
+def test_plan_counts_evaluations_and_saves(first, every):
+    """As the loop of train.py does them: a save once an update was made, and both at the end."""
+    config, last, pace, step, save, now, counted = TrainConfig(), 33, 50.0, 40.0, 1.0, 0.0, {"evaluations": 1, "saves": 1}
+    config.val_every = config.hellaswag_every = config.sample_every = config.checkpoint_every = every
+    interval = Interval(5.0, None)
+    interval.last, interval.costs, asked = 0.0, [save], False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.saving.time.monotonic", lambda: now)
+        for s in range(first, last):
+            counted["evaluations"] += is_due(every, s)
+            regular, timed = s > first and is_due(every, s), s > first and asked
+            counted["saves"] += regular or timed
+            if regular or timed:
+                interval.last = now
+            asked = interval.due(step)
+            now += pace
+    times = evaluations(config, first, last)
+    assert times[VALIDATION] == counted["evaluations"] and times[HELLASWAG] == (counted["evaluations"] if every else 0)
+    config.checkpoint_minutes = 0
+    plain = saves(config, first, last, pace, step, save)
+    assert plain == 1 + sum(s % every == 0 for s in range(first + 1, last)) if every else plain == 1
+    config.checkpoint_minutes = 5.0
+    assert saves(config, first, last, pace, step, save) == pytest.approx(counted["saves"], abs=1)
 
 
 def test_plan_knows_each_cards_dtypes(capsys):

@@ -164,8 +164,11 @@ class Saving:
 
 @dataclass
 class Planning:
-    """For --plan."""
+    """For --plan. --rehearse takes --price too."""
 
+    rehearse: bool = False
+    """Try everything that the run will do, for at most two minutes, and print what is wrong and what the run will cost. Start it like
+    the run: with torchrun and all its flags, also --resume. Changes neither --out-dir nor the run in --remote."""
     gpu: Literal[tuple(CARDS)] = "H100"
     """The GPU, with the most memory it is sold with. With --device cpu: this machine's CPU instead."""
     gpus: int = 1
@@ -264,5 +267,5 @@ MAY_CHANGE = {
     "dtype", "compile", "self_check", "activation_memory", "shard", "verify_shards", "val_every", "val_tokens", "hellaswag_every",
     "hellaswag_file", "eval_every", "eval_tasks", "eval_limit", "sample_every", "sample_prompt", "sample_tokens", "checkpoint_every",
     "checkpoint_minutes", "keep", "on_save_error", "tracker", "timeout_minutes", "remote", "notice_seconds", "plan", "gpu", "gpus",
-    "price", "rate",
+    "price", "rate", "rehearse",
 }  # fmt: skip

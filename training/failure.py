@@ -3,6 +3,7 @@
 launches.json counts the launches in a row that began with the same checkpoint. Too many of them are such a reason too.
 """
 
+import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Hopeless(SystemExit):
 def recorded():
     """Writes failed.txt if the block fails for a lasting reason. Only under torchrun; once per host. If this torchrun then restarts its
     processes, ends them at once: ValueError. The next torchrun removes the file."""
-    if torchrun_id() == "":  # the exit status says it
+    if torchrun_id() == "" or "--rehearse" in sys.argv:  # the exit status says it, or the rehearsal, which leaves the folder alone
         yield
         return
     path = out_dir_of() / FAILED

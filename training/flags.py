@@ -116,7 +116,7 @@ def warnings(config: TrainConfig) -> list[str]:
         "--eval-every": [] if config.eval_every else ["eval_tasks", "eval_limit"],
         "--teacher": [] if config.teacher else ["teacher_weight"],
         "--n-expert": [] if config.model.n_expert > 1 or config.init_from else ["load_balance"],  # the weights may have set it
-        "--plan": ["gpu", "gpus", "price", "rate"],  # --plan returns before this
+        "--plan": ["gpu", "gpus", "rate", *["price"] * (not config.rehearse)],  # --plan returns before this
     }
     for other, names in idle.items():
         lines += [f"{cli.flag(name)} has no effect without {other}" for name in names if name in differ]

@@ -61,18 +61,23 @@ def fetch(remote: Remote, folder: Path, resume: bool, newest: int, damaged: set)
     """Fetches a checkpoint after step `newest`, the folder's, or if there is none at all, the run itself. Returns the newest steps of the
     folder and of the bucket; -1: none. damaged: see fetch_newest. ValueError if another run is there."""
     bucket, ours = Bucket(remote), run_id(folder)
-    others = bucket.ids() - {ours}
-    if others and not resume:
-        raise ValueError(f"{remote.url} has a run already: add --resume to continue it, or choose another --remote")
-    if others and (ours or len(others) > 1):
-        here = f"the one in {folder} is {ours}" if ours else "one folder is for one run"
-        raise ValueError(f"{remote.url} has the run {cli.some(sorted(others))}, and {here}: choose another --remote")
+    check_owner(bucket, ours, folder, resume)
     if resume:
         fetched = fetch_newest(bucket, folder, newest, damaged)
         newest = newest if fetched is None else fetched
         if fetched is None and ours is None and bucket.runs:
             download_texts(remote, bucket.newest_launch(), folder)
     return newest, max((each.step for each in bucket.checkpoints), default=-1)
+
+
+def check_owner(bucket: Bucket, ours: str | None, folder: Path, resume: bool):
+    """ValueError if the bucket has another run than this folder. ours: the id of the run in it."""
+    others, url = bucket.ids() - {ours}, bucket.remote.url
+    if others and not resume:
+        raise ValueError(f"{url} has a run already: add --resume to continue it, or choose another --remote")
+    if others and (ours or len(others) > 1):
+        here = f"the one in {folder} is {ours}" if ours else "one folder is for one run"
+        raise ValueError(f"{url} has the run {cli.some(sorted(others))}, and {here}: choose another --remote")
 
 
 def newest_complete(folder: Path) -> int:

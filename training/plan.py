@@ -1,6 +1,5 @@
 """train.py --plan: estimates a run's memory by part, hours and cost. Allocates nothing."""
 
-import math
 import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from common.tokenizer import ROWS, get_tokenizer
 from tasks.judging import build_trees
 from tasks.readers import read_tasks
 from training.config import TrainConfig
+from training.cost import HELLASWAG, TASKS, VALIDATION, parts_of, steps_of, table
 from training.memory import CUDA_ITSELF, Setting, largest_micro_batch, memory
 from training.run_json import RUN, RUN_REMEDY, last_launch, read_run_json
 from training.sharding import reject_fp16
@@ -99,33 +99,54 @@ def hardware(config: TrainConfig) -> tuple[str, torch.dtype, Setting, float]:
 def cost(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) -> list[str]:
     """The plan's lines about time and money."""
     rate, source = rate_of(config, name, dtype, flops)
-    steps, limit = config.max_steps, ""
-    if config.max_seconds:
-        steps = max(1, math.ceil(min(steps, config.max_seconds * rate / config.total_batch_tokens)))
-        limit = f", {'--max-steps' if steps == config.max_steps else f'--max-seconds {config.max_seconds:,.10g}'} ends it"
+    step = config.total_batch_tokens / rate
+    steps = steps_of(config, step)
+    limit = f", {'--max-steps' if steps == config.max_steps else f'--max-seconds {config.max_seconds:,.10g}'} ends it"
     total = steps * config.total_batch_tokens
-    hours = total / rate / 3600
+    each, unknown = evaluation_seconds(config, rate)
+    parts = parts_of(config, 0, steps, step, each, save_seconds(config, name))
     lines = [
         f"{rate:,.0f} tokens/s, {source}",
         f"the whole run, {steps:,} steps of {config.total_batch_tokens:,} tokens, {total:,} in all, {total * flops:.3g} floating point "
-        f"operations: {hours:,.2f} hours{limit}",
+        f"operations: {total / rate / 3600:,.2f} hours{limit if config.max_seconds else ''}",
+        "",
+        *table(parts, config.gpus * config.price),
+        f"not counted: {'; '.join([*unknown, 'compiling and samples'])}. On the rented machine, --rehearse measures everything",
+        "",
     ]
-    if config.eval_every:
-        lines.append(evaluation_cost(config, steps, rate))
     if config.price:
+        hours = sum(part.seconds for part in parts) / 3600
         lines.append(f"{hours * config.gpus * config.price:,.2f} $ at {config.price:g} $ per GPU and hour")
     return lines
 
 
-def evaluation_cost(config: TrainConfig, steps: int, rate: float) -> str:
-    """The plan's line about --eval-tasks. A forward pass costs a third of a training step's operations per token."""
-    times = len({*range(0, steps, config.eval_every), steps})
-    try:
-        tokens = evaluation_tokens(config)
-    except (ValueError, OSError) as e:
-        return f"evaluations on --eval-tasks come on top, not counted: {e}"
-    minutes = times * tokens / rate / 3 / 60
-    return f"{times:,} evaluations on --eval-tasks, about {tokens:,} tokens each, forward only: {minutes:,.1f} minutes more"
+# tokens of HellaSwag's 10,042 validation tasks in both styles: 5 times those of tests' 2,009 (contexts are read once)
+HELLASWAG_TOKENS = {"gpt2": 3_224_000, "bytes": 15_210_000}
+# bytes per second: --plan's guess of a copy to main memory, which training waits for, and of a whole save on a CPU (results/checkpoints.md)
+COPIED, SAVED = 7e9, 0.3e9
+
+
+def evaluation_seconds(config: TrainConfig, rate: float) -> tuple[dict[str, float], list[str]]:
+    """Returns the seconds of one evaluation of each kind, and what is unknown. A forward pass costs a third of a training step's
+    operations per token. rate: tokens per second of training."""
+    tokens, unknown = {VALIDATION: config.val_tokens}, []
+    if config.hellaswag_every and (known := HELLASWAG_TOKENS.get(ROWS.get(config.model.vocab_size))):
+        tokens[HELLASWAG] = known
+    elif config.hellaswag_every:
+        unknown.append(f"{HELLASWAG}: no known tokenizer has {config.model.vocab_size} ids")
+    if config.eval_every:
+        try:
+            tokens[TASKS] = evaluation_tokens(config)
+        except (ValueError, OSError) as e:
+            unknown.append(f"{TASKS}: {e}")
+    return {kind: n / rate / 3 for kind, n in tokens.items()}, unknown
+
+
+def save_seconds(config: TrainConfig, name: str) -> float:
+    """Estimates for how many seconds a save makes training wait."""
+    params = build_on_meta(config.model).num_params()
+    size = params * (12 + 4 * (config.ema > 0))  # weights and AdamW's two moments in fp32; Muon has less
+    return size / (SAVED if name == "cpu" else COPIED)
 
 
 def evaluation_tokens(config: TrainConfig, sample: int = 16) -> int:

@@ -18,6 +18,13 @@ from training.trainer import Trainer
 COST = 0.01  # of the time, for --checkpoint-minutes
 
 
+def save_limits(seconds: float, cost: float, step: float) -> tuple[float, float]:
+    """Returns how long after a save a step must begin so that the next save follows it: for COST of the time, and for at most `seconds`
+    of work at stake. The longer one counts. cost, step: seconds of a save and of a usual step."""
+    # a save one step later would be too late: it must be complete before the time is over
+    return cost / COST - step, seconds - cost - 2 * step
+
+
 class Interval:
     """When the next checkpoint is due by --checkpoint-minutes. Each process has one; only rank 0's counts."""
 
@@ -31,8 +38,7 @@ class Interval:
         if not self.seconds:
             return False
         cost = statistics.median(self.costs) if self.costs else 0.0
-        # a save one step later would be too late: it must be complete before the time is over
-        least, most = cost / COST - step, self.seconds - cost - 2 * step
+        least, most = save_limits(self.seconds, cost, step)
         if least > most and self.warn:
             self.warn(
                 f"warning: a save takes {cost:,.1f} s; for at most {COST:.0%} of the time, they come every {cost / COST / 60:,.1f} minutes"
