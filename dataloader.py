@@ -1,8 +1,10 @@
 """Serves training sequences from shards of tokens, in an endless stream. common/shards.py reads the shards."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from common.shards import Shards, check_id, inspect_shard
+from common.shards import Shard, Shards, check_id
 
 
 class TokenStream:
@@ -15,7 +17,7 @@ class TokenStream:
     """
 
     def __init__(self, shards: Shards, split: str, seq_len: int, shuffle: bool = True, seed: int = 1337):
-        self.shards = [inspect_shard(shards.folder, entry) for entry in shards.split(split)]
+        self.source, self.shards = shards, shards.open(split)
         self.ends = np.cumsum([shard.tokens for shard in self.shards])  # of each shard, in the row
         self.vocab_size = shards.vocab_size
         self.seq_len = seq_len
@@ -32,7 +34,7 @@ class TokenStream:
         """Returns inputs and targets, each int64 (B, T), at B positions of the stream. ValueError if an id is not in the
         vocabulary."""
         T = self.seq_len
-        rows = np.stack([self.read(self.sequence_at(p) * T, T + 1) for p in positions])  # (B, T + 1)
+        rows = self.rows([self.sequence_at(p) * T for p in positions], T + 1)  # (B, T + 1)
         return rows[:, :-1].copy(), rows[:, 1:].copy()  # two copies: validation writes into its targets
 
     def sequence_at(self, position: int) -> int:
@@ -51,15 +53,34 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Returns tokens [start, start + count) of the row as int64, across shards."""
-        parts = []
+        return self.rows([start], count)[0]
+
+    def rows(self, starts: list[int], count: int) -> np.ndarray:
+        """Returns `count` tokens of the row from each start, int64 (len(starts), count). Reads all at once: shards may be in a bucket."""
+        spans = [span for start in starts for span in self.spans(start, count)]
+        parts = self.source.read(spans)
+        for (shard, _, _), part in zip(spans, parts, strict=True):
+            check_id(int(part.max()), self.vocab_size, shard.path)  # a shard may be unverified, or change later
+        return np.concatenate(parts).astype(np.int64).reshape(len(starts), count)
+
+    def spans(self, start: int, count: int) -> Iterator[tuple[Shard, int, int]]:
+        """Yields where tokens [start, start + count) of the row are: shard, first token in it, number of tokens."""
         while count > 0:
-            shard, offset = self.locate(start)
-            part = self.shards[shard].read(offset, count).astype(np.int64)
-            check_id(int(part.max()), self.vocab_size, self.shards[shard].path)  # a shard may be unverified, or change later
-            parts.append(part)
-            start += len(part)
-            count -= len(part)
-        return np.concatenate(parts)
+            index, offset = self.locate(start)
+            n = min(count, self.shards[index].tokens - offset)
+            yield self.shards[index], offset, n
+            start, count = start + n, count - n
+
+    def needed(self, first: int, end: int) -> list[int]:
+        """Returns the indices of the shards that positions [first, end) read, in the order in which they are needed."""
+        n, everything = self.sequences_per_epoch, list(range(len(self.shards)))
+        place = first % n
+        if self.shuffle or end <= first:
+            return everything if end > first else []
+        begin = self.locate(place * self.seq_len)[0]
+        if place + end - first > n:  # into another epoch
+            return everything[begin:] + everything[:begin]
+        return everything[begin : self.locate((place + end - first) * self.seq_len)[0] + 1]
 
 
 def rank_positions(step: int, batch: int, micro_batch: int, rank: int, world_size: int) -> list[range]:

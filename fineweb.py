@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +42,8 @@ from common.preparation import (
     write_progress,
     write_sources,
 )
+from common.remote import is_url
+from common.shard_upload import Upload
 from common.shards import MANIFEST, PROGRESS, REMEDY, SOURCES, inspect_shard, part_folder, part_folders, split_of, write_shard
 from common.text import kind_of, shown
 from common.tokenizer import fast_encode, get_tokenizer, tokenize
@@ -50,6 +52,11 @@ from common.validation import raise_errors
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 PRETOKENIZED = "kjj0/fineweb10B-gpt2"
 CHUNK_CHARS = 1 << 20  # one worker's unit of work
+Ready = Callable[[list[dict]], None]
+
+
+def ignore(shards: list[dict]):
+    """For a folder: nobody has to know that another shard is complete."""
 
 
 @dataclass
@@ -67,7 +74,7 @@ class PrepareConfig:
     skip_bad_rows: bool = False
     """Leave out rows that can't be read (null, not a string, not UTF-8, not JSON, truncated files), and count them."""
     out_dir: str = "edu_fineweb10B"
-    """Folder for the shards."""
+    """Folder for the shards. A URL such as s3://bucket/edu_fineweb10B: they are made in edu_fineweb10B, and sent there."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     """gpt2 is GPT-2's BPE (50,257 ids). bytes has one id per byte (257)."""
     shard_size: int = 100_000_000
@@ -87,6 +94,12 @@ class PrepareConfig:
         number, count = map(int, (self.part or "1/1").split("/"))
         return number - 1, count
 
+    @property
+    def token_limit(self) -> int:
+        """Returns this part's share of --max-tokens."""
+        index, count = self.part_range
+        return self.max_tokens * (index + 1) // count - self.max_tokens * index // count
+
     def errors(self) -> list[str]:
         errors = cli.at_least(1, self, "shard_size") + cli.at_least(0, self, "max_tokens", "workers")
         if not self.dataset:
@@ -95,6 +108,8 @@ class PrepareConfig:
             errors.append(f"--shard-size is {self.shard_size}: it must be at most 1,000,000,000, memory holds two shards")
         if self.part and not (re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.part) and self.part_range[0] < self.part_range[1]):
             errors.append(f"--part is {self.part}: give it as 3/8, the third of eight")
+        if self.part and is_url(self.out_dir):
+            errors.append(f"--part needs a folder: join the parts there, then run the same command with --out-dir {self.out_dir}")
         if self.part and self.pretokenized:
             errors.append("--part does not work with --pretokenized: leave one of them out")
         return errors
@@ -180,7 +195,19 @@ def begin_worker():
 
 
 def prepare(config: PrepareConfig):
-    """Makes the shards in --out-dir, under a lock. A part goes into its own folder there, and parts may run at the same time."""
+    """Makes the shards in --out-dir. If that is a URL: in a folder that has its last name, and sends them."""
+    if not is_url(config.out_dir):
+        make_shards(config)
+        return
+    upload = Upload(config)
+    if not upload.is_complete():
+        make_shards(replace(config, out_dir=str(upload.folder)), upload.ready)
+        upload.finish()
+
+
+def make_shards(config: PrepareConfig, ready: Ready = ignore):
+    """Makes the shards in --out-dir, under a lock. A part goes into its own folder there, and parts may run at the same time.
+    ready: called with all entries so far, when another shard is complete."""
     out = Path(config.out_dir)
     if config.part:
         make_part(out, config)
@@ -188,9 +215,9 @@ def prepare(config: PrepareConfig):
         if config.part or part_folders(out):
             join_parts(held, config)
         elif config.pretokenized:
-            fetch_pretokenized(held, config)
+            fetch_pretokenized(held, config, ready)
         else:
-            tokenize_documents(held, config)
+            tokenize_documents(held, config, ready)
 
 
 @contextmanager
@@ -205,7 +232,7 @@ def explain_full_disk(folder: Path):
         raise OSError(e.errno, f"{e.strerror}: {folder} has {free:,.0f} MB free, a token takes two bytes") from e
 
 
-def tokenize_documents(held: HeldFolder, config: PrepareConfig):
+def tokenize_documents(held: HeldFolder, config: PrepareConfig, ready: Ready = ignore):
     """Writes the shards, then the manifest. Resumes after a kill and ends with the same bytes.
 
     The first shard is for val. A corpus smaller than two shards gives a tenth to val and the rest to train, so two shards are
@@ -222,8 +249,7 @@ def tokenize_documents(held: HeldFolder, config: PrepareConfig):
 
     shards, size = progress["shards"], config.shard_size
     done = sum(shard["tokens"] for shard in shards)
-    index, count = config.part_range
-    limit = config.max_tokens * (index + 1) // count - config.max_tokens * index // count
+    index, limit = config.part_range[0], config.token_limit
     budget = (limit if config.max_tokens else sys.maxsize) - done
     stream = tokenized(documents, config.tokenizer, config.workers or os.cpu_count() or 1)
     with cli.bar(desc=f"tokenizing into {out}", unit="tok", unit_scale=True, total=limit or None, initial=done) as bar:
@@ -237,6 +263,7 @@ def tokenize_documents(held: HeldFolder, config: PrepareConfig):
                 shards.append(write_shard(out / name, piece))
             held.check()
             write_progress(out, progress | {"shards": shards, **resume_from})
+            ready(shards)
     progress["skipped"] = pieces.end.get("skipped", {})
     held.check()
     if not index and len(shards) < 2:
@@ -318,7 +345,7 @@ def make_part(out: Path, config: PrepareConfig):
 # ---- ready shards ----
 
 
-def fetch_pretokenized(held: HeldFolder, config: PrepareConfig):
+def fetch_pretokenized(held: HeldFolder, config: PrepareConfig, ready: Ready = ignore):
     """Downloads .bin shards from the hub until they have --max-tokens train tokens. Skips files that are already there."""
     from huggingface_hub import hf_hub_download
 
@@ -346,6 +373,7 @@ def fetch_pretokenized(held: HeldFolder, config: PrepareConfig):
         retry(problem, remedy, busy_or_unreachable, hf_hub_download, repo, file, repo_type="dataset", revision=info.sha, local_dir=out)
         held.check()
         shards.append(check_download(out, file, files[file] and files[file].sha256))
+        ready(shards)
         train_tokens += shards[-1]["tokens"] if split_of(file) != "val" else 0
     held.check()
     write_manifest(out, progress, shards)

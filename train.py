@@ -22,10 +22,11 @@ import checkpoint
 import fineweb
 import variants
 from common import cli, device
+from common.bucket_shards import open_shards
 from common.distributed import DistContext, Stopped, exit_without_others, join_world, launched, rendezvous
 from common.locks import lock_folder
 from common.run_folder import RunFolder
-from common.shards import MANIFEST, Shards, find_shards
+from common.shards import MANIFEST, Shards
 from common.validation import raise_errors
 from training import checks, failure, flags, mirror, run_json
 from training.config import LOWER_MEMORY, TrainConfig
@@ -112,7 +113,7 @@ def find_data(config: TrainConfig) -> Shards:
     own = config.preset == "quickstart" and config.data_dir == PRESETS["quickstart"].data_dir
     if own and not Path(config.data_dir, MANIFEST).exists():
         fineweb.prepare(fineweb.PrepareConfig(dataset=("stdlib",), tokenizer="bytes", out_dir=config.data_dir, workers=1))
-    return find_shards(config.data_dir)
+    return open_shards(config.data_dir)
 
 
 def set_up(config: TrainConfig, world: DistContext, folder: RunFolder, log=Log) -> tuple[Log, Trainer, Checkpoints, int]:
@@ -147,12 +148,20 @@ def set_up(config: TrainConfig, world: DistContext, folder: RunFolder, log=Log) 
     checkpoints = Checkpoints(trainer, folder, log)
     if step is not None:
         checkpoints.load(step)
+    world.on_all(lambda: fetch_ahead(trainer, step or 0))
     if config.resume:
         log.progress(world.on_main(lambda: resume_notice(out_dir, step)))
     for line in lines:
         log.progress(f"warning: {line}")
     log.progress(describe(trainer))
     return log, trainer, checkpoints, step or 0
+
+
+def fetch_ahead(trainer: Trainer, step: int):
+    """Begins to copy what the run reads from a step on, if the shards are in a bucket. One process of each host does it."""
+    batch = trainer.config.total_batch_tokens // trainer.config.model.seq_len
+    if trainer.world.first_on_host:
+        trainer.shards.fetch_ahead(trainer.train_stream.needed(step * batch, trainer.config.max_steps * batch))
 
 
 def load_teacher(config: TrainConfig):

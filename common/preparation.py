@@ -44,16 +44,20 @@ def is_complete(out: Path, config) -> bool:
     """Whether this run's manifest exists; prints so. ValueError if it belongs to other settings or files."""
     if not (out / MANIFEST).exists():
         return False
-    manifest = own_manifest(out)
-    if other := other_settings(manifest["settings"], config, manifest.get("skipped", {})):
-        raise ValueError(f"{out} has shards made with other settings ({other}): choose another folder")
-    documents = local_documents(config, manifest["revision"], quiet=True)
-    if documents and documents.revision != manifest["revision"]:
-        changed = describe_changes(out, documents.sources)
-        raise ValueError(f"the files changed since {out} was made from them{changed}: choose another folder")
+    check_same(own_manifest(out), config, out)
     (out / PROGRESS).unlink(missing_ok=True)  # left by a kill between the last two steps
     print(f"{out} is already complete")
     return True
+
+
+def check_same(manifest: dict, config, place: Path | str):
+    """ValueError if a folder's or URL's manifest belongs to other settings, or to files that have changed."""
+    if other := other_settings(manifest["settings"], config, manifest.get("skipped", {})):
+        raise ValueError(f"{place} has shards made with other settings ({other}): choose another folder")
+    documents = local_documents(config, manifest["revision"], quiet=True)
+    if documents and documents.revision != manifest["revision"]:
+        changed = describe_changes(place, documents.sources) if isinstance(place, Path) else ""
+        raise ValueError(f"the files changed since {place} was made from them{changed}: choose another folder")
 
 
 def own_manifest(folder: Path) -> dict:

@@ -19,24 +19,31 @@ from common.files import naming, sha256
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
 ATOMIC = {*PACKAGES, "abfss", "oss", "oci", "memory"}  # an object appears there in one piece, or not at all
+CONNECTIONS = {"config_kwargs": {"max_pool_connections": 64}}  # s3fs has 10, too few for ranges()
 PART = 50 * 2**20  # bytes in s3fs's part of a large upload
 
 
-def url_error(url: str) -> str:
+def is_url(place: str | Path) -> bool:
+    """Whether this is meant as a URL: s3:/bucket too, but not C:/folder."""
+    return re.match("[a-z][a-z0-9+.-]+:/", str(place)) is not None
+
+
+def url_error(url: str, flag: str) -> str:
     """Says why this can't be a remote folder. Returns '' if it can."""
     if "::" in url or not re.match(r"[a-z][a-z0-9+.-]*://.", url):
-        return "--remote needs a URL such as s3://bucket/run or file:///mnt/disk/run"
+        return f"{flag} needs a URL such as s3://bucket/folder or file:///mnt/disk/folder"
     parts = urlsplit(url)
     if ":" in parts.netloc.rpartition("@")[0] or parts.query:
-        return f"--remote {parts.scheme}://… contains credentials, and run.json would record them: set them in the environment instead"
+        return f"{flag} {parts.scheme}://… contains credentials, and files would record them: set them in the environment instead"
     return ""
 
 
 class Remote:
-    """A remote folder. Its methods raise one ValueError that names the URL and a remedy: cli.TryAgain if the error may pass."""
+    """A remote folder. Its methods raise one ValueError that names the URL and a remedy: cli.TryAgain if the error may pass.
+    flag: the one that has the URL."""
 
-    def __init__(self, url: str):
-        if error := url_error(url):
+    def __init__(self, url: str, flag: str = "--remote"):
+        if error := url_error(url, flag):
             raise ValueError(error)
         self.url, self.hashes, self.temporary = url.rstrip("/"), True, f".{secrets.token_hex(4)}.tmp"
         scheme = urlsplit(url).scheme
@@ -45,10 +52,11 @@ class Remote:
             import fsspec
 
             with self.explained():
-                self.fs, self.root = fsspec.url_to_fs(self.url, use_listings_cache=False, skip_instance_cache=True)
+                more = CONNECTIONS if scheme in ("s3", "s3a") else {}
+                self.fs, self.root = fsspec.url_to_fs(self.url, use_listings_cache=False, skip_instance_cache=True, **more)
         except ImportError as e:
             package = f"fsspec {PACKAGES.get(scheme, '')}".strip()
-            raise ValueError(f"--remote {self.url} needs a package that is missing ({e}): pip install {package}") from None
+            raise ValueError(f"{flag} {self.url} needs a package that is missing ({e}): pip install {package}") from None
 
     def place(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}".rstrip("/")
@@ -105,6 +113,12 @@ class Remote:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+
+    def ranges(self, parts: list[tuple[str, int, int]]) -> list[bytes]:
+        """Returns parts of files, all requested at once. Each part: a name, the first byte, and the one after the last."""
+        names, starts, ends = zip(*parts, strict=True)
+        with self.explained():
+            return self.fs.cat_ranges([self.place(name) for name in names], list(starts), list(ends), on_error="raise")
 
     def list(self, folder: str = "") -> dict[str, int | None]:
         """Returns the names in a folder below this one, each with its size; None for a folder. {} if there is no such folder."""
@@ -165,7 +179,7 @@ def explain(url: str, e: Exception) -> ValueError:
     if isinstance(e, PermissionError) or re.search("credential|unauthorized|forbidden|access ?denied", text, re.I):
         return ValueError(f"{url} refuses access ({text}): check your credentials for it and their rights")
     if (isinstance(e, FileNotFoundError) and "upload" not in text) or "Protocol not known" in text:
-        return ValueError(f"{url} can't be written ({text}): create the bucket, or check the URL")
+        return ValueError(f"{url} can't be used ({text}): create the bucket, or check the URL")
     return cli.TryAgain(f"{url} failed ({text}): check the network and the store")
 
 

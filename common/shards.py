@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -91,18 +92,25 @@ def inspect_shard(folder: Path, entry: dict) -> Shard:
     path = folder / entry["file"]
     try:
         with naming(path), open(path, "rb") as file:
-            status, read_header = os.fstat(file.fileno()), bin_header if path.suffix == ".bin" else npy_header
-            offset, tokens = read_header(file, path)
+            status = os.fstat(file.fileno())
+            offset = first_token(file, path, status.st_size, entry)
     except FileNotFoundError:
         raise ValueError(f"shard {path} is missing: copy it back, or {MAKE_AGAIN}") from None
-    if status.st_size != offset + 2 * tokens:
-        raise damaged(path, f"its header promises {offset + 2 * tokens:,} bytes, it has {status.st_size:,}")
+    return Shard(path, offset, (status.st_size - offset) // 2, (status.st_ino, status.st_mtime_ns))
+
+
+def first_token(file, path: Path | str, size: int, entry: dict) -> int:
+    """Returns the offset of a shard's first token, in bytes. file: begins like the shard. path: for messages. ValueError if its header,
+    its size in bytes or a manifest's entry contradict each other."""
+    offset, tokens = (bin_header if str(path).endswith(".bin") else npy_header)(file, path)
+    if size != offset + 2 * tokens:
+        raise damaged(path, f"its header promises {offset + 2 * tokens:,} bytes, it has {size:,}")
     if tokens != entry.get("tokens", tokens):
         raise ValueError(f"shard {path} has {tokens:,} tokens, the manifest says {entry['tokens']:,}: {REMEDY}")
-    return Shard(path, offset, tokens, (status.st_ino, status.st_mtime_ns))
+    return offset
 
 
-def damaged(path: Path, why: str) -> ValueError:
+def damaged(path: Path | str, why: str) -> ValueError:
     return ValueError(f"shard {path} is damaged ({why}): {REMEDY}")
 
 
@@ -175,6 +183,22 @@ class Shards:
     tokenizer: str = "gpt2"
     vocab_size: int = 50257
     entries: list[dict] = field(default_factory=list)  # file; tokens and sha256 too if a manifest has them
+
+    def open(self, split: str) -> list[Shard]:
+        """Returns the shards of 'train' or 'val', in order. ValueError and OSError as inspect_shard."""
+        return [inspect_shard(self.folder, entry) for entry in self.split(split)]
+
+    def read(self, spans: list[tuple[Shard, int, int]]) -> list[np.ndarray]:
+        """Returns the tokens of each span (shard, first token, count) as uint16."""
+        return [shard.read(start, count) for shard, start, count in spans]
+
+    def prepare(self, verify: bool):
+        """Makes the shards ready on this host, or raises a ValueError. verify: read them all, see verify_shards."""
+        if verify:
+            verify_shards(self)
+
+    def fetch_ahead(self, needed: list[int]):
+        """Begins to fetch what this host lacks of these train shards. Here it has them all."""
 
     def split(self, name: str) -> list[dict]:
         """Returns the entries of 'train' or 'val', in order."""
@@ -258,9 +282,12 @@ def no_shard(shards: Shards, split: str) -> str:
 
 def read_manifest(folder: Path) -> dict:
     """Reads a folder's manifest.json. ValueError if it is damaged."""
-    path = folder / MANIFEST
     remedy = f"restore it from a copy, or {MAKE_AGAIN}"
-    manifest = read_json(path, remedy)
+    return checked_manifest(read_json(folder / MANIFEST, remedy), folder / MANIFEST, remedy)
+
+
+def checked_manifest(manifest: dict, path: Path | str, remedy: str) -> dict:
+    """Returns a manifest. ValueError if it is damaged. path, remedy: for the message."""
     kinds = {"tokenizer": str, "vocab_size": int, "source": str, "revision": str, "settings": dict, "skipped": dict}
     wrong = [name for name, kind in kinds.items() if name in manifest and not has_type(manifest[name], kind)]
     wrong += sorted({"tokenizer", "vocab_size"} - manifest.keys())
@@ -313,18 +340,22 @@ def repeated(folder: Path, first: str, second: str) -> str:
 def verify_shards(shards: Shards):
     """Reads every shard and checks its sha256 and its ids. Without a manifest, it fills in each entry's sha256 instead.
     ValueError names the first bad shard."""
+    for_each(shards.entries, lambda entry: verify_shard(shards.folder, entry, shards.vocab_size), "verifying shards")
 
-    def check(entry):
-        shard = inspect_shard(shards.folder, entry)
-        found, largest = checksum(shard)
-        if entry.setdefault("sha256", found) != found:
-            raise damaged(shard.path, "its sha256 is not the manifest's")
-        check_id(largest, shards.vocab_size, shard.path)
 
-    entries = shards.entries
+def verify_shard(folder: Path, entry: dict, vocab_size: int):
+    """verify_shards, for one entry."""
+    shard = inspect_shard(folder, entry)
+    found, largest = checksum(shard)
+    if entry.setdefault("sha256", found) != found:
+        raise damaged(shard.path, "its sha256 is not the manifest's")
+    check_id(largest, vocab_size, shard.path)
+
+
+def for_each(entries: list[dict], work: Callable[[dict], None], what: str):
+    """Calls work on each entry, in eight threads, with a bar if there are many. Raises the first error."""
     with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
-        checks = pool.map(check, entries)
-        list(cli.bar(checks, desc="verifying shards", total=len(entries), unit="shard", disable=len(entries) < 10))
+        list(cli.bar(pool.map(work, entries), desc=what, total=len(entries), unit="shard", disable=len(entries) < 10))
 
 
 def checksum(shard: Shard) -> tuple[str, int]:

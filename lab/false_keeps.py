@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from common import cli
+from common.bucket_shards import open_shards
 from common.distributed import DistContext
 from common.files import read_json, write_json
-from common.shards import find_shards
 from common.validation import raise_errors
 from lab.judge import FIRST_LOOK, judge, looks_until, power, scipy_stats, seeds_needed
 from lab.runs import split
@@ -66,7 +66,7 @@ class FalseKeepsConfig:
 def train_once(config: TrainConfig) -> float:
     """Trains a model as train.py does, without a log or a folder. Returns its validation loss, in nats per token."""
     torch.manual_seed(config.seed)
-    shards = find_shards(config.data_dir)
+    shards = open_shards(config.data_dir)
     config.model.vocab_size = shards.vocab_size
     trainer = Trainer(config, DistContext(torch.device("cpu")), build(config.model), shards, compiled=False)
     for step in range(config.max_steps):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import checkpoint
 from common import picture
-from common.shards import find_shards
+from common.bucket_shards import open_shards
 from common.tables import table
 from dataloader import TokenStream
 from lab.runs import folder_of
@@ -54,7 +54,7 @@ def extrapolate(out_dir: str, data_dir: str, seeds: list[int], times: int = 4, s
         losses = []
         for seed in seeds:
             model = stretched(folder_of(out_dir, name, seed), times, scaling)
-            stream = TokenStream(find_shards(data_dir), "val", model.config.seq_len, shuffle=False)
+            stream = TokenStream(open_shards(data_dir), "val", model.config.seq_len, shuffle=False)
             losses.append(loss_by_position(model, stream, sequences))
         curves.append({"variant": name if scaling == "none" else f"{name}, {scaling}", "loss": torch.stack(losses).mean(0).tolist()})
     return curves

@@ -12,10 +12,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from common import cli
+from common.bucket_shards import open_shards
 from common.device import can_compile, pick_device
 from common.distributed import DistContext
 from common.logs import read_metrics
-from common.shards import differences, find_shards
+from common.shards import differences
 from common.tokenizer import get_tokenizer
 from lab.runs import last_checkpoint
 from ops.kv_cache import KVCache
@@ -53,7 +54,7 @@ def bytes_per_token(folder: Path) -> float | None:
     shards or the vocabulary are not at hand."""
     config = read_run(folder)
     try:
-        shards = find_shards(config.data_dir)
+        shards = open_shards(config.data_dir)
         if differences(read_run_json(folder / RUN)["data"], shards.contents()):
             return None
         return validated_bytes(config.data_dir, config.model.seq_len, config.val_tokens)
@@ -64,7 +65,7 @@ def bytes_per_token(folder: Path) -> float | None:
 @cache
 def validated_bytes(data_dir: str, seq_len: int, val_tokens: int) -> float | None:
     """Returns the bytes per token of the targets that train.py validates on."""
-    shards = find_shards(data_dir)
+    shards = open_shards(data_dir)
     tokenizer, counts = get_tokenizer(shards.tokenizer), np.zeros(2**16, np.int64)
     rows, total = rows_of_shards(shards, seq_len, val_tokens)
     for ids, _ in rows:
@@ -83,7 +84,7 @@ def speeds_in_turns(folders: list[Path], steps: int, turn: int = 5) -> list[floa
         config = read_run(folder)
         device = pick_device(config.device)
         compiled, teacher = config.compile and can_compile(device), load_teacher(config) if config.teacher else None
-        trainers.append(Trainer(config, DistContext(device), build(config.model), find_shards(config.data_dir), compiled, teacher))
+        trainers.append(Trainer(config, DistContext(device), build(config.model), open_shards(config.data_dir), compiled, teacher))
     torch._dynamo.config.recompile_limit = 10**6  # every variant compiles its own code
     turns = range(0, turn + steps, turn)  # the first turn compiles and does not count
     for start in cli.bar(turns, desc="steps in turns", unit="turn"):

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import checkpoint
+from common.bucket_shards import open_shards
 from common.run_folder import without_seed
-from common.shards import differences, find_shards
+from common.shards import differences
 from training.config import TrainConfig
 from training.run_json import RUN, changed_files, other_code, read_run, read_run_json
 
@@ -24,7 +25,7 @@ def code_notes(folders: list[Path], reference: dict) -> list[str]:
 def data_notes(folders: list[Path]) -> list[str]:
     """Names the runs in these folders whose shards or --init-from have changed since, or whose shards differ from an earlier run's in
     the same --data-dir."""
-    contents, weights, first, notes = cache(lambda data_dir: find_shards(data_dir).contents()), cache(checkpoint.fingerprint), {}, []
+    contents, weights, first, notes = cache(lambda data_dir: open_shards(data_dir).contents()), cache(checkpoint.fingerprint), {}, []
     for folder in recorded(folders):
         config, run = read_run(folder), read_run_json(folder / RUN)
         data_dir, data = config.data_dir, run["data"]

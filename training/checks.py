@@ -14,7 +14,7 @@ import torch
 import checkpoint
 from common import cli, device
 from common.distributed import DistContext
-from common.shards import Shards, differences, verify_shards
+from common.shards import Shards, differences
 from common.tokenizer import VOCAB_SIZES
 from common.validation import from_dict, raise_errors
 from ops import choice
@@ -31,8 +31,7 @@ from variants import VariantConfig, build_on_meta
 
 def check_data(config: TrainConfig, shards: Shards) -> Shards:
     """Returns the shards. ValueError if one is damaged or, on resume, differs from those at the run's start."""
-    if config.verify_shards:
-        verify_shards(shards)
+    shards.prepare(config.verify_shards)
     if config.resume:
         before = read_run_json(Path(config.out_dir, RUN))["data"]
         if changed := differences(before, shards.contents()):
@@ -51,8 +50,9 @@ def check_host(config: TrainConfig, world: DistContext, shards: Shards):
         return
     try:
         shards.contents()
-        if config.verify_shards:
-            verify_shards(shards)
+        shards.prepare(config.verify_shards)
+    except cli.TryAgain:
+        raise
     except (ValueError, FileNotFoundError) as e:
         raise ValueError(f"{platform.node()} needs the same shards in its --data-dir as the others: {e}") from e
     except OSError as e:

@@ -27,7 +27,8 @@ class Main:
     ] = "gpt2"
     """Sets the defaults of all other flags. A flag you pass overrides it."""
     data_dir: str = "edu_fineweb10B"
-    """Folder of shards: from fineweb.py or build-nanogpt, or llm.c's .bin files."""
+    """Folder of shards: from fineweb.py or build-nanogpt, or llm.c's .bin files. Or a URL that fineweb.py has filled: s3://bucket/shards.
+    Copies go to shard_copies (or to $SHARD_COPIES) while training runs."""
     out_dir: str = "log"
     """Folder for the run's log, metrics, checkpoints and plot."""
     resume: bool = False
