@@ -42,7 +42,7 @@ SMALL = (  # the first pattern that a command matches says what is added to it
     (r"export.py", ""),
     (r"lm_eval", "--device cpu"),
     (r"app.py", f"& {VISIT} http://127.0.0.1:7860; seen=$?; kill $!; exit $seen"),
-    (r"--preset quickstart --data-dir (mine_bytes|play)", "--max-steps 20"),
+    (r"--preset quickstart --data-dir (mine_bytes|play|file://)", "--max-steps 20"),
     (r"--preset quickstart|log/quickstart|plot_log|pytest|pip install|jupyter", ""),
     (r"--rehearse", f"{SHAPE} {STEPS} --out-dir log/rehearsed"),  # log holds a run by then
     (r"train.py.*--resume", "--max-steps 12"),
