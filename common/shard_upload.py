@@ -60,6 +60,7 @@ class Upload:
             raise ValueError(f"{place} has shards that this command did not make: {ELSEWHERE}")
         else:
             self.send_progress()  # a bucket that refuses says so before the work
+        cli.say(f"making shards in {self.folder}, sending them to {place}")
         threading.Thread(target=self.send_all, name="--out-dir: upload", daemon=True).start()
         return False
 

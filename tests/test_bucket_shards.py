@@ -21,7 +21,7 @@ import fineweb
 from common import bucket_shards, cli, shard_upload
 from common.bucket_shards import BucketShards, Download, Failing, open_shards
 from common.files import read_json, write_json
-from common.remote import Remote
+from common.remote import Remote, is_url
 from common.shards import MANIFEST, PROGRESS, find_shards
 from dataloader import TokenStream
 from training.trainer import Trainer
@@ -177,6 +177,11 @@ def test_ordered_run_downloads_from_its_position(url, copies, tmp_path):
     wait_until(lambda: copied(copies) == [f"tiny_train_00000{i}.npy" for i in (1, 2, 3)] + ["tiny_val_000000.npy"])
 
 
+def test_urls_are_told_from_folders():
+    assert all(map(is_url, ("s3://bucket/shards", "s3:/bucket/shards", "memory://x", "file:///x")))
+    assert not any(map(is_url, ("edu_fineweb10B", "C:/shards", "./a:b", Path("s3"), "/mnt/x://y")))
+
+
 # ---- damage ----
 
 
@@ -306,7 +311,7 @@ def test_other_shards_get_other_copies(url, copies, tmp_path):
 
 
 def test_killed_download_leaves_nothing_half(url, local, copies, tmp_path):
-    for number in random.Random(0).sample(range(1, 30), 4):
+    for number in random.Random(0).sample(range(1, 30), 2):
         how = {"first": partial(kill_at_write, copies, number), bucket_shards.COPIES: copies}
         result = forked(tmp_path, "train", *TINY, "--data-dir", url, "--out-dir", tmp_path / "run", **how)
         assert result.returncode in (0, -signal.SIGKILL), result.stderr
@@ -456,7 +461,7 @@ def test_uploaded_shards_equal_those_of_a_folder(bucket, made, tmp_path, monkeyp
 @pytest.mark.parametrize("wipe", [False, True], ids=["folder kept", "folder wiped"])
 def test_killed_upload_continues(made, tmp_path, monkeypatch, wipe):
     monkeypatch.chdir(tmp_path)
-    for number in random.Random(1).sample(range(5, 60), 4):
+    for number in random.Random(1).sample(range(5, 60), 2):
         kill = partial(kill_at_write, tmp_path, number)
         result = forked(tmp_path, "fineweb", *STDLIB, "--out-dir", f"file://{tmp_path}/up/std", first=kill)
         assert result.returncode in (0, -signal.SIGKILL), result.stderr
