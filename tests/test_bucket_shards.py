@@ -137,7 +137,7 @@ def count_gets(file: Path):
     def counted(self, name, path):
         with open(file, "a") as log:
             log.write(f"{name}\n")
-        time.sleep(0.05)
+        time.sleep(1)  # so that two launches meet
         get(self, name, path)
 
     Remote.get = counted
@@ -153,19 +153,22 @@ def test_two_launches_share_the_copies(url, local, copies, tmp_path):
         assert launch.wait().returncode == 0
         assert_same(run, local)
     names = (tmp_path / "gets").read_text().split()
-    assert names.count("tiny_val_000000.npy") == 1
+    assert len(names) == len(set(names))
 
 
-def test_needed_shards_are_those_that_are_read(data):
-    shards = find_shards(data)
-    for shuffle in (False, True):
-        stream = TokenStream(shards, "train", 32, shuffle)
-        n = stream.sequences_per_epoch
-        for first in range(0, 2 * n, 17):
-            for end in (first, first + 1, first + 40, first + n, first + 2 * n):
-                read = [stream.locate(stream.sequence_at(p) * 32 + i)[0] for p in range(first, end) for i in (0, 32)]
-                needed = stream.needed(first, end)
-                assert set(read) <= set(needed) and (shuffle or list(dict.fromkeys(read)) == needed or 1 in set(needed) - set(read))
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_needed_shards_are_those_that_are_read(data, shuffle):
+    stream = TokenStream(find_shards(data), "train", 32, shuffle)
+    n = stream.sequences_per_epoch
+    for first in range(0, 2 * n, 17):
+        for end in (first, first + 1, first + 40, first + n, first + 2 * n):
+            read = [stream.locate(stream.sequence_at(p) * 32 + i)[0] for p in range(first, end) for i in (0, 16, 32)]
+            needed = stream.needed(first, end)
+            assert set(read) <= set(needed) and len(needed) == len(set(needed))
+            if not shuffle and first % n + end - first <= n:  # within an epoch, in this order; a sequence may cross the short shard 1
+                assert [i for i in needed if i != 1] == [i for i in dict.fromkeys(read) if i != 1]
+            elif not shuffle:
+                assert needed[0] == read[0]
 
 
 def test_ordered_run_downloads_from_its_position(url, copies, tmp_path):
