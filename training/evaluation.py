@@ -1,7 +1,6 @@
 """Validation, HellaSwag, other tasks and samples during a run."""
 
 import shlex
-import textwrap
 from collections.abc import Callable
 
 import torch
@@ -118,7 +117,7 @@ class Evaluation:
             texts = sample_texts(self.trainer.evaluated, self.tokenizer, prompt, 4, length, seed)
         texts = list(map(cli.printable, texts))
         untrained = step == 0 and not self.config.init_from  # it writes noise: a glimpse is enough
-        for text in [textwrap.shorten(texts[0], 60, placeholder=" …")] if untrained else texts:
+        for text in [f"{' '.join(texts[0].split())[:60]} …"] if untrained else texts:
             self.log.result(f"step {step}: sample: {text}")
         titles = (f"---- step {step}, sample {number} of {len(texts)} ----" for number in range(1, len(texts) + 1))
         shown = "".join(f"{title}\n{text}\n\n" for title, text in zip(titles, texts, strict=True))
