@@ -1,6 +1,7 @@
 """Damages files at random: each must end in one line or load. No traceback, no huge allocation, no advice to delete anything.
 
-The fast tests take 50 damages of each format, the slow ones 2,000. Each runs in a process of its own, which measures its memory.
+The fast tests take 50 damages of each format, the slow ones 250 (2,000 with THOROUGH=1). Each runs in a process of its own, which
+measures its memory.
 """
 
 import contextlib
@@ -302,7 +303,7 @@ FORMATS: dict[str, tuple[Callable, str, Callable, Callable]] = {
 }
 
 ONLY_SLOW = ("lambada", "bundle", "core.yaml", "core.csv")
-SLOW = [pytest.param(name, 2000 if THOROUGH else 500, marks=pytest.mark.slow) for name in FORMATS]
+SLOW = [pytest.param(name, 2000 if THOROUGH else 250, marks=pytest.mark.slow) for name in FORMATS]
 
 # ---- the check ----
 
