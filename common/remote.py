@@ -70,7 +70,7 @@ class Remote:
                 self.fs.makedirs(place.rpartition("/")[0], exist_ok=True)
             if isinstance(source, bytes):
                 self.fs.pipe_file(target, source)
-            elif self.atomic and self.has(source, place):  # from an earlier try whose answer came too late
+            elif self.atomic and has_arrived(self, source, place):
                 return
             else:
                 self.fs.put_file(str(source), target)
@@ -78,12 +78,6 @@ class Remote:
                 self.fs.mv(target, place)
             if verify:
                 self.verify(source, place)
-
-    def has(self, source: Path, place: str) -> bool:
-        with suppress(Exception):
-            self.verify(source, place)
-            return True
-        return False
 
     def verify(self, source: Path | bytes, place: str):
         """Compares what has arrived: its size, and its hash if the store tells one."""
@@ -157,6 +151,14 @@ class Remote:
             if ours(e):
                 raise
             raise explain(self.url, e) from None
+
+
+def has_arrived(remote: Remote, source: Path, place: str) -> bool:
+    """Whether a file is there already, from an earlier try whose answer came too late."""
+    with suppress(Exception):
+        remote.verify(source, place)
+        return True
+    return False
 
 
 def hash_differs(source: Path | bytes, info: dict) -> bool:

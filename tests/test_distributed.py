@@ -21,6 +21,7 @@ import checkpoint
 import train
 from common import distributed
 from common.distributed import DistContext, Launch, PeerLost
+from common.shards import find_shards
 from dataloader import TokenStream
 from training import trainer
 
@@ -250,7 +251,7 @@ def test_block_is_one_graph_inside_ddp(shards, tmp_path):
 @pytest.fixture
 def tiny(shards):
     config = train.flags.parse_config([*TINY, "--data-dir", str(shards), "--max-steps", "3"])
-    return trainer.Trainer(config, DistContext(torch.device("cpu")), train.variants.build(config.model), train.find_shards(shards), False)
+    return trainer.Trainer(config, DistContext(torch.device("cpu")), train.variants.build(config.model), find_shards(shards), False)
 
 
 def test_next_batch_is_read_before_the_sync(tiny, monkeypatch):

@@ -402,7 +402,7 @@ def seconds_since_start() -> float:
     """Returns the seconds since this process or its torchrun began; 0.0 if the system doesn't tell."""
     pid = os.getppid() if run_json.torchrun_id() else os.getpid()
     try:
-        began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        began = int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - began
     except (OSError, ValueError, IndexError, AttributeError):
         return 0.0
