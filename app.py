@@ -204,11 +204,12 @@ HINT = (
 )
 NONE = "none"
 CSS = """
-.text { white-space: pre-wrap; font-family: monospace; font-size: 15px; line-height: 1.5; overflow-wrap: anywhere; min-height: 8em; }
+.text { position: relative; min-height: 8em; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; font-family: monospace; font-size: 15px; line-height: 1.5; }
 .text span { background: color-mix(in srgb, orange calc((1 - var(--p)) * 70%), transparent); border-radius: 3px; }
-.text span:focus { outline: 2px solid orange; }
+.text span:focus { outline: 2px solid #9a4a00; }
 .text span:focus::after {
-  content: attr(title); position: fixed; left: 0; bottom: 0; z-index: 1000; padding: 8px 12px; white-space: pre; font-size: 14px;
+  content: attr(title); position: absolute; left: 0; margin-top: 1.7em; z-index: 1000; padding: 8px 12px; white-space: pre; font-size: 14px;
   color: var(--body-text-color); background: var(--background-fill-primary); border: 1px solid orange;
 }
 .status { color: gray; min-height: 1.5em; }

@@ -215,7 +215,7 @@ def label(axes: dict, x: str, first: str):
     titles = {
         "loss": ("Loss", "cross entropy, nats per token"),
         "gap": (f"Difference from {first}: below 0 is better", "nats per token"),
-        "hella": ("HellaSwag, completion style: accuracy", "acc_norm"),
+        "hella": ("HellaSwag, completion style: accuracy", "acc_norm: normalised by length"),
     }
     for name, panel in axes.items():
         title, unit = titles.get(name) or (UNITS[name].capitalize(), UNITS[name])

@@ -85,7 +85,7 @@ def fit_late(axes, curves: list[tuple], start: float | None = None):
     margin = 0.1 * (max(values) - min(values)) or 0.01
     axes.set_ylim(min(values) - margin, max(values) + margin)
     axes.locator_params("y", nbins=7, steps=[1, 2, 5, 10])
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:+.3g}" if y else "0")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:+.3g}".replace("-", "−") if y else "0")
 
 
 def legend_below(where, handles=()):

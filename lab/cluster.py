@@ -68,6 +68,8 @@ def draw(curves: dict[str, dict[int, Step]], gpu: str, out: Path):
     title = f"Calculated: how much of each {gpu}'s time goes into training"
     with picture.picture(out, picture.WIDTH, 1.2 + 2.8 * rows, title) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        for first in grid[:, 0]:
+            first.set_ylabel("share of the time")
         for axes, preset in zip(grid.flat, presets, strict=False):
             for name, steps in curves.items():
                 if name.split(",")[0] == preset:
@@ -75,7 +77,7 @@ def draw(curves: dict[str, dict[int, Step]], gpu: str, out: Path):
                     how = picture.look(shard) | {"linestyle": "--" if weak else "-", "marker": "s" if shard else "o", "markersize": 3.5}
                     label = f"{'FSDP' if shard else 'DDP'}, {'batch grows with the GPUs' if weak else 'batch of fixed size'}"
                     axes.plot(steps.keys(), [step.efficiency for step in steps.values()], label=label, **how)
-            axes.axhline(0.9, color=picture.GREY, linewidth=1, linestyle=":", label="90 %")
+            axes.axhline(0.9, color=picture.GREY, linewidth=1, linestyle=":", label="90 % of the time")
             axes.set(title=preset, xscale="log", xlabel="GPUs", ylim=(0, 1.02))
             axes.set_xticks(COUNTS[::3], [f"{count:,}" for count in COUNTS[::3]])
             axes.minorticks_off()

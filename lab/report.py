@@ -187,7 +187,8 @@ def draw(runs: dict[str, dict[int, dict]], looks: Sequence[int], out: Path):
         axes = figure.subplot_mosaic(panels, height_ratios=[3.6, rows] if several else [1])
         draw_forest(axes["final"], final, level)
         axes["final"].axvline(0, color=GREY, linewidth=1)
-        axes["final"].set(title=f"Difference from {label_of(first_name, 24)}, 95 % interval", xlabel="nats per token; left of 0 is better")
+        title = f"Difference from {label_of(first_name, 24)}, 95 % interval{' of the mean, at the end; dots are seeds' * several}"
+        axes["final"].set(title=title, xlabel="nats per token; left of 0 is better")
         if several:
             draw_curves(axes, runs, against, level)
             legend_below(figure)
@@ -211,7 +212,7 @@ def draw_curves(axes: dict, runs: dict[str, dict[int, dict]], against: dict[str,
     fit_late(axes["gaps"], gaps)
     titles = {
         "losses": "Validation loss, mean over seeds, 95 % band",
-        "gaps": f"Difference from {label_of(first_name, 24)}: below 0 is better",
+        "gaps": f"Difference from {label_of(first_name, 24)}, 95 % band: below 0 is better",
     }
     for name, title in titles.items():
         axes[name].set(title=title, xlabel="training tokens", ylabel="nats per token")
@@ -230,7 +231,7 @@ def title_of(runs: dict[str, dict[int, dict]]) -> str:
 def draw_forest(axes, values: dict[str, list[float]], level: float):
     """Draws a row for each name, from the top down: its values as faint dots, and their mean with its interval."""
     for i, each in enumerate(values.values()):
-        axes.plot(each, [-i] * len(each), "o", color=COLORS[i % len(COLORS)], alpha=0.35, markersize=4)
+        axes.plot(each, [-i] * len(each), "o", color=COLORS[i % len(COLORS)], alpha=0.6, markersize=5)
         if each:
             mean, half = band([[value] for value in each], level)
             axes.errorbar(mean, [-i], xerr=half, color=COLORS[i % len(COLORS)], fmt="D", markersize=5, capsize=3)

@@ -418,10 +418,11 @@ def show_fit(found: dict, markdown: bool = False) -> str:
 
 def plot_fit(found: dict, out: Path):
     """Plots loss over compute (left: a curve per size, and the lowest loss) and the best size beside published laws (right)."""
-    law, rows = Law(**found["law"]), found["points"] + found["held_out"]
+    law, rows, held_out = Law(**found["law"]), found["points"] + found["held_out"], len(found["held_out"])
     flops, params, tokens, loss = np.array([[6 * n * d, n, d, loss] for _, n, d, loss, _ in rows]).T
     near, far = np.geomspace(flops.min() / 2, flops.max() * 2), np.geomspace(flops.min() / 2, max(1e24, flops.max()))
-    title = f"A law fitted to {len(found['points'])} runs: {between(params)} parameters, {between(tokens)} tokens"
+    fitted = slice(len(found["points"]))
+    title = f"A law fitted to {len(found['points'])} runs: {between(params[fitted])} parameters, {between(tokens[fitted])} tokens"
     with picture.picture(out, picture.WIDTH, 5.4, title) as figure:
         losses, sizes = figure.subplots(1, 2)
         few = len(set(params)) <= 10
@@ -431,21 +432,22 @@ def plot_fit(found: dict, out: Path):
             losses.plot(flops[params == n], loss[params == n], "o", color=picture.look(number)["color"], markersize=4)
         if not few:
             losses.plot(flops, loss, ".", color=picture.GREY, label="runs")
-        if found["held_out"]:
-            last = len(found["held_out"])
-            losses.plot(flops[-last:], loss[-last:], "k*", markersize=12, label="held out of the fit")
         losses.plot(near, [law.loss(*law.best(c)) for c in near], color=picture.GREY, linewidth=3, zorder=1, label="lowest: the best size")
         losses.set(xscale="log", yscale="log", ylabel="validation loss, nats per token", title="Loss: dots are runs, lines the law")
         picture.log_axis(losses.yaxis)
         for number, (name, published) in enumerate(PUBLISHED.items()):
-            sizes.plot(far, [published.best(c)[0] for c in far], **picture.look(number), label=f"{name.capitalize()} et al.")
-        sizes.plot(near, [law.best(c)[0] for c in near], "k-", linewidth=2.5, label="this law, near the runs")
-        sizes.plot(far, [law.best(c)[0] for c in far], "k:", label="this law, beyond them")
+            sizes.plot(far, [published.best(c)[0] for c in far], **picture.look(number + 3), label=f"{name.capitalize()} et al.")
+        best = np.array([law.best(c)[0] for c in far])
+        inside = (best >= params.min()) & (best <= params.max())
+        sizes.plot(far[inside], best[inside], "k-", linewidth=2.5, label="this law, at sizes of the runs")
+        sizes.plot(far, best, "k:", label="this law, beyond them")
         sizes.plot(flops, params, "o", color=picture.GREY, markersize=4, label="runs")
         sizes.set(xscale="log", yscale="log", ylabel="parameters", title="Best size for each compute")
         picture.number_axis(sizes.yaxis)
-        for axes in (losses, sizes):
-            axes.set_xlabel("floating point operations, 6 N D")
+        for axes, values in ((losses, loss), (sizes, params)):
+            if held_out:
+                axes.plot(flops[-held_out:], values[-held_out:], "k*", markersize=12, label="held out of the fit")
+            axes.set_xlabel("compute in FLOPs: 6 × parameters × tokens")
             picture.legend_below(axes)
 
 

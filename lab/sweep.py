@@ -414,9 +414,8 @@ def plot(rows: list[dict], space: dict[str, Choice | Range], out: Path):
             axes.plot(at[1], [best["val_loss"]], "*", color=picture.COLORS[1], markersize=14, label="lowest loss")
             if others:
                 top = axes.get_xaxis_transform()  # y from 0 to 1
-                axes.plot(
-                    at[2], [1.0] * len(others), "x", color=picture.GREY, transform=top, clip_on=False, label="pruned or failed: no loss"
-                )
+                how = dict(color=picture.GREY, transform=top, clip_on=False, label="pruned or failed: no loss")
+                axes.plot(at[2], [1.05] * len(others), "x", **how)
             label_flag(axes, name, values)
         for unused in grid.flat[len(space) :]:
             unused.remove()
