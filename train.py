@@ -207,9 +207,9 @@ def launch():
         if given.plan:
             print(report(flags.parse_config()))
             return
+        raise_errors(cli.at_least(0.01, given, "timeout_minutes") + cli.at_most(10**6, given, "timeout_minutes"))
         if given.rehearse:
             sys.exit(rehearse(given, find_data, set_up))
-        raise_errors(cli.at_least(0.01, given, "timeout_minutes") + cli.at_most(10**6, given, "timeout_minutes"))
         try:
             with ExitStack() as stack:
                 folder = RunFolder(Path(given.out_dir))

@@ -26,12 +26,24 @@ from common import cli
 from common.files import parse_json, replace
 from common.locks import lock_folder
 from common.remote import Remote, is_url
-from common.shards import MANIFEST, PROGRESS, Shards, checked_manifest, find_shards, first_token, for_each, inspect_shard, verify_shard
+from common.shards import (
+    MANIFEST,
+    PROGRESS,
+    Shard,
+    Shards,
+    checked_manifest,
+    find_shards,
+    first_token,
+    for_each,
+    inspect_shard,
+    verify_shard,
+)
 
 COPIES = "SHARD_COPIES"  # the variable that says where the folder of copies is
 AT_ONCE = 4  # downloads
 HEADER = 1024  # bytes that hold any header
-PATIENCE = 600.0  # seconds that a step waits for a bucket that fails
+PATIENCE = 600.0  # seconds that the start waits for a bucket that fails
+STEP_PATIENCE = 480.0  # that a step waits for it: less than --timeout-minutes
 PAUSES = 1.0, 30.0  # seconds between two tries: first, and at most
 UPLOAD = "run the fineweb.py command that filled it again, or upload the folder again"
 WRONG = "delete the checkpoints that this launch saved, then resume"
@@ -91,6 +103,7 @@ class BucketShards(Shards):
     copies: dict = field(default_factory=dict)  # file → Shard, once this process has found the copy
     unverified: dict = field(default_factory=dict)  # file → [(first token, count, checksum)] that this process read in the bucket
     download: "Download | None" = None
+    failing: "Failing | None" = None  # while reading
 
     def inspect(self):
         """Adds size and offset to each entry. ValueError if a shard is missing or damaged."""
@@ -140,6 +153,9 @@ class BucketShards(Shards):
         cli.say(f"copies of the shards in {self.url} are in {self.folder}{todo if lacking else ''}")
         self.download = Download(self, lacking)
 
+    def missing_bytes(self) -> int:
+        return sum(entry["bytes"] for entry in self.entries if not (self.folder / entry["file"]).exists())
+
     def lacking(self, entries: list[dict]) -> list[dict]:
         """Returns those of the shards that have no copy yet. OSError if the disk has too little room for them."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +168,7 @@ class BucketShards(Shards):
 
     def fetch(self, entry: dict):
         """Downloads a shard, unless its copy is here. Only one process of this host does, the others wait. Damaged if the bytes are
-        wrong three times; TryAgain if the bucket fails; OSError if this disk does."""
+        wrong three times; another ValueError if the bucket fails or refuses; OSError if this disk fails."""
         path, problem = self.folder / entry["file"], ""
         if path.exists():
             return
@@ -160,18 +176,15 @@ class BucketShards(Shards):
             if path.exists():
                 return
             part = held.path / path.name
-            for last in (False, False, True):
+            for _ in range(3):
+                remote_of(self.url).get(entry["file"], part)
                 try:
-                    remote_of(self.url).get(entry["file"], part)
                     verify_shard(held.path, entry | {"file": path.name}, self.vocab_size)
-                    replace(part, path)
-                except cli.TryAgain:
-                    if last:
-                        raise
                 except ValueError as e:
                     problem = str(e)
                     part.unlink(missing_ok=True)
                 else:
+                    replace(part, path)
                     shutil.rmtree(held.path, ignore_errors=True)
                     return
         raise Damaged(f"{self.url}/{entry['file']} is damaged ({problem.partition(': ')[0]}): {UPLOAD}; if training had begun, {WRONG}")
@@ -180,35 +193,38 @@ class BucketShards(Shards):
 
     def read(self, spans: list[tuple[BucketShard, int, int]]) -> list[np.ndarray]:
         """Returns the tokens of each span: from the copies, or all at once from the bucket. If the bucket fails, waits for it."""
-        failing = Failing(self.url, "training waits for it")
+        self.failing = self.failing or Failing(self.url, "training waits for it")
         while True:
             if self.download:
                 self.download.check()
-            parts = [self.read_copy(*span) for span in spans]
+            for file in [*self.unverified]:
+                self.find_copy(file)
+            copies = [self.find_copy(shard.file) for shard, _, _ in spans]
+            parts = [copy and copy.read(start, count) for copy, (_, start, count) in zip(copies, spans, strict=True)]
             lacking = [number for number, part in enumerate(parts) if part is None]
             try:
                 for number, part in zip(lacking, self.read_bucket([spans[number] for number in lacking]), strict=True):
                     parts[number] = part
-                failing.over()
+                self.failing.over()
                 return parts
             except Damaged:
                 raise
             except ValueError as e:
-                failing.wait(e, PATIENCE)
+                self.failing.wait(e, STEP_PATIENCE)
 
-    def read_copy(self, shard: BucketShard, start: int, count: int) -> np.ndarray | None:
-        """Returns tokens of a copy; None if there is none yet."""
-        if shard.file not in self.copies:
-            if not shard.path.exists():
-                return None
-            copy = self.copies[shard.file] = inspect_shard(self.folder, {"file": shard.file})
-            for first, n, checksum in self.unverified.pop(shard.file, []):
+    def find_copy(self, file: str) -> Shard | None:
+        """Returns a shard's copy; None if it is not here yet. Damaged if this process has read other bytes in the bucket before."""
+        if file not in self.copies and (self.folder / file).exists():
+            copy = inspect_shard(self.folder, {"file": file})
+            for first, n, checksum in self.unverified.get(file, []):
                 if zlib.crc32(copy.read(first, n)) != checksum:
-                    raise Damaged(f"{self.url}/{shard.file} had other bytes when this launch read them than now: {WRONG}")
-        return self.copies[shard.file].read(start, count)
+                    raise Damaged(f"{self.url}/{file} had other bytes when this launch read them than now: {WRONG}")
+            self.copies[file] = copy
+            self.unverified.pop(file, None)
+        return self.copies.get(file)
 
     def read_bucket(self, spans: list[tuple[BucketShard, int, int]]) -> list[np.ndarray]:
-        """Returns the tokens of each span, unverified: read_copy compares them once the shard is here."""
+        """Returns the tokens of each span, unverified: find_copy compares them once the shard is here."""
         places = [(shard.offset + 2 * start, shard.offset + 2 * (start + count)) for shard, start, count in spans]
         found = remote_of(self.url).ranges([(span[0].file, *place) for span, place in zip(spans, places, strict=True)]) if spans else []
         for (shard, start, count), data in zip(spans, found, strict=True):

@@ -200,6 +200,10 @@ class Shards:
     def fetch_ahead(self, needed: list[int]):
         """Begins to fetch what this host lacks of these train shards. Here it has them all."""
 
+    def missing_bytes(self) -> int:
+        """Returns how much this host has yet to fetch."""
+        return 0
+
     def split(self, name: str) -> list[dict]:
         """Returns the entries of 'train' or 'val', in order."""
         return [entry for entry in self.entries if split_of(entry["file"]) == name]

@@ -21,7 +21,7 @@ import fineweb
 from common import bucket_shards, cli, shard_upload
 from common.bucket_shards import BucketShards, Download, Failing, open_shards
 from common.files import read_json, write_json
-from common.remote import Remote, is_url
+from common.remote import Remote, explain, is_url
 from common.shards import MANIFEST, PROGRESS, find_shards
 from dataloader import TokenStream
 from training.trainer import Trainer
@@ -270,6 +270,29 @@ def test_bytes_unlike_the_copy_end_the_run(url, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(BucketShards, "fetch", late)
     assert run_train(url, tmp_path / "run", "--max-steps", 200) == 2
     assert "had other bytes when this launch read them than now: delete the checkpoints" in capsys.readouterr().err
+
+
+def test_other_bytes_are_refused_each_time(url):
+    """Also by the next read: the one that reads ahead keeps its errors to itself."""
+    source = bucket_shards.open_shards(url)
+    shard = source.open("train")[0]
+    source.unverified[shard.file] = [(0, 4, 1)]
+    source.fetch(source.split("train")[0])
+    for other in source.open("train")[:2] * 2:
+        with pytest.raises(bucket_shards.Damaged, match="had other bytes when this launch read them"):
+            source.read([(other, 0, 4)])
+
+
+def test_refused_access_is_no_damage(url, monkeypatch):
+    source = bucket_shards.open_shards(url)
+
+    def refuse(self, name, path):
+        raise explain(url, PermissionError("ExpiredToken"))
+
+    monkeypatch.setattr(Remote, "get", refuse)
+    with pytest.raises(ValueError, match="refuses access .* check your credentials") as e:
+        source.fetch(source.split("train")[0])
+    assert not isinstance(e.value, bucket_shards.Damaged)
 
 
 def test_cut_download_is_fetched_again(url, local, copies, tmp_path, monkeypatch):

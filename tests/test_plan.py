@@ -20,7 +20,7 @@ import train
 from model import GPT
 from training.compiling import compile_blocks, recompute_activations
 from training.config import TrainConfig
-from training.cost import HELLASWAG, VALIDATION, evaluations, saves
+from training.cost import HELLASWAG, VALIDATION, disk_bytes, evaluations, saves
 from training.evaluation import is_due
 from training.memory import Setting, largest_micro_batch, memory
 from training.plan import cost
@@ -231,6 +231,20 @@ def test_plan_says_what_seconds_buy():
     assert "7,200 steps of 524,288 tokens, 3,774,873,600 in all" in ends(3600) and "1.00 hours, --max-seconds 3,600 ends it" in ends(3600)
     assert "19,073 steps" in ends(1e300) and "2.65 hours, --max-steps ends it" in ends(1e300)
     assert ends(0).endswith("2.65 hours")
+
+
+def test_disk_holds_what_keep_counts():
+    """100 steps, in units of a checkpoint. One more is being written."""
+
+    def kept(made: int, **settings) -> int:
+        return disk_bytes(TrainConfig(**settings), 1, 0, 100, made)
+
+    assert kept(5, checkpoint_every=25, checkpoint_minutes=0, keep=3) == 3 + 1
+    assert kept(9, checkpoint_every=25, checkpoint_minutes=15, keep=3) == 3 + 1 + 1
+    assert kept(9, checkpoint_every=25, checkpoint_minutes=15, keep=0) == 4 + 1 + 1
+    assert kept(24, checkpoint_every=0, checkpoint_minutes=15, keep=0) == 24 + 1
+    assert kept(24, checkpoint_every=0, checkpoint_minutes=15, keep=3) == 3 + 1
+    assert kept(1, checkpoint_every=0, checkpoint_minutes=0, keep=3) == 1 + 1
 
 
 @pytest.mark.parametrize("first", [0, 7, 20])

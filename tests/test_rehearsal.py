@@ -48,10 +48,12 @@ def brief(monkeypatch):
         (rehearsal, "PRODUCTS_TAKE"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in this process has set its own
     briefly()
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

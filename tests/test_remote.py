@@ -3,6 +3,7 @@
 import errno
 import importlib
 import io
+import itertools
 import math
 import os
 import random
@@ -30,6 +31,7 @@ from common.remote import Remote, explain
 from common.run_folder import RunFolder
 from training import lease, mirror
 from training.bucket import Bucket, fetch_newest, prune
+from training.config import TrainConfig
 from training.lease import Lease, LeaseLost
 from training.run_json import read_run
 from training.stop import StopSignal
@@ -506,7 +508,7 @@ def begin(folder: Path, shards: Path, url: str, *argv, first=pause_before_step_3
 def test_second_machine_is_refused_until_the_first_ends(undisturbed, shards, tmp_path, quick, capsys):
     url = f"file://{tmp_path}/bucket"
     first = begin(tmp_path, shards, url)
-    for _ in range(2):  # also with what it downloaded the first time
+    for _ in range(2):
         assert run_main(train.main, "--resume", "--out-dir", tmp_path / "second", "--remote", url) == 2
         err = capsys.readouterr().err.splitlines()[-1]
         assert err.startswith("error: another launch, on ") and err.endswith("wait for its end, or stop it there")
@@ -515,6 +517,16 @@ def test_second_machine_is_refused_until_the_first_ends(undisturbed, shards, tmp
     assert_same(tmp_path / "run", undisturbed)
     assert run_main(train.main, "--resume", "--out-dir", tmp_path / "second", "--remote", url) == 0
     assert "finished already" in capsys.readouterr().err
+
+
+def test_machine_that_stands_by_downloads_nothing(tmp_path, monkeypatch):
+    renewals = itertools.count()
+    lease_of_another = {"token": "other", "host": "there", "every": 0.01}
+    monkeypatch.setattr(Lease, "read", lambda self: lease_of_another | {"renewed": next(renewals)})
+    monkeypatch.setattr(mirror, "fetch", lambda *args: pytest.fail("it downloads"))
+    second = mirror.Mirror(Remote(f"file://{tmp_path}/bucket"), RunFolder(tmp_path), TrainConfig())
+    with pytest.raises(cli.TryAgain, match="another launch, on there"):
+        second.begin(True)
 
 
 @pytest.mark.slow

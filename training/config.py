@@ -168,7 +168,7 @@ class Planning:
     """For --plan. --rehearse takes --price too."""
 
     rehearse: bool = False
-    """Try everything that the run will do, for at most two minutes, and print what is wrong and what the run will cost. Start it like
+    """Try everything that the run will do, in about two minutes, and print what is wrong and what the run will cost. Start it like
     the run: with torchrun and all its flags, also --resume. Changes neither --out-dir nor the run in --remote."""
     gpu: Literal[tuple(CARDS)] = "H100"
     """The GPU, with the most memory it is sold with. With --device cpu: this machine's CPU instead."""

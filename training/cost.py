@@ -76,10 +76,10 @@ def table(parts: list[Part], dollars: float) -> list[str]:
     return lines
 
 
-def disk_bytes(config: TrainConfig, checkpoint: int, first: int, last: int) -> int:
-    """Returns the bytes that a run's checkpoints need at most: those it keeps, one of --checkpoint-minutes, and one that is being
-    written before older ones are deleted. checkpoint: bytes of one."""
+def disk_bytes(config: TrainConfig, checkpoint: int, first: int, last: int, saves: int) -> int:
+    """Returns the bytes that a run's checkpoints need at most: those that --keep counts, one of --checkpoint-minutes, and one that is
+    being written before older ones are deleted. checkpoint: bytes of one. saves: how many the run makes."""
     every = config.checkpoint_every
-    regular = ((last - 1) // every - first // every if every else 0) + 1
-    kept = min(regular, config.keep) if config.keep else regular
-    return checkpoint * (kept + 1 + (config.checkpoint_minutes > 0))
+    counted = (last - 1) // every - first // every + 1 if every else saves
+    kept = min(counted, config.keep) if config.keep else counted
+    return checkpoint * (kept + 1 + (every > 0 and config.checkpoint_minutes > 0))

@@ -32,7 +32,8 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     out_dir = Path(config.out_dir)
     new = config.resume and config.remote != "" and not (out_dir / RUN).exists()  # training.mirror has looked for the run there
     if new:
-        cli.say(f"neither {out_dir} nor {config.remote} has a run: starting one")
+        if not config.plan:  # which has not looked
+            cli.say(f"neither {out_dir} nor {config.remote} has a run: starting one")
         config.resume = False
     if config.plan and not (config.resume or config.init_from):
         return config

@@ -24,6 +24,13 @@ MISSED = 3  # a lease that its owner didn't renew for so many times is free
 SETTLE = 2.0  # seconds until a launch that wrote the lease at the same moment has written it
 
 
+def boot_id() -> str:
+    """Returns what tells machines apart that are copies of one image. '' if the system doesn't tell."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return ""
+
+
 class LeaseLost(Exception):
     """Another launch has taken over. The message says which."""
 
@@ -32,9 +39,9 @@ class Lease:
     """One launch's claim on the run under a URL. token: the launch's. folder: the run's, which this launch has locked."""
 
     def __init__(self, remote: Remote, token: str, folder: Path):
-        self.remote, self.token, self.count, self.owned = remote, token, 0, False
+        self.remote, self.token, self.count, self.owned, self.said = remote, token, 0, False, False
         info = os.stat(folder)
-        self.place = [str(folder.absolute()), info.st_dev, info.st_ino]
+        self.place = [str(folder.absolute()), info.st_dev, info.st_ino, boot_id()]
         self.every = EVERY_ON_THE_HUB if remote.url.startswith("hf://") else EVERY
         self.seen, self.since = self.read(), time.monotonic()
 
@@ -56,27 +63,28 @@ class Lease:
     def acquire(self):
         """Takes the lease once it is free: nobody has it, or its owner released it, stopped renewing it, or has ended. TryAgain if another
         launch is at work."""
-        said = False
-        while self.held():
-            every = self.seen.get("every")
-            every = every if isinstance(every, int | float) and 0 < every < 3600 else self.every
-            rest = self.since + MISSED * every - time.monotonic()
-            if rest <= 0:
-                break
-            if not said:
-                cli.say(f"waiting {rest:.0f} s to see whether the last launch, on {self.host()}, still trains the run in {self.remote.url}")
-                said = True
-            time.sleep(min(rest, every / 4))
-            if (found := self.read()) != self.seen:
-                self.seen, self.since = found, time.monotonic()
-                if self.held():
-                    raise self.busy()
+        self.watch(MISSED)
         self.write()
         time.sleep(SETTLE)
         if (found := self.read()).get("token") != self.token:
             self.seen = found
             raise self.busy()
         self.owned = True
+
+    def watch(self, renewals: float):
+        """Waits until the lease is free, or its owner has missed so many renewals. TryAgain if it renews the lease: it is at work."""
+        every = self.seen.get("every")
+        every = every if isinstance(every, int | float) and 0 < every < 3600 else self.every
+        while self.held() and (rest := self.since + renewals * every - time.monotonic()) > 0:
+            if not self.said:
+                most = self.since + MISSED * every - time.monotonic()
+                cli.say(f"waiting {most:.0f} s to see whether the last launch, on {self.host()}, still trains the run in {self.remote.url}")
+                self.said = True
+            time.sleep(min(rest, every / 4))
+            if (found := self.read()) != self.seen:
+                self.seen, self.since = found, time.monotonic()
+                if self.held():
+                    raise self.busy()
 
     def held(self) -> bool:
         """Whether the owner may be at work. In the folder that this launch has locked, nobody else is."""

@@ -125,13 +125,14 @@ class Steps:
         passes, tokens = total_batch_tokens // config.total_batch_tokens, config.total_batch_tokens
         tried = passes if passes * single <= LONGEST_STEP else min(passes, max(2, int(LONGEST_STEP / single)))
         config.total_batch_tokens = tried * tokens
-        seconds, stop = [], False
+        seconds, stop, first = [], False, self.next
         while not stop:
             enough = len(seconds) >= 2 and sum(seconds) + seconds[-1] >= STEPS_TAKE
+            enough = enough or self.next - first - len(seconds) >= 10  # one that compiles each step would go on forever
             update, took = self.one(enough)  # all stop once one has enough
             stop = update.stop
             if update.compiled:
-                self.compiling += took - single
+                self.compiling += max(0.0, took - tried * single)
             else:
                 seconds.append(took)
         usual = statistics.mean(seconds or [took])

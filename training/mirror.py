@@ -136,6 +136,7 @@ class Mirror:
         """Fetches what is newer than the folder, takes the lease and starts the threads."""
         path, damaged = self.folder.path, set()
         recover_interrupted_save(path)
+        self.lease.watch(1.2)  # a machine that stands by downloads nothing
         newest, _ = fetch(self.remote, path, resume, newest_complete(path), damaged)  # meanwhile, the lease may change
         self.lease.acquire()
         newest, there = fetch(self.remote, path, resume, newest, damaged)

@@ -50,8 +50,8 @@ SENT = 200_000_000  # bytes to send to the bucket and back, at most
 
 
 def rehearse(given: TrainConfig, find_data, set_up) -> int:
-    """Rehearses the run that these flags start. Returns the exit status: on rank 0, 2 if something is wrong; torchrun would stop the
-    others, and rank 0 in the middle of its page. find_data, set_up: train.py's."""
+    """Rehearses the run that these flags start. Returns the exit status: 2 on rank 0 if something is wrong, else 0. Other ranks return 0
+    even then: torchrun stops all once one fails, and rank 0 may still be printing. find_data, set_up: train.py's."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         sys.exit(2)  # torchrun --max-restarts: once is enough
     cli.exit_on_stop_signals()
@@ -305,6 +305,8 @@ class Rehearsal:
         rate = config.total_batch_tokens / self.step
         if self.report_warnings("steps"):
             report.ok("steps", f"{steps.next - self.first} done, {self.step:.4g} s each, {rate:,.0f} tokens/s")
+        if world.copy(self.shards.missing_bytes):
+            report.note("steps", ["measured while shards arrive from the bucket: later steps are faster, and cost less"])
         if world.device.type == "cuda" and reduce > 0.5 * self.step:
             report.fail("links", f"the gradients' all-reduce takes {reduce / self.step:.0%} of a step: rent GPUs with faster links")
 
@@ -335,28 +337,29 @@ class Rehearsal:
         if not self.files:
             return
         self.size = world.on_main(lambda: sum(path.stat().st_size for path in self.files))
+        self.parts = cost.parts_of(self.config, self.first, self.last, self.step, self.each, self.waits)
+        self.need = cost.disk_bytes(self.config, self.size, self.first, self.last, self.parts[-1].times)
         report.ok("save", f"{self.size / 1e6:,.1f} MB; training waits {self.waits:.3g} s, {self.whole:.3g} s until it is on the disk")
         with report.check("disk"):
-            need = cost.disk_bytes(self.config, self.size, self.first, self.last)
-            report.facts["disk"] = world.on_main(lambda: check_disk(Path(self.config.out_dir), folder, need))
+            report.facts["disk"] = world.on_main(lambda: check_disk(self.config, folder, self.need, self.shards))
             report.ok("disk", report.facts["disk"])
         with report.check("resume"):
             report.ok("resume", check_resume(self.trainer, self.checkpoints, self.next))
 
     def send(self):
         """Sends a part of the checkpoint to the bucket and back; if there is none, other bytes."""
-        config, report, late = self.config, self.report, ""
+        config, report = self.config, self.report
         with report.check("remote"):
             up, down, left = self.world.on_main(lambda: exchange(config, self.files[0] if self.files else None))
             if self.files:
                 self.upload = self.size / up
-                need = cost.disk_bytes(config, self.size, self.first, self.last)
                 report.facts["bucket"] = (
-                    f"{need / 1e6:,.1f} MB at most; a checkpoint of {self.size / 1e6:,.1f} MB takes {self.upload:,.1f} s"
+                    f"{self.need / 1e6:,.1f} MB at most; a checkpoint of {self.size / 1e6:,.1f} MB takes {self.upload:,.1f} s"
                 )
+            report.ok("remote", f"{up / 1e6:,.1f} MB/s to it, {down / 1e6:,.1f} MB/s from it")
             if self.upload > config.notice_seconds:
-                late = f"; a checkpoint takes {self.upload:,.0f} s, longer than --notice-seconds: one saved on SIGTERM would be lost"
-            report.ok("remote", f"{up / 1e6:,.1f} MB/s to it, {down / 1e6:,.1f} MB/s from it{late}")
+                long = f"a checkpoint takes {self.upload:,.0f} s, longer than --notice-seconds: one saved on SIGTERM would be lost"
+                report.note("remote", [long])
             if left:
                 raise ValueError(left)
 
@@ -364,7 +367,7 @@ class Rehearsal:
         """Puts the run's cost together."""
         config, facts, steps, tokens = self.config, self.report.facts, self.last - self.first, self.config.total_batch_tokens
         parts = [cost.Part("start", 1, self.starting), cost.Part("compiling, first times", 1, max(0.0, self.compiling))]
-        parts += cost.parts_of(config, self.first, self.last, self.step, self.each, self.waits)
+        parts += self.parts
         parts.append(cost.Part("last save and plot", 1, self.whole - self.waits + self.plotting))
         if config.remote:
             parts.append(cost.Part("last upload", 1, self.upload))
@@ -478,11 +481,14 @@ def lower_memory(config: TrainConfig) -> str:
     return "lower --activation-memory" if config.activation_memory > 0 else f"{SMALLER_MODEL}, or --shard it over more processes"
 
 
-def check_disk(out_dir: Path, folder: Path, need: int) -> str:
-    """Says how much space checkpoints need and find, those of this rehearsal or of the resumed run not counted. ValueError if it is
-    too little."""
-    old = [path for place in (out_dir, folder) for path in place.glob("*.pt")]
+def check_disk(config: TrainConfig, folder: Path, need: int, shards: Shards) -> str:
+    """Says how much space checkpoints need and find beside the shards that are still to come. Those of this rehearsal don't count, and
+    those of the resumed run only if --keep 0 leaves them. ValueError if it is too little."""
+    out_dir = Path(config.out_dir)
+    old = [path for place in ([out_dir] * (config.keep > 0) + [folder]) for path in place.glob("*.pt")]
     free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in old)
+    if (coming := shards.missing_bytes()) and shards.folder.stat().st_dev == folder.stat().st_dev:
+        free -= coming
     if need > free:
         raise ValueError(f"checkpoints need up to {need / 1e6:,.1f} MB, {out_dir} has {free / 1e6:,.1f} MB: {cli.FULL}, or lower --keep")
     return f"{need / 1e6:,.1f} MB at most for checkpoints, {free / 1e6:,.1f} MB there"
