@@ -68,13 +68,18 @@ def lock_folder(folder: Path, wait: bool = False):
     new = not folder.exists()
     with ExitStack() as stack:
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
-            held = stack.enter_context(closing(HeldFolder(folder)))
-            with suppress(FileNotFoundError):
-                file = lock(held, wait, stack)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:  # also if another process deletes the folder at this moment
+                if folder.is_file() or folder.is_symlink():
+                    raise
+            with ExitStack() as attempt, suppress(FileNotFoundError):
+                held = attempt.enter_context(closing(HeldFolder(folder)))
+                file = lock(held, wait, attempt)
                 if held.is_here():
+                    stack.push(attempt.pop_all())
                     break
-            # while this process waited, another one deleted the folder, which was empty
+            # while this process waited, another one deleted the folder: let go of what is left of it, others wait for that
         try:
             yield held
         finally:

@@ -453,3 +453,24 @@ def test_folder_without_locks_still_works(tmp_path, monkeypatch, capsys):
     with lock_folder(tmp_path / "a") as held:
         assert isinstance(held, HeldFolder)
     assert "without locks: start only one process in it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_folders_deleted_under_lock_block_nobody(tmp_path):
+    """Twelve threads stand for launches that wait for the same downloads. Each lock is on a folder that its holder deletes."""
+    made = []
+
+    def download(number: int):
+        with lock_folder(tmp_path / f"{number}.part", wait=True) as held:
+            if not (tmp_path / str(number)).exists():
+                made.append(number)
+                (held.path / "part").write_text("x")
+                (held.path / "part").rename(tmp_path / str(number))
+                shutil.rmtree(held.path)
+
+    threads = [threading.Thread(target=lambda: [download(number) for number in range(40)], daemon=True) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads) and sorted(made) == list(range(40))
