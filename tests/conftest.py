@@ -77,6 +77,12 @@ def drawn(monkeypatch):
     return figures
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_from_the_start():
+    """For fixtures of modules, such as runs that tests compare theirs with: they come before one_thread."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Runs PyTorch on one thread. That is faster for tiny matrices, and a fixed order of sums makes runs equal bit for bit."""
