@@ -122,29 +122,32 @@ def test_run_moves_from_folder_to_bucket(url, data, local, tmp_path):
 def test_two_processes_share_the_copies(url, data, copies, tmp_path):
     argv = [*TINY, "--out-dir"]
     assert forked(tmp_path, "train", *argv, tmp_path / "folder", "--data-dir", data, processes=2).returncode == 0
-    how = {"first": partial(count_gets, tmp_path / "gets"), bucket_shards.COPIES: copies}
+    how = {"first": partial(count_copies, tmp_path / "made"), bucket_shards.COPIES: copies}
     result = forked(tmp_path, "train", *argv, tmp_path / "run", "--data-dir", url, processes=2, **how)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     assert_same(tmp_path / "run", tmp_path / "folder")
-    names = (tmp_path / "gets").read_text().split()
+    names = (tmp_path / "made").read_text().split()
     assert len(names) == len(set(names))
 
 
-def count_gets(file: Path):
-    """Writes the name of each downloaded file into this file."""
-    get = Remote.get
+def count_copies(file: Path):
+    """Writes the name of each shard that has become a copy into this file. A run may end, and leave its downloads to the others."""
+    get, replace = Remote.get, bucket_shards.replace
 
-    def counted(self, name, path):
-        with open(file, "a") as log:
-            log.write(f"{name}\n")
+    def slow_get(self, name, path):
         time.sleep(1)  # so that two launches meet
         get(self, name, path)
 
-    Remote.get = counted
+    def counted(part, path):
+        replace(part, path)
+        with open(file, "a") as log:
+            log.write(f"{path.name}\n")
+
+    Remote.get, bucket_shards.replace = slow_get, counted
 
 
 def test_two_launches_share_the_copies(url, local, copies, tmp_path):
-    how = {"first": partial(count_gets, tmp_path / "gets"), bucket_shards.COPIES: copies}
+    how = {"first": partial(count_copies, tmp_path / "made"), bucket_shards.COPIES: copies}
     runs = [tmp_path / name / "run" for name in "ab"]
     for run in runs:
         run.parent.mkdir()
@@ -152,7 +155,7 @@ def test_two_launches_share_the_copies(url, local, copies, tmp_path):
     for launch, run in zip(launches, runs, strict=True):
         assert launch.wait().returncode == 0
         assert_same(run, local)
-    names = (tmp_path / "gets").read_text().split()
+    names = (tmp_path / "made").read_text().split()
     assert len(names) == len(set(names))
 
 
