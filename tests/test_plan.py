@@ -224,6 +224,11 @@ def test_plan_needs_no_shards(capsys, tmp_path):
     assert "assumed MFU of 40%" in text and "fits; the largest that fits: --micro-batch-size 64" in text and not out.exists()
 
 
+def test_plan_claims_nothing_about_a_bucket(capsys, tmp_path):
+    assert run_main(train.main, "--plan", "--resume", "--remote", "s3://bucket/run", "--out-dir", tmp_path / "none") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_plan_says_what_seconds_buy():
     def ends(seconds: float) -> str:
         return cost(TrainConfig(rate=524288 * 2, max_seconds=seconds), "H100", torch.bfloat16, 1e9)[1]

@@ -9,6 +9,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from torch.distributed import TCPStore
 import checkpoint
 from common.remote import Remote
 from training import evaluation, measuring, rehearsal
-from training.rehearsal import scratch, slow_ranks
+from training.config import TrainConfig
+from training.rehearsal import check_disk, scratch, slow_ranks
 from training.saving import Checkpoints
 from training.trainer import Trainer
 
@@ -281,6 +283,27 @@ def test_slow_card_is_named():
     assert line.startswith("rank 7, NVIDIA H100 80GB HBM3 on host2, reaches 300 TFLOP/s, the median is 600: look for")
     assert ["30% of the H100's peak" in line for line in slow_ranks([slow] * 2, dtype, "cuda")] == [True, True]
     assert slow_ranks([(1e12, "AMD EPYC", "host"), (0.6e12, "AMD EPYC", "host")], dtype, "cpu") == []
+
+
+def test_disk_counts_what_is_and_what_will_be_there(tmp_path, monkeypatch):
+    """100 bytes are free. The resumed run has a checkpoint of 30; shards of 20 are still to come."""
+    out, folder = tmp_path / "run", tmp_path / "rehearsal"
+    for each in (out, folder):
+        each.mkdir()
+    (out / "model_00005.pt").write_bytes(bytes(30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+
+    def fits(need: int, keep: int, coming: int) -> bool:
+        shards = SimpleNamespace(missing_bytes=lambda: coming, folder=folder)
+        try:
+            return bool(check_disk(TrainConfig(out_dir=str(out), keep=keep), folder, need, shards))
+        except ValueError as e:
+            assert "or lower --keep" in str(e)
+            return False
+
+    assert fits(130, 3, 0) and not fits(131, 3, 0)
+    assert fits(100, 0, 0) and not fits(101, 0, 0)  # --keep 0 deletes nothing
+    assert fits(110, 3, 20) and not fits(111, 3, 20)
 
 
 @pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="needs a second disk")

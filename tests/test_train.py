@@ -458,7 +458,8 @@ def test_hellaswag_and_samples_during_a_run(shards, tmp_path, capsys, monkeypatc
     assert run_train(shards, tmp_path / "run", *argv) == 0
     assert len(trees) == 2 * 12  # both styles of each task, once for all evaluations
     out = capsys.readouterr().out
-    assert out.count("sample: the ca") == 9  # one at step 0
+    assert out.count("sample: the ca") == 9  # one at step 0, shortened
+    assert 5 < len(re.search("step 0: sample: (.*) …\n", out)[1]) <= 60
     saved = (tmp_path / "run" / "samples.txt").read_text()
     assert re.findall(r"^---- step (\d+), sample (\d) of 4 ----\nthe ca", saved, re.M) == [
         (s, n) for s in ("0", "10", "20") for n in "1234"
