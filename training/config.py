@@ -147,7 +147,7 @@ class Saving:
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     checkpoint_minutes: float = 15.0
-    """Also save if this much work would be lost, in minutes, but for at most 1 % of the time: if a save takes long, less often. 0: off."""
+    """Also save after this many minutes without a checkpoint. Saves take at most 1 % of the time: slow ones come less often. 0: off."""
     keep: int = 3
     """Keep this many of the newest complete checkpoints. 0: keep all. Those between two of --checkpoint-every last until the next."""
     on_save_error: Literal["continue", "stop"] = "continue"

@@ -20,7 +20,7 @@ from common.remote import Remote
 NAME = "lease.json"
 EVERY = 10.0  # seconds between renewals
 EVERY_ON_THE_HUB = 60.0  # there each one is a commit, if the URL is a repository
-MISSED = 3  # a lease that its owner didn't renew for so many times is free
+MISSED = 3  # renewals that an owner may miss before its lease is free
 SETTLE = 2.0  # seconds until a launch that wrote the lease at the same moment has written it
 
 
@@ -72,7 +72,7 @@ class Lease:
         self.owned = True
 
     def watch(self, renewals: float):
-        """Waits until the lease is free, or its owner has missed so many renewals. TryAgain if it renews the lease: it is at work."""
+        """Waits until the lease is free, or its owner missed this number of renewals. TryAgain if it renews the lease: it is at work."""
         every = self.seen.get("every")
         every = every if isinstance(every, int | float) and 0 < every < 3600 else self.every
         while self.held() and (rest := self.since + renewals * every - time.monotonic()) > 0:

@@ -73,7 +73,7 @@ def product_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> fl
 
 
 def all_reduce_seconds(world: DistContext, numbers: int, largest: int = 2**28) -> float:
-    """Returns the seconds of an all-reduce of so many fp32 numbers: the best of three, of at most `largest` numbers."""
+    """Returns the seconds of an all-reduce of `numbers` fp32 numbers: the best of three, measured with at most `largest` of them."""
     x = torch.zeros(min(numbers, largest), device=world.device)
 
     def reduce():
@@ -119,7 +119,7 @@ class Steps:
         return seconds[-1]
 
     def measure(self, total_batch_tokens: int) -> float:
-        """Returns the seconds of a step of so many tokens."""
+        """Returns the seconds of a step of total_batch_tokens."""
         config, single = self.trainer.config, self.warm_up()
         single = self.trainer.world.copy(lambda: single)
         passes, tokens = total_batch_tokens // config.total_batch_tokens, config.total_batch_tokens

@@ -125,7 +125,7 @@ class Report:
 
     @contextmanager
     def check(self, name: str):
-        """Reports an error of the block, which all ranks share, and goes on after it."""
+        """Reports an error of the block, which all ranks share, and continues after it."""
         try:
             yield
         except (ValueError, OSError) as e:
@@ -482,8 +482,8 @@ def lower_memory(config: TrainConfig) -> str:
 
 
 def check_disk(config: TrainConfig, folder: Path, need: int, shards: Shards) -> str:
-    """Says how much space checkpoints need and find beside the shards that are still to come. Those of this rehearsal don't count, and
-    those of the resumed run only if --keep 0 leaves them. ValueError if it is too little."""
+    """Says how much space checkpoints need, and how much there is beside the shards that are still to come. The rehearsal's own checkpoints
+    count as free, and so do those that the resumed run will delete. ValueError if it is too little."""
     out_dir = Path(config.out_dir)
     old = [path for place in ([out_dir] * (config.keep > 0) + [folder]) for path in place.glob("*.pt")]
     free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in old)
