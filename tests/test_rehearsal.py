@@ -285,7 +285,7 @@ def test_slow_card_is_named():
     assert slow_ranks([(1e12, "AMD EPYC", "host"), (0.6e12, "AMD EPYC", "host")], dtype, "cpu") == []
 
 
-def test_disk_counts_what_is_and_what_will_be_there(tmp_path, monkeypatch):
+def test_disk_counts_what_is_still_to_come(tmp_path, monkeypatch):
     """100 bytes are free. The resumed run has a checkpoint of 30; shards of 20 are still to come."""
     out, folder = tmp_path / "run", tmp_path / "rehearsal"
     for each in (out, folder):
