@@ -52,7 +52,7 @@ def test_kill_while_compiling_breaks_no_later_run(shards, tmp_path):
     """A killed compiler leaves an empty library in the cache that all runs share."""
     run, cache = tmp_path / "run", tmp_path / "cache"
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    flags = [*TINY, "--compile", "--data-dir", shards, "--out-dir", run, "--max-steps", 2, "--warmup-steps", 1]
+    flags = [*TINY, "--compile", "--n-layer", 1, "--data-dir", shards, "--out-dir", run, "--max-steps", 2, "--warmup-steps", 1]
     for _ in range(2):
         result = subprocess.run([sys.executable, REPO / "train.py", *map(str, flags)], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
