@@ -589,6 +589,23 @@ def test_lease_is_watched_and_never_dated(tmp_path, quick, monkeypatch):
     Lease(Remote(url), "d", folders[1]).acquire()
 
 
+def test_release_of_the_lease_is_tried_again(tmp_path, monkeypatch):
+    url, write, failures = f"file://{tmp_path}/bucket", Lease.write, iter([OSError("busy"), OSError("busy")])
+    monkeypatch.setattr(lease, "SETTLE", 0.0)
+    first = Lease(Remote(url), "a", tmp_path)
+    first.acquire()
+
+    def fails_twice(self, released=False):
+        if error := next(failures, None):
+            raise error
+        write(self, released)
+
+    monkeypatch.setattr(Lease, "write", fails_twice)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    first.release()
+    assert Lease(Remote(url), "b", tmp_path).seen["released"]
+
+
 # ---- the end that was announced ----
 
 

@@ -108,7 +108,11 @@ class Lease:
         self.write()
 
     def release(self):
-        """Frees the lease. If that fails, the next launch has to wait."""
-        with suppress(Exception):
-            if self.owned and self.read().get("token") == self.token:
-                self.write(released=True)
+        """Frees the lease. If that fails three times, the next launch has to wait."""
+        for _ in range(3):
+            try:
+                if self.owned and self.read().get("token") == self.token:
+                    self.write(released=True)
+                return
+            except Exception:  # the packages of the stores may raise anything
+                time.sleep(0.5)
