@@ -46,7 +46,7 @@ PATIENCE = 600.0  # seconds that the start waits for a bucket that fails
 STEP_PATIENCE = 480.0  # that a step waits for it: less than --timeout-minutes
 PAUSES = 1.0, 30.0  # seconds between two tries: first, and at most
 UPLOAD = "run the fineweb.py command that filled it again, or upload the folder again"
-WRONG = "delete the checkpoints that this launch saved, then resume"
+WRONG = "delete the checkpoints that this launch saved, also under --remote, then resume"
 
 
 def open_shards(place: str | Path) -> Shards:
@@ -162,8 +162,8 @@ class BucketShards(Shards):
         found = [entry for entry in entries if not (self.folder / entry["file"]).exists()]
         need, free = sum(entry["bytes"] for entry in found), shutil.disk_usage(self.folder).free
         if need > free:
-            where = f"{self.folder} has {free / 1e6:,.0f} MB free (another place: {COPIES}=/mnt/disk before the command)"
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: the shards need {need / 1e6:,.0f} MB more, {where}")
+            where = f"{self.folder} has {free / 1e6:,.1f} MB free (another place: {COPIES}=/mnt/disk before the command)"
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: the shards need {need / 1e6:,.1f} MB more, {where}")
         return found
 
     def fetch(self, entry: dict):
@@ -235,14 +235,16 @@ class BucketShards(Shards):
 
 
 class Failing:
-    """A bucket that fails, perhaps. Says so once, and once that it works again. meanwhile: what happens until then."""
+    """A bucket that fails, perhaps. Says so once, and once that all tasks work again. meanwhile: what happens until then."""
 
     def __init__(self, url: str, meanwhile: str):
         self.url, self.meanwhile, self.since, self.pause, self.lock = url, meanwhile, None, PAUSES[0], threading.Lock()
+        self.tasks: set[str] = set()  # that fail
 
-    def wait(self, e: ValueError, patience: float = math.inf):
-        """Sleeps until the next try. Raises e once the bucket has failed for longer than `patience` seconds."""
+    def wait(self, e: ValueError, patience: float = math.inf, task: str = ""):
+        """Sleeps until a task's next try. Raises e once the bucket has failed for longer than `patience` seconds."""
         with self.lock:
+            self.tasks.add(task)
             if self.since is None:
                 self.since = time.monotonic()
                 cli.say(f"warning: {cli.in_one_line(e)}; {self.meanwhile}")
@@ -251,9 +253,10 @@ class Failing:
             pause, self.pause = self.pause, min(2 * self.pause, PAUSES[1])
         time.sleep(pause)
 
-    def over(self):
+    def over(self, task: str = ""):
         with self.lock:
-            if self.since is not None:
+            self.tasks.discard(task)
+            if self.since is not None and not self.tasks:
                 self.since, self.pause = None, PAUSES[0]
                 cli.say(f"{self.url} works again")
 
@@ -286,8 +289,8 @@ class Download:
             except Damaged:
                 raise
             except ValueError as e:
-                self.failing.wait(e, self.patience)
-        self.failing.over()
+                self.failing.wait(e, self.patience, entry["file"])
+        self.failing.over(entry["file"])
         with self.lock:
             self.left -= 1
 

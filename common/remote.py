@@ -4,6 +4,7 @@ Credentials come from the usual places of each store (environment, ~/.aws, hf au
 """
 
 import base64
+import errno
 import hashlib
 import io
 import os
@@ -12,7 +13,7 @@ import secrets
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from common import cli
 from common.files import naming, sha256
@@ -25,16 +26,18 @@ PART = 50 * 2**20  # bytes in s3fs's part of a large upload
 
 def is_url(place: str | Path) -> bool:
     """Whether this is meant as a URL: s3:/bucket too, but not C:/folder."""
-    return re.match("[a-z][a-z0-9+.-]+:/", str(place)) is not None
+    return re.match("[a-z][a-z0-9+.-]+:/", str(place), re.I) is not None
 
 
 def url_error(url: str, flag: str) -> str:
     """Says why this can't be a remote folder. Returns '' if it can."""
-    if "::" in url or not re.match(r"[a-z][a-z0-9+.-]*://.", url):
-        return f"{flag} needs a URL such as s3://bucket/folder or file:///mnt/disk/folder"
     parts = urlsplit(url)
-    if ":" in parts.netloc.rpartition("@")[0] or parts.query:
-        return f"{flag} {parts.scheme}://… contains credentials, and files would record them: set them in the environment instead"
+    user = unquote(parts.netloc).rpartition("@")[0]
+    if parts.query or ":" in user or (user and parts.scheme not in ("az", "abfs", "abfss")):  # there it is a container
+        return f"{flag} {parts.scheme}://… contains credentials or a query, which files would record: set them in the environment"
+    where = parts.netloc + parts.path.strip("/") if parts.scheme in ("file", "local", "memory") else parts.netloc
+    if "::" in url or not re.match(r"[a-z][a-z0-9+.-]*://", url, re.I) or not where:
+        return f"{flag} needs a URL such as s3://bucket/folder or file:///mnt/disk/folder"
     return ""
 
 
@@ -182,9 +185,13 @@ def explain(url: str, e: Exception) -> ValueError:
         return ValueError(f"{url} refuses access ({text}): check your credentials for it and their rights")
     if (isinstance(e, FileNotFoundError) and "upload" not in text) or "Protocol not known" in text:
         return ValueError(f"{url} can't be used ({text}): create the bucket, or check the URL")
+    if isinstance(e, LASTING) or getattr(e, "errno", None) == errno.EROFS or re.search(NEVER, text, re.I):
+        return ValueError(f"{url} can't be used ({text}): check the URL, or choose another place")
     return cli.TryAgain(f"{url} failed ({text}): check the network and the store")
 
 
+NEVER = r"invalid bucket name|not ?implemented|\(501\)"
+LASTING = (FileExistsError, IsADirectoryError, NotADirectoryError)
 SECRET_NAMES = re.compile("secret|token|key|passw|credential", re.I)
 SECRETS = re.compile(r"(AKIA|ASIA)[0-9A-Z]{16}|\bhf_\w{20,}|(?<=Signature=)\S+|(?<=Credential=)\S+")
 

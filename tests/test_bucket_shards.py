@@ -437,6 +437,18 @@ def test_disk_that_fills_up_ends_in_one_line(url, tmp_path, monkeypatch, capsys)
     assert line.startswith("error: ") and "No space left on device" in line and line.endswith(cli.FULL)
 
 
+def test_bucket_works_again_once_all_downloads_do(monkeypatch, capsys):
+    monkeypatch.setattr(bucket_shards, "PAUSES", (0.0, 0.0))
+    failing = Failing("s3://bucket/shards", "the download is tried again")
+    for task in ("one", "two"):
+        failing.wait(ValueError("it is gone"), task=task)
+    failing.over("three")
+    failing.over("two")
+    assert capsys.readouterr().err == "warning: it is gone; the download is tried again\n"
+    failing.over("one")
+    assert capsys.readouterr().err == "s3://bucket/shards works again\n"
+
+
 def test_folder_needs_no_package_and_no_thread(data, tmp_path):
     result = forked(tmp_path, "train", *TINY, "--data-dir", data, "--out-dir", tmp_path / "run", first=forbid_fsspec)
     assert result.returncode == 0, result.stderr

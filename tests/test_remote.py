@@ -373,6 +373,45 @@ def test_bucket_of_another_run_is_refused(copied, shards, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_empty_machine_takes_the_settings_of_the_run(copied, tmp_path):
+    assert run_main(train.main, "--resume", "--remote", copied, "--out-dir", tmp_path / "empty", "--max-steps", 30) == 0
+    assert steps_in(copied) == [25, 30] and read_run(tmp_path / "empty").keep == 2
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]], ids=str)
+@pytest.mark.parametrize("name", ["model_00020.pt", "config.json", "model-00001-of-00002.safetensors"])
+def test_files_of_others_are_left_alone(shards, tmp_path, capsys, name, flags):
+    out = tmp_path / "run"
+    out.mkdir()
+    for each in (name, "model_00007.pt.tmp"):
+        (out / each).write_bytes(b"not ours")
+    assert run_train(shards, out, *flags, "--remote", f"file://{tmp_path}/bucket") == 2
+    assert "holds a run or a model already" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} - {".lock"} == {name, "model_00007.pt.tmp"} and not (tmp_path / "bucket").exists()
+
+
+@pytest.mark.parametrize("text", ["not json", "[" * 200_000, "{}", None])
+def test_damaged_run_json_never_starts_over(tmp_path, capsys, text):
+    """A launch's run.json is damaged or gone. Its checkpoints are reported, and other launches still count."""
+    launch, remote = tmp_path / "bucket/launch-0123456789abcdef", Remote(f"file://{tmp_path}/bucket")
+    launch.mkdir(parents=True)
+    (launch / "model_00005.json").write_text("{}")
+    if text is not None:
+        (launch / "run.json").write_text(text)
+    with pytest.raises(ValueError, match="launch-0123456789abcdef/run.json is missing or damaged: restore it"):
+        mirror.fetch(remote, tmp_path, True, -1, set())
+    (tmp_path / "bucket/launch-00000000000000ff").mkdir()
+    (tmp_path / "empty").mkdir()
+    write_json(tmp_path / "bucket/launch-00000000000000ff/run.json", {"id": "ab", "launches": []})
+    reported = set()
+    for warnings in (1, 0):
+        with pytest.raises(ValueError, match="has a run already"):
+            mirror.fetch(remote, tmp_path, False, -1, reported)
+        mirror.fetch(remote, tmp_path / "empty", True, -1, reported)
+        assert capsys.readouterr().err.count("warning: ") == warnings
+
+
+@pytest.mark.slow
 def test_resume_may_add_change_and_drop_the_bucket(undisturbed, shards, tmp_path, quick, capsys):
     first, second = f"file://{tmp_path}/first", f"file://{tmp_path}/second"
     resume = partial(run_main, train.main, "--resume", "--out-dir", tmp_path / "run")
@@ -517,6 +556,20 @@ def test_second_machine_is_refused_until_the_first_ends(undisturbed, shards, tmp
     assert_same(tmp_path / "run", undisturbed)
     assert run_main(train.main, "--resume", "--out-dir", tmp_path / "second", "--remote", url) == 0
     assert "finished already" in capsys.readouterr().err
+
+
+def test_lease_taken_during_a_download_is_respected(tmp_path, monkeypatch):
+    url = f"file://{tmp_path}/bucket"
+    monkeypatch.setattr(lease, "SETTLE", 0.0)
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    late = Lease(Remote(url), "late", folders[0])
+    late.watch(1.2)  # nobody has it; the download begins
+    Lease(Remote(url), "first", folders[1]).acquire()
+    with pytest.raises(cli.TryAgain, match="another launch"):
+        late.acquire()
+    assert Lease(Remote(url), "third", folders[0]).seen["token"] == "first"
 
 
 def test_machine_that_stands_by_downloads_nothing(tmp_path, monkeypatch):
@@ -678,6 +731,11 @@ def test_without_the_flag_no_import_and_no_thread(shards, tmp_path):
         ("bucket/run", "needs a URL such as"),
         ("simplecache::s3://bucket/run", "needs a URL such as"),
         ("s3://", "needs a URL such as"),
+        ("s3:///run", "needs a URL such as"),
+        ("file:///", "needs a URL such as"),
+        ("s3://AKIAABCDEFGHIJKLMNOP%3Asesame0123456789@bucket/run", "contains credentials"),
+        ("S3://AKIAABCDEFGHIJKLMNOP:sesame0123456789@bucket/run", "contains credentials"),
+        ("hf://hf_sesame0123456789@buckets/me", "contains credentials"),
         ("nothing://bucket/run", "create the bucket, or check the URL"),
     ],
 )
@@ -703,8 +761,10 @@ def test_errors_are_one_line_without_secrets(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     error = explain("s3://bucket/run", OSError(f"the\nserver says {SECRET} AKIAABCDEFGHIJKLMNOP"))
     assert isinstance(error, cli.TryAgain) and "\n" not in str(error) and SECRET not in str(error) and "AKIA" not in str(error)
-    for kind, remedy in ((PermissionError, "check your credentials"), (FileNotFoundError, "create the bucket")):
-        lasting = kind("The specified bucket does not exist")
+    missing = FileNotFoundError("The specified bucket does not exist")
+    elsewhere = [NotADirectoryError("/a/file"), OSError(errno.EROFS, "read-only"), OSError("Invalid bucket name"), OSError("(501) when")]
+    cases = [(PermissionError(), "check your credentials"), (missing, "create the bucket"), *((e, "check the URL, or") for e in elsewhere)]
+    for lasting, remedy in cases:
         error = explain("s3://bucket/run", lasting)
         assert not isinstance(error, cli.TryAgain) and remedy in str(error) and str(error).startswith("s3://bucket/run ")
 

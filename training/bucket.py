@@ -20,6 +20,7 @@ from common.remote import Remote
 from common.run_folder import RUN
 
 TEXTS = (RUN, "log.txt", "metrics.jsonl", "samples.txt")
+SEAL = r"model_(\d+)\.json"
 LAUNCH = re.compile(r"launch-[0-9a-f]{16}")
 # what a launch writes; a store that isn't atomic may keep the temporary file of an upload that was killed
 WRITTEN = re.compile(rf"(?:(?:model|state)_(\d+)\.pt|model_(\d+)\.json|{'|'.join(map(re.escape, TEXTS))})(?:\.[0-9a-f]{{8}}\.tmp)?")
@@ -38,10 +39,10 @@ class Sealed(NamedTuple):
 
 class Bucket:
     """What was under a URL when this was made. runs: each launch's run.json. checkpoints: the sealed ones, from old to new.
-    Files of others are not looked at."""
+    damaged: names of run.json or of seals that can't be used. Files of others are not looked at."""
 
     def __init__(self, remote: Remote):
-        self.remote, self.runs, self.checkpoints = remote, {}, []
+        self.remote, self.runs, self.checkpoints, self.damaged = remote, {}, [], []
         launches = [name for name, size in remote.list().items() if size is None and LAUNCH.fullmatch(name)]
         self.files = {launch: {name: size for name, size in remote.list(launch).items() if size is not None} for launch in launches}
         for launch, files in self.files.items():
@@ -49,6 +50,8 @@ class Bucket:
             if run and isinstance(run.get("id"), str) and isinstance(run.get("launches"), list):
                 self.runs[launch] = run
                 self.checkpoints += self.sealed(launch)
+            elif any(re.fullmatch(SEAL, name) for name in files):
+                self.damaged.append(f"{launch}/{RUN}")
         self.checkpoints.sort(key=lambda each: (each.step, len(self.runs[each.launch]["launches"]), each.launch))
 
     def json_of(self, launch: str, name: str) -> dict | None:
@@ -61,7 +64,7 @@ class Bucket:
 
     def sealed(self, launch: str) -> list[Sealed]:
         found, files, run = [], self.files[launch], self.runs[launch]["id"]
-        for step in sorted(int(m[1]) for name in files if (m := re.fullmatch(r"model_(\d+)\.json", name))):
+        for step in sorted(int(m[1]) for name in files if (m := re.fullmatch(SEAL, name))):
             model, state, name = (path.name for path in files_of(Path(), step))
             seal = self.json_of(launch, name) or {}
             parts = [seal.get(part) for part in (model, state)]
@@ -71,6 +74,8 @@ class Bucket:
             )
             if whole:
                 found.append(Sealed(step, launch, seal))
+            else:
+                self.damaged.append(f"{launch}/{name}")
         return found
 
     def ids(self) -> set[str]:

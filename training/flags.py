@@ -37,14 +37,14 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         config.resume = False
     if config.plan and not (config.resume or config.init_from):
         return config
+    if not (config.plan or config.resume or config.replay_step is not None or is_restart(out_dir)):
+        raise_if_taken(out_dir)
     if config.resume or config.replay_step is not None or is_restart(out_dir):
         previous = replace(read_run(out_dir, config.replay_step), out_dir=config.out_dir, resume=True)
         config = replace(cli.parse(TrainConfig, argv, previous), init_revision=previous.init_revision)
         config.teacher = recorded_teacher(config.teacher, previous.teacher)
         moved = {"teacher"} if config.teacher and previous.teacher else set()  # check_teacher compares the contents
         raise_if_changed(previous, config, MAY_CHANGE | moved, f"the run in {out_dir}")
-    elif not config.plan and holds_a_run(out_dir):
-        raise ValueError(f"{out_dir} holds a run or a model already: add --resume to continue it, or choose another --out-dir")
     elif config.init_from:
         shape = checkpoint.load_config(config.init_from, config.init_revision)
         config = replace(parse_flags(argv, shape), resume=False)
@@ -59,9 +59,16 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
 OURS_OR_A_MODEL = ("run.json", "log.txt", "config.json", "ckpt.pt", "model_*.pt", "model_*.json", "model*.safetensors")
 
 
-def holds_a_run(out_dir: Path) -> bool:
-    """Whether a run in this folder would overwrite a run or a model."""
-    return any(path.is_file() for pattern in OURS_OR_A_MODEL for path in out_dir.glob(pattern))
+def holds_a_run(out_dir: Path, *, besides: str = "") -> bool:
+    """Whether a run in this folder would overwrite a run or a model. besides: a file that doesn't count."""
+    return any(path.is_file() for pattern in OURS_OR_A_MODEL if pattern != besides for path in out_dir.glob(pattern))
+
+
+def raise_if_taken(out_dir: Path, half_fetched: bool = False):
+    """ValueError if a new run in this folder would overwrite a run or a model. half_fetched: an interrupted fetch may have left its log."""
+    if holds_a_run(out_dir, besides="log.txt" if half_fetched else ""):
+        remedy = "" if half_fetched else "add --resume to continue it, or "
+        raise ValueError(f"{out_dir} holds a run or a model already: {remedy}choose another --out-dir")
 
 
 def out_dir_of(argv: list[str] | None = None) -> Path:

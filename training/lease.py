@@ -73,18 +73,23 @@ class Lease:
 
     def watch(self, renewals: float):
         """Waits until the lease is free, or its owner missed this number of renewals. TryAgain if it renews the lease: it is at work."""
+        self.look()
         every = self.seen.get("every")
-        every = every if isinstance(every, int | float) and 0 < every < 3600 else self.every
+        every = every if isinstance(every, int | float) and 0 < every <= EVERY_ON_THE_HUB else self.every
         while self.held() and (rest := self.since + renewals * every - time.monotonic()) > 0:
             if not self.said:
                 most = self.since + MISSED * every - time.monotonic()
                 cli.say(f"waiting {most:.0f} s to see whether the last launch, on {self.host()}, still trains the run in {self.remote.url}")
                 self.said = True
             time.sleep(min(rest, every / 4))
-            if (found := self.read()) != self.seen:
-                self.seen, self.since = found, time.monotonic()
-                if self.held():
-                    raise self.busy()
+            self.look()
+
+    def look(self):
+        """Reads the lease again. TryAgain if its owner has renewed it."""
+        if (found := self.read()) != self.seen:
+            self.seen, self.since = found, time.monotonic()
+            if self.held():
+                raise self.busy()
 
     def held(self) -> bool:
         """Whether the owner may be at work. In the folder that this launch has locked, nobody else is."""

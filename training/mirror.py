@@ -34,10 +34,13 @@ def opened(folder: RunFolder, given: TrainConfig):
     end, waits until all has arrived: SystemExit if it can't. given: the flags, without the settings of the run that they resume.
 
     ValueError if another run or another launch has the URL, or if it can't be used."""
-    config = flags.parse_config() if (folder.path / RUN).exists() else given
+    known = (folder.path / RUN).exists()
+    config = flags.parse_config() if known else given
     if not config.remote:
         yield
         return
+    if not known:
+        flags.raise_if_taken(folder.path, half_fetched=config.resume)
     StopSignal.current = None  # of an earlier run in this process
     mirror = Mirror(Remote(config.remote), folder, config)
     try:
@@ -59,9 +62,14 @@ def opened(folder: RunFolder, given: TrainConfig):
 
 def fetch(remote: Remote, folder: Path, resume: bool, newest: int, damaged: set) -> tuple[int, int]:
     """Fetches a checkpoint after step `newest`, the folder's, or if there is none at all, the run itself. Returns the newest steps of the
-    folder and of the bucket; -1: none. damaged: see fetch_newest. ValueError if another run is there."""
+    folder and of the bucket; -1: none. damaged: what was reported before. ValueError if another run is there."""
     bucket, ours = Bucket(remote), run_id(folder)
     check_owner(bucket, ours, folder, resume)
+    if bucket.damaged and not bucket.runs:
+        raise ValueError(f"{remote.url}/{bucket.damaged[0]} is missing or damaged: restore it, or choose another --remote")
+    for name in {*bucket.damaged} - damaged:
+        damaged.add(name)
+        cli.say(f"warning: {remote.url}/{name} is missing, or doesn't fit the files beside it: these are not resumed")
     if resume:
         fetched = fetch_newest(bucket, folder, newest, damaged)
         newest = newest if fetched is None else fetched
@@ -134,7 +142,7 @@ class Mirror:
 
     def begin(self, resume: bool):
         """Fetches what is newer than the folder, takes the lease and starts the threads."""
-        path, damaged = self.folder.path, set()
+        path, known, damaged = self.folder.path, run_id(self.folder.path), set()
         recover_interrupted_save(path)
         self.lease.watch(1.2)  # a machine that stands by downloads nothing
         newest, _ = fetch(self.remote, path, resume, newest_complete(path), damaged)  # meanwhile, the lease may change
@@ -142,6 +150,9 @@ class Mirror:
         newest, there = fetch(self.remote, path, resume, newest, damaged)
         if newest > there:
             self.saved(newest)
+        if run_id(path) != known:  # the run was fetched: its settings count
+            config = flags.parse_config()
+            self.keep, self.notice = config.keep, config.notice_seconds
         for task in (self.send_all, self.renew_lease):
             self.threads.append(threading.Thread(target=self.until_lost, args=[task], name=f"--remote: {task.__name__}", daemon=True))
             self.threads[-1].start()
@@ -191,7 +202,7 @@ class Mirror:
                     self.changed.wait(0.2)
             except KeyboardInterrupt:  # the user doesn't want to wait
                 return
-        if said and not self.lost:
+        if not self.lost:
             self.health.warn(f"everything is in {self.remote.url}")
 
     def missing(self) -> str:
