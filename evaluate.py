@@ -54,9 +54,7 @@ class EvaluateConfig:
         """ValueError with all errors at once."""
         errors = cli.at_least(0, self, "limit", "batch_tokens") + task_errors(self.tasks)
         errors += [] if self.tasks else ["no --tasks: pass at least one, such as lambada=lambada_test.jsonl"]
-        if self.out and (Path(self.out).is_dir() or not Path(self.out).parent.is_dir()):
-            errors.append(f"--out {self.out} is not a file in an existing folder: choose another path")
-        raise_errors(errors)
+        raise_errors(errors + cli.writable(self.out, "out"))
 
 
 # ---- the table ----
@@ -84,7 +82,7 @@ def print_groups(results: dict[str, dict[str, float]]):
     """Prints the means over each group of several tasks."""
     for name, result in group_figures(results).items():
         if name not in results and sum(task.startswith(f"{name}/") for task in results) > 1:
-            print(line(f"{name}, mean", result))
+            print(line(f"{name}, mean", result), flush=True)
 
 
 def finite(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
@@ -102,12 +100,12 @@ def show(judged: Iterator, config: EvaluateConfig, is_main: bool) -> None:
         lines += [json.dumps(entry) + "\n" for entry in answered] if config.out else []
         if is_main and not config.json:
             print(line(name, result), flush=True)
-    if is_main and config.out:
-        write_atomically(Path(config.out), lambda file: file.write("".join(lines).encode()))
     if is_main and config.json:
-        print(json.dumps({"tasks": finite(results), "groups": finite(group_figures(results))}, indent=2))
+        print(json.dumps({"tasks": finite(results), "groups": finite(group_figures(results))}, indent=2), flush=True)
     elif is_main:
         print_groups(results)
+    if is_main and config.out:  # last: a full disk must not cost the results
+        write_atomically(Path(config.out), lambda file: file.write("".join(lines).encode()))
 
 
 def main():

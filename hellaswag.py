@@ -203,10 +203,7 @@ def error_of(scores: dict[str, float], n: int) -> float:
 def main():
     with exit_without_others(), cli.one_line_errors(if_memory_runs_out="lower --batch-tokens, or use a smaller model"):
         config = cli.parse(HellaSwagConfig)
-        errors = cli.at_least(0, config, "limit", "batch_tokens")
-        if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
-            errors.append(f"--out {config.out} is not a file in an existing folder: choose another path")
-        raise_errors(errors)
+        raise_errors(cli.at_least(0, config, "limit", "batch_tokens") + cli.writable(config.out, "out"))
         with join_world(config.device) as world:
             world.on_main(lambda: raise_errors(missing(Path(config.file))))
             model, tokenizer = load_with_tokenizer(config.model, world.device)
@@ -217,13 +214,13 @@ def main():
             scores, answered = evaluate(model, tokenizer, tasks, world, config.batch_tokens, autocast, styles)
             if not world.is_main:
                 return
-            if config.out:
-                lines = "".join(json.dumps(task) + "\n" for task in answered)
-                write_atomically(Path(config.out), lambda file: file.write(lines.encode()))
             print(f"HellaSwag's validation set: {len(tasks):,} tasks, standard error of a score about {error_of(scores, len(tasks)):.4f}")
             for prefix in (STYLES[style][1] for style in styles):
                 acc, acc_norm = scores[f"{prefix}acc"], scores[f"{prefix}acc_norm"]
-                print(f"{len(tasks)} {prefix}acc: {acc:.4f} {prefix}acc_norm: {acc_norm:.4f}")
+                print(f"{len(tasks)} {prefix}acc: {acc:.4f} {prefix}acc_norm: {acc_norm:.4f}", flush=True)
+            if config.out:  # last: a full disk must not cost the scores
+                lines = "".join(json.dumps(task) + "\n" for task in answered)
+                write_atomically(Path(config.out), lambda file: file.write(lines.encode()))
 
 
 if __name__ == "__main__":

@@ -102,6 +102,14 @@ def at_most(limit: int, config, *names: str) -> list[str]:
     return [f"{flag(name)} is {getattr(config, name)}: it must be at most {limit:,}" for name in names if getattr(config, name) > limit]
 
 
+def writable(file: str, name: str) -> list[str]:
+    """One error if this flag's file can't be written. None for ''."""
+    folder = os.path.dirname(file) or "."
+    if not file or (os.path.isdir(folder) and os.access(folder, os.W_OK) and not os.path.isdir(file)):
+        return []
+    return [f"{flag(name)} {file} is not a file in an existing folder that you can write to: choose another path"]
+
+
 class TryAgain(ValueError):
     """An error that passes by itself, such as one of the network: the same command may succeed later."""
 

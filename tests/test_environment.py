@@ -399,6 +399,17 @@ def test_only_runs_and_models_count_as_such(tmp_path, name, holds):
     assert holds_a_run(tmp_path) == holds
 
 
+@pytest.mark.parametrize("file", ["none/a.jsonl", "folder", "locked/a.jsonl"])
+def test_unwritable_output_is_refused_at_the_start(tmp_path, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", "locked"):
+        Path(name).mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "locked")  # root may write everywhere
+    assert cli.writable("", "out") == cli.writable("a.jsonl", "out") == cli.writable("folder/a.jsonl", "out") == []
+    [error] = cli.writable(file, "out")
+    assert error.startswith(f"--out {file} ") and error.endswith("choose another path")
+
+
 # ---- memory ----
 
 

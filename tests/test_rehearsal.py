@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 
 import checkpoint
 from common.remote import Remote
-from training import evaluation, measuring, rehearsal
+from training import cost, evaluation, measuring, rehearsal
 from training.config import TrainConfig
 from training.rehearsal import check_disk, scratch, slow_ranks
 from training.saving import Checkpoints
@@ -90,7 +90,9 @@ def test_rehearsal_changes_nothing(tried, shards, tmp_path):
     assert status == 0 and states(text) == dict.fromkeys(ALL, "ok"), text
     assert contents(tmp_path) == before | {tmp_path: contents(tmp_path)[tmp_path]}  # its time has changed
     assert max(map(len, text.splitlines())) <= 100
-    assert re.search(r"^in all +[\d.]+ hours, [\d.]+ \$ at 3 \$ per GPU and hour$", text, re.M) and text.endswith("wrong        nothing\n")
+    assert re.search(r"^in all +[\d.]+ (?:s|min), [\d.]+ \$ at 3 \$ per GPU and hour$", text, re.M) and text.endswith(
+        "wrong        nothing\n"
+    )
 
 
 @pytest.mark.slow
@@ -283,6 +285,11 @@ def test_slow_card_is_named():
     assert line.startswith("rank 7, NVIDIA H100 80GB HBM3 on host2, reaches 300 TFLOP/s, the median is 600: look for")
     assert ["30% of the H100's peak" in line for line in slow_ranks([slow] * 2, dtype, "cuda")] == [True, True]
     assert slow_ranks([(1e12, "AMD EPYC", "host"), (0.6e12, "AMD EPYC", "host")], dtype, "cpu") == []
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(7.66, "7.7 s"), (271, "4.5 min"), (44100, "12.25 hours")])
+def test_times_are_as_people_read_them(seconds, text):
+    assert cost.duration(seconds) == text
 
 
 def test_disk_counts_what_is_still_to_come(tmp_path, monkeypatch):

@@ -156,7 +156,8 @@ class Saving:
     """Also keep the run in a bucket: s3://bucket/run (pip install s3fs), gs://… (gcsfs), hf://buckets/… (huggingface_hub), file:///….
     Sends checkpoints and logs while training continues. With --resume, an empty --out-dir is filled from there. '': off."""
     notice_seconds: float = 100.0
-    """With --remote: after SIGTERM, send the last checkpoint for at most this long. torchrun needs --shutdown-timeout for it."""
+    """With --remote: after SIGTERM, send the last checkpoint for at most this long. torchrun needs
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 for it, else it kills after 30."""
     replay_step: int | None = None
     """Recompute this step of the run in --out-dir, from the checkpoint before it, and compare its loss with the log. Saves nothing."""
     verify_shards: bool = True

@@ -63,16 +63,23 @@ def parts_of(config: TrainConfig, first: int, last: int, step: float, each: dict
     return [training, *evaluating, Part("saves", saves(config, first, last, pace, step, save), save)]
 
 
+def duration(seconds: float) -> str:
+    """Returns a time as people read it: 7.7 s, 4.5 min, 12.25 hours."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.2f} hours"
+
+
 def table(parts: list[Part], dollars: float) -> list[str]:
     """Returns a table as lines. dollars: per hour, of all GPUs; 0: unknown."""
     total = sum(part.seconds for part in parts)
     money = f"{'$':>12}" if dollars else ""
-    lines = [f"{'':<28}{'times':>10}{'seconds each':>16}{'hours':>12}{'share':>9}{money}"]
+    lines = [f"{'':<28}{'times':>10}{'seconds each':>16}{'time':>14}{'share':>9}{money}"]
     for part in [*parts, Part("in all", 0, 0.0)]:
         seconds = part.seconds if part.times else total
         counts = f"{part.times:>10,}{part.each:>16,.4g}" if part.times else " " * 26
         money = f"{seconds / 3600 * dollars:>12,.2f}" if dollars else ""
-        lines.append(f"{part.name:<28}{counts}{seconds / 3600:>12,.4f}{seconds / max(total, 1e-9):>9.1%}{money}")
+        lines.append(f"{part.name:<28}{counts}{duration(seconds):>14}{seconds / max(total, 1e-9):>9.1%}{money}")
     return lines
 
 

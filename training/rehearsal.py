@@ -376,7 +376,7 @@ class Rehearsal:
         first = {"run": f"{steps:,} steps of {tokens:,} tokens, {steps * tokens:,} in all, on {self.world.size} × {self.world.device.type}"}
         first["tokens/s"] = f"{tokens / self.step:,.0f} in a step, {steps * tokens / seconds:,.0f} over the whole run"
         money = f", {seconds / 3600 * self.world.size * config.price:,.2f} $ at {config.price:g} $ per GPU and hour" if config.price else ""
-        first["in all"] = f"{seconds / 3600:,.2f} hours{money}"
+        first["in all"] = f"{cost.duration(seconds)}{money}"
         self.report.facts = first | facts
 
 
