@@ -450,7 +450,7 @@ def amount(config: TrainConfig, shards: Shards) -> str:
     TokenStream(shards, "val", config.model.seq_len)
     wanted = config.max_steps * config.total_batch_tokens
     epochs = wanted / (stream.sequences_per_epoch * config.model.seq_len)
-    return f"{len(shards.entries):,} shards, {int(stream.ends[-1]):,} tokens to train on; --max-steps reads them {epochs:,.2f} times"
+    return f"{len(shards.entries):,} shards, {int(stream.ends[-1]):,} tokens to train on; the run reads them {epochs:,.2f} times"
 
 
 def processes_here() -> int:
