@@ -10,10 +10,26 @@ import sys
 from contextlib import contextmanager, suppress
 from dataclasses import field, fields, is_dataclass, make_dataclass
 
+import docstring_parser
 import tyro
 from tqdm import tqdm
 
 registry = tyro.constructors.ConstructorRegistry()
+
+
+def joining_lines(parse):
+    """Wraps the function that reads the docstrings under a class's fields. tyro would end a line of the help at each line end of theirs."""
+
+    def parse_and_join(cls):
+        found = parse(cls)
+        for each in found.params:
+            each.description = each.description and " ".join(each.description.split())
+        return found
+
+    return parse_and_join
+
+
+docstring_parser.parse_from_object = joining_lines(docstring_parser.parse_from_object)
 
 
 @registry.primitive_rule

@@ -100,6 +100,16 @@ def test_help_documents_every_flag(command, monkeypatch, capsys):
         assert len(" ".join(text).split("(default")[0].strip()) > 10, lines[start]
 
 
+def test_help_fills_its_lines(monkeypatch, capsys):
+    """A line ends where the next word doesn't fit, not where a docstring's line ended."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_main(importlib.import_module("train").main, "--help") == 0
+    lines = capsys.readouterr().out.replace("│", " ")  # a terminal gets boxes
+    pairs = re.findall(r"(?=^ {24,25}(\w.*)\n {24,25}(\w\S*))", lines, re.MULTILINE)
+    assert len(pairs) > 50
+    assert [pair for pair in pairs if len(f"{pair[0].strip()} {pair[1]}") <= 53] == []
+
+
 def test_help_is_in_boxes_by_purpose(monkeypatch, capsys):
     """The first box has the ten flags that most runs need."""
     monkeypatch.setenv("COLUMNS", "80")
