@@ -389,7 +389,7 @@ def picture(path: str, width: int, *models: str):
         tab.get_by_label("number input for Length").fill("300")
         generate(tab)
         until(lambda: written(tab) == 300 and (not models[1:] or written(tab, "right") == 300))
-        tab.locator("#left span").nth(40).click()
+        tab.locator("#left span").nth(57).click()
         time.sleep(5)  # the curves are drawn
         tab.screenshot(path=path, full_page=True)
 
