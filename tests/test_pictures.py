@@ -101,7 +101,7 @@ def test_law_has_readable_axes_and_legends(tmp_path, drawn):
     scaling.plot_fit(json.loads((REPO / "results/law.json").read_text()), tmp_path / "scaling.png")
     losses, sizes = drawn[0].axes
     assert len(losses.get_yticks()) >= 5 and "100 M" in [sizes.yaxis.get_major_formatter()(y, 0) for y in sizes.get_yticks()]
-    assert drawn[0].get_suptitle() == "A law fitted to 20 runs: 234 k to 16.1 M parameters, 201 k to 1.6 M tokens"
+    assert drawn[0].get_suptitle() == "A law fitted to 20 runs: 234 k to 10 M parameters, 201 k to 1.6 M tokens"
     assert losses.get_legend().get_texts()[0].get_text() == "234 k parameters"
     assert not covered(drawn[0])
 

@@ -144,7 +144,7 @@ def test_page_counts_what_the_run_does(tried, shards, tmp_path, monkeypatch):
     assert status == 0, text
     counted.clear()
     assert run_train(shards, tmp_path / "run", *flags) == 0
-    found = re.findall(r"^(\S.*?) +([\d,]+) +([\d.e-]+) +[\d.]+ +[\d.]+%", text, re.M)
+    found = re.findall(r"^(\S.*?) +([\d,]+) +([\d.e-]+) +[\d.]+ (?:s|min) +[\d.]+%", text, re.M)
     assert {name: int(times) for name, times, _ in found if name in counted} == counted
     assert all(0.05 <= float(each) < 2 for name, _, each in found if name in counted), text
 

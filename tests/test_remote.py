@@ -199,7 +199,7 @@ def test_training_ends_while_the_bucket_fails(undisturbed, shards, tmp_path, buc
         return update(self, step, **how)
 
     def mended_end(self, wait, stopping=False):
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 90
         while not quiet and not self.health.problems and time.monotonic() < deadline:
             time.sleep(0.01)
         seen.append((read_stream(tmp_path / "run", "train"), self.sent))

@@ -375,7 +375,7 @@ def test_picture_shows_losses_and_differences(tmp_path, drawn, points):
     draw({"first": runs_at(0.0), "idea": runs_at(-0.1, 1.0), "failed": {}}, (3,), tmp_path / "compare.png")
     (figure,) = drawn
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
-    final = panels["Difference from first, 95 % interval"]
+    final = panels["Difference from first, 95 % interval" + " of the mean, at the end; dots are seeds" * (points != ())]
     differences = [-0.1 + x for x in noise.values()]
     mean, half = np.mean(differences), 4.302653 * np.std(differences, ddof=1) / 3**0.5  # t at 97.5 %, two degrees of freedom
     low, high = final.containers[1].lines[2][0].get_segments()[0][:, 0]
@@ -385,7 +385,7 @@ def test_picture_shows_losses_and_differences(tmp_path, drawn, points):
     assert [label.get_text() for label in named.get_yticklabels()] == ["first", "idea", "failed: failed"]
     assert figure.get_suptitle() == "3 variants, the first is first: 843 k parameters, 4.1 M tokens, 3 seeds"
     if points:
-        gaps = panels["Difference from first: below 0 is better"]
+        gaps = panels["Difference from first, 95 % band: below 0 is better"]
         assert gaps.lines[1].get_ydata() == pytest.approx([mean] * 3) and gaps.get_ylim()[0] == pytest.approx(1.1 * (mean - half))
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "idea", "failed"]
     assert not covered(figure)

@@ -37,9 +37,10 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         config.resume = False
     if config.plan and not (config.resume or config.init_from):
         return config
-    if not (config.plan or config.resume or config.replay_step is not None or is_restart(out_dir)):
+    continues = config.resume or config.replay_step is not None or is_restart(out_dir)
+    if not (config.plan or continues):
         raise_if_taken(out_dir)
-    if config.resume or config.replay_step is not None or is_restart(out_dir):
+    if continues:
         previous = replace(read_run(out_dir, config.replay_step), out_dir=config.out_dir, resume=True)
         config = replace(cli.parse(TrainConfig, argv, previous), init_revision=previous.init_revision)
         config.teacher = recorded_teacher(config.teacher, previous.teacher)
