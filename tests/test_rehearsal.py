@@ -287,7 +287,7 @@ def test_slow_card_is_named():
     assert slow_ranks([(1e12, "AMD EPYC", "host"), (0.6e12, "AMD EPYC", "host")], dtype, "cpu") == []
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(7.66, "7.7 s"), (271, "4.5 min"), (44100, "12.25 hours")])
+@pytest.mark.parametrize(("seconds", "text"), [(7.66, "7.7 s"), (119, "119.0 s"), (271, "4.5 min"), (44100, "12.25 hours")])
 def test_times_are_as_people_read_them(seconds, text):
     assert cost.duration(seconds) == text
 

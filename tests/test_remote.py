@@ -33,6 +33,7 @@ from training import lease, mirror
 from training.bucket import Bucket, fetch_newest, prune
 from training.config import TrainConfig
 from training.lease import Lease, LeaseLost
+from training.rehearsal import exchange
 from training.run_json import read_run
 from training.stop import StopSignal
 from training.trainer import Trainer
@@ -400,11 +401,14 @@ def test_damaged_run_json_never_starts_over(tmp_path, capsys, text):
         (launch / "run.json").write_text(text)
     with pytest.raises(ValueError, match="launch-0123456789abcdef/run.json is missing or damaged: restore it"):
         mirror.fetch(remote, tmp_path, True, -1, set())
+    with pytest.raises(ValueError, match="is missing or damaged"):
+        exchange(TrainConfig(remote=remote.url, out_dir=str(tmp_path / "run")), None)
     (tmp_path / "bucket/launch-00000000000000ff").mkdir()
     (tmp_path / "empty").mkdir()
     write_json(tmp_path / "bucket/launch-00000000000000ff/run.json", {"id": "ab", "launches": []})
+    (tmp_path / "bucket/launch-00000000000000ff/model_00007.json").write_text("{}")  # a seal that fits no files
     reported = set()
-    for warnings in (1, 0):
+    for warnings in (2, 0):
         with pytest.raises(ValueError, match="has a run already"):
             mirror.fetch(remote, tmp_path, False, -1, reported)
         mirror.fetch(remote, tmp_path / "empty", True, -1, reported)

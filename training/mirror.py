@@ -65,8 +65,6 @@ def fetch(remote: Remote, folder: Path, resume: bool, newest: int, damaged: set)
     folder and of the bucket; -1: none. damaged: what was reported before. ValueError if another run is there."""
     bucket, ours = Bucket(remote), run_id(folder)
     check_owner(bucket, ours, folder, resume)
-    if bucket.damaged and not bucket.runs:
-        raise ValueError(f"{remote.url}/{bucket.damaged[0]} is missing or damaged: restore it, or choose another --remote")
     for name in {*bucket.damaged} - damaged:
         damaged.add(name)
         cli.say(f"warning: {remote.url}/{name} is missing, or doesn't fit the files beside it: these are not resumed")
@@ -79,8 +77,10 @@ def fetch(remote: Remote, folder: Path, resume: bool, newest: int, damaged: set)
 
 
 def check_owner(bucket: Bucket, ours: str | None, folder: Path, resume: bool):
-    """ValueError if the bucket has another run than this folder. ours: the id of the run in it."""
+    """ValueError if the bucket has another run than this folder, or one that can't be told. ours: the id of the run in the folder."""
     others, url = bucket.ids() - {ours}, bucket.remote.url
+    if bucket.damaged and not bucket.runs:
+        raise ValueError(f"{url}/{bucket.damaged[0]} is missing or damaged: restore it, or choose another --remote")
     if others and not resume:
         raise ValueError(f"{url} has a run already: add --resume to continue it, or choose another --remote")
     if others and (ours or len(others) > 1):
