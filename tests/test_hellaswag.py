@@ -1,5 +1,6 @@
 """Compares scores with lm-evaluation-harness on the same model, and with one plain forward pass per row."""
 
+import errno
 import json
 import os
 import re
@@ -186,6 +187,18 @@ def test_text_is_cleaned_as_in_harness():
 
 
 # ---- the script ----
+
+
+def test_full_disk_costs_no_scores(model, tasks_file, tmp_path, monkeypatch, capsys):
+    def full(path, write):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    model.save_pretrained(tmp_path / "hf")
+    monkeypatch.setattr(hellaswag, "write_atomically", full)
+    argv = ["-m", tmp_path / "hf", "-d", "cpu", "--file", tasks_file, "--limit", 2, "--out", tmp_path / "out.jsonl"]
+    assert run_main(hellaswag.main, *argv) != 0
+    out, err = capsys.readouterr()
+    assert "2 acc: " in out and err.count("error: ") == 1
 
 
 def test_script_reports_both_styles(model, tasks_file, tmp_path, capsys):
