@@ -26,6 +26,7 @@ from common.validation import raise_errors
 from dataloader import TokenStream
 from model import GPT
 from ops.loss import log_likelihoods
+from tasks.judging import perplexity_of
 from tasks.readers import Choice, rows_of_text
 from variants import inference_copy, set_precision
 
@@ -94,7 +95,7 @@ def score(model: GPT, tokenizer: Tokenizer, rows: Iterator[Choice], batch_size: 
     return {
         "tokens": tokens,
         "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "perplexity": perplexity_of(loss),
         "bits_per_byte": nats / math.log(2) / size if size else math.inf,
     }
 

@@ -194,9 +194,9 @@ def with_remedy(e: Exception) -> str:
 
 @contextmanager
 def one_line_errors(after_ctrl_c: str = "", if_memory_runs_out: str = "close other programs, or use a smaller model"):
-    """Turns errors into one line and an exit status: 2 for a user's mistake (ValueError, a file that can't be used), 1 if the machine
-    fails (a full or broken disk, too many open files, too little memory), 130 for Ctrl-C. Anything else is a bug and keeps its
-    traceback. after_ctrl_c: how to continue then."""
+    """Turns errors into one line and an exit status: 2 for a user's mistake (ValueError, a file that can't be used) unless the error has a
+    status of its own, 1 if the machine fails (a full or broken disk, too many open files, too little memory), 130 for Ctrl-C. Anything
+    else is a bug and keeps its traceback. after_ctrl_c: how to continue then."""
     open_streams()
     try:
         yield
@@ -208,7 +208,7 @@ def one_line_errors(after_ctrl_c: str = "", if_memory_runs_out: str = "close oth
             fail(f"out of memory ({first_line(e)}): {if_memory_runs_out}", 1)
         if isinstance(e, RuntimeError):
             raise
-        fail("" if getattr(e, "is_shared", False) else with_remedy(e), 1 if disk_failed(e) else 2)
+        fail("" if getattr(e, "is_shared", False) else with_remedy(e), 1 if disk_failed(e) else getattr(e, "status", 2))
     except KeyboardInterrupt:
         say(f"\nstopped by Ctrl-C{after_ctrl_c and ': '}{after_ctrl_c}")
         sys.exit(130)

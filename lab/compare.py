@@ -29,13 +29,12 @@ from lab.origins import (
     MAKE_EQUAL,
     Origin,
     code_change,
+    commit_of,
     forbidden,
     machine_notes,
     mixtures,
     origin_of,
     refuse_unless,
-    short,
-    shortened,
     unequal,
 )  # fmt: skip
 from lab.report import check_tools, draw, record, show, summary
@@ -61,8 +60,8 @@ class CompareConfig:
     out_dir: str = "log/compare"
     """Gets a folder for each run, results.tsv and compare.png. Finished runs in it are kept, stopped runs resume."""
     seeds: int = 5
-    """Runs of each variant; with --until-decided, at most. Five find a difference of 1.7 standard deviations of one seed's difference with
-    probability 80 %."""
+    """Runs of each variant; with --until-decided, at most. In 80 % of cases, five find a true difference of 1.7 times the standard
+    deviation of the differences."""
     first_seed: int = 1
     """Seeds start here. Confirm an idea with seeds that no search has seen. If a folder is given, its seeds count instead."""
     until_decided: bool = False
@@ -97,6 +96,8 @@ class CompareConfig:
         errors += [f"{word!r} is neither NAME=FLAGS nor a folder" for word in words if "=" not in word or not word.split("=")[0]]
         if len(set(folders)) < len(folders):
             errors.append(f"two variants would share a folder, rename one: {', '.join(str(folder.parent) for folder in folders)}")
+        if self.until_decided and self.variants and not words:
+            errors.append("all of these runs have finished, so --until-decided has nothing to train: leave it out")
         if self.suite == "teacher" and self.workers > 1:
             errors.append("the teacher must finish before its students start: leave out --workers")
         raise_errors(errors)
@@ -125,7 +126,8 @@ def variants_of(config: CompareConfig) -> list[Variant]:
             found[names[word]] = Variant(names[word], None, given[names[word]])
         else:
             name, flags = word.split("=", 1)
-            raise_errors([f"{name} is also the name of a folder's variant: rename it"] if name in given else [])
+            if name in given:
+                raise ValueError(f"{name} is also the name of a folder's variant: rename it")
             try:
                 found[name] = Variant(name, split(f"{common} {flags}"), {})  # a variant's own flags come last and win
             except ValueError as e:
@@ -156,14 +158,29 @@ class Comparison:
         self.config, self.variants = config, {variant.name: variant for variant in variants_of(config)}
         self.first = next(iter(self.variants.values()))
         given = {name: variant.given for name, variant in self.variants.items() if variant.flags is None}
-        seeds = common_seeds(given) if given and self.trained() else [*range(config.first_seed, config.first_seed + config.seeds)]
-        self.seeds = seeds[: config.seeds]  # of the variants that are trained
-        self.looks = looks_until(config.seeds) if config.until_decided else ()
+        self.seeds = self.seeds_to_train(given)
+        self.looks = looks_until(config.seeds) if config.until_decided else ()  # (): one, when all seeds are trained
         self.folders: dict[str, dict[int, Path]] = {name: given.get(name, {}) for name in self.variants}  # of the runs so far
         self.failures: dict[str, str] = {}
         self.measured: dict[Path, dict] = {}
         self.origins: dict[str, Origin] = {}
-        self.notes = self.check()
+        self.notes = self.prepare()
+
+    def seeds_to_train(self, given: dict[str, dict[int, Path]]) -> list[int]:
+        """Returns the seeds of the variants that are trained: those of the given runs, if there are some. ValueError if a given variant
+        has no seed of the first."""
+        config = self.config
+        for name in given if self.first.name in given else ():
+            common_seeds({self.first.name: self.first.given, name: given[name]})
+        if given and self.trained():
+            return common_seeds(given)[: config.seeds]
+        return [*range(config.first_seed, config.first_seed + config.seeds)]
+
+    def looked_at(self, name: str) -> int:
+        """Returns the number of seeds that a verdict about this variant is based on, if none is decided earlier."""
+        variants = self.variants[name], self.first
+        seeds = [variant.given.keys() if variant.flags is None else self.seeds for variant in variants]
+        return len(set(seeds[0]) & set(seeds[1]))
 
     def trained(self) -> list[Variant]:
         return [variant for variant in self.variants.values() if variant.flags is not None]
@@ -171,8 +188,9 @@ class Comparison:
     def others(self) -> list[str]:
         return [name for name in self.variants if name != self.first.name]
 
-    def check(self) -> list[str]:
-        """Returns notes about what differs. ValueError if it must not be compared; IdeaFailed if a variant's flags are at fault."""
+    def prepare(self) -> list[str]:
+        """Checks the variants, and makes missing shards. Returns notes about what differs. ValueError if it must not be compared;
+        IdeaFailed if a variant's flags are at fault."""
         config, code, notes = self.config, code_now(), []
         for variant in self.variants.values():
             notes += refuse_unless(config.mixed, mixtures(variant.name, [*variant.given.values()]), LEAVE_OUT)
@@ -183,7 +201,7 @@ class Comparison:
             raise_errors(forbidden(name, ours, theirs, config.may_change))
             unfair = unequal(name, ours, self.first.name, theirs, budget=config.suite == "none")  # some suites compare lengths
             if unfair and not config.mixed:
-                raise IdeaFailed(name, shortened(unfair), f"{shortened(unfair)}: {MAKE_EQUAL}")
+                raise IdeaFailed(name, cli.some(unfair, 3), f"{cli.some(unfair, 3)}: {MAKE_EQUAL}")
             notes += unfair + code_change(name, ours, self.first.name, theirs)
         if self.trained() and theirs.config.max_seconds and share_hardware(config.workers):
             notes.append("the runs slow each other, so --max-seconds is no fair limit: leave out --workers, or pass the number of GPUs")
@@ -236,9 +254,8 @@ class Comparison:
         notes = run_all(runs, config.workers, config.mixed, trial) if runs else []
         for name in self.failures:
             self.folders[name] = {}
-        if wrong := not_finite(self.results()[first]):
-            reason = f"a loss is not finite with seed {wrong[0]}"
-            raise IdeaFailed(first, reason, f"{first}'s loss is not finite with seed {wrong[0]}: compare with another variant")
+        if reason := no_result(self.results()[first]):
+            raise IdeaFailed(first, reason, f"{first} can't be compared with: {reason}")
         return notes
 
     def results(self) -> dict[str, dict[int, dict]]:
@@ -254,30 +271,28 @@ class Comparison:
             return Judgement("failed", reason=self.failures[name])
         results = self.results()
         ours, theirs = results[name], results[self.first.name]
-        if wrong := not_finite(ours):
-            return Judgement("failed", reason=f"a loss is not finite with seed {wrong[0]}")
+        if reason := no_result(ours):
+            return Judgement("failed", reason=reason)
         differences = [one["val_loss"] - theirs[seed]["val_loss"] for seed, one in ours.items() if seed in theirs]
-        return judge(differences, self.looks or (max(1, len(differences)),))
-
-    def rows(self, results: dict[str, dict[int, dict]]) -> list[dict]:
-        """Returns the table's rows: numbers, verdict, commit, and which code differs from the first's."""
-        rows = summary(results, {name: self.judgement(name) for name in self.others()})
-        for row in rows:
-            launch = self.origins[row["variant"]].launch
-            row |= {"commit": short(launch), "changed": other_code(launch, self.origins[self.first.name].launch)}
-        return rows
+        return judge(differences, self.looks)
 
 
-def not_finite(runs: dict[int, dict]) -> list[int]:
-    """Returns the seeds whose loss is not finite."""
-    return [seed for seed, one in runs.items() if not math.isfinite(one["val_loss"])]
+def no_result(runs: dict[int, dict]) -> str:
+    """Returns why a variant's losses mean nothing: one is not finite, or its model is no language model. "" if they are fine."""
+    for seed, one in runs.items():
+        why = one["not_a_language_model"] if math.isfinite(one["val_loss"]) else "the loss is not finite"
+        if why:
+            return f"seed {seed}: {why}"
+    return ""
 
 
-def remember_looks(path: Path, pairs: list[str], seeds: int, until_decided: bool) -> list[str]:
-    """Records in judge.json how these pairs are judged, before anyone looks. Returns notes about pairs that were judged with fewer seeds.
-    ValueError if --until-decided had another limit."""
+def remember_looks(path: Path, pairs: dict[str, int], until_decided: bool) -> list[str]:
+    """Records in judge.json how these pairs are judged, before anyone looks. Returns notes about pairs that were judged with another number
+    of seeds. ValueError if --until-decided had another limit.
+
+    pairs: its name → the number of its seeds, at most that many with until_decided."""
     kept, notes = read_json(path, "delete it, and train all runs again in another --out-dir") if path.exists() else {}, []
-    for pair in pairs:
+    for pair, seeds in pairs.items():
         before = kept.get(pair, {})
         limit, most = before.get("limit"), before.get("seeds")
         if until_decided and limit not in (None, seeds):
@@ -285,11 +300,11 @@ def remember_looks(path: Path, pairs: list[str], seeds: int, until_decided: bool
                 f"{pair} was judged with --until-decided --seeds {limit}, and that limit can't change afterwards: pass --seeds {limit}, "
                 "or train all runs again in another --out-dir"
             )
-        if (most and (until_decided or most < seeds)) or (limit and not until_decided):
-            earlier = f"--seeds {most}" if most else f"--until-decided --seeds {limit}"
+        if (most and (until_decided or most != seeds)) or (limit and not until_decided):
+            earlier = f"{most} seed{'s' * (most > 1)}" if most else f"--until-decided --seeds {limit}"
             notes.append(
                 f"{pair} was judged with {earlier} before, and looking again adds false verdicts: "
-                "begin with --until-decided, in another --out-dir"
+                "confirm with fresh seeds, or begin with --until-decided in another --out-dir"
             )
         kept[pair] = before | ({"limit": seeds} if until_decided else {"seeds": max(seeds, most or 0)})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -297,7 +312,16 @@ def remember_looks(path: Path, pairs: list[str], seeds: int, until_decided: bool
     return notes
 
 
-def finish(comparison: Comparison, notes: list[str]) -> dict:
+def rows_of(comparison: Comparison, results: dict[str, dict[int, dict]]) -> list[dict]:
+    """Returns the table's rows: numbers, verdict, commit, and which code differs from the first's."""
+    rows, origins = summary(results, {name: comparison.judgement(name) for name in comparison.others()}), comparison.origins
+    for row in rows:
+        launch = origins[row["variant"]].launch
+        row |= {"commit": commit_of(launch), "changed": other_code(launch, origins[comparison.first.name].launch)}
+    return rows
+
+
+def report_results(comparison: Comparison, notes: list[str]) -> dict:
     """Measures, records and draws. Returns the results."""
     config, results = comparison.config, comparison.results()
     out_dir = Path(config.out_dir)
@@ -306,10 +330,12 @@ def finish(comparison: Comparison, notes: list[str]) -> dict:
         speeds = speeds_in_turns([next(iter(runs.values())) for runs in comparison.folders.values() if runs], config.time_steps)
         for runs, speed in zip(timed, speeds, strict=True):
             runs |= {seed: one | {"tokens_per_second": speed} for seed, one in runs.items()}
-    rows = comparison.rows(results)
-    looks = comparison.looks or [max(len(row.get("differences") or row["seeds"]) for row in rows)]
+    rows = rows_of(comparison, results)
+    looks = comparison.looks or (max(len(row.get("differences", ())) for row in rows),)
     record(rows, out_dir / "results.tsv", comparison.first.name)
-    draw_or_warn(draw, results, looks, out_dir / "compare.png")
+    counted = {row["variant"]: row.get("paired_seeds", row["seeds"]) for row in rows}
+    drawn = {name: {seed: results[name][seed] for seed in seeds} for name, seeds in counted.items()}
+    draw_or_warn(draw, drawn, looks, out_dir / "compare.png")
     more = AFTER[config.suite](config, results) if config.suite in AFTER else {}
     return {"variants": rows, "looks": looks, "notes": notes, **more}
 
@@ -344,12 +370,12 @@ def text_of(found: dict, markdown: bool = False) -> str:
 
 def compare(comparison: Comparison) -> dict:
     """Trains and judges. Returns what --json prints."""
-    config, first = comparison.config, comparison.first.name
-    pairs = [f"{name} against {first}" for name in comparison.others()]
-    notes = comparison.notes + remember_looks(Path(config.out_dir, "judge.json"), pairs, config.seeds, config.until_decided)
+    config, first, looks = comparison.config, comparison.first.name, comparison.looks
+    pairs = {f"{name} against {first}": looks[-1] if looks else comparison.looked_at(name) for name in comparison.others()}
+    notes = comparison.notes + remember_looks(Path(config.out_dir, "judge.json"), pairs, config.until_decided)
     notes += comparison.run()
     notes += machine_notes([folder for runs in comparison.folders.values() for folder in runs.values()])
-    return finish(comparison, notes)
+    return report_results(comparison, notes)
 
 
 def main():

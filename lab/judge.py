@@ -60,9 +60,10 @@ def looks_until(seeds: int) -> tuple[int, ...]:
     return tuple(range(min(FIRST_LOOK, seeds), seeds + 1))
 
 
-def judge(differences: Sequence[float], looks: Sequence[int]) -> Judgement:
+def judge(differences: Sequence[float], looks: Sequence[int] = ()) -> Judgement:
     """Judges a variant by its differences, one per seed in order. looks: the numbers of seeds after which someone looks, fixed before
-    the first look. Stops at the first look that decides; later seeds are ignored."""
+    the first look; by default one look at all. Stops at the first look that decides; later seeds are ignored."""
+    looks = looks or (max(1, len(differences)),)
     if not all(map(math.isfinite, differences)):
         return Judgement("failed", reason="a loss is not finite")
     found = Judgement("no difference shown", reason=f"{len(differences)} seeds, the first look is after {min(looks)}")

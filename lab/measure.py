@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
+import checkpoint
 from common import cli
 from common.bucket_shards import open_shards
 from common.device import can_compile, pick_device
@@ -19,12 +21,13 @@ from common.logs import read_metrics
 from common.shards import differences
 from common.tokenizer import get_tokenizer
 from lab.runs import last_checkpoint
+from model import GPT
 from ops.kv_cache import KVCache
 from perplexity import rows_of_shards
 from train import load_teacher
 from training.run_json import RUN, read_run, read_run_json
 from training.trainer import Trainer
-from variants import VariantConfig, build, build_on_meta, idle_params
+from variants import VariantConfig, build, build_on_meta, flops_per_token, idle_params
 
 
 def measure(folder: Path) -> dict:
@@ -44,9 +47,34 @@ def measure(folder: Path) -> dict:
         "memory_bytes": max(metrics["memory_bytes"].values()),
         "params": model.num_params(),
         "active_params": model.num_params() - idle_params(model),
+        "flops_per_token": flops_per_token(model),
         "cache_bytes": cache_bytes(config.model),
+        "not_a_language_model": check_predictions(folder),
         "curve": {validations["tokens"][step]: loss for step, loss in sorted(validations["val_loss"].items()) if step},
     }
+
+
+def check_predictions(folder: Path) -> str:
+    """Returns why the loss of a run's model means nothing, by this checkout's code; "" if it is fine, or if other code made its weights."""
+    try:
+        return not_a_language_model(checkpoint.load_gpt(str(folder))[0].eval())
+    except ValueError:
+        return ""
+
+
+@torch.no_grad()
+def not_a_language_model(model: GPT) -> str:
+    """Returns what is wrong with a model's predictions. They may not depend on how the text continues, and the loss must be theirs."""
+    length = min(model.config.seq_len, 256)
+    ids = torch.randint(model.config.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0))
+    x, y = ids[:, :-1], ids[:, 1:]
+    whole = model(x)[0][0]  # (T, V)
+    ends = [max(1, length * part // 8) for part in range(1, 8)]
+    apart = [(model(x[:, :end])[0][0, -1] - whole[end - 1]).abs().max().item() for end in ends]
+    if statistics.median(apart) > 1e-3 * whole.abs().max().item():  # the median: rounding may send a few tokens to another expert
+        return "its predictions depend on later tokens"
+    loss = F.cross_entropy(whole, y[0]).item()
+    return "" if math.isclose(model(x, y)[1].item(), loss, rel_tol=1e-3) else "its loss is not the cross entropy of its predictions"
 
 
 def bytes_per_token(folder: Path) -> float | None:

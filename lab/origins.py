@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import checkpoint
+from common import cli
 from common.bucket_shards import open_shards
 from common.run_folder import without_seed
 from common.shards import differences
@@ -30,7 +31,7 @@ def data_notes(folders: list[Path]) -> list[str]:
         config, run = read_run(folder), read_run_json(folder / RUN)
         data_dir, data = config.data_dir, run["data"]
         if changed := differences(data, contents(data_dir)) or differences(data, first.setdefault(data_dir, data)):
-            notes.append(f"{folder} was trained on other data than {data_dir} has now ({shortened(changed)})")
+            notes.append(f"{folder} was trained on other data than {data_dir} has now ({cli.some(changed, 3)})")
         if config.init_from and run.get("init") not in (None, weights(config.init_from, config.init_revision)):
             notes.append(f"{folder} started from other weights than {config.init_from} has now")
         if config.teacher and run.get("teacher_sha256") not in (None, weights(config.teacher)):
@@ -50,12 +51,8 @@ MAKE_EQUAL = "make both equal, or pass --mixed to compare them anyway"
 def refuse_unless(mixed: bool, notes: list[str], remedy: str = TRAIN_AGAIN) -> list[str]:
     """Returns the notes. ValueError with them and the remedy unless mixed."""
     if notes and not mixed:
-        raise ValueError(f"{shortened(notes)}: {remedy}")
+        raise ValueError(f"{cli.some(notes, 3)}: {remedy}")
     return notes
-
-
-def shortened(items: list[str]) -> str:
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if items[3:] else "")
 
 
 def machine_notes(folders: list[Path]) -> list[str]:
@@ -91,15 +88,14 @@ def mixtures(name: str, folders: list[Path]) -> list[str]:
     for folder in others:
         found = settings_of(folder)
         if changed := [key for key in settings if settings[key] != found[key]]:
-            notes.append(f"{name}: {folder} has other settings than {first} ({shortened(changed)})")
+            notes.append(f"{name}: {folder} has other settings than {first} ({cli.some(changed, 3)})")
         if why := differences(read_run_json(first / RUN)["data"], read_run_json(folder / RUN)["data"]):
-            notes.append(f"{name}: {folder} was trained on other data than {first} ({shortened(why)})")
+            notes.append(f"{name}: {folder} was trained on other data than {first} ({cli.some(why, 3)})")
     return notes + [f"{name}: {note}" for note in code_notes(folders, last_of(first))]
 
 
 def budget_of(config: TrainConfig) -> str:
-    seconds = getattr(config, "max_seconds", 0)
-    return f"{seconds:g} seconds" if seconds else f"{config.max_steps * config.total_batch_tokens:,} tokens"
+    return f"{config.max_seconds:g} seconds" if config.max_seconds else f"{config.max_steps * config.total_batch_tokens:,} tokens"
 
 
 class Origin(NamedTuple):
@@ -115,12 +111,19 @@ def origin_of(folder: Path) -> Origin:
 
 
 def unequal(name: str, ours: Origin, first: str, theirs: Origin, budget: bool) -> list[str]:
-    """Says what makes a comparison of two variants unfair: other data, another validation and, if budget, more training."""
+    """Says what makes a comparison of two variants unfair: other data, another validation and, if budget, more training or help from
+    another model."""
     notes = []
     if why := differences(theirs.data, ours.data):
-        notes.append(f"{name} has other data than {first} ({shortened(why)})")
+        notes.append(f"{name} has other data than {first} ({cli.some(why, 3)})")
     if ours.config.val_tokens != theirs.config.val_tokens:
         notes.append(f"{name} validates on {ours.config.val_tokens:,} tokens, {first} on {theirs.config.val_tokens:,}")
+    if ours.config.model.seq_len != theirs.config.model.seq_len:  # the validation's tokens then differ, too
+        notes.append(f"{name} validates on sequences of {ours.config.model.seq_len:,} tokens, {first} of {theirs.config.model.seq_len:,}")
+    for field in ("init_from", "teacher") if budget else ():
+        if bool(mine := getattr(ours.config, field)) != bool(other := getattr(theirs.config, field)):
+            who, whose, value = (name, first, mine) if mine else (first, name, other)
+            notes.append(f"{who} learns from another model ({cli.flag(field)} {value}), {whose} doesn't")
     if budget and budget_of(ours.config) != budget_of(theirs.config):
         notes.append(f"{name} trains for {budget_of(ours.config)}, {first} for {budget_of(theirs.config)}")
     return notes
@@ -129,7 +132,8 @@ def unequal(name: str, ours: Origin, first: str, theirs: Origin, budget: bool) -
 def code_change(name: str, ours: Origin, first: str, theirs: Origin) -> list[str]:
     """Names the commit and the changed files of a variant whose code is not the first's."""
     why = other_code(ours.launch, theirs.launch)
-    return [f"{name} has other code than {first} ({why}): commit {short(ours.launch)} against {short(theirs.launch)}"] if why else []
+    commits = f"commit {commit_of(ours.launch)} against {commit_of(theirs.launch)}"
+    return [f"{name} has other code than {first} ({why}): {commits}"] if why else []
 
 
 def forbidden(name: str, ours: Origin, theirs: Origin, may_change: tuple[str, ...]) -> list[str]:
@@ -137,10 +141,10 @@ def forbidden(name: str, ours: Origin, theirs: Origin, may_change: tuple[str, ..
     changed = changed_files(ours.launch, theirs.launch)
     changed = ["unknown files: a run is of an older version"] if changed is None else changed
     wrong = [file for file in changed if file not in may_change] if may_change else []
-    return [f"{name} changes {shortened(wrong)}: only {', '.join(may_change)} may change"] if wrong else []
+    return [f"{name} changes {cli.some(wrong, 3)}: only {', '.join(may_change)} may change"] if wrong else []
 
 
-def short(launch: dict) -> str:
+def commit_of(launch: dict) -> str:
     """Returns a launch's commit for people, such as d4f681e4 or d4f681e4+."""
     commit = str(launch.get("commit") or "unknown")
     return commit[:8] + "+" * commit.endswith("+")

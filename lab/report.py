@@ -14,7 +14,9 @@ from common.files import append
 from common.picture import COLORS, GREY, between, fit_late, label_of, legend_below, look, number_axis
 from common.tables import WIDTH, check_rich, table
 from lab.judge import LEVEL, Judgement, nominal_level, scipy_stats
+from tasks.judging import perplexity_of
 
+COSTS = ("variant", "parameters (active)", "tokens", "FLOPs ×", "tokens/s", "× first", "memory", "KV cache")
 TSV = ("commit", "name", "against", "seeds", "loss", "difference", "interval", "p", "memory", "seconds", "verdict")
 
 
@@ -31,10 +33,11 @@ def summary(runs: dict[str, dict[int, dict]], judgements: dict[str, Judgement]) 
             bits = [one["bits_per_byte"] for one in seeds.values()]
             ratios = [one["tokens_per_second"] / first[seed]["tokens_per_second"] for seed, one in seeds.items() if seed in first]
             row |= {
-                **{key: some[key] for key in ("tokens", "params", "active_params", "cache_bytes")},
+                **{key: some[key] for key in ("tokens", "params", "active_params", "flops_per_token", "cache_bytes")},
+                "work": some["flops_per_token"] / next(iter(first.values()))["flops_per_token"] if first else None,
                 "val_loss": statistics.fmean(losses),
                 "spread": max(losses) - min(losses),
-                "perplexity": math.exp(statistics.fmean(losses)),
+                "perplexity": perplexity_of(statistics.fmean(losses)),
                 "bits_per_byte": None if None in bits else statistics.fmean(bits),
                 "speed": statistics.median(ratios) if ratios else None,
                 **{key: statistics.median(one[key] for one in seeds.values()) for key in ("seconds", "tokens_per_second", "memory_bytes")},
@@ -64,7 +67,7 @@ def show(rows: list[dict], looks: Sequence[int], markdown: bool = False) -> str:
             shown_as(row.get("bits_per_byte"), ".4f"),
             str(len(row["seeds"])),
             interval(row),
-            "<.0001" if (row.get("p") or 1) < 0.0001 or row.get("p") == 0 else shown_as(row.get("p"), ".4f"),
+            shown_p(row.get("p")),
             textwrap.shorten(row.get("text", "the first"), 100, placeholder=" …"),
         ]
         for row in rows
@@ -72,8 +75,9 @@ def show(rows: list[dict], looks: Sequence[int], markdown: bool = False) -> str:
     costs = [
         [
             row["variant"],
-            f"{row['params']:,}" + (f" ({row['active_params']:,})" if row["active_params"] < row["params"] else ""),
+            millions(row["params"]) + (f" ({millions(row['active_params'])})" if row["active_params"] < row["params"] else ""),
             f"{row['tokens']:,}",
+            shown_as(row["work"], ".2f"),
             f"{row['tokens_per_second']:,.0f}",
             shown_as(row["speed"], ".2f"),
             f"{row['memory_bytes'] / 1e6:,.0f} MB",
@@ -84,11 +88,19 @@ def show(rows: list[dict], looks: Sequence[int], markdown: bool = False) -> str:
     ]
     parts = [
         table(["variant", "loss", "bits/byte", "seeds", "difference ± 95 %", "p", "verdict"], verdicts, [6], markdown),
-        table(["variant", "parameters (active)", "tokens", "tokens/s", "× first", "memory", "KV cache"], costs, markdown=markdown),
+        table(COSTS, costs, markdown=markdown),
     ]
     each = [[row["variant"], by_seed(row)] for row in rows if row.get("differences")]
     parts += [table(["variant", "difference, seed by seed"], each, [1], markdown)] if each else []
     return "\n\n".join([*parts, meaning(looks)])
+
+
+def millions(n: int) -> str:
+    return f"{n / 1e6:,.{3 if n < 1e7 else 1}f} M"
+
+
+def shown_p(p: float | None) -> str:
+    return "<.0001" if p is not None and p < 0.0001 else shown_as(p, ".4f")
 
 
 def shown_as(value: float | None, how: str) -> str:
@@ -110,8 +122,9 @@ def meaning(looks: Sequence[int]) -> str:
     rate = f"{100 * LEVEL:g} %"
     anywhere = ", at any planned look" if len(looks) > 1 else ""
     lines = [
+        "FLOPs ×: the work of a token against the first's.",
         "Student's paired t-test over the seeds that both have.",
-        f"A variant that changes nothing is called better in {rate} of comparisons, worse in {rate}.",
+        f"Of variants that are no better and no worse, {rate} are called better, {rate} worse.",
         "No difference shown: more seeds might show one. What these could detect is an estimate.",
         f"p: how often luck alone gives evidence this strong for better{anywhere}. One-sided: near 1, it is for worse.",
     ]

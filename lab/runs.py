@@ -17,7 +17,7 @@ import checkpoint
 from common import cli
 from common.files import read_json, write_json
 from common.run_folder import MAY_DIFFER
-from lab.origins import code_notes, data_notes, refuse_unless, shortened
+from lab.origins import code_notes, data_notes, refuse_unless
 from training.config import LOWER_LR, LOWER_MEMORY, SMALLER_MODEL, TrainConfig
 from training.flags import parse_flags, raise_if_changed, recorded_teacher
 from training.run_json import RUN, code_now, is_finished, read_run
@@ -28,6 +28,8 @@ FAILED = "failed.json"  # in an idea's folder
 
 class IdeaFailed(ValueError):
     """An idea's code, flags or settings are wrong. Another idea may still succeed."""
+
+    status = 3  # the command's exit status, so that a program that tries ideas can continue
 
     def __init__(self, name: str, reason: str, message: str = ""):
         """message: the reason with its command or remedy."""
@@ -141,7 +143,7 @@ def run_all(runs: list[Run], workers: int, mixed: bool, trial: Trial | None = No
     missing, running, free = [run for run in runs if run.state() != "finished"], [], SimpleQueue()
     refuse_unless(mixed, code_notes(folders, code) + data_notes(folders))
     if stuck := data_notes([run.folder for run in missing]):
-        raise ValueError(f"{shortened(stuck)}, so it can't resume: restore the data, or train all runs again in another --out-dir")
+        raise ValueError(f"{cli.some(stuck, 3)}, so it can't resume: restore the data, or train all runs again in another --out-dir")
     for slot in range(workers):
         free.put(environment(workers, slot))
 
@@ -180,12 +182,12 @@ def train_one(run: Run, running: list[subprocess.Popen], env: dict, trial: Trial
     env = {"WANDB_RUN_GROUP": run.name} | env  # trackers then show the seeds of a variant together
     minutes = trial.max_minutes if trial else 0
     try:
-        status, _, errors = finish(argv, running, env, minutes)
+        status, _, errors = run_to_end(argv, running, env, minutes)
     except subprocess.TimeoutExpired:
         raise IdeaFailed(run.name, f"seed {run.seed} took longer than {minutes:g} minutes") from None
     if not status:
         return
-    why = why_it_failed(status, errors)[0]
+    why = why_it_failed(status, errors)
     message = f"{run.name}: train.py {shlex.join(argv)} exited with {status}: {why}"
     if not is_to_blame(status, errors):
         raise ValueError(message)
@@ -194,7 +196,7 @@ def train_one(run: Run, running: list[subprocess.Popen], env: dict, trial: Trial
     raise IdeaFailed(run.name, f"seed {run.seed}: {why.removeprefix('error: ')}", message)
 
 
-def finish(argv: list[str], running: list[subprocess.Popen], env: dict, minutes: float = 0) -> tuple[int, str, str]:
+def run_to_end(argv: list[str], running: list[subprocess.Popen], env: dict, minutes: float = 0) -> tuple[int, str, str]:
     """Runs train.py. Returns its exit status, stdout and stderr. TimeoutExpired if it takes longer than minutes; it saves then."""
     process = launch(argv, env)
     running.append(process)
@@ -214,24 +216,25 @@ def fault_of_machine(trial: Trial, running: list[subprocess.Popen], env: dict) -
     proof yet."""
     if not (trial.proof and (trial.proof / RUN).exists() and is_finished(trial.proof)):
         return ""
-    status, output, errors = finish(["--replay-step", "0", "--out-dir", str(trial.proof)], running, env)
+    status, output, errors = run_to_end(["--replay-step", "0", "--out-dir", str(trial.proof)], running, env)
     works = status == 0 or "in the log: " in output  # other hardware gives other bits
-    return "" if works else why_it_failed(status, errors)[0]
+    return "" if works else why_it_failed(status, errors)
 
 
-def why_it_failed(status: int, output: str) -> tuple[str, bool]:
-    """Returns why a run failed, and whether its settings are to blame: it diverged, or memory ran out."""
+def why_it_failed(status: int, output: str) -> str:
+    """Returns the last message of a run that failed."""
+    if status == -signal.SIGKILL:
+        return "killed, probably because memory ran out"
     lines = output.strip().splitlines() or ["no message"]
-    if status == -9:  # SIGKILL: Linux ends the process that uses the most memory
-        return "killed, probably because memory ran out", True
-    why = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
-    return why, any(remedy in why for remedy in (LOWER_LR, LOWER_MEMORY, SMALLER_MODEL))
+    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
 
 
 def is_to_blame(status: int, output: str) -> bool:
     """Whether a run's own code or settings made it fail, rather than the machine or someone who stopped it."""
     crashed = status == 1 and "Traceback (most recent call last)" in output
-    return crashed or status in (2, -signal.SIGSEGV, -signal.SIGABRT) or why_it_failed(status, output)[1]
+    settings = any(remedy in why_it_failed(status, output) for remedy in (LOWER_LR, LOWER_MEMORY, SMALLER_MODEL))
+    # SIGKILL: Linux ends the process that uses the most memory
+    return crashed or settings or status in (2, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT)
 
 
 def share_hardware(workers: int) -> bool:

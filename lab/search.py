@@ -99,7 +99,8 @@ class Search:
             recipe = Recipe(name, f"{self.recipes[-1].flags} {flags}".strip())
             row = self.judge(self.recipes[-1], recipe, until_decided=True, complete_better=True)
             cli.say(f"{name}: {row['text']} {interval(row)}")
-            self.recipes += [recipe] if row["verdict"] == "better" else []
+            if row["verdict"] == "better":
+                self.recipes.append(recipe)
             rows.append(row)
         return rows
 
@@ -156,7 +157,7 @@ def end_of(found: dict, markdown: bool) -> str:
     again = "with fresh seeds" + " and in the larger model" * bool(found["larger"])
     parts.append(
         f"kept {len(found['fresh'])} of {len(found['ideas'])} ideas; better again {again}: {found['held']}\n"
-        f"By luck alone, at most {LEVEL * judged:.1f} of {judged} would be kept.\nrecipe: {found['recipe']}"
+        f"If none of them helped, luck alone would keep {LEVEL * judged:.1f} of {judged} on average, or fewer.\nrecipe: {found['recipe']}"
     )
     return "\n\n".join(parts)
 

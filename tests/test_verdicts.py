@@ -17,7 +17,9 @@ from lab import compare, measure, report, runs
 from lab.compare import CompareConfig
 from lab.report import draw, show
 from lab.suites import SUITES
+from model import cross_entropy
 from training.run_json import RUN
+from variants import VariantConfig, VariantGPT, build
 
 # ---- folders ----
 
@@ -74,6 +76,8 @@ def test_ideas_are_named_by_commit_and_files(world):
         (lambda shards: [change_data(Path(f"idea/{seed}")) for seed in (1, 2)], "idea has other data than plain (x.npy was added)"),
         (lambda shards: both(shards, "--val-tokens", "320"), "idea validates on 320 tokens, plain on 640"),
         (lambda shards: both(shards, "--total-batch-tokens", "512"), "idea trains for 10,240 tokens, plain for 5,120 tokens"),
+        (lambda shards: both(shards, "--seq-len", "16"), "idea validates on sequences of 16 tokens, plain of 32"),
+        (lambda shards: both(shards, "--teacher", "x.pt"), "idea learns from another model (--teacher x.pt), plain doesn't"),
     ],
 )
 def test_unfair_mixtures_are_refused(world, spoil, message):
@@ -144,6 +148,7 @@ def test_ideas_train_the_seeds_of_a_folder(world):
     rows = world.judge("log/plain", "better=--pos rope", world.flags())["variants"]
     assert world.started == [("better", 11), ("better", 12), ("better", 13)] and rows[1]["paired_seeds"] == [11, 12, 13]
     world.variant("log/other", (1, 2))
+    assert "no seed is in all folders (plain has 11, 12, 13; other has 1, 2)" in world.error("log/plain", "log/other")
     assert "no seed is in all folders (plain has 11, 12, 13; other has 1, 2)" in world.error("log/plain", "log/other", "x=")
 
 
@@ -168,10 +173,13 @@ def test_until_decided_stops_each_variant_early(world):
 
 
 @pytest.mark.slow
-def test_better_ideas_are_completed_if_asked(world):
+def test_better_ideas_are_completed_if_asked(world, monkeypatch):
+    pictures = []
+    monkeypatch.setattr(compare, "draw_or_warn", lambda draw, results, *more: pictures.append(results))
     argv = ["plain=", "better=--pos rope", "even=--window 8", world.flags(), "--until-decided", "--seeds", 6, "--complete-better"]
     better = world.judge(*argv)["variants"][1]
     assert better["seeds"] == [1, 2, 3, 4, 5, 6] and len(better["paired_seeds"]) < 6 and better["verdict"] == "better"
+    assert [*pictures[0]["better"]] == better["paired_seeds"] and len(pictures[0]["even"]) == 6  # the picture shows what decided
     world.failing = {"better/6": CRASH}
     assert world.judge(*argv, "--out-dir", "o")["variants"][1]["text"] == "failed: seed 6: KeyError: 'x'"
 
@@ -198,13 +206,23 @@ def test_unequal_clocks_of_workers_are_noted(world, monkeypatch):
 def test_other_limits_and_second_looks_are_named(world):
     argv = ["plain=", "even=--pos rope", world.flags()]
     assert world.judge(*argv, "--seeds", 3)["notes"] == world.judge(*argv, "--seeds", 3)["notes"] == []
-    again = "even against plain was judged with --seeds 3 before, and looking again adds false verdicts: begin with --until-decided"
-    assert world.judge(*argv, "--seeds", 4)["notes"][0].startswith(again)
+    again = "even against plain was judged with 3 seeds before, and looking again adds false verdicts: confirm with fresh seeds"
+    assert world.judge(*argv, "--seeds", 4)["notes"][0].startswith(again) and world.judge(*argv, "--seeds", 2)["notes"]
     other = [*argv, "--out-dir", "o", "--until-decided"]
     world.judge(*other, "--seeds", 4)
     assert "judged with --until-decided --seeds 4, and that limit can't change afterwards: pass --seeds 4" in world.error(*other)
     (note,) = world.judge(*argv, "--out-dir", "o", "--seeds", 5)["notes"]
     assert "was judged with --until-decided --seeds 4 before" in note
+
+
+@pytest.mark.slow
+def test_more_seeds_in_a_folder_are_named(world):
+    folders = [world.variant("log/plain", (1, 2, 3)), world.variant("log/even", (1, 2, 3))]
+    assert world.judge(*folders)["notes"] == world.judge(*folders)["notes"] == []
+    world.variant("log/plain", (4,)), world.variant("log/even", (4, 5))
+    (note,) = world.judge(*folders)["notes"]
+    assert note.startswith("even against plain was judged with 3 seeds before")
+    assert "so --until-decided has nothing to train: leave it out" in world.error(*folders, "--until-decided")
 
 
 @pytest.mark.slow
@@ -217,6 +235,8 @@ def test_failed_idea_gets_a_row(world):
     assert "\tbad\tplain\t\t\t\t\t\t\t\tfailed: seed 1: KeyError: 'x'\n" in Path("log/compare/results.tsv").read_text()
     world.failing = {"plain": (2, "error: no")}
     assert "plain: train.py " in (error := world.error(*argv, "--out-dir", "o")) and error.endswith("exited with 2: error: no")
+    assert run_main(compare.main, "plain=", "bad=--no-such-flag", world.flags()) == 3  # unlike a mistake in the command, which is 2
+    assert run_main(compare.main, "plain", "bad=", world.flags()) == 2
     world.failing = {"bad": (1, "error: no space: free some space")}  # every later idea would fail too
     assert "bad: train.py " in world.error(*argv, "--out-dir", "p")
 
@@ -279,7 +299,31 @@ def test_ideas_are_blamed_for_their_own_failures(status, output, to_blame):
 def test_infinite_loss_of_the_first_ends_it(world):
     world.variant("plain", (1, 2)), world.variant("even", (1, 2))
     made_up(Path("plain/2"), world.shards, 2, float("inf"))
-    assert world.error("plain", "even") == "error: plain's loss is not finite with seed 2: compare with another variant"
+    assert world.error("plain", "even") == "error: plain can't be compared with: seed 2: the loss is not finite"
+
+
+@pytest.mark.slow
+def test_idea_that_looks_ahead_fails(world, monkeypatch):
+    """A made-up run has the weights of a real model. This idea adds the next token's embedding to each position."""
+    world.variant("plain"), world.variant("idea", flags=("--pos", "rope"))
+    assert world.judge("plain", "idea")["variants"][1]["verdict"] == "no difference shown"
+    honest = VariantGPT.hidden_states_and_balance
+
+    def peeking(self, idx, *more):
+        x, balance = honest(self, idx, *more)
+        return x + self.transformer.wte(idx.roll(-1, 1)), balance
+
+    monkeypatch.setattr(VariantGPT, "hidden_states_and_balance", peeking)
+    row = world.judge("plain", "idea")["variants"][1]
+    assert row["text"] == "failed: seed 1: its predictions depend on later tokens"
+    assert world.error("idea", "plain").endswith("idea can't be compared with: seed 1: its predictions depend on later tokens")
+
+
+def test_loss_must_be_of_the_predictions():
+    model = build(VariantConfig(vocab_size=257, seq_len=16, n_layer=1, n_head=1, n_embd=8, n_expert=4, pos="rope")).eval()
+    assert measure.not_a_language_model(model) == ""
+    model.loss = lambda x, weight, targets, vocab_size: 0.9 * cross_entropy(x, weight, targets, vocab_size)
+    assert measure.not_a_language_model(model) == "its loss is not the cross entropy of its predictions"
 
 
 def test_equal_time_is_passed_to_every_run():
@@ -291,7 +335,9 @@ def test_equal_time_is_passed_to_every_run():
 
 
 def row_of(name: str, **more) -> dict:
-    numbers = dict(tokens=819_200_000, val_loss=3.2914, bits_per_byte=0.98, speed=1.0, tokens_per_second=123_456.0, memory_bytes=1e10)
+    numbers = dict(
+        tokens=819_200_000, val_loss=3.2914, bits_per_byte=0.98, speed=1.0, work=12.5, tokens_per_second=123_456.0, memory_bytes=1e10
+    )
     return {
         "variant": name,
         "seeds": [1, 2, 3],
@@ -311,7 +357,7 @@ def test_table_fits_a_hundred_columns(monkeypatch):
     text = show([row_of("first"), *(row_of(name, **verdict) for name in names)], [3, 4, 5])
     lines = text.splitlines()
     assert max(map(rich.cells.cell_len, lines)) <= WIDTH and "\x1b" not in text and "[red]long" in text
-    assert "no difference shown" in text and "-0.0123 ± 0.0400" in text and "1,557,611,200 (124,439,808)" in text
+    assert "no difference shown" in text and "-0.0123 ± 0.0400" in text and "1,557.6 M (124.4 M)" in text
     starts = {rich.cells.cell_len(line[: line.index("-0.0123")]) for line in lines if "-0.0123" in line}
     assert len(starts) == 1  # aligned, even beside double-width letters
 

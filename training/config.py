@@ -119,7 +119,7 @@ class Evaluating:
     val_every: int = 250
     """Steps between validations. 0, here and below, turns it off; the end of a run always validates and saves."""
     val_tokens: int = 10_485_760
-    """Tokens per validation, spread evenly over the val split. Always the same ones."""
+    """Tokens per validation, spread evenly over the val split. Always the same ones for a sequence length."""
     hellaswag_every: int = 250
     """Steps between HellaSwag evaluations."""
     hellaswag_file: str = "hellaswag_val.jsonl"
