@@ -18,6 +18,7 @@ POWER = 0.8  # probability of finding the difference that a verdict says it coul
 FIRST_LOOK = 3  # seeds; with two, only huge differences can be seen
 SERIES = 100_000  # simulated for the level of several looks; their mirror images double them
 EQUAL = "the losses are equal"
+SAME = "all seeds have the same difference, so the seed changes nothing and they count as one"
 
 
 def scipy_stats():
@@ -45,7 +46,7 @@ class Judgement:
     @property
     def decided(self) -> bool:
         """Whether more seeds are of no use."""
-        return self.verdict in ("better", "worse", "failed") or self.reason == EQUAL
+        return self.verdict in ("better", "worse", "failed") or self.reason in (EQUAL, SAME)
 
     @property
     def text(self) -> str:
@@ -93,7 +94,9 @@ def judge_once(differences: tuple[float, ...], looks: tuple[int, ...], smallest:
         return Judgement("one seed shows nothing", differences, mean)
     deviation, level = statistics.stdev(differences), nominal_level(looks)
     if deviation == 0 == mean:
-        return Judgement("no difference shown", differences, 0.0, 0.0, 0.0, 0.5, 0.0, reason=EQUAL)
+        return Judgement("no difference shown", differences, 0.0, 0.0, 0.0, 1.0, 0.0, reason=EQUAL)
+    if len(set(differences)) == 1:
+        return Judgement("no difference shown", differences, mean, reason=SAME)
     half = float(scipy_stats().t.isf(level, n - 1)) * deviation / math.sqrt(n)
     low, high = mean - half, mean + half
     verdict = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
