@@ -29,18 +29,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], wide: Sequence[int
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     check_rich()
     from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    shown, least = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False), 3 * (len(head) - 1)
     for i, name in enumerate(head):
-        words = i == 0 or i in wide
+        words, longest = i == 0 or i in wide, max(cell_len(row[i]) for row in [head, *rows])
+        least += min(longest, 12) if words else longest  # what a narrow terminal must hold; else Rich drops the words
         shown.add_column(Text(name), justify="left" if words else "right", no_wrap=not words, overflow="fold")
     for first, *others in rows:
         shown.add_row(Text(first), *(Text(cell, style=COLORS.get(cell.split(":")[0], "")) for cell in others))
+    width = min(WIDTH, max(least, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else WIDTH
     text = io.StringIO()
     Console(width=width, file=text, color_system="auto" if colored else None, force_terminal=colored).print(shown)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -11,6 +11,7 @@ import json
 import math
 import shlex
 from dataclasses import dataclass
+from os.path import isdir
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ import tyro
 
 from common import cli
 from common.files import read_json, write_json
+from common.locks import lock_folder
 from common.picture import draw_or_warn
 from common.validation import raise_errors
 from lab.finished import common_seeds, variants_in
@@ -31,6 +33,7 @@ from lab.origins import (
     code_change,
     commit_of,
     forbidden,
+    last_of,
     machine_notes,
     mixtures,
     origin_of,
@@ -44,6 +47,8 @@ from lab.suites import SMALL, SUITES
 from train import find_data
 from training.run_json import code_now, other_code
 
+LOOKS, RESULTS, PICTURE = "judge.json", "results.tsv", "compare.png"  # in --out-dir
+
 
 @dataclass
 class CompareConfig:
@@ -53,7 +58,7 @@ class CompareConfig:
     """NAME=FLAGS of train.py, each in quotes, or folders of finished runs. The others are compared with the first."""
     flags: str = ""
     """Flags of train.py for all variants. Write --flags="…", with the equals sign."""
-    suite: Literal["none", "switches", "without", "modern", "tables", "rates", "experts", "teacher", "length"] = "none"
+    suite: Literal["none", "switches", "without", "modern", "tables", "rates", "experts", "teacher", "little-data", "length"] = "none"
     """A ready-made comparison of small models. Two CPU cores train each in minutes."""
     data_dir: str = "webdocs_bytes"
     """Byte shards for a suite."""
@@ -91,7 +96,7 @@ class CompareConfig:
         errors = cli.at_least(1, self, "seeds", "workers") + cli.at_least(0, self, "time_steps", "first_seed", "max_seconds", "max_minutes")
         if (self.suite == "none") == (not self.variants):
             errors.append('give either variants, such as "plain=" "rope=--pos rope" --flags="--preset quickstart", or --suite')
-        words = [word for word in self.variants if not Path(word).is_dir()]
+        words = [word for word in self.variants if not isdir(word)]
         folders = [folder_of("", word.split("=")[0], 1) for word in words]
         errors += [f"{word!r} is neither NAME=FLAGS nor a folder" for word in words if "=" not in word or not word.split("=")[0]]
         if len(set(folders)) < len(folders):
@@ -119,7 +124,7 @@ def variants_of(config: CompareConfig) -> list[Variant]:
         words = [f"{name}={flags}" for name, flags in SUITES[config.suite].items()]
     if config.max_seconds:
         common += f" --max-seconds {config.max_seconds:g}"
-    names, given = variants_in([word for word in words if Path(word).is_dir()])
+    names, given = variants_in([word for word in words if isdir(word)])
     found = {}
     for word in words:
         if word in names:
@@ -141,6 +146,9 @@ def raise_if_reserved(variants: list[Variant]):
     wrong = [v.name for v in variants if any(word.split("=")[0] in reserved for word in v.flags or [])]
     if wrong:
         raise IdeaFailed(wrong[0], why, "; ".join(f"{name}: {why}" for name in wrong))
+    for variant in variants:
+        if folder_of("", variant.name, 1).parent.name in (LOOKS, RESULTS, PICTURE):
+            raise ValueError(f"{variant.name} is a file of lab.compare: rename the variant")
 
 
 def run_of(config: CompareConfig, name: str, flags: list[str], seed: int) -> Run:
@@ -286,6 +294,16 @@ def no_result(runs: dict[int, dict]) -> str:
     return ""
 
 
+def unused_seconds(comparison: Comparison) -> list[str]:
+    """Names the variants that --max-steps ended before --max-seconds did."""
+    notes = []
+    for name, runs in comparison.results().items():
+        wanted, used = comparison.origins[name].config.max_seconds, min((one["seconds"] for one in runs.values()), default=math.inf)
+        if used < 0.9 * wanted:
+            notes.append(f"{name} trained for {used:.0f} of {wanted:g} seconds, until --max-steps: raise that, or the times are unequal")
+    return notes
+
+
 def remember_looks(path: Path, pairs: dict[str, int], until_decided: bool) -> list[str]:
     """Records in judge.json how these pairs are judged, before anyone looks. Returns notes about pairs that were judged with another number
     of seeds. ValueError if --until-decided had another limit.
@@ -297,7 +315,7 @@ def remember_looks(path: Path, pairs: dict[str, int], until_decided: bool) -> li
         limit, most = before.get("limit"), before.get("seeds")
         if until_decided and limit not in (None, seeds):
             raise ValueError(
-                f"{pair} was judged with --until-decided --seeds {limit}, and that limit can't change afterwards: pass --seeds {limit}, "
+                f"{pair} began with --until-decided --seeds {limit}, and that limit can't change afterwards: pass --seeds {limit}, "
                 "or train all runs again in another --out-dir"
             )
         if (most and (until_decided or most != seeds)) or (limit and not until_decided):
@@ -316,7 +334,8 @@ def rows_of(comparison: Comparison, results: dict[str, dict[int, dict]]) -> list
     """Returns the table's rows: numbers, verdict, commit, and which code differs from the first's."""
     rows, origins = summary(results, {name: comparison.judgement(name) for name in comparison.others()}), comparison.origins
     for row in rows:
-        launch = origins[row["variant"]].launch
+        folder = next(iter(comparison.folders[row["variant"]].values()), None)
+        launch = last_of(folder) if folder else origins[row["variant"]].launch
         row |= {"commit": commit_of(launch), "changed": other_code(launch, origins[comparison.first.name].launch)}
     return rows
 
@@ -332,10 +351,10 @@ def report_results(comparison: Comparison, notes: list[str]) -> dict:
             runs |= {seed: one | {"tokens_per_second": speed} for seed, one in runs.items()}
     rows = rows_of(comparison, results)
     looks = comparison.looks or (max(len(row.get("differences", ())) for row in rows),)
-    record(rows, out_dir / "results.tsv", comparison.first.name)
+    record(rows, out_dir / RESULTS, comparison.first.name)
     counted = {row["variant"]: row.get("paired_seeds", row["seeds"]) for row in rows}
     drawn = {name: {seed: results[name][seed] for seed in seeds} for name, seeds in counted.items()}
-    draw_or_warn(draw, drawn, looks, out_dir / "compare.png")
+    draw_or_warn(draw, drawn, looks, out_dir / PICTURE)
     more = AFTER[config.suite](config, results) if config.suite in AFTER else {}
     return {"variants": rows, "looks": looks, "notes": notes, **more}
 
@@ -364,7 +383,7 @@ def text_of(found: dict, markdown: bool = False) -> str:
     parts = [show(found["variants"], found["looks"], markdown), "\n".join(found["notes"])]
     parts += [found["to_the_same_loss"]] if "to_the_same_loss" in found else []
     parts += [show_curves(found["by_position"], markdown)] if "by_position" in found else []
-    parts += ["\n".join(f"verdict {row['variant']}: {row['verdict']}" for row in found["variants"] if "verdict" in row)]
+    parts += ["\n".join(f"verdict {' '.join(row['variant'].split())}: {row['verdict']}" for row in found["variants"] if "verdict" in row)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -372,8 +391,9 @@ def compare(comparison: Comparison) -> dict:
     """Trains and judges. Returns what --json prints."""
     config, first, looks = comparison.config, comparison.first.name, comparison.looks
     pairs = {f"{name} against {first}": looks[-1] if looks else comparison.looked_at(name) for name in comparison.others()}
-    notes = comparison.notes + remember_looks(Path(config.out_dir, "judge.json"), pairs, config.until_decided)
-    notes += comparison.run()
+    with lock_folder(Path(config.out_dir), wait=True):  # other commands may judge other ideas there
+        notes = comparison.notes + remember_looks(Path(config.out_dir, LOOKS), pairs, config.until_decided)
+    notes += comparison.run() + unused_seconds(comparison)
     notes += machine_notes([folder for runs in comparison.folders.values() for folder in runs.values()])
     return report_results(comparison, notes)
 

@@ -19,11 +19,12 @@ from common import cli
 from common.bucket_shards import open_shards
 from common.distributed import DistContext
 from common.files import read_json, write_json
+from common.locks import lock_folder
 from common.validation import raise_errors
 from lab.judge import FIRST_LOOK, judge, looks_until, power, scipy_stats, seeds_needed
 from lab.runs import split
 from train import find_data
-from training.config import TrainConfig
+from training.config import LOWER_LR, TrainConfig
 from training.evaluation import validate
 from training.flags import parse_flags
 from training.run_json import code_now
@@ -72,7 +73,10 @@ def train_once(config: TrainConfig) -> float:
     for step in range(config.max_steps):
         trainer.update(step)
     with trainer.evaluated_weights():
-        return validate(trainer)
+        loss = validate(trainer)
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} with seed {config.seed}: {LOWER_LR}")
+    return loss
 
 
 class Losses:
@@ -165,8 +169,9 @@ def main():
         config.validate()
         scipy_stats()
         torch.set_num_threads(1)  # faster for tiny matrices
-        losses = Losses(config)
-        found = {"false": false_keeps(config, losses), "gain": real_gain(config, losses)}
+        with lock_folder(Path(config.out_dir)):
+            losses = Losses(config)
+            found = {"false": false_keeps(config, losses), "gain": real_gain(config, losses)}
         print(json.dumps(found, indent=2) if config.json else describe(config, found))
 
 

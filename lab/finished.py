@@ -15,7 +15,7 @@ def variants_in(words: list[str]) -> tuple[dict[str, str], dict[str, dict[int, P
     names, found, single = {}, {}, {}
     for word in words:
         folders, is_one = runs_in(Path(word))
-        runs = {read_run(folder).seed: folder for folder in folders}
+        runs = by_seed(folders)
         kind = identity(folders[0]) if is_one else ""
         name = single.get(kind) if is_one else None  # the latest variant of runs like this one
         if not name or runs.keys() & found[name].keys():  # a seed twice begins another variant
@@ -25,6 +25,17 @@ def variants_in(words: list[str]) -> tuple[dict[str, str], dict[str, dict[int, P
         names[word] = name
         found[name] = found.get(name, {}) | runs
     return names, {name: dict(sorted(seeds.items())) for name, seeds in found.items()}
+
+
+def by_seed(folders: list[Path]) -> dict[int, Path]:
+    """Returns seed → folder. ValueError if two runs have one seed."""
+    found = {}
+    for folder in folders:
+        seed = read_run(folder).seed
+        if seed in found:
+            raise ValueError(f"{found[seed]} and {folder} have the same seed, {seed}, so they count as one: leave one out")
+        found[seed] = folder
+    return found
 
 
 def unused_name(word: str, taken: dict) -> str:

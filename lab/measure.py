@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import checkpoint
 from common import cli
@@ -35,6 +36,8 @@ def measure(folder: Path) -> dict:
     config = read_run(folder)
     metrics = read_metrics(folder / "metrics.jsonl", ["tokens_per_second", "memory_bytes", "seconds", "training_seconds", "tokens"])
     rates = list(metrics["tokens_per_second"].values())
+    if not rates:
+        raise ValueError(f"{folder / 'metrics.jsonl'} has no steps: delete the folder to train the run again, or leave it out")
     validations = read_metrics(folder / "metrics.jsonl", ["tokens", "val_loss"], "val_loss")
     model, loss = build_on_meta(config.model), last_checkpoint(folder)["val_loss"]
     per_token = bytes_per_token(folder)
@@ -57,9 +60,13 @@ def measure(folder: Path) -> dict:
 def check_predictions(folder: Path) -> str:
     """Returns why the loss of a run's model means nothing, by this checkout's code; "" if it is fine, or if other code made its weights."""
     try:
-        return not_a_language_model(checkpoint.load_gpt(str(folder))[0].eval())
+        model = checkpoint.load_gpt(str(folder))[0].eval()
     except ValueError:
         return ""
+    try:
+        return not_a_language_model(model)
+    except Exception as e:  # an idea's code may fail in any way
+        return f"it can't predict a part of a text ({cli.in_one_line(e)})"
 
 
 @torch.no_grad()
@@ -126,9 +133,13 @@ def speeds_in_turns(folders: list[Path], steps: int, turn: int = 5) -> list[floa
 
 
 @torch.no_grad()
-def cache_bytes(config: VariantConfig) -> int:
-    """Returns the bytes of the KV cache for one sequence of seq_len positions in fp32. Computes nothing: the tensors are fake."""
+def cache_bytes(config: VariantConfig) -> int | None:
+    """Returns the bytes of the KV cache for one sequence of seq_len positions in fp32. Computes nothing: the tensors are fake. None if the
+    model needs real numbers."""
     kv_cache, dense = KVCache(config.seq_len), replace(config, n_expert=1, n_expert_active=1)  # a router needs real numbers
-    with FakeTensorMode():
-        build(dense)(torch.zeros(1, 1, dtype=torch.long), cache=kv_cache)
+    try:
+        with FakeTensorMode():
+            build(dense)(torch.zeros(1, 1, dtype=torch.long), cache=kv_cache)
+    except DataDependentOutputException:
+        return None
     return kv_cache.nbytes()

@@ -81,7 +81,7 @@ def show(rows: list[dict], looks: Sequence[int], markdown: bool = False) -> str:
             f"{row['tokens_per_second']:,.0f}",
             shown_as(row["speed"], ".2f"),
             f"{row['memory_bytes'] / 1e6:,.0f} MB",
-            f"{row['cache_bytes'] / 1e3:,.0f} kB",
+            "" if row["cache_bytes"] is None else f"{row['cache_bytes'] / 1e3:,.0f} kB",
         ]
         for row in rows
         if "params" in row
@@ -139,7 +139,7 @@ def meaning(looks: Sequence[int]) -> str:
 
 def record(rows: list[dict], path: Path, first: str):
     """Appends a line per variant to results.tsv, unless the file says it already. memory in bytes, loss in nats per token."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [*filter(None, path.read_text(encoding="utf-8", errors="replace").splitlines())] if path.exists() else []
     head = lines[0].split("\t") if lines else [*TSV]  # an older file keeps its columns
     new = [] if lines else ["\t".join(head)]
     for row in rows:

@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,11 +20,12 @@ from common.files import read_json, write_json
 from common.run_folder import MAY_DIFFER
 from lab.origins import code_notes, data_notes, refuse_unless
 from training.config import LOWER_LR, LOWER_MEMORY, SMALLER_MODEL, TrainConfig
-from training.flags import parse_flags, raise_if_changed, recorded_teacher
+from training.flags import holds_a_run, parse_flags, raise_if_changed, recorded_teacher
 from training.run_json import RUN, code_now, is_finished, read_run
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
 FAILED = "failed.json"  # in an idea's folder
+SECONDS_TO_SAVE = 60  # after SIGTERM
 
 
 class IdeaFailed(ValueError):
@@ -73,8 +75,8 @@ class Run(NamedTuple):
             config = parse_flags(self.argv(), checkpoint.load_config(config.init_from, config.init_revision))
         try:
             config.validate(1)
-            if config.plan or config.replay_step is not None or "--resume" in self.flags:
-                raise ValueError("--plan, --replay-step and --resume start no new run: leave them out")
+            if config.plan or config.rehearse or config.replay_step is not None or "--resume" in self.flags:
+                raise ValueError("--plan, --rehearse, --replay-step and --resume start no new run: leave them out")
         except ValueError as e:
             raise IdeaFailed(self.name, str(e)) from e
         return config
@@ -84,15 +86,17 @@ class Run(NamedTuple):
         return [*(["--resume"] if resume else self.flags), "--out-dir", str(self.folder)]
 
     def state(self) -> Literal["new", "begun", "finished"]:
-        """Says how far the run got. OtherFlags if its folder has a run with other flags."""
+        """Says how far the run got. OtherFlags if its folder has a run with other flags. ValueError if it has lost its run.json."""
         if not (self.folder / RUN).exists():
+            if holds_a_run(self.folder):
+                raise ValueError(f"{self.folder} has files of a run, but no {RUN}: restore that, or delete the folder to train it again")
             return "new"
         wanted, recorded = self.config(), read_run(self.folder)
         # the shards and the hub decide these, not the flags
         wanted.model.vocab_size, wanted.init_revision = recorded.model.vocab_size, recorded.init_revision
         wanted.teacher = recorded_teacher(wanted.teacher, recorded.teacher)
         try:
-            raise_if_changed(recorded, wanted, MAY_DIFFER, str(self.folder))
+            raise_if_changed(recorded, wanted, MAY_DIFFER | {"out_dir"}, str(self.folder))
         except ValueError as e:
             raise OtherFlags(f"{self.name}: {e}, or choose another --out-dir") from e
         return "finished" if is_finished(self.folder) else "begun"
@@ -140,39 +144,51 @@ def run_all(runs: list[Run], workers: int, mixed: bool, trial: Trial | None = No
     with mixed, returns a note about each. An idea that fails starts no more runs, and the others continue. ValueError if the machine is at
     fault, or if the needed one fails."""
     code, folders = code_now(), [run.folder for run in runs]
-    missing, running, free = [run for run in runs if run.state() != "finished"], [], SimpleQueue()
+    missing = [run for run in runs if run.state() != "finished"]
     refuse_unless(mixed, code_notes(folders, code) + data_notes(folders))
     if stuck := data_notes([run.folder for run in missing]):
         raise ValueError(f"{cli.some(stuck, 3)}, so it can't resume: restore the data, or train all runs again in another --out-dir")
-    for slot in range(workers):
-        free.put(environment(workers, slot))
-
-    def attempt(run: Run):
-        if trial and run.name in trial.failures:
-            return
-        env = free.get()
-        try:
-            train_one(run, running, env, trial)
-        except IdeaFailed as e:
-            if not trial or run.name == trial.needed:
-                raise
-            trial.failures[run.name] = e.reason
-            remember_failure(run, e.reason, code)
-        finally:
-            free.put(env)
-
-    pool = ThreadPoolExecutor(workers)
+    pool, workshop = ThreadPoolExecutor(workers), Workshop(workers, code, trial)
     cli.exit_on_stop_signals()
     try:
-        done, name = pool.map(attempt, missing), f"runs in {os.path.commonpath(folders)}"
+        done, name = pool.map(workshop.attempt, missing), f"runs in {os.path.commonpath(folders)}"
         for _ in cli.bar(done, total=len(missing), desc=name, unit="run", disable=not missing):
             pass
     finally:  # on an error or a signal, start no more runs; the running ones save and exit
+        workshop.closed.set()
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in running:
+        for process in workshop.running:
             process.terminate()
         pool.shutdown()
     return refuse_unless(mixed, code_notes(folders, code) + data_notes(folders))  # someone may edit the code while the runs train
+
+
+class Workshop:
+    """What the threads that train share."""
+
+    def __init__(self, workers: int, code: dict, trial: Trial | None):
+        self.code, self.trial, self.running = code, trial, []
+        self.closed = Event()  # set by the first error: no more runs start
+        self.free = SimpleQueue()  # an environment for each worker
+        for slot in range(workers):
+            self.free.put(environment(workers, slot))
+
+    def attempt(self, run: Run):
+        """Trains a run, unless its idea has failed. Remembers if it fails."""
+        trial = self.trial
+        if self.closed.is_set() or (trial and run.name in trial.failures):
+            return
+        env = self.free.get()
+        try:
+            train_one(run, self.running, env, trial)
+        except Exception as e:
+            if not (isinstance(e, IdeaFailed) and trial and run.name != trial.needed):
+                self.closed.set()
+                raise
+            trial.failures[run.name] = e.reason
+            remember_failure(run, e.reason, self.code)
+        finally:
+            self.free.put(env)
 
 
 def train_one(run: Run, running: list[subprocess.Popen], env: dict, trial: Trial | None):
@@ -197,14 +213,19 @@ def train_one(run: Run, running: list[subprocess.Popen], env: dict, trial: Trial
 
 
 def run_to_end(argv: list[str], running: list[subprocess.Popen], env: dict, minutes: float = 0) -> tuple[int, str, str]:
-    """Runs train.py. Returns its exit status, stdout and stderr. TimeoutExpired if it takes longer than minutes; it saves then."""
+    """Runs train.py. Returns its exit status, stdout and stderr. TimeoutExpired if it takes longer than minutes: it saves then, unless it
+    hangs."""
     process = launch(argv, env)
     running.append(process)
     try:
         output, errors = process.communicate(timeout=60 * minutes or None)
     except subprocess.TimeoutExpired:
         process.terminate()
-        process.communicate()
+        try:
+            process.communicate(timeout=SECONDS_TO_SAVE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
         raise
     finally:
         running.remove(process)
@@ -229,12 +250,16 @@ def why_it_failed(status: int, output: str) -> str:
     return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
 
 
+def settings_to_blame(status: int, output: str) -> bool:
+    """Whether a run diverged or needed too much memory."""
+    # SIGKILL: Linux ends the process that uses the most memory
+    return status == -signal.SIGKILL or any(x in why_it_failed(status, output) for x in (LOWER_LR, LOWER_MEMORY, SMALLER_MODEL))
+
+
 def is_to_blame(status: int, output: str) -> bool:
     """Whether a run's own code or settings made it fail, rather than the machine or someone who stopped it."""
     crashed = status == 1 and "Traceback (most recent call last)" in output
-    settings = any(remedy in why_it_failed(status, output) for remedy in (LOWER_LR, LOWER_MEMORY, SMALLER_MODEL))
-    # SIGKILL: Linux ends the process that uses the most memory
-    return crashed or settings or status in (2, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT)
+    return crashed or status in (2, -signal.SIGSEGV, -signal.SIGABRT) or settings_to_blame(status, output)
 
 
 def share_hardware(workers: int) -> bool:

@@ -67,7 +67,11 @@ class Recipe(NamedTuple):
 def read_ideas(path: str) -> dict[str, str]:
     """Returns name → flags, in the file's order. ValueError names the wrong lines."""
     ideas, errors, taken = {}, [], {folder_of("", BASELINE, 1)}
-    for line in map(str.strip, Path(path).read_text(encoding="utf-8").splitlines()):
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 ({e}): save it as UTF-8") from e
+    for line in map(str.strip, text.splitlines()):
         if not line or line.startswith("#"):
             continue
         name, flags = map(str.strip, line.partition("=")[::2])

@@ -8,6 +8,8 @@ SMALL = (
 # --suite rates searches for these learning rates and momenta
 ADAMW = "--preset gpt2 --max-lr 4e-3 --min-lr-ratio 0.02 --warmup-steps 40"
 MODERN = "--preset modern --total-batch-tokens 1024 --micro-batch-size 4"  # modern learns more from twice as many, smaller steps
+EPOCH, LONG = 2441, "--preset modern --total-batch-tokens 4096 --micro-batch-size 16 --val-every 488"  # an epoch of 10 MB takes 2441 steps
+WIDE = f"{LONG} --n-embd 256"  # 3.3 M parameters
 ROPE = f"{ADAMW} --pos rope"  # GPT-2's learned positions have hardly begun to work by step 800
 # a name always means the same run: suites with the same --out-dir share it
 SUITES = {
@@ -89,6 +91,13 @@ SUITES = {
         "alone": f"{MODERN} --n-layer 2 --n-embd 64 --n-head 2",
         "teacher": f"{MODERN} --max-steps 1200",
         "taught": f"{MODERN} --n-layer 2 --n-embd 64 --n-head 2 --teacher {{out_dir}}/teacher/{{seed}}",
+    },
+    "little-data": {  # 10 MB of text, and any number of epochs
+        **{f"modern, {n} epochs": f"{LONG} --max-steps {n * EPOCH}" for n in (1, 2, 4)},
+        **{f"256 wide, {n} epochs": f"{WIDE} --max-steps {n * EPOCH}" for n in (1, 2, 4)},
+        "256 wide, 4 epochs, weight decay": f"{WIDE} --max-steps {4 * EPOCH} --weight-decay 0.1",
+        "256 wide, 4 epochs, dropout": f"{WIDE} --max-steps {4 * EPOCH} --dropout 0.1",
+        "256 wide, 4 epochs, average": f"{WIDE} --max-steps {4 * EPOCH} --ema 0.999",
     },
     "length": {
         "learned, 1200 steps": f"{ADAMW} --max-steps 1200",

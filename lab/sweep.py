@@ -28,7 +28,7 @@ from common.logs import read_metrics
 from common.tables import table
 from common.validation import raise_errors
 from lab.origins import code_notes, data_notes, refuse_unless
-from lab.runs import SCRIPT, Run, environment, last_checkpoint, split, why_it_failed
+from lab.runs import SCRIPT, Run, environment, last_checkpoint, settings_to_blame, split, why_it_failed
 from train import find_data
 from training.config import TrainConfig
 from training.flags import parse_flags
@@ -333,18 +333,19 @@ def follow(one: Running, study) -> bool:
     elif ended and one.pruned:
         end(one.trial, f"pruned at step {one.reported}")
     elif ended:
-        why, settings_to_blame = reason(one)
-        if not settings_to_blame:
-            raise ValueError(f"{one.run.name}, in {one.run.folder}, exited with {one.process.returncode}: {why}")
+        status, text = one.process.returncode, output_of(one)
+        why = why_it_failed(status, text)
+        if not settings_to_blame(status, text):
+            raise ValueError(f"{one.run.name}, in {one.run.folder}, exited with {status}: {why}")
         end(one.trial, why)
     return ended
 
 
-def reason(one: Running) -> tuple[str, bool]:
-    """Returns why a run failed, and whether its settings are to blame."""
+def output_of(one: Running) -> str:
+    """Returns what a run has printed since this launch began."""
     with open(one.run.folder.with_suffix(".out"), "rb") as output:
         output.seek(one.output_start)
-        return why_it_failed(one.process.returncode, output.read().decode(errors="replace"))
+        return output.read().decode(errors="replace")
 
 
 def end(trial, why: str):

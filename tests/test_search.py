@@ -124,7 +124,7 @@ def test_ideas_are_printed_before_the_end(world):
 @pytest.mark.slow
 def test_wrong_larger_flags_end_it_at_once(world):
     status, _, err = world.search("--larger=--n-embdd 64", ideas=KEPT)
-    assert (status, world.started) == (2, []) and "n-embdd" in err
+    assert (status, world.started) == (3, []) and "n-embdd" in err
 
 
 @pytest.mark.slow
@@ -132,6 +132,15 @@ def test_changed_order_of_ideas_is_named(world):
     assert world.search(ideas=KEPT)[0] == 0
     status, _, err = world.search(ideas="\n".join(reversed(KEPT.splitlines())))
     assert status == 2 and "does not fit log/search/mlp/1" in err and "Did an idea before it change?" in err
+
+
+def test_ideas_of_a_windows_editor_are_read(tmp_path):
+    path = tmp_path / "ideas.txt"
+    path.write_bytes("\ufeff# ideas\r\nrope=--pos rope\r\n".encode())
+    assert search.read_ideas(str(path)) == {"rope": "--pos rope"}
+    path.write_bytes("rope=--pos rope".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"ideas.txt is not UTF-8 .*: save it as UTF-8"):
+        search.read_ideas(str(path))
 
 
 @pytest.mark.slow

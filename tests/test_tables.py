@@ -39,6 +39,9 @@ def test_table_fits_a_narrow_terminal(monkeypatch):
     assert 60 < max(map(len, table(["variant", "verdict"], rows).splitlines())) <= WIDTH  # not a terminal
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert max(map(len, table(["variant", "verdict"], rows).splitlines())) == 60
+    numbers = ["1,557,611,200"] * 4
+    lines = table(["variant", *"abcd", "verdict"], [["rope", *numbers, "no difference shown"]], [5]).splitlines()
+    assert " ".join(lines[0].split()) == "variant a b c d verdict" and "no" in lines[2] and numbers[0] in lines[2]
 
 
 @pytest.mark.parametrize(("no_color", "colored"), [("", True), ("1", False)])

@@ -1,15 +1,20 @@
 """lab.compare on made-up runs, which no one trained: what it pairs, refuses, names, records and prints."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rich.cells
 from conftest import TINY, covered, forked, rewrite_run, run_main
-from made_up import CRASH, loss_of, made_up, noise
+from made_up import CRASH, code_once, loss_of, made_up, noise
 
+from common import cli
 from common.files import write_json
 from common.shards import write_shard
 from common.tables import WIDTH
@@ -137,6 +142,9 @@ def test_folders_without_finished_runs_are_named(world):
     assert "going has not finished: wait for it, or continue it with train.py --resume --out-dir going" in world.error("plain", "going")
     assert "'log/nothing' is neither NAME=FLAGS nor a folder" in world.error("plain", "log/nothing")
     assert "plain is also the name of a folder's variant: rename it" in world.error("plain", "plain=--pos rope")
+    assert "judge.json is a file of lab.compare: rename the variant" in world.error("plain", "judge.json=--pos rope")
+    assert "start no new run: leave them out" in world.error("plain", "idea=--rehearse", world.flags())
+    world.judge("plain=", f"long={'--pos rope ' * 50}", world.flags(), "--seeds", 2)  # longer than a file's name may be
 
 
 # ---- seeds, looks and failures ----
@@ -147,6 +155,8 @@ def test_ideas_train_the_seeds_of_a_folder(world):
     world.variant("log/plain", (11, 12, 13))
     rows = world.judge("log/plain", "better=--pos rope", world.flags())["variants"]
     assert world.started == [("better", 11), ("better", 12), ("better", 13)] and rows[1]["paired_seeds"] == [11, 12, 13]
+    made_up(Path("log/twice/1"), world.shards, 5, 2.0), made_up(Path("log/twice/2"), world.shards, 5, 2.0)
+    assert "log/twice/1 and log/twice/2 have the same seed, 5, so they count as one" in world.error("log/plain", "log/twice")
     world.variant("log/other", (1, 2))
     assert "no seed is in all folders (plain has 11, 12, 13; other has 1, 2)" in world.error("log/plain", "log/other")
     assert "no seed is in all folders (plain has 11, 12, 13; other has 1, 2)" in world.error("log/plain", "log/other", "x=")
@@ -193,7 +203,7 @@ def test_idea_without_effect_gets_three_seeds(world):
 
 @pytest.mark.slow
 def test_unequal_clocks_of_workers_are_noted(world, monkeypatch):
-    argv = ["plain=", "even=--pos rope", world.flags() + " --max-seconds 9", "--seeds", 2]
+    argv = ["plain=", "even=--pos rope", world.flags() + " --max-seconds 2", "--seeds", 2]
     assert world.judge(*argv)["notes"] == []
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     (note,) = world.judge(*argv, "--workers", 2)["notes"]
@@ -210,7 +220,7 @@ def test_other_limits_and_second_looks_are_named(world):
     assert world.judge(*argv, "--seeds", 4)["notes"][0].startswith(again) and world.judge(*argv, "--seeds", 2)["notes"]
     other = [*argv, "--out-dir", "o", "--until-decided"]
     world.judge(*other, "--seeds", 4)
-    assert "judged with --until-decided --seeds 4, and that limit can't change afterwards: pass --seeds 4" in world.error(*other)
+    assert "began with --until-decided --seeds 4, and that limit can't change afterwards: pass --seeds 4" in world.error(*other)
     (note,) = world.judge(*argv, "--out-dir", "o", "--seeds", 5)["notes"]
     assert "was judged with --until-decided --seeds 4 before" in note
 
@@ -263,6 +273,55 @@ def test_changed_ideas_are_tried_again(world):
     world.judge("plain=", "bad=--pos rope", *argv)
     world.failing = {}
     assert world.judge("plain=", "bad=--window 8", *argv)["variants"][1]["verdict"] != "failed"
+
+
+@pytest.mark.slow
+def test_locked_or_damaged_runs_fail_no_idea(world):
+    argv = ["plain=", "idea=--pos rope", world.flags(), "--seeds", 2]
+    world.failing = {"idea/2": (cli.TryAgain.status, "error: another process is writing into x: wait for it")}
+    assert "exited with 1: error: another process is writing into x" in world.error(*argv)
+    world.failing = {}
+    world.judge(*argv)
+    Path("log/compare/idea/2", RUN).unlink()
+    assert "idea/2 has files of a run, but no run.json: restore that, or delete the folder" in world.error(*argv)
+    assert not Path("log/compare/idea/failed.json").exists()
+    shutil.rmtree("log/compare/idea/2")
+    assert world.judge(*argv)["variants"][1]["verdict"] != "failed"
+    Path("log/compare/idea/1/metrics.jsonl").write_text("")
+    assert "log/compare/idea/1/metrics.jsonl has no steps: delete the folder" in world.error(*argv)
+
+
+@pytest.mark.slow
+def test_no_run_starts_after_a_failure(world):
+    world.failing = {"plain/2": (1, "error: no space: free some space")}
+    assert "free some space" in world.error("plain=", "idea=--pos rope", world.flags(), "--seeds", 9)
+    assert world.started == [("plain", 1), ("idea", 1), ("plain", 2)]
+
+
+@pytest.mark.slow
+def test_moved_results_are_found(world, monkeypatch):
+    argv = ["plain=", "idea=--pos rope", world.flags(), "--seeds", 2]
+    found = world.judge(*argv)
+    world.started.clear()
+    Path("log/compare").rename("log/moved")
+    assert world.judge(*argv, "--out-dir", Path("log/moved").absolute())["variants"] == found["variants"] and world.started == []
+    lines = Path("log/moved/results.tsv").read_text()
+    monkeypatch.setattr(compare, "code_now", lambda: code_once() | {"commit": "a" * 40})  # the runs' commit counts, not today's
+    world.judge(*argv, "--out-dir", "log/moved")
+    assert Path("log/moved/results.tsv").read_text() == lines
+
+
+@pytest.mark.slow
+def test_hanging_run_is_killed(monkeypatch, tmp_path):
+    """A run that ignores SIGTERM, as code that hangs in a step does."""
+    script = tmp_path / "train.py"
+    script.write_text("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('begun', flush=True)\ntime.sleep(99)\n")
+    monkeypatch.setattr(runs, "SCRIPT", script)
+    monkeypatch.setattr(runs, "SECONDS_TO_SAVE", 0.5)
+    began, running = time.monotonic(), []
+    with pytest.raises(subprocess.TimeoutExpired):
+        runs.run_to_end([], running, dict(os.environ), 0.02)
+    assert time.monotonic() - began < 30 and running == []
 
 
 @pytest.mark.slow
@@ -319,6 +378,28 @@ def test_idea_that_looks_ahead_fails(world, monkeypatch):
     assert world.error("idea", "plain").endswith("idea can't be compared with: seed 1: its predictions depend on later tokens")
 
 
+@pytest.mark.slow
+def test_idea_may_branch_on_its_numbers(world, monkeypatch):
+    """Its cache can't be measured with fake numbers, and nothing else changes."""
+    world.variant("plain"), world.variant("idea", flags=("--pos", "rope"))
+    honest = VariantGPT.hidden_states_and_balance
+
+    def branching(self, *args):
+        return honest(self, *args) if self.transformer.wte.weight.sum() != 5 else None
+
+    monkeypatch.setattr(VariantGPT, "hidden_states_and_balance", branching)
+    row = world.judge("plain", "idea")["variants"][1]
+    assert row["verdict"] == "no difference shown" and row["cache_bytes"] is None
+    assert run_main(compare.main, "plain", "idea") == 0 and " kB" in world.capsys.readouterr().out  # only the idea's cell is empty
+
+    def whole_only(self, idx, *more):
+        return honest(self, idx, *more) if idx.size(1) in (1, 32) else 1 / 0
+
+    monkeypatch.setattr(VariantGPT, "hidden_states_and_balance", whole_only)
+    row = world.judge("plain", "idea")["variants"][1]
+    assert row["text"] == "failed: seed 1: it can't predict a part of a text (division by zero)"
+
+
 def test_loss_must_be_of_the_predictions():
     model = build(VariantConfig(vocab_size=257, seq_len=16, n_layer=1, n_head=1, n_embd=8, n_expert=4, pos="rope")).eval()
     assert measure.not_a_language_model(model) == ""
@@ -329,6 +410,15 @@ def test_loss_must_be_of_the_predictions():
 def test_equal_time_is_passed_to_every_run():
     variants = compare.variants_of(CompareConfig(variants=("a=--pos rope", "b="), flags="--n-layer 1", max_seconds=90))
     assert [v.flags for v in variants] == [["--n-layer", "1", "--max-seconds", "90", *own] for own in (["--pos", "rope"], [])]
+
+
+@pytest.mark.slow
+def test_unused_seconds_are_noted(world):
+    """Made-up runs have trained for 2 seconds."""
+    argv = ["plain=", "even=--pos rope", world.flags(), "--seeds", 2]
+    assert world.judge(*argv, "--max-seconds", 2)["notes"] == []
+    notes = world.judge(*argv, "--max-seconds", 9, "--out-dir", "o")["notes"]
+    assert notes[0] == "plain trained for 2 of 9 seconds, until --max-steps: raise that, or the times are unequal" and len(notes) == 2
 
 
 # ---- what it prints and leaves ----

@@ -115,7 +115,8 @@ def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, fol
 
 
 # the files that compute a loss
-CODE = ("train.py", "model.py", "variants.py", "dataloader.py", "checkpoint.py", "training/*.py", "ops/*.py", "formats/*.py", "common/*.py")
+FOLDERS = ("training", "ops", "formats", "common")
+CODE = ("train.py", "model.py", "variants.py", "dataloader.py", "checkpoint.py", *(f"{folder}/**/*.py" for folder in FOLDERS))
 
 
 def code_now() -> dict:
