@@ -94,10 +94,8 @@ SUITES = {
     },
     "little-data": {  # 10 MB of text, and any number of epochs
         **{f"modern, {n} epochs": f"{LONG} --max-steps {n * EPOCH}" for n in (1, 2, 4)},
-        **{f"256 wide, {n} epochs": f"{WIDE} --max-steps {n * EPOCH}" for n in (1, 2, 4)},
-        "256 wide, 4 epochs, weight decay": f"{WIDE} --max-steps {4 * EPOCH} --weight-decay 0.1",
-        "256 wide, 4 epochs, dropout": f"{WIDE} --max-steps {4 * EPOCH} --dropout 0.1",
-        "256 wide, 4 epochs, average": f"{WIDE} --max-steps {4 * EPOCH} --ema 0.999",
+        **{f"256 wide, {n} epochs": f"{WIDE} --max-steps {n * EPOCH}" for n in (1, 2)},
+        "256 wide, 2 epochs, weight decay": f"{WIDE} --max-steps {2 * EPOCH} --weight-decay 0.1",
     },
     "length": {
         "learned, 1200 steps": f"{ADAMW} --max-steps 1200",
