@@ -94,8 +94,8 @@ def size_beside(log: Path) -> str:
 
 
 def plot(config: PlotConfig):
-    """Plots config.logs into the file config.out: loss, the difference from the first if there are several, HellaSwag if there is a score
-    or a baseline, and the panels. ValueError if a log or a flag can't be drawn, or if matplotlib can't draw."""
+    """Plots config.logs into the file config.out: loss, the difference from the first if there are several, HellaSwag if there is a score,
+    and the panels. ValueError if a log or a flag can't be drawn, or if matplotlib can't draw."""
     config.validate()
     logs = [Path(log, "log.txt") if Path(log).is_dir() else Path(log) for log in config.logs]
     runs, baselines = [read_run(log, config.x, (*config.panels, "hellaswag_tasks")) for log in logs], parse_baselines(config.baselines)
@@ -104,7 +104,7 @@ def plot(config: PlotConfig):
             raise ValueError(f"--panels {panel} is in no log or metrics.jsonl: drop it")
     groups = groups_of(runs, config.mean)
     size = size_beside(logs[0]) if config.size == "auto" else config.size
-    has_hella = size != "none" or any("hella" in run.streams for run in runs)
+    has_hella = any("hella" in run.streams for run in runs)
     names = ["loss", *(["gap"] if groups[1:] else []), *(["hella"] if has_hella else []), *dict.fromkeys(config.panels)]
     cells = ["loss"] * (len(names) % 2 and len(names) > 1) + names  # the loss may be wide: no cell stays empty
     rows = [cells[i : i + 2] for i in range(0, len(cells), 2)]
@@ -189,7 +189,7 @@ def draw_baselines(axes: dict, size: str, others: dict[str, float], used: int):
         axes["loss"].axhline(GPT2_LOSS[size], **gpt2)
     for number, (name, loss) in enumerate(others.items(), used):
         axes["loss"].axhline(loss, **look(number), label=label_of(name))
-    if size != "none":
+    if size != "none" and "hella" in axes:
         axes["hella"].axhline(GPT2_HELLASWAG[size], **gpt2)
         gpt3, accuracy = GPT3_HELLASWAG[size]
         axes["hella"].axhline(accuracy, color=GREY, linestyle="-.", linewidth=1, label=f"OpenAI GPT-3 ({gpt3})")

@@ -269,6 +269,12 @@ def test_baselines_follow_the_runs_size(log, tmp_path, drawn, run, lines):
     assert len(hella.lines) == (2 if run == {"size": "none"} else 4)
 
 
+def test_no_score_means_no_hellaswag_panel(tmp_path, drawn):
+    (tmp_path / "log.txt").write_text("0 val 10.9\n10 val 9.9\n")
+    plot_log.plot(PlotConfig((str(tmp_path),), str(tmp_path / "x.png"), size="124M"))
+    assert len(drawn[0].axes) == 1
+
+
 def test_plots_19073_steps_in_three_seconds(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("".join(f"{s} train {10 / (s + 1) + 3 + (s * 7919 % 101) / 500}\n" for s in range(19073)))
