@@ -267,8 +267,9 @@ def test_twenty_thousand_shards_train(tmp_path):
         np.save(path, np.random.default_rng(index).integers(0, 257, 100).astype(np.uint16))
         entries.append({"file": path.name, "tokens": 100, "sha256": sha256(path)})
     write_json(tmp_path / "manifest.json", {"tokenizer": "bytes", "vocab_size": 257, "shards": entries})
-    flags = shlex.join([*TINY, "--data-dir", str(tmp_path), "--out-dir", str(tmp_path / "run"), "--total-batch-tokens", "32768", "--max-steps", "4"])
-    command = f"ulimit -n 256 && exec {sys.executable} {REPO / 'train.py'} {flags} --micro-batch-size 128"
+    flags = shlex.join([*TINY, "--data-dir", str(tmp_path), "--out-dir", str(tmp_path / "run"), "--max-steps", "4"])
+    flags += " --total-batch-tokens 32768 --micro-batch-size 128"
+    command = f"ulimit -n 256 && exec {sys.executable} {REPO / 'train.py'} {flags}"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert len(read_stream(tmp_path / "run", "train")) == 4  # each step reads from about a thousand shards
