@@ -126,10 +126,12 @@ def writable(file: str, name: str) -> list[str]:
     return [f"{flag(name)} {file} is not a file in an existing folder that you can write to: choose another path"]
 
 
+# remedies for what may pass by itself
+WAIT, CHECK_NETWORK = "wait for it, or choose another --out-dir", "check the network"
+
+
 class TryAgain(ValueError):
     """An error that passes by itself, such as one of the network: the same command may succeed later."""
-
-    status = 1
 
 
 def printable(text: str) -> str:
@@ -197,8 +199,8 @@ def with_remedy(e: Exception) -> str:
 @contextmanager
 def one_line_errors(after_ctrl_c: str = "", if_memory_runs_out: str = "close other programs, or use a smaller model"):
     """Turns errors into one line and an exit status: 2 for a user's mistake (ValueError, a file that can't be used), 1 if the machine
-    fails (a full or broken disk, too many open files, too little memory) or the error may pass by itself, the error's own status if it
-    has one, 130 for Ctrl-C. Anything else is a bug and keeps its traceback. after_ctrl_c: how to continue then."""
+    fails (a full or broken disk, too many open files, too little memory), 130 for Ctrl-C. An error's own `status` counts, if it has one.
+    Anything else is a bug and keeps its traceback. after_ctrl_c: how to continue then."""
     open_streams()
     try:
         yield

@@ -112,7 +112,7 @@ def lock(held: HeldFolder, wait: bool, stack: ExitStack) -> Path:
     except (BlockingIOError, PermissionError, TimeoutError) as e:
         if isinstance(e, PermissionError) and e.filename:  # opening the file failed, not locking it
             raise
-        raise cli.TryAgain(f"another process is writing into {held.path}: wait for it, or choose another --out-dir") from None
+        raise cli.TryAgain(f"another process is writing into {held.path}: {cli.WAIT}") from None
     return file
 
 

@@ -187,7 +187,7 @@ def explain(url: str, e: Exception) -> ValueError:
         return ValueError(f"{url} can't be used ({text}): create the bucket, or check the URL")
     if isinstance(e, LASTING) or getattr(e, "errno", None) == errno.EROFS or re.search(NEVER, text, re.I):
         return ValueError(f"{url} can't be used ({text}): check the URL, or choose another place")
-    return cli.TryAgain(f"{url} failed ({text}): check the network and the store")
+    return cli.TryAgain(f"{url} failed ({text}): {cli.CHECK_NETWORK} and the store")
 
 
 NEVER = r"invalid bucket name|not ?implemented|\(501\)"

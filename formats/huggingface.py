@@ -315,7 +315,7 @@ def hf_folder(name_or_dir: str, revision: str | None = None) -> Path:
         for file in ("config.json", "model.safetensors"):
             path = hf_hub_download(repo, file, revision=revision)
     except Exception as e:  # the hub's client raises a dozen types, and the remedy is always the same
-        raise cli.TryAgain(f"could not fetch {repo} from the hub ({type(e).__name__}): check the network, or give a local folder") from e
+        raise cli.TryAgain(f"could not fetch {repo} from the hub ({type(e).__name__}): {cli.CHECK_NETWORK}, or give a local folder") from e
     return Path(path).parent
 
 

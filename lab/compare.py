@@ -59,7 +59,7 @@ class CompareConfig:
     flags: str = ""
     """Flags of train.py for all variants. Write --flags="…", with the equals sign."""
     suite: Literal["none", "switches", "without", "modern", "tables", "rates", "experts", "teacher", "little-data", "length"] = "none"
-    """A ready-made comparison of small models. Two CPU cores train each in minutes."""
+    """A ready-made comparison of small models. Two CPU cores train each in minutes; little-data takes a night."""
     data_dir: str = "webdocs_bytes"
     """Byte shards for a suite."""
     out_dir: str = "log/compare"
@@ -206,7 +206,8 @@ class Comparison:
         theirs = self.origins[self.first.name]
         for name in self.others():
             ours = self.origins[name]
-            raise_errors(forbidden(name, ours, theirs, config.may_change))
+            if wrong := forbidden(ours, theirs, config.may_change):
+                raise IdeaFailed(name, wrong, f"{name} {wrong}")
             unfair = unequal(name, ours, self.first.name, theirs, budget=config.suite == "none")  # some suites compare lengths
             if unfair and not config.mixed:
                 raise IdeaFailed(name, cli.some(unfair, 3), f"{cli.some(unfair, 3)}: {MAKE_EQUAL}")
@@ -221,6 +222,8 @@ class Comparison:
         train = run_of(self.config, variant.name, variant.flags, self.seeds[0]).config()
         try:
             return Origin(train, find_data(train).contents(), code)  # makes missing shards now, not twice
+        except cli.TryAgain:
+            raise
         except ValueError as e:
             raise IdeaFailed(variant.name, str(e)) from e
 
@@ -263,7 +266,7 @@ class Comparison:
         for name in self.failures:
             self.folders[name] = {}
         if reason := no_result(self.results()[first]):
-            raise IdeaFailed(first, reason, f"{first} can't be compared with: {reason}")
+            raise IdeaFailed(first, reason, f"{first} is no measure for others ({reason}): compare with another variant")
         return notes
 
     def results(self) -> dict[str, dict[int, dict]]:
@@ -312,7 +315,7 @@ def remember_looks(path: Path, pairs: dict[str, int], until_decided: bool) -> li
     kept, notes = read_json(path, "delete it, and train all runs again in another --out-dir") if path.exists() else {}, []
     for pair, seeds in pairs.items():
         before = kept.get(pair, {})
-        limit, most = before.get("limit"), before.get("seeds")
+        limit, most = before.get("limit"), before.get("judged")
         if until_decided and limit not in (None, seeds):
             raise ValueError(
                 f"{pair} began with --until-decided --seeds {limit}, and that limit can't change afterwards: pass --seeds {limit}, "
@@ -324,7 +327,7 @@ def remember_looks(path: Path, pairs: dict[str, int], until_decided: bool) -> li
                 f"{pair} was judged with {earlier} before, and looking again adds false verdicts: "
                 "confirm with fresh seeds, or begin with --until-decided in another --out-dir"
             )
-        kept[pair] = before | ({"limit": seeds} if until_decided else {"seeds": max(seeds, most or 0)})
+        kept[pair] = before | ({"limit": seeds} if until_decided else {"judged": max(seeds, most or 0)})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, kept)
     return notes
@@ -333,10 +336,11 @@ def remember_looks(path: Path, pairs: dict[str, int], until_decided: bool) -> li
 def rows_of(comparison: Comparison, results: dict[str, dict[int, dict]]) -> list[dict]:
     """Returns the table's rows: numbers, verdict, commit, and which code differs from the first's."""
     rows, origins = summary(results, {name: comparison.judgement(name) for name in comparison.others()}), comparison.origins
+    folders = {name: next(iter(runs.values()), None) for name, runs in comparison.folders.items()}
+    launches = {name: last_of(folder) if folder else origins[name].launch for name, folder in folders.items()}
     for row in rows:
-        folder = next(iter(comparison.folders[row["variant"]].values()), None)
-        launch = last_of(folder) if folder else origins[row["variant"]].launch
-        row |= {"commit": commit_of(launch), "changed": other_code(launch, origins[comparison.first.name].launch)}
+        launch = launches[row["variant"]]
+        row |= {"commit": commit_of(launch), "changed": other_code(launch, launches[comparison.first.name])}
     return rows
 
 
@@ -403,7 +407,11 @@ def main():
         config = cli.parse(CompareConfig)
         config.validate()
         check_tools()
-        found = compare(Comparison(config))
+        try:
+            found = compare(Comparison(config))
+        except IdeaFailed as e:
+            e.status = 3  # a program that tries ideas may continue with the next one
+            raise
         print(json.dumps(found, indent=2) if config.json else text_of(found, config.markdown), flush=True)
 
 

@@ -18,7 +18,7 @@ POWER = 0.8  # probability of finding the difference that a verdict says it coul
 FIRST_LOOK = 3  # seeds; with two, only huge differences can be seen
 SERIES = 100_000  # simulated for the level of several looks; their mirror images double them
 EQUAL = "the losses are equal"
-SAME = "all seeds have the same difference, so the seed changes nothing and they count as one"
+SAME = "all seeds have the same difference, so they count as one"
 
 
 def scipy_stats():

@@ -136,12 +136,12 @@ def code_change(name: str, ours: Origin, first: str, theirs: Origin) -> list[str
     return [f"{name} has other code than {first} ({why}): {commits}"] if why else []
 
 
-def forbidden(name: str, ours: Origin, theirs: Origin, may_change: tuple[str, ...]) -> list[str]:
-    """Names the changed files that may not change. may_change is () if all may."""
+def forbidden(ours: Origin, theirs: Origin, may_change: tuple[str, ...]) -> str:
+    """Names the changed files that may not change; "" if there are none. may_change is () if all may."""
     changed = changed_files(ours.launch, theirs.launch)
     changed = ["unknown files: a run is of an older version"] if changed is None else changed
     wrong = [file for file in changed if file not in may_change] if may_change else []
-    return [f"{name} changes {cli.some(wrong, 3)}: only {', '.join(may_change)} may change"] if wrong else []
+    return f"changes {cli.some(wrong, 3)}: only {', '.join(may_change)} may change" if wrong else ""
 
 
 def commit_of(launch: dict) -> str:

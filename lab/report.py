@@ -37,7 +37,7 @@ def summary(runs: dict[str, dict[int, dict]], judgements: dict[str, Judgement]) 
                 "work": some["flops_per_token"] / next(iter(first.values()))["flops_per_token"] if first else None,
                 "val_loss": statistics.fmean(losses),
                 "spread": max(losses) - min(losses),
-                "perplexity": perplexity_of(statistics.fmean(losses)),
+                "perplexity": finite(perplexity_of(statistics.fmean(losses))),
                 "bits_per_byte": None if None in bits else statistics.fmean(bits),
                 "speed": statistics.median(ratios) if ratios else None,
                 **{key: statistics.median(one[key] for one in seeds.values()) for key in ("seconds", "tokens_per_second", "memory_bytes")},
@@ -47,6 +47,11 @@ def summary(runs: dict[str, dict[int, dict]], judgements: dict[str, Judgement]) 
             row |= asdict(judgement) | {"text": judgement.text, "paired_seeds": shared}
         rows.append(row)
     return rows
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
 
 
 # ---- the table ----

@@ -25,13 +25,12 @@ from training.run_json import RUN, code_now, is_finished, read_run
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
 FAILED = "failed.json"  # in an idea's folder
+KILLED = -9  # by SIGKILL, which Windows lacks: Linux ends the process that uses the most memory
 SECONDS_TO_SAVE = 60  # after SIGTERM
 
 
 class IdeaFailed(ValueError):
     """An idea's code, flags or settings are wrong. Another idea may still succeed."""
-
-    status = 3  # the command's exit status, so that a program that tries ideas can continue
 
     def __init__(self, name: str, reason: str, message: str = ""):
         """message: the reason with its command or remedy."""
@@ -244,7 +243,7 @@ def fault_of_machine(trial: Trial, running: list[subprocess.Popen], env: dict) -
 
 def why_it_failed(status: int, output: str) -> str:
     """Returns the last message of a run that failed."""
-    if status == -signal.SIGKILL:
+    if status == KILLED:
         return "killed, probably because memory ran out"
     lines = output.strip().splitlines() or ["no message"]
     return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
@@ -252,14 +251,14 @@ def why_it_failed(status: int, output: str) -> str:
 
 def settings_to_blame(status: int, output: str) -> bool:
     """Whether a run diverged or needed too much memory."""
-    # SIGKILL: Linux ends the process that uses the most memory
-    return status == -signal.SIGKILL or any(x in why_it_failed(status, output) for x in (LOWER_LR, LOWER_MEMORY, SMALLER_MODEL))
+    return status == KILLED or any(x in why_it_failed(status, output) for x in (LOWER_LR, LOWER_MEMORY, SMALLER_MODEL))
 
 
 def is_to_blame(status: int, output: str) -> bool:
     """Whether a run's own code or settings made it fail, rather than the machine or someone who stopped it."""
     crashed = status == 1 and "Traceback (most recent call last)" in output
-    return crashed or status in (2, -signal.SIGSEGV, -signal.SIGABRT) or settings_to_blame(status, output)
+    refused = status == 2 and not any(remedy in why_it_failed(status, output) for remedy in (cli.WAIT, cli.CHECK_NETWORK))
+    return crashed or refused or status in (-signal.SIGSEGV, -signal.SIGABRT) or settings_to_blame(status, output)
 
 
 def share_hardware(workers: int) -> bool:

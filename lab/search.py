@@ -161,7 +161,7 @@ def end_of(found: dict, markdown: bool) -> str:
     again = "with fresh seeds" + " and in the larger model" * bool(found["larger"])
     parts.append(
         f"kept {len(found['fresh'])} of {len(found['ideas'])} ideas; better again {again}: {found['held']}\n"
-        f"If none of them helped, luck alone would keep {LEVEL * judged:.1f} of {judged} on average, or fewer.\nrecipe: {found['recipe']}"
+        f"If none of them helped, luck alone would keep at most {LEVEL * judged:.1f} of {judged} on average.\nrecipe: {found['recipe']}"
     )
     return "\n\n".join(parts)
 

@@ -370,7 +370,7 @@ def test_step_waits_for_a_failing_bucket(url, local, tmp_path, monkeypatch, caps
         assert status == 0 and err.count("gone") == err.count("training waits for it") == err.count("works again") == 1
         assert_same(tmp_path / "run", local)
     else:
-        assert status == 1 and err.splitlines()[-1] == f"error: {url} failed (OSError: gone): check the network and the store"
+        assert status == 2 and err.splitlines()[-1] == f"error: {url} failed (OSError: gone): check the network and the store"
 
 
 def test_download_catches_up_after_a_fault(bucket, server, data, local, copies, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -441,7 +441,7 @@ def test_parallel_parts_from_the_hub_are_joined(tmp_path, fineweb_edu):
 def test_only_one_process_may_make_a_part(tmp_path, files, capsys):
     argv = ["--dataset", files, "--out-dir", tmp_path / "out", "--part"]
     with lock_folder(tmp_path / "out" / "part-2-of-2"):
-        assert prepare(*argv, "2/2") == 1 and "another process is writing into" in the_error(capsys.readouterr().err)
+        assert prepare(*argv, "2/2") == 2 and "another process is writing into" in the_error(capsys.readouterr().err)
         assert prepare(*argv, "1/2") == 0
 
 

@@ -42,7 +42,7 @@ def test_one_look_equals_scipys_paired_test(shift):
         ([-0.05], "one seed shows nothing"),
         ([0.0, 0.0, 0.0], "no difference shown: the losses are equal"),
         ([-0.5, -0.5001], "better"),
-        ([-0.5, -0.5], "no difference shown: all seeds have the same difference, so the seed changes nothing and they count as one"),
+        ([-0.5, -0.5], "no difference shown: all seeds have the same difference, so they count as one"),
         ([0.1, math.nan, 0.1], "failed: a loss is not finite"),
         ([0.1, math.inf, 0.1], "failed: a loss is not finite"),
         ([], "no difference shown: 0 seeds, the first look is after 3"),

@@ -118,7 +118,7 @@ def test_removed_lock_lets_no_second_process_in(shards, tmp_path, finished):
     first = begin(tmp_path, shards)
     (tmp_path / "run" / ".lock").unlink()
     second = forked(tmp_path / "run", "train", "--resume", "--out-dir", tmp_path / "run")
-    assert second.returncode == 1 and "another process is writing into" in second.stderr
+    assert second.returncode == 2 and "another process is writing into" in second.stderr
     assert end_pause(first, tmp_path).returncode == 0 and same_run(tmp_path / "run", finished)
 
 

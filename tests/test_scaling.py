@@ -145,7 +145,10 @@ def test_plan_flags_have_about_its_size(capsys):
         ),
         ("ladder --data-dir {tmp}/nowhere", "no shards: the folder {tmp}/nowhere does not exist"),
         ("ladder --data-dir {tmp} --flags=--seq-len=0", "--flags: seq_len is 0"),
-        ("ladder --data-dir {tmp} --flags=--plan", "--flags: --plan, --replay-step and --resume start no new run: leave them out"),
+        (
+            "ladder --data-dir {tmp} --flags=--plan",
+            "--flags: --plan, --rehearse, --replay-step and --resume start no new run: leave them out",
+        ),
     ],
 )
 def test_mistakes_are_one_line(words, message, tmp_path, capsys):

@@ -847,7 +847,7 @@ def test_second_launch_in_a_folder_is_refused(shards, tmp_path, processes):
     with open(tmp_path / "run" / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         result = forked(tmp_path, "train", *TINY, "--data-dir", shards, "--out-dir", tmp_path / "run", processes=processes)
-    assert result.returncode == 1 and result.stderr.count("another process is writing into") == 1
+    assert result.returncode == 2 and result.stderr.count("another process is writing into") == 1
     assert "Traceback" not in result.stderr
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rich.cells
+import torch
 from conftest import TINY, covered, forked, rewrite_run, run_main
 from made_up import CRASH, code_once, loss_of, made_up, noise
 
-from common import cli
+from common.cli import CHECK_NETWORK, WAIT
 from common.files import write_json
 from common.shards import write_shard
 from common.tables import WIDTH
@@ -68,6 +69,7 @@ def test_ideas_are_named_by_commit_and_files(world):
     assert (found["variants"][1]["commit"], found["variants"][1]["changed"]) == ("bbbbbbbb", "ops/idea.py, variants.py")
     error = world.error("log/plain", "log/better", "--may-change", "variants.py")
     assert error == "error: better changes ops/idea.py: only variants.py may change"
+    assert run_main(compare.main, "log/plain", "log/better", "--may-change", "variants.py") == 3
     world.judge("log/plain", "log/better", "--may-change", "variants.py", "ops/idea.py")
 
 
@@ -278,8 +280,9 @@ def test_changed_ideas_are_tried_again(world):
 @pytest.mark.slow
 def test_locked_or_damaged_runs_fail_no_idea(world):
     argv = ["plain=", "idea=--pos rope", world.flags(), "--seeds", 2]
-    world.failing = {"idea/2": (cli.TryAgain.status, "error: another process is writing into x: wait for it")}
-    assert "exited with 1: error: another process is writing into x" in world.error(*argv)
+    for message in (f"another process is writing into x: {WAIT}", f"s3://b failed (TimeoutError): {CHECK_NETWORK}"):
+        world.failing = {"idea/2": (2, f"error: {message}")}
+        assert f"exited with 2: error: {message}" in world.error(*argv)
     world.failing = {}
     world.judge(*argv)
     Path("log/compare/idea/2", RUN).unlink()
@@ -358,24 +361,27 @@ def test_ideas_are_blamed_for_their_own_failures(status, output, to_blame):
 def test_infinite_loss_of_the_first_ends_it(world):
     world.variant("plain", (1, 2)), world.variant("even", (1, 2))
     made_up(Path("plain/2"), world.shards, 2, float("inf"))
-    assert world.error("plain", "even") == "error: plain can't be compared with: seed 2: the loss is not finite"
+    error = "error: plain is no measure for others (seed 2: the loss is not finite): compare with another variant"
+    assert world.error("plain", "even") == error
 
 
 @pytest.mark.slow
-def test_idea_that_looks_ahead_fails(world, monkeypatch):
-    """A made-up run has the weights of a real model. This idea adds the next token's embedding to each position."""
+@pytest.mark.parametrize("block", [2, 8, 32])
+def test_idea_that_looks_ahead_fails(world, monkeypatch, block):
+    """A made-up run has the weights of a real model. In this idea, each position sees the mean of its block of tokens."""
     world.variant("plain"), world.variant("idea", flags=("--pos", "rope"))
     assert world.judge("plain", "idea")["variants"][1]["verdict"] == "no difference shown"
     honest = VariantGPT.hidden_states_and_balance
 
     def peeking(self, idx, *more):
         x, balance = honest(self, idx, *more)
-        return x + self.transformer.wte(idx.roll(-1, 1)), balance
+        means = [part.mean(1, keepdim=True).expand_as(part) for part in self.transformer.wte(idx).split(block, 1)]
+        return x + torch.cat(means, 1), balance
 
     monkeypatch.setattr(VariantGPT, "hidden_states_and_balance", peeking)
     row = world.judge("plain", "idea")["variants"][1]
     assert row["text"] == "failed: seed 1: its predictions depend on later tokens"
-    assert world.error("idea", "plain").endswith("idea can't be compared with: seed 1: its predictions depend on later tokens")
+    assert "idea is no measure for others (seed 1: its predictions depend on later tokens)" in world.error("idea", "plain")
 
 
 @pytest.mark.slow
@@ -397,7 +403,7 @@ def test_idea_may_branch_on_its_numbers(world, monkeypatch):
 
     monkeypatch.setattr(VariantGPT, "hidden_states_and_balance", whole_only)
     row = world.judge("plain", "idea")["variants"][1]
-    assert row["text"] == "failed: seed 1: it can't predict a part of a text (division by zero)"
+    assert row["text"] == "failed: seed 1: from its checkpoint, it can't predict parts of a text (division by zero)"
 
 
 def test_loss_must_be_of_the_predictions():
