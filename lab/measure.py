@@ -30,6 +30,8 @@ from training.run_json import RUN, code_now, other_code, read_run, read_run_json
 from training.trainer import Trainer
 from variants import VariantConfig, build, build_on_meta, flops_per_token, idle_params
 
+code_of_this_process = cache(code_now)  # it takes a second; later edits don't change what is imported
+
 
 def measure(folder: Path) -> dict:
     """Returns the numbers of a finished run. Loss in nats per token, memory and cache in bytes. curve: tokens → validation loss."""
@@ -59,7 +61,7 @@ def measure(folder: Path) -> dict:
 
 def check_predictions(folder: Path) -> str:
     """Returns why the loss of a run's model means nothing, by this checkout's code; "" if it is fine, or if other code trained it."""
-    if other_code(last_of(folder), code_now()):
+    if other_code(last_of(folder), code_of_this_process()):
         return ""
     try:
         return not_a_language_model(checkpoint.load_gpt(str(folder))[0].eval())
