@@ -118,7 +118,7 @@ MODES = [  # dtype, whether compiled, whether the loss is computed in chunks, an
 ]
 # ‖device - CPU‖ / ‖CPU‖ of a gradient: at least twice the rounding on a CPU. QK norm and mixed values amplify it in modern; it may send
 # a token to another expert
-LARGEST = {FP32: 1e-4, BF16: 0.05, FP16: 0.006}
+LARGEST = {FP32: 1e-4, BF16: 0.05, FP16: 0.01}
 ROUNDS_MORE = {"modern": 2.5, "experts": 8}
 
 
@@ -378,4 +378,11 @@ def test_distributed_rank_trains_like_one_process(data, tmp_path, settings):
     assert found[0] == pytest.approx(expected[0], rel=rel) and found[1] == pytest.approx(expected[1], rel=rel)
     saved, theirs = checkpoint.load_training(tmp_path / "rank", 4)[0]["model"], plain.model.state_dict()
     assert saved.keys() == theirs.keys()
-    assert all((saved[name] - p.cpu()).norm() <= 0.1 * p.norm() + 1e-3 for name, p in theirs.items())
+    pairs = {name: (settled(name, saved[name]), settled(name, p.cpu())) for name, p in theirs.items()}
+    assert [name for name, (mine, p) in pairs.items() if (mine - p).norm() > 0.1 * p.norm() + 1e-3] == []
+
+
+def settled(name: str, p: torch.Tensor) -> torch.Tensor:
+    """Without the keys' biases: they change no loss, so AdamW follows the rounding of their gradients."""
+    queries, _, values = p.chunk(3) if name.endswith("c_attn.bias") else (p, None, p[:0])
+    return torch.cat([queries, values])
