@@ -94,8 +94,8 @@ SUITES = {
     },
     "little-data": {  # any number of epochs of 10 MB; needs shards of that size: fineweb.py --max-tokens 10.5e6 --shard-size 5e5
         **{f"modern, {n} × 10 MB": f"{LONG} --max-steps {n * EPOCH}" for n in (1, 2, 4)},
-        **{f"256 wide, {n} × 10 MB": f"{WIDE} --max-steps {n * EPOCH}" for n in (1, 2)},
-        "256 wide, 2 × 10 MB, weight decay": f"{WIDE} --max-steps {2 * EPOCH} --weight-decay 0.1",
+        **{f"256 wide, {n} × 10 MB": f"{WIDE} --max-steps {n * EPOCH}" for n in (1, 2, 4)},
+        "256 wide, 4 × 10 MB, weight decay": f"{WIDE} --max-steps {4 * EPOCH} --weight-decay 0.1",
     },
     "length": {
         "learned, 1200 steps": f"{ADAMW} --max-steps 1200",
