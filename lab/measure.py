@@ -73,7 +73,7 @@ def check_predictions(folder: Path) -> str:
 
 @torch.no_grad()
 def not_a_language_model(model: GPT) -> str:
-    """Returns what is wrong with a model's predictions. They may not depend on how the text continues, and the loss must be theirs."""
+    """Returns what is wrong with a model's predictions. They must not depend on later tokens, and the loss must be theirs."""
     length = min(model.config.seq_len, 256)
     ids = torch.randint(model.config.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0))
     x, y = ids[:, :-1], ids[:, 1:]

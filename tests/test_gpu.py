@@ -118,8 +118,9 @@ MODES = [  # dtype, whether compiled, whether the loss is computed in chunks, an
 ]
 # ‖device - CPU‖ / ‖CPU‖ of a gradient: at least twice the rounding on a CPU. QK norm and mixed values amplify it in modern; it may send
 # a token to another expert
-LARGEST = {FP32: 1e-4, BF16: 0.05, FP16: 0.01}
+LARGEST = {FP32: 1e-4, BF16: 0.05, FP16: 0.006}
 ROUNDS_MORE = {"modern": 2.5, "experts": 8}
+CANCELS = {"bigram_scale": 2}  # its gradient sums over all positions, and nearly cancels: torch 2.11 rounds it more
 
 
 def loss_and_gradients(model: GPT, ids: torch.Tensor, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
@@ -165,7 +166,7 @@ def test_loss_and_gradients_equal_the_cpus(monkeypatch, variant, dtype, compiled
     total = sum(g.square().sum() for g in expected.values()).sqrt()
     off = {name: ((found[name] - g).norm() / (g.norm() + 1e-3 * total)).item() for name, g in expected.items()}
     largest = LARGEST[dtype] * (1 if dtype == FP32 else ROUNDS_MORE.get(variant, 1))
-    assert {name: x for name, x in off.items() if not x <= largest} == {}
+    assert {name: x for name, x in off.items() if not x <= largest * CANCELS.get(name, 1)} == {}
 
 
 # ---- HellaSwag, generation, FlexAttention ----
