@@ -28,6 +28,7 @@ from common.locks import lock_folder
 from common.run_folder import RunFolder
 from common.shards import MANIFEST, Shards
 from common.validation import raise_errors
+from model import GPT
 from training import checks, failure, flags, mirror, run_json
 from training.config import LOWER_MEMORY, TrainConfig
 from training.evaluation import Evaluation, is_due
@@ -128,7 +129,7 @@ def set_up(config: TrainConfig, world: DistContext, folder: RunFolder, log=Log) 
     config.model = world.on_main(lambda: checks.fit_vocabulary(config, shards))
     world.on_main(lambda: checks.check_memory(config, world))
     if config.teacher:
-        checks.check_teacher(config, world, shards)
+        checks.check_teachers(config, world, shards)
     step = world.on_main(lambda: checkpoint.newest_step(out_dir, config.replay_step)) if config.resume else None
     world.on_main(lambda: checks.check_checkpoint(config, step))
 
@@ -144,7 +145,7 @@ def set_up(config: TrainConfig, world: DistContext, folder: RunFolder, log=Log) 
     if problem:
         without = "without torch.compile" + (", keeping all activations" if 0 < config.activation_memory < 1 else "")
         log.progress(f"warning: running {without}, which is slower: {problem}")
-    trainer = Trainer(config, world, model, shards, config.compile and not problem, load_teacher(config))
+    trainer = Trainer(config, world, model, shards, config.compile and not problem, load_teachers(config))
     checkpoints = Checkpoints(trainer, folder, log)
     if step is not None:
         checkpoints.load(step)
@@ -164,8 +165,8 @@ def fetch_ahead(trainer: Trainer, step: int):
         trainer.shards.fetch_ahead(trainer.train_stream.needed(step * batch, trainer.config.max_steps * batch))
 
 
-def load_teacher(config: TrainConfig):
-    return checkpoint.load_gpt(config.teacher)[0].requires_grad_(False) if config.teacher else None
+def load_teachers(config: TrainConfig) -> list[GPT]:
+    return [checkpoint.load_gpt(path)[0].requires_grad_(False) for path in config.teachers]
 
 
 def describe(trainer: Trainer) -> str:

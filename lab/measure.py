@@ -25,7 +25,7 @@ from lab.runs import last_checkpoint
 from model import GPT
 from ops.kv_cache import KVCache
 from perplexity import rows_of_shards
-from train import load_teacher
+from train import load_teachers
 from training.run_json import RUN, code_now, other_code, read_run, read_run_json
 from training.trainer import Trainer
 from variants import VariantConfig, build, build_on_meta, flops_per_token, idle_params
@@ -122,8 +122,8 @@ def speeds_in_turns(folders: list[Path], steps: int, turn: int = 5) -> list[floa
     for folder in folders:
         config = read_run(folder)
         device = pick_device(config.device)
-        compiled, teacher = config.compile and can_compile(device), load_teacher(config) if config.teacher else None
-        trainers.append(Trainer(config, DistContext(device), build(config.model), open_shards(config.data_dir), compiled, teacher))
+        model, shards, compiled = build(config.model), open_shards(config.data_dir), config.compile and can_compile(device)
+        trainers.append(Trainer(config, DistContext(device), model, shards, compiled, load_teachers(config)))
     torch._dynamo.config.recompile_limit = 10**6  # every variant compiles its own code
     turns = range(0, turn + steps, turn)  # the first turn compiles and does not count
     for start in cli.bar(turns, desc="steps in turns", unit="turn"):

@@ -34,8 +34,8 @@ def data_notes(folders: list[Path]) -> list[str]:
             notes.append(f"{folder} was trained on other data than {data_dir} has now ({cli.some(changed, 3)})")
         if config.init_from and run.get("init") not in (None, weights(config.init_from, config.init_revision)):
             notes.append(f"{folder} started from other weights than {config.init_from} has now")
-        if config.teacher and run.get("teacher_sha256") not in (None, weights(config.teacher)):
-            notes.append(f"{folder} had another teacher than {config.teacher} is now")
+        if config.teachers and run.get("teacher_sha256") not in (None, ",".join(map(weights, config.teachers))):
+            notes.append(f"{folder} had other weights as --teacher than {config.teacher} has now")
     return notes
 
 

@@ -20,7 +20,7 @@ from common.files import read_json, write_json
 from common.run_folder import MAY_DIFFER
 from lab.origins import code_notes, data_notes, refuse_unless
 from training.config import LOWER_LR, LOWER_MEMORY, SMALLER_MODEL, TrainConfig
-from training.flags import holds_a_run, parse_flags, raise_if_changed, recorded_teacher
+from training.flags import holds_a_run, parse_flags, raise_if_changed, recorded_teachers
 from training.run_json import RUN, code_now, is_finished, read_run
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
@@ -93,7 +93,7 @@ class Run(NamedTuple):
         wanted, recorded = self.config(), read_run(self.folder)
         # the shards and the hub decide these, not the flags
         wanted.model.vocab_size, wanted.init_revision = recorded.model.vocab_size, recorded.init_revision
-        wanted.teacher = recorded_teacher(wanted.teacher, recorded.teacher)
+        wanted.teacher = recorded_teachers(wanted.teacher, recorded.teacher)
         try:
             raise_if_changed(recorded, wanted, MAY_DIFFER | {"out_dir"}, str(self.folder))
         except ValueError as e:

@@ -311,8 +311,8 @@ def test_another_teacher_is_another_run(shards, tmp_path, capsys, monkeypatch):
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base", *argv) == 0
     monkeypatch.setattr(runs, "launch", None)
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base/", *argv) == 0
-    taught, load_teacher = [], measure.load_teacher
-    monkeypatch.setattr(measure, "load_teacher", lambda config: taught.append(config.teacher) or load_teacher(config))
+    taught, load_teachers = [], measure.load_teachers
+    monkeypatch.setattr(measure, "load_teachers", lambda config: taught.append(config.teacher) or load_teachers(config))
     steps, update = [], measure.Trainer.update
     monkeypatch.setattr(measure.Trainer, "update", lambda self, step: steps.append(step) or update(self, step))
     assert run_main(compare.main, f"taught=--teacher {tmp_path}/base", *argv, "--time-steps", 5) == 0

@@ -198,19 +198,27 @@ def teacher(shards, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("max_logits", [2**26, 3000])
-def test_distillation_matches_the_plain_formula(teacher, shards, tmp_path, monkeypatch, max_logits):
-    """(1 - w) · cross entropy + w · KL(teacher ‖ student), Hinton et al., 2015, also when the logits are computed part by part. The log
-    has the cross entropy alone."""
+@pytest.fixture(scope="module")
+def two_teachers(teacher, shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "small"
+    assert run_train(shards, folder, "--n-layer", 1, "--max-steps", 40, "--val-every", 0) == 0
+    return f"{teacher},{folder}"
+
+
+@pytest.mark.parametrize(("teachers", "max_logits"), [("teacher", 2**26), ("teacher", 3000), ("two_teachers", 3000)])
+def test_distillation_matches_the_plain_formula(teachers, shards, tmp_path, monkeypatch, request, max_logits):
+    """(1 - w) · cross entropy + w · KL(mean of the teachers ‖ student), Hinton et al., 2015, also when the logits are computed part by
+    part. The log has the cross entropy alone."""
+    teachers = str(request.getfixturevalue(teachers))
     monkeypatch.setattr("ops.loss.MAX_LOGITS", max_logits)
     rows, divergence_of = [], distillation.divergence
     monkeypatch.setattr(distillation, "divergence", lambda logits, expected: rows.append(logits.numel()) or divergence_of(logits, expected))
-    argv = ["--teacher", teacher, "--teacher-weight", 0.7, "--max-steps", 1, "--warmup-steps", 0, "--grad-clip", 0]
+    argv = ["--teacher", teachers, "--teacher-weight", 0.7, "--max-steps", 1, "--warmup-steps", 0, "--grad-clip", 0]
     assert run_train(shards, tmp_path / "run", *argv) == 0
     torch.manual_seed(1337)
-    student, expert = build(VariantConfig(257, 32, 2, 2, 32)), checkpoint.load_model(teacher)[0]
+    student, experts = build(VariantConfig(257, 32, 2, 2, 32)), [checkpoint.load_model(path)[0] for path in teachers.split(",")]
     x, y = map(torch.from_numpy, TokenStream(find_shards(shards), "train", 32).batch(range(8)))
-    log_p, q = student(x)[0].log_softmax(-1), expert(x)[0].softmax(-1)
+    log_p, q = student(x)[0].log_softmax(-1), sum(expert(x)[0].softmax(-1) for expert in experts) / len(experts)
     text = -log_p.gather(2, y[..., None]).mean()
     divergence = (q * (q.log() - log_p)).sum(-1).mean()
     (0.3 * text + 0.7 * divergence).backward()
@@ -241,6 +249,18 @@ def test_teacher_may_move_but_not_change(teacher, shards, tmp_path, capsys):
     [path.unlink() for path in (tmp_path / "moved").glob("*.json")]
     assert run_main(train.main, *again, 22) == 2 and "is not the teacher that this run began with" in capsys.readouterr().err
     assert run_main(train.main, *again, 22, "--teacher", teacher) == 0
+
+
+def test_several_teachers_stay_the_same_on_resume(two_teachers, shards, tmp_path, capsys):
+    large, small = two_teachers.split(",")
+    assert run_train(shards, tmp_path / "run", "--teacher", two_teachers) == 0
+    shutil.copytree(small, tmp_path / "small")
+    again = ["--resume", "--out-dir", tmp_path / "run", "--max-steps"]
+    assert run_main(train.main, *again, 21) == 0
+    assert run_main(train.main, *again, 22, "--teacher", f"{large},{tmp_path / 'small'}") == 0
+    for others in (f"{small},{large}", large, f"{two_teachers},{small}"):
+        assert run_main(train.main, *again, 23, "--teacher", others) == 2
+        assert "is not the teacher that this run began with" in capsys.readouterr().err
 
 
 def test_distillation_keeps_the_experts_load_balance(teacher, shards):

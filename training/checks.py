@@ -24,7 +24,7 @@ from training.config import MAY_CHANGE, SMALLER_MODEL, TrainConfig
 from training.log import Log
 from training.memory import Setting, memory
 from training.presets import PRESETS
-from training.run_json import RUN, read_run_json
+from training.run_json import RUN, read_run_json, teachers_fingerprint
 from training.trainer import Trainer
 from variants import VariantConfig, build_on_meta
 
@@ -129,13 +129,13 @@ def check_tokenizer(source: str, opened: checkpoint.Opened, shards: Shards):
         raise ValueError(f"{source}: {why}; {shards.folder} has {shards.tokenizer} tokens: use shards of the model's tokenizer")
 
 
-def check_teacher(config: TrainConfig, world: DistContext, shards: Shards):
-    """ValueError if the teacher doesn't fit, or if it is not the one that this run began with, on every host."""
-    world.on_all(lambda: check_teacher_fits(config, shards))
-    expected = world.on_main(lambda: teacher_of_run(config) or checkpoint.fingerprint(config.teacher))
+def check_teachers(config: TrainConfig, world: DistContext, shards: Shards):
+    """ValueError if a teacher doesn't fit, or if they are not those that this run began with, on every host."""
+    world.on_all(lambda: [check_teacher_fits(path, config, shards) for path in config.teachers])
+    expected = world.on_main(lambda: teachers_of_run(config) or teachers_fingerprint(config))
 
     def check_same():
-        if world.first_on_host and checkpoint.fingerprint(config.teacher) != expected:
+        if world.first_on_host and teachers_fingerprint(config) != expected:
             raise ValueError(
                 f"--teacher {config.teacher} on {platform.node()} is not the teacher that this run began with: restore that file, or "
                 "pass --teacher with its new path"
@@ -144,10 +144,10 @@ def check_teacher(config: TrainConfig, world: DistContext, shards: Shards):
     world.on_all(check_same)
 
 
-def check_teacher_fits(config: TrainConfig, shards: Shards):
-    """ValueError if the teacher is missing, has another vocabulary or reads shorter sequences than the student."""
+def check_teacher_fits(path: str, config: TrainConfig, shards: Shards):
+    """ValueError if the teacher at this path is missing, has another vocabulary or reads shorter sequences than the student."""
     try:
-        opened = checkpoint.open_checkpoint(config.teacher)
+        opened = checkpoint.open_checkpoint(path)
     except cli.TryAgain:
         raise
     except ValueError as e:
@@ -155,14 +155,14 @@ def check_teacher_fits(config: TrainConfig, shards: Shards):
     ours, theirs = config.model, opened.config
     if theirs.vocab_size != ours.vocab_size or theirs.seq_len < ours.seq_len:
         raise ValueError(
-            f"--teacher {config.teacher} has {theirs.vocab_size} ids and {theirs.seq_len} positions, the run has {ours.vocab_size} and "
+            f"--teacher {path} has {theirs.vocab_size} ids and {theirs.seq_len} positions, the run has {ours.vocab_size} and "
             f"{ours.seq_len}: choose a teacher with the same vocabulary and at least as many positions"
         )
-    check_tokenizer(f"--teacher {config.teacher}", opened, shards)
+    check_tokenizer(f"--teacher {path}", opened, shards)
 
 
-def teacher_of_run(config: TrainConfig) -> str | None:
-    """Returns the teacher's fingerprint in run.json; None for a new run, or if an older version began the run with this path."""
+def teachers_of_run(config: TrainConfig) -> str | None:
+    """Returns the teachers' fingerprints in run.json; None for a new run, or if an older version began the run with this path."""
     run = read_run_json(Path(config.out_dir, RUN)) if config.resume else {"config": {"teacher": config.teacher}}
     if "teacher_sha256" not in run and run["config"]["teacher"] != config.teacher:
         raise ValueError(f"--teacher {config.teacher}: this run began with {run['config']['teacher']}: put it back there")
@@ -210,7 +210,7 @@ def check_compiled(trainer: Trainer, step: int, log: Log):
             return trainer.validation_loss(trainer.train_stream.batch(positions))
 
     loss = partial(trainer.loss, trainer.model, positions)
-    found = self_check.mismatches(trainer.model, loss, validate, trainer.dtype, trainer.teacher)
+    found = self_check.mismatches(trainer.model, loss, validate, trainer.dtype, trainer.teachers)
     wrong = max(trainer.world.gather(found), key=len)  # of the rank with the most mismatches
     if wrong:
         first, error = next(iter(wrong.items()))

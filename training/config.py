@@ -87,9 +87,10 @@ class Learning:
     ema: float = 0.0
     """Validate, score, sample and save a moving average of the weights with this decay, such as 0.999. 0: the weights themselves."""
     teacher: str = ""
-    """Also learn from this model's predictions: a checkpoint, a run's folder, a Hugging Face folder, gpt2, …."""
+    """Also learn from this model's predictions: a checkpoint, a run's folder, a Hugging Face folder, gpt2, …. With several, separated by
+    commas, learn from the mean of their predictions."""
     teacher_weight: float = 0.5
-    """The teacher's share of the gradient. The reported loss is always that of the text alone."""
+    """The teachers' share of the gradient. The reported loss is always that of the text alone."""
 
 
 @dataclass
@@ -186,6 +187,10 @@ class TrainConfig(Planning, Saving, Evaluating, Hardware, Learning, Main):
     """Train a GPT. The defaults are GPT-2 (124M) on 10 B tokens of FineWeb-Edu."""
 
     model: tyro.conf.OmitArgPrefixes[VariantConfig] = field(default_factory=VariantConfig)
+
+    @property
+    def teachers(self) -> list[str]:
+        return self.teacher.split(",") if self.teacher else []
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Forward and backward passes per process and update."""

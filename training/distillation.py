@@ -1,5 +1,7 @@
-"""--teacher: also learns from a teacher's predictions (Hinton et al., 2015)."""
+"""--teacher: also learns from the predictions of one or several teachers (Hinton et al., 2015)."""
 
+import math
+from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,22 +15,24 @@ from ops.loss import positions_at_once
 
 
 @contextmanager
-def distillation_loss(student: GPT, teacher: GPT, x: Tensor, weight: float):
-    """Inside this block, the gradient of the student's loss on ids x (B, T) also pulls it towards the teacher.
+def distillation_loss(student: GPT, teachers: Sequence[GPT], x: Tensor, weight: float):
+    """Inside this block, the gradient of the student's loss on ids x (B, T) also pulls it towards the teachers.
 
-    The gradient is (1 - weight) · that of the text's cross entropy + weight · that of the divergence from the teacher's predictions. The
-    loss's value stays the cross entropy. If there are many logits, they are computed part by part, and recomputed in the backward pass.
+    The gradient is (1 - weight) · that of the text's cross entropy + weight · that of the divergence from the mean of the teachers'
+    predictions. The loss's value stays the cross entropy. If there are many logits, they are computed part by part, and recomputed in the
+    backward pass.
     """
     with torch.no_grad():
-        from_teacher = teacher.hidden_states(x).flatten(0, 1)  # (N, C')
+        from_teachers = [teacher.hidden_states(x).flatten(0, 1) for teacher in teachers]  # (N, C') each
 
     def loss(mine: Tensor, head: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        def part_losses(mine, theirs, targets):
-            logits, expected = student.logits(mine).float(), teacher.logits(theirs).float()
+        def part_losses(mine, targets, *theirs):
+            logits = student.logits(mine).float()
+            expected = mean_prediction([teacher.logits(x).float() for teacher, x in zip(teachers, theirs, strict=True)])
             return torch.stack([F.cross_entropy(logits, targets, reduction="sum"), divergence(logits, expected)])
 
         at_once = positions_at_once(mine, len(head))
-        parts = zip(*(x.split(at_once) for x in (mine, from_teacher, targets)), strict=True)
+        parts = zip(*(x.split(at_once) for x in (mine, targets, *from_teachers)), strict=True)
         compute = partial(checkpoint, part_losses, use_reentrant=False) if at_once < len(mine) else part_losses
         text, distance = sum(compute(*part) for part in parts) / len(mine)
         return text + weight * gradient_only(distance - text)
@@ -40,9 +44,15 @@ def distillation_loss(student: GPT, teacher: GPT, x: Tensor, weight: float):
         student.loss = text_loss
 
 
+def mean_prediction(logits: Sequence[Tensor]) -> Tensor:
+    """Returns the log of the models' mean probabilities, (N, V), from the logits (N, V) of each."""
+    return torch.stack([F.log_softmax(x, dim=-1) for x in logits]).logsumexp(0) - math.log(len(logits))
+
+
 def divergence(logits: Tensor, expected: Tensor) -> Tensor:
-    """Returns KL(teacher ‖ student) of logits (N, V) at temperature 1, in nats, summed over N."""
-    return F.kl_div(F.log_softmax(logits, dim=-1), F.log_softmax(expected, dim=-1), reduction="sum", log_target=True)
+    """Returns KL(teacher ‖ student) at temperature 1, in nats, summed over N. logits, expected: the student's logits and the teachers'
+    log probabilities, (N, V) both."""
+    return F.kl_div(F.log_softmax(logits, dim=-1), expected, reduction="sum", log_target=True)
 
 
 def gradient_only(x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     if continues:
         previous = replace(read_run(out_dir, config.replay_step), out_dir=config.out_dir, resume=True)
         config = replace(cli.parse(TrainConfig, argv, previous), init_revision=previous.init_revision)
-        config.teacher = recorded_teacher(config.teacher, previous.teacher)
+        config.teacher = recorded_teachers(config.teacher, previous.teacher)
         moved = {"teacher"} if config.teacher and previous.teacher else set()  # check_teacher compares the contents
         raise_if_changed(previous, config, MAY_CHANGE | moved, f"the run in {out_dir}")
     elif config.init_from:
@@ -52,7 +52,7 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         config.init_revision = checkpoint.hub_commit(config.init_from, config.init_revision)
         raise_if_changed(shape, config.model, NOT_IN_WEIGHTS, config.init_from)
     if config.teacher and not config.resume:  # the teacher's folder may have a newer checkpoint by the time this run resumes
-        config.teacher = str(checkpoint.checkpoint_file(config.teacher) or config.teacher)
+        config.teacher = ",".join(str(checkpoint.checkpoint_file(path) or path) for path in config.teachers)
     return config
 
 
@@ -87,6 +87,14 @@ def parse_flags(argv: list[str] | None = None, model: VariantConfig | None = Non
     first, _ = tyro.cli(PresetFlag, args=argv, return_unknown_args=True, add_help=False)
     preset = PRESETS.get(first.preset, PRESETS["gpt2"])  # the full parser rejects a wrong name
     return cli.parse(TrainConfig, argv, replace(preset, model=model or preset.model), "train.py")
+
+
+def recorded_teachers(given: str, recorded: str) -> str:
+    """Returns --teacher with each folder replaced by the checkpoint that the run recorded, if it is there."""
+    ours, theirs = given.split(","), recorded.split(",")
+    if len(ours) != len(theirs):
+        return given
+    return ",".join(recorded_teacher(*pair) for pair in zip(ours, theirs, strict=True))
 
 
 def recorded_teacher(given: str, recorded: str) -> str:

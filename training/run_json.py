@@ -92,7 +92,7 @@ def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, fol
     size = plot_log.size_of(params) if trainer.shards.tokenizer == "gpt2" else "none"
     before = {"id": secrets.token_hex(4), "size": size, "params": params, "data": trainer.shards.contents(), "launches": []}
     if config.teacher:
-        before["teacher_sha256"] = checkpoint.fingerprint(config.teacher)
+        before["teacher_sha256"] = teachers_fingerprint(config)
     if path.exists():
         before |= read_run_json(path)
     elif config.init_from:
@@ -117,6 +117,11 @@ def record_launch(config: TrainConfig, world: DistContext, trainer: Trainer, fol
 # the files that compute a loss
 FOLDERS = ("training", "ops", "formats", "common")
 CODE = ("train.py", "model.py", "variants.py", "dataloader.py", "checkpoint.py", *(f"{folder}/**/*.py" for folder in FOLDERS))
+
+
+def teachers_fingerprint(config: TrainConfig) -> str:
+    """Returns the fingerprint of each teacher, separated by commas."""
+    return ",".join(map(checkpoint.fingerprint, config.teachers))
 
 
 def code_now() -> dict:

@@ -7,7 +7,7 @@ finite and nothing raised an error: training just got worse.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,17 +23,17 @@ EXPERTS_TOLERANCE = 0.3
 
 
 def mismatches(
-    model: GPT, loss: Callable[[], Tensor], validate: Callable[[], Tensor], dtype: torch.dtype, teacher: GPT | None = None
+    model: GPT, loss: Callable[[], Tensor], validate: Callable[[], Tensor], dtype: torch.dtype, teachers: Sequence[GPT] = ()
 ) -> dict[str, float]:
     """Returns {name: ‖compiled - eager‖ / ‖eager‖} for each error above the dtype's tolerance (losses: above a tenth of it). Losses
     come first, then gradients from the last layer to the first. Returns {} if eager itself is not finite.
 
-    loss: computes a micro batch's loss (scalar), with the teacher if there is one. validate: computes it as validation does. Compiles
+    loss: computes a micro batch's loss (scalar), with the teachers if there are any. validate: computes it as validation does. Compiles
     what the first step would compile. Layers of one kind share their code, so only the first layers run, enough to cover each kind.
     Clears all gradients.
     """
     with own_gradients(model), first_of_each_kind(model):
-        with eager(*filter(None, (model, teacher))):
+        with eager(model, *teachers):
             eager_loss, eager_grads = loss_and_gradients(model, loss, dtype)
         compiled_loss, compiled_grads = loss_and_gradients(model, loss, dtype)
         with torch.no_grad():

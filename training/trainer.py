@@ -1,6 +1,7 @@
 """One training step: the model, its data and its updates."""
 
 import math
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import NamedTuple
@@ -39,7 +40,7 @@ class Update(NamedTuple):
 class Trainer:
     """Owns the model, the streams of data and the optimizer, and updates the weights."""
 
-    def __init__(self, config: TrainConfig, world: DistContext, model: GPT, shards: Shards, compiled: bool, teacher: GPT | None = None):
+    def __init__(self, config: TrainConfig, world: DistContext, model: GPT, shards: Shards, compiled: bool, teachers: Sequence[GPT] = ()):
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         self.config, self.world, self.device = config, world, world.device
         self.shards = shards
@@ -48,7 +49,7 @@ class Trainer:
         self.feed = Feed(self.train_stream, world.device)
         self.dtype = device.pick_dtype(config.dtype, world.device)
         self.model = model.to(world.device).eval()  # without dropout, except in an update
-        self.teacher = teacher and teacher.to(world.device).eval()
+        self.teachers = [teacher.to(world.device).eval() for teacher in teachers]
         self.compiled = compiled
         self.place_model()
         self.optimizer = self.make_optimizer()
@@ -66,7 +67,7 @@ class Trainer:
         if self.compiled:
             device.mend_compile_cache()
             device.set_malloc(world.device, sparing=config.activation_memory < 1)
-            for part in filter(None, (self.model, self.teacher)):
+            for part in (self.model, *self.teachers):
                 compile_blocks(part, config.activation_memory)
         elif config.activation_memory == 0:
             recompute_activations(self.model)
@@ -93,7 +94,7 @@ class Trainer:
 
     def stop_compiling(self):
         """Trains eagerly from now on. Eager code keeps all activations, or recomputes all: the latter below 1."""
-        for part in filter(None, {self.model, self.evaluated, self.teacher}):
+        for part in {self.model, self.evaluated, *self.teachers}:
             undo_compile(part)
         self.compiled = False
         if self.config.activation_memory < 1:
@@ -158,11 +159,12 @@ class Trainer:
     def loss(self, model, positions) -> Tensor:
         """Returns the loss of one micro batch. model: self.model, or self.parallel, which wraps it."""
         x, y = self.feed.batch(positions)
-        with self.autocast(), distillation_loss(self.model, self.teacher, x, self.config.teacher_weight) if self.teacher else nullcontext():
+        taught = distillation_loss(self.model, self.teachers, x, self.config.teacher_weight) if self.teachers else nullcontext()
+        with self.autocast(), taught:
             return model(x, y)[1]
 
     def validation_loss(self, batch) -> Tensor:
-        """Returns the cross entropy of self.evaluated on a batch, without the teacher."""
+        """Returns the cross entropy of self.evaluated on a batch, without the teachers."""
         x, y = to_device(batch, self.device)
         with self.autocast():
             return self.evaluated(x, y)[1]
