@@ -59,7 +59,7 @@ class CompareConfig:
     flags: str = ""
     """Flags of train.py for all variants. Write --flags="…", with the equals sign."""
     suite: Literal["none", "switches", "without", "modern", "tables", "rates", "experts", "teacher", "little-data", "length"] = "none"
-    """A ready-made comparison of small models. Two CPU cores train each in minutes; little-data takes a night."""
+    """A ready-made comparison of small models. Two CPU cores train each in minutes; little-data takes nine hours per seed."""
     data_dir: str = "webdocs_bytes"
     """Byte shards for a suite."""
     out_dir: str = "log/compare"
@@ -103,8 +103,9 @@ class CompareConfig:
             errors.append(f"two variants would share a folder, rename one: {', '.join(str(folder.parent) for folder in folders)}")
         if self.until_decided and self.variants and not words:
             errors.append("all of these runs have finished, so --until-decided has nothing to train: leave it out")
-        if self.suite == "teacher" and self.workers > 1:
-            errors.append("the teacher must finish before its students start: leave out --workers")
+        flags = [self.flags, *words, *SUITES.get(self.suite, {}).values()]
+        if self.workers > 1 and any("{out_dir}" in each for each in flags):
+            errors.append("a run reads another run's folder, {out_dir}/…, which must finish first: leave out --workers")
         raise_errors(errors)
 
 

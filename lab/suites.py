@@ -9,7 +9,7 @@ SMALL = (
 ADAMW = "--preset gpt2 --max-lr 4e-3 --min-lr-ratio 0.02 --warmup-steps 40"
 MODERN = "--preset modern --total-batch-tokens 1024 --micro-batch-size 4"  # modern learns more from twice as many, smaller steps
 EPOCH, LONG = 2441, "--preset modern --total-batch-tokens 4096 --micro-batch-size 16 --val-every 488"  # an epoch of 10 MB takes 2441 steps
-WIDE = f"{LONG} --n-embd 256"  # 3.3 M parameters
+WIDE = f"{LONG} --n-embd 256 --max-steps {4 * EPOCH}"  # 3.3 M parameters
 ROPE = f"{ADAMW} --pos rope"  # GPT-2's learned positions have hardly begun to work by step 800
 # a name always means the same run: suites with the same --out-dir share it
 SUITES = {
@@ -94,8 +94,10 @@ SUITES = {
     },
     "little-data": {  # any number of epochs of 10 MB; needs shards of that size: fineweb.py --max-tokens 10.5e6 --shard-size 5e5
         **{f"modern, {n} × 10 MB": f"{LONG} --max-steps {n * EPOCH}" for n in (1, 2, 4)},
-        **{f"256 wide, {n} × 10 MB": f"{WIDE} --max-steps {n * EPOCH}" for n in (1, 2, 4)},
-        "256 wide, 4 × 10 MB, weight decay": f"{WIDE} --max-steps {4 * EPOCH} --weight-decay 0.1",
+        "256 wide, 4 × 10 MB": WIDE,
+        "256 wide, 4 × 10 MB, weight decay": f"{WIDE} --weight-decay 0.03",
+        "256 wide, 4 × 10 MB, taught": f"{WIDE} --weight-decay 0.03 --teacher "
+        "{out_dir}/modern__4___10_MB/{seed},{out_dir}/256_wide__4___10_MB__weight_decay/{seed}",
     },
     "length": {
         "learned, 1200 steps": f"{ADAMW} --max-steps 1200",

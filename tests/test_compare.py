@@ -1,6 +1,7 @@
 """lab.compare: its numbers against plain arithmetic, and complete comparisons of tiny models."""
 
 import json
+import re
 import shlex
 import shutil
 import statistics
@@ -88,6 +89,24 @@ def test_a_variant_name_means_one_run():
             assert flags.setdefault(runs.folder_of("", name, 1), (name, own)) == (name, own)
     run = compare.run_of(CompareConfig(out_dir="o"), "b", ["--teacher", "{out_dir}/a/{seed}"], 2)
     assert run.argv() == ["--teacher", "o/a/2", "--seed", "2", "--out-dir", "o/b/2"]
+
+
+def test_teachers_of_a_suite_are_earlier_variants():
+    found = 0
+    for suite in SUITES.values():
+        earlier = set()
+        for name, flags in suite.items():
+            teachers = re.findall(r"\{out_dir\}/(.+?)/\{seed\}", flags)
+            assert earlier.issuperset(teachers) and flags.count("{out_dir}") == len(teachers)
+            earlier.add(runs.folder_of("", name, 1).parent.name)
+            found += len(teachers)
+    assert found == 3
+
+
+@pytest.mark.parametrize("argv", [["--suite", "little-data"], ["a=", "b=--teacher {out_dir}/a/{seed}"]])
+def test_teachers_are_not_trained_beside_students(argv, capsys):
+    assert run_main(compare.main, *argv, "--workers", 2) == 2
+    assert "which must finish first: leave out --workers" in capsys.readouterr().err
 
 
 @pytest.mark.slow
