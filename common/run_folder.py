@@ -27,7 +27,7 @@ def without_seed(settings: dict, seed: int) -> dict:
     """Returns the settings that decide a run's loss, apart from its seed."""
     found = {name: value for name, value in settings.items() if name not in NO_LOSS | {"model"}}
     for name in ("teacher", "init_from"):  # each seed may have its own: log/teacher/1/model_01200.pt
-        found[name] = re.sub(rf"(?<=/){seed}(?=/|$)", "SEED", str(found.get(name, "")))
+        found[name] = re.sub(rf"(?<=/){seed}(?=[/,]|$)", "SEED", str(found.get(name, "")))
     return found
 
 

@@ -9,6 +9,7 @@ lab/judge.py has the statistics, docs/experiments.md the loop for programs that 
 
 import json
 import math
+import re
 import shlex
 from dataclasses import dataclass
 from os.path import isdir
@@ -59,7 +60,7 @@ class CompareConfig:
     flags: str = ""
     """Flags of train.py for all variants. Write --flags="…", with the equals sign."""
     suite: Literal["none", "switches", "without", "modern", "tables", "rates", "experts", "teacher", "little-data", "length"] = "none"
-    """A ready-made comparison of small models. Two CPU cores train each in minutes; little-data takes nine hours per seed."""
+    """A ready-made comparison of small models. Two CPU cores train each in minutes; little-data takes nine hours per seed on one core."""
     data_dir: str = "webdocs_bytes"
     """Byte shards for a suite."""
     out_dir: str = "log/compare"
@@ -104,8 +105,8 @@ class CompareConfig:
         if self.until_decided and self.variants and not words:
             errors.append("all of these runs have finished, so --until-decided has nothing to train: leave it out")
         flags = [self.flags, *words, *SUITES.get(self.suite, {}).values()]
-        if self.workers > 1 and any("{out_dir}" in each for each in flags):
-            errors.append("a run reads another run's folder, {out_dir}/…, which must finish first: leave out --workers")
+        if (self.workers > 1 or self.until_decided) and any(re.search(r"--(teacher|init[-_]from)[ =]\S*{out_dir}", each) for each in flags):
+            errors.append("a run learns from another one in {out_dir}, which must have finished: leave out --workers and --until-decided")
         raise_errors(errors)
 
 

@@ -2,8 +2,8 @@
 
     python -m lab.ensemble log/switches/modern
 
-Models that differ only in seed make different mistakes, so their mean is better than each of them. To have its loss from one model,
-train it with --teacher MODEL,MODEL.
+Models that differ only in seed make different mistakes, so their mean is usually better than each of them. To get close to it with one
+model, train that with --teacher MODEL,MODEL.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,15 @@ import tyro
 import checkpoint
 from common import cli, device
 from common.bucket_shards import open_shards
+from common.shards import differences
 from common.tables import check_rich, table
 from common.validation import raise_errors
 from dataloader import TokenStream
 from lab.finished import runs_in
+from lab.origins import data_notes
 from training.config import TrainConfig
 from training.distillation import mean_prediction
-from training.run_json import read_run
+from training.run_json import RUN, read_run, read_run_json
 
 
 @dataclass
@@ -32,7 +34,7 @@ class EnsembleConfig:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Folders of finished runs, or of a variant's seeds, with the same shards, sequence length and validation."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
+    """auto, cpu, cuda or mps."""
 
 
 def settings_of(folders: list[Path]) -> TrainConfig:
@@ -40,15 +42,16 @@ def settings_of(folders: list[Path]) -> TrainConfig:
     if len(folders) < 2:
         raise ValueError("an ensemble needs at least two runs: pass their folders")
     configs = [read_run(folder) for folder in folders]
-    first, *others = [vars(config) | vars(config.model) for config in configs]
-    raise_errors(
-        [
-            f"{folder} has {cli.flag(name)} {other[name]}, {folders[0]} has {first[name]}: leave one of them out"
-            for folder, other in zip(folders[1:], others, strict=True)
-            for name in ("data_dir", "val_tokens", "seq_len", "vocab_size")
-            if other[name] != first[name]
-        ]
-    )
+    settings = [vars(config) | vars(config.model) for config in configs]
+    data = [read_run_json(folder / RUN)["data"] for folder in folders]
+    errors = data_notes(folders)
+    for folder, ours, theirs in zip(folders[1:], settings[1:], data[1:], strict=True):
+        if why := differences(data[0], theirs):
+            errors.append(f"{folder} was trained on other data than {folders[0]} ({cli.some(why, 3)}): leave one of them out")
+        for name in ("val_tokens", "seq_len", "vocab_size"):
+            if ours[name] != settings[0][name]:
+                errors.append(f"{folder} has {cli.flag(name)} {ours[name]}, {folders[0]} has {settings[0][name]}: leave one of them out")
+    raise_errors(errors)
     return configs[0]
 
 
@@ -75,7 +78,8 @@ def main():
     with cli.one_line_errors():
         config = cli.parse(EnsembleConfig)
         check_rich()
-        folders = [folder for word in config.runs for folder in runs_in(Path(word))[0]]
+        found = [folder for word in config.runs for folder in runs_in(Path(word))[0]]
+        folders = [*{folder.resolve(): folder for folder in found}.values()]  # each once
         found = losses(folders, device.pick_device(config.device))
         names = [*map(str, folders), "mean of their predictions"]
         print(table(["model", "val loss"], [[name, f"{loss:.4f}"] for name, loss in zip(names, found, strict=True)]))

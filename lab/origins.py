@@ -10,7 +10,7 @@ from common.bucket_shards import open_shards
 from common.run_folder import without_seed
 from common.shards import differences
 from training.config import TrainConfig
-from training.run_json import RUN, changed_files, other_code, read_run, read_run_json
+from training.run_json import RUN, changed_files, other_code, read_run, read_run_json, teachers_fingerprint
 
 
 def code_notes(folders: list[Path], reference: dict) -> list[str]:
@@ -24,8 +24,8 @@ def code_notes(folders: list[Path], reference: dict) -> list[str]:
 
 
 def data_notes(folders: list[Path]) -> list[str]:
-    """Names the runs in these folders whose shards or --init-from have changed since, or whose shards differ from an earlier run's in
-    the same --data-dir."""
+    """Names the runs in these folders whose shards, --init-from or --teacher have changed since, or whose shards differ from an earlier
+    run's in the same --data-dir."""
     contents, weights, first, notes = cache(lambda data_dir: open_shards(data_dir).contents()), cache(checkpoint.fingerprint), {}, []
     for folder in recorded(folders):
         config, run = read_run(folder), read_run_json(folder / RUN)
@@ -34,8 +34,8 @@ def data_notes(folders: list[Path]) -> list[str]:
             notes.append(f"{folder} was trained on other data than {data_dir} has now ({cli.some(changed, 3)})")
         if config.init_from and run.get("init") not in (None, weights(config.init_from, config.init_revision)):
             notes.append(f"{folder} started from other weights than {config.init_from} has now")
-        if config.teachers and run.get("teacher_sha256") not in (None, ",".join(map(weights, config.teachers))):
-            notes.append(f"{folder} had other weights as --teacher than {config.teacher} has now")
+        if config.teachers and run.get("teacher_sha256") not in (None, teachers_fingerprint(config, weights)):
+            notes.append(f"{folder} learned from other weights than {config.teacher} has now")
     return notes
 
 

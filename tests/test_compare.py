@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TINY, forked, ids_for, rewrite_run, run_main, run_train, save_checkpoint, script, write_shards
 
+from common.run_folder import without_seed
 from common.shards import find_shards
 from dataloader import TokenStream
 from lab import compare, measure, origins, runs
@@ -91,6 +92,11 @@ def test_a_variant_name_means_one_run():
     assert run.argv() == ["--teacher", "o/a/2", "--seed", "2", "--out-dir", "o/b/2"]
 
 
+def test_seeds_may_have_their_own_teachers():
+    one, two = (without_seed({"teacher": f"hf/a/{seed},hf/b/{seed}/model_00020.pt"}, seed) for seed in (1, 2))
+    assert one == two != without_seed({"teacher": "hf/a/1,hf/b/1/model_00020.pt"}, 2)
+
+
 def test_teachers_of_a_suite_are_earlier_variants():
     found = 0
     for suite in SUITES.values():
@@ -105,8 +111,9 @@ def test_teachers_of_a_suite_are_earlier_variants():
 
 @pytest.mark.parametrize("argv", [["--suite", "little-data"], ["a=", "b=--teacher {out_dir}/a/{seed}"]])
 def test_teachers_are_not_trained_beside_students(argv, capsys):
-    assert run_main(compare.main, *argv, "--workers", 2) == 2
-    assert "which must finish first: leave out --workers" in capsys.readouterr().err
+    for more in (["--workers", 2], ["--until-decided"]):
+        assert run_main(compare.main, *argv, *more) == 2
+        assert "which must have finished: leave out --workers and --until-decided" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import read_stream, run_main, run_train
+from conftest import read_stream, run_main, run_train, write_shards
 
 import checkpoint
 from common.shards import find_shards
@@ -40,10 +40,13 @@ def test_a_folder_stands_for_its_seeds(variant, capsys):
 
 def test_unlike_runs_are_refused(variant, shards, tmp_path, capsys):
     assert run_train(shards, tmp_path / "run", "--max-steps", 1, "--seq-len", 16) == 0
+    assert run_train(write_shards(tmp_path / "shards", [1000, 5000]), tmp_path / "far", "--max-steps", 1) == 0
     for argv, message in (
         ([variant / "1"], "at least two"),
         ([variant, tmp_path / "none"], "none is no run"),
+        ([variant / "1", variant / "1"], "at least two"),
         ([variant, tmp_path / "run"], "run has --seq-len 16, "),
+        ([variant, tmp_path / "far"], "far was trained on other data than"),
     ):
         assert run_main(ensemble.main, *argv) == 2
         assert message in capsys.readouterr().err

@@ -130,15 +130,15 @@ def check_tokenizer(source: str, opened: checkpoint.Opened, shards: Shards):
 
 
 def check_teachers(config: TrainConfig, world: DistContext, shards: Shards):
-    """ValueError if a teacher doesn't fit, or if they are not those that this run began with, on every host."""
+    """ValueError if a teacher doesn't fit, or if this run began with other teachers, on every host."""
     world.on_all(lambda: [check_teacher_fits(path, config, shards) for path in config.teachers])
     expected = world.on_main(lambda: teachers_of_run(config) or teachers_fingerprint(config))
 
     def check_same():
         if world.first_on_host and teachers_fingerprint(config) != expected:
             raise ValueError(
-                f"--teacher {config.teacher} on {platform.node()} is not the teacher that this run began with: restore that file, or "
-                "pass --teacher with its new path"
+                f"--teacher {config.teacher} on {platform.node()} is not what this run began with: restore the files, or pass "
+                "--teacher with their new paths"
             )
 
     world.on_all(check_same)

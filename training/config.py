@@ -88,7 +88,7 @@ class Learning:
     """Validate, score, sample and save a moving average of the weights with this decay, such as 0.999. 0: the weights themselves."""
     teacher: str = ""
     """Also learn from this model's predictions: a checkpoint, a run's folder, a Hugging Face folder, gpt2, …. With several, separated by
-    commas, learn from the mean of their predictions."""
+    commas, learn from the mean of their predictions. Their paths must not contain commas."""
     teacher_weight: float = 0.5
     """The teachers' share of the gradient. The reported loss is always that of the text alone."""
 
@@ -221,6 +221,7 @@ class TrainConfig(Planning, Saving, Evaluating, Hardware, Learning, Main):
         for name in ("ema", "muon_momentum", "muon_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 errors.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be at least 0 and below 1")
+        errors += ["--teacher has an empty path between commas, or one twice"] * (len({*self.teachers} - {""}) < len(self.teachers))
         for name in ("decay_ratio", "teacher_weight"):
             if not 0 < getattr(self, name) <= 1:
                 errors.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be above 0 and at most 1")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ def distillation_loss(student: GPT, teachers: Sequence[GPT], x: Tensor, weight: 
     def loss(mine: Tensor, head: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
         def part_losses(mine, targets, *theirs):
             logits = student.logits(mine).float()
-            expected = mean_prediction([teacher.logits(x).float() for teacher, x in zip(teachers, theirs, strict=True)])
+            expected = mean_prediction([teacher.logits(hidden).float() for teacher, hidden in zip(teachers, theirs, strict=True)])
             return torch.stack([F.cross_entropy(logits, targets, reduction="sum"), divergence(logits, expected)])
 
         at_once = positions_at_once(mine, len(head))
@@ -46,7 +46,7 @@ def distillation_loss(student: GPT, teachers: Sequence[GPT], x: Tensor, weight: 
 
 def mean_prediction(logits: Sequence[Tensor]) -> Tensor:
     """Returns the log of the models' mean probabilities, (N, V), from the logits (N, V) of each."""
-    return torch.stack([F.log_softmax(x, dim=-1) for x in logits]).logsumexp(0) - math.log(len(logits))
+    return reduce(torch.logaddexp, (F.log_softmax(x, dim=-1) for x in logits)) - math.log(len(logits))
 
 
 def divergence(logits: Tensor, expected: Tensor) -> Tensor:

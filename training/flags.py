@@ -44,7 +44,7 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         previous = replace(read_run(out_dir, config.replay_step), out_dir=config.out_dir, resume=True)
         config = replace(cli.parse(TrainConfig, argv, previous), init_revision=previous.init_revision)
         config.teacher = recorded_teachers(config.teacher, previous.teacher)
-        moved = {"teacher"} if config.teacher and previous.teacher else set()  # check_teacher compares the contents
+        moved = {"teacher"} if config.teacher and previous.teacher else set()  # check_teachers compares the contents
         raise_if_changed(previous, config, MAY_CHANGE | moved, f"the run in {out_dir}")
     elif config.init_from:
         shape = checkpoint.load_config(config.init_from, config.init_revision)

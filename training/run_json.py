@@ -8,6 +8,7 @@ import re
 import secrets
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -119,9 +120,9 @@ FOLDERS = ("training", "ops", "formats", "common")
 CODE = ("train.py", "model.py", "variants.py", "dataloader.py", "checkpoint.py", *(f"{folder}/**/*.py" for folder in FOLDERS))
 
 
-def teachers_fingerprint(config: TrainConfig) -> str:
-    """Returns the fingerprint of each teacher, separated by commas."""
-    return ",".join(map(checkpoint.fingerprint, config.teachers))
+def teachers_fingerprint(config: TrainConfig, fingerprint: Callable[[str], str] = checkpoint.fingerprint) -> str:
+    """Returns the fingerprints of the teachers, in an order of their own, separated by commas."""
+    return ",".join(sorted(map(fingerprint, config.teachers)))
 
 
 def code_now() -> dict:
