@@ -19,9 +19,9 @@ from common.bucket_shards import open_shards
 from common.shards import differences
 from common.tables import check_rich, table
 from common.validation import raise_errors
-from dataloader import TokenStream
 from lab.finished import runs_in
 from lab.origins import data_notes
+from perplexity import rows_of_shards
 from training.config import TrainConfig
 from training.distillation import mean_prediction
 from training.run_json import RUN, read_run, read_run_json
@@ -61,17 +61,15 @@ def losses(folders: list[Path], on: torch.device) -> list[float]:
     tokens."""
     config = settings_of(folders)
     models = [checkpoint.load_model(str(folder), on)[0] for folder in folders]
-    stream = TokenStream(open_shards(config.data_dir), "val", config.model.seq_len, shuffle=False)
-    available = stream.sequences_per_epoch
-    count = max(1, min(available, config.val_tokens // config.model.seq_len))
+    rows, tokens = rows_of_shards(open_shards(config.data_dir), config.model.seq_len, config.val_tokens)
     dtype, total = device.pick_dtype(config.dtype, on), torch.zeros(len(models) + 1, dtype=torch.float64)
-    for i in cli.bar(range(count), desc="sequences", unit="seq"):
-        x, y = (torch.from_numpy(rows).to(on) for rows in stream.batch([i * available // count]))
+    for ids, _ in cli.bar(rows, total=tokens // config.model.seq_len, desc="sequences", unit="seq"):
+        row = torch.tensor(ids, device=on)  # (T + 1,)
         with torch.autocast(on.type, dtype, enabled=dtype != torch.float32):
-            each = [model(x)[0][0].float() for model in models]  # (T, V) each
+            each = [model(row[None, :-1])[0][0].float() for model in models]  # (T, V) each
         predictions = [*(F.log_softmax(logits, dim=-1) for logits in each), mean_prediction(each)]
-        total += torch.tensor([F.nll_loss(p, y[0]).item() for p in predictions])
-    return (total / count).tolist()
+        total += torch.tensor([F.nll_loss(p, row[1:], reduction="sum").item() for p in predictions])
+    return (total / tokens).tolist()
 
 
 def main():

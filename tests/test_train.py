@@ -290,8 +290,8 @@ def test_unsuitable_teacher_is_refused(teacher, shards, tmp_path, capsys):
         ),
         (["--teacher", teacher, "--seq-len", 64], "has 257 ids and 32 positions, the run has 257 and 64"),
         (["--teacher", tmp_path / "none"], "no model named"),
-        (["--teacher", f"{teacher},"], "--teacher has an empty path between commas, or one twice"),
-        (["--teacher", f"{teacher},{teacher}"], "--teacher has an empty path between commas, or one twice"),
+        (["--teacher", f"{teacher},"], "--teacher has an empty path, or one twice: leave that out"),
+        (["--teacher", f"{teacher},{teacher}"], "--teacher has an empty path, or one twice: leave that out"),
     ):
         assert run_train(shards, tmp_path / "run", *argv) == 2
         (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]

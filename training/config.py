@@ -221,7 +221,7 @@ class TrainConfig(Planning, Saving, Evaluating, Hardware, Learning, Main):
         for name in ("ema", "muon_momentum", "muon_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 errors.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be at least 0 and below 1")
-        errors += ["--teacher has an empty path between commas, or one twice"] * (len({*self.teachers} - {""}) < len(self.teachers))
+        errors += ["--teacher has an empty path, or one twice: leave that out"] * (len({*self.teachers} - {""}) < len(self.teachers))
         for name in ("decay_ratio", "teacher_weight"):
             if not 0 < getattr(self, name) <= 1:
                 errors.append(f"{cli.flag(name)} is {getattr(self, name)}: it must be above 0 and at most 1")
