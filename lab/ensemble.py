@@ -1,6 +1,6 @@
 """Measures an ensemble: the validation loss of the mean of several models' predictions.
 
-    python -m lab.ensemble log/switches/modern
+    python -m lab.ensemble log/compare/modern
 
 Models that differ only in seed make different mistakes, so their mean is usually better than each of them. To get close to it with one
 model, train that with --teacher MODEL,MODEL.

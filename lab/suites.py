@@ -9,7 +9,7 @@ SMALL = (
 ADAMW = "--preset gpt2 --max-lr 4e-3 --min-lr-ratio 0.02 --warmup-steps 40"
 MODERN = "--preset modern --total-batch-tokens 1024 --micro-batch-size 4"  # modern learns more from twice as many, smaller steps
 EPOCH, LONG = 2441, "--preset modern --total-batch-tokens 4096 --micro-batch-size 16 --val-every 488"  # an epoch of 10 MB takes 2441 steps
-WIDE = f"{LONG} --n-embd 256 --max-steps {4 * EPOCH}"  # 3.3 M parameters
+WIDE = f"{LONG} --n-embd 256 --max-steps {4 * EPOCH}"  # 3.2 M parameters
 ROPE = f"{ADAMW} --pos rope"  # GPT-2's learned positions have hardly begun to work by step 800
 # a name always means the same run: suites with the same --out-dir share it
 SUITES = {
