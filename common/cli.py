@@ -9,6 +9,7 @@ import signal
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import field, fields, is_dataclass, make_dataclass
+from functools import cache
 
 import docstring_parser
 import tyro
@@ -59,16 +60,25 @@ def parse(cls, argv: list[str] | None = None, default=None, script: str | None =
     """Parses the command line into a dataclass: each field is a flag, and the docstring under it is the help. The fields of a base class
     have their own box in the help. Exits with status 2 on an unknown flag. script: the name in the help, if these are another script's
     flags."""
-    boxes = {base.__name__.lower(): base for base in cls.__bases__[::-1] if is_dataclass(base)}  # in the order of the fields
-    kind = boxed(cls, boxes) if boxes else cls
+    boxes = boxes_of(cls)
+    kind = boxed(cls) if boxes else cls
     default = kind(**split(default, boxes)) if boxes and default is not None else default
     given = tyro.MISSING_NONPROP if default is None else default
-    found = tyro.cli(kind, prog=script or module_command(), args=argv, default=given, registry=registry)
+    # no help is in comments, and to look for it takes tyro half of its time
+    how = {"prog": script or module_command(), "registry": registry, "config": (tyro.conf.HelptextFromCommentsOff,)}
+    found = tyro.cli(kind, args=argv, default=given, **how)
     return cls(**joined(found, boxes)) if boxes else found
 
 
-def boxed(cls, boxes: dict[str, type]) -> type:
+def boxes_of(cls) -> dict[str, type]:
+    """Returns the base classes by the names of their boxes, in the order of the fields."""
+    return {base.__name__.lower(): base for base in cls.__bases__[::-1] if is_dataclass(base)}
+
+
+@cache
+def boxed(cls) -> type:
     """Returns a dataclass like cls, with an object of each base class in place of that class's fields: tyro draws a box for each."""
+    boxes = boxes_of(cls)
     inherited = {one.name for base in boxes.values() for one in fields(base)}
     parts = [(name, tyro.conf.OmitArgPrefixes[base], field(default_factory=base)) for name, base in boxes.items()]
     own = [(one.name, one.type, field(default_factory=one.default_factory)) for one in fields(cls) if one.name not in inherited]

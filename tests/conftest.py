@@ -23,6 +23,7 @@ from common.files import read_json, write_json
 from common.run_folder import RunFolder
 from common.shards import write_shard
 from common.tokenizer import get_tokenizer
+from training.run_json import code_now
 from variants import VariantConfig
 
 REPO = Path(__file__).parent.parent
@@ -203,6 +204,7 @@ def seconds_of(*argv) -> float:
 # ---- processes that start in milliseconds: forked from a server that has loaded PyTorch ----
 
 FORKS = multiprocessing.get_context("forkserver")
+code_now()  # hashes all code, which takes half a second: each fork inherits these hashes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -257,6 +259,13 @@ class Forked:
 
 def forked(folder: Path, name: str, *argv, timeout: float = 60, **how) -> subprocess.CompletedProcess:
     return Forked(folder, name, *argv, **how).wait(timeout)
+
+
+class Finished:
+    """forked's result with the interface of subprocess.Popen, in place of runs.launch's."""
+
+    def __init__(self, result):
+        self.returncode, self.communicate = result.returncode, lambda timeout=None: ("", result.stderr)
 
 
 def kill_after(seconds: float):

@@ -27,7 +27,7 @@ STEPS = (
     "--device cpu --no-compile --hellaswag-file tasks.jsonl --sample-every 4"
 )
 LADDER = "--seq-len 64 --total-batch-tokens 512 --micro-batch-size 4 --max-lr 3e-3 --val-tokens 1024 --device cpu --no-compile"
-QUICK = "--flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0'"
+QUICK = "--flags='--preset quickstart --max-steps 10 --val-tokens 1024 --checkpoint-every 0 --sample-every 0'"
 VISIT = "curl --silent --fail --retry 60 --retry-delay 1 --retry-connrefused --output page.html"
 SMALL = (  # the first pattern that a command matches says what is added to it
     (r"^until", ""),  # the run in log is finished by then: it says so
@@ -42,7 +42,8 @@ SMALL = (  # the first pattern that a command matches says what is added to it
     (r"export.py", ""),
     (r"lm_eval", "--device cpu"),
     (r"app.py", f"& {VISIT} http://127.0.0.1:7860; seen=$?; kill $!; exit $seen"),
-    (r"--preset quickstart --data-dir (mine_bytes|play|file://)", "--max-steps 20"),
+    (r"--preset quickstart --data-dir (mine_bytes|play|file://)|log/early", "--max-steps 20"),
+    (r"--resume --out-dir log/quickstart", "--max-steps 1510"),
     (r"--preset quickstart|log/quickstart|plot_log|pytest|pip install|jupyter", ""),
     (r"--rehearse", f"{SHAPE} {STEPS} --out-dir log/rehearsed"),  # log holds a run by then
     (r"train.py.*--resume", "--max-steps 12"),

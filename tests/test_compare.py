@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from conftest import TINY, forked, ids_for, rewrite_run, run_main, run_train, save_checkpoint, script, write_shards
+from conftest import TINY, Finished, forked, ids_for, rewrite_run, run_main, run_train, save_checkpoint, script, write_shards
 
 from common.run_folder import without_seed
 from common.shards import find_shards
@@ -157,13 +157,6 @@ def test_unvalidated_checkpoint_does_not_count(tmp_path):
     assert runs.last_checkpoint(tmp_path) == {} == runs.last_checkpoint(tmp_path / "none")
 
 
-class Finished:
-    """A finished process with the interface of subprocess.Popen."""
-
-    def __init__(self, result):
-        self.returncode, self.communicate = result.returncode, lambda timeout=None: ("", result.stderr)
-
-
 @pytest.mark.slow
 def test_comparison_keeps_finished_runs(shards, tmp_path, capsys, monkeypatch):
     flags = shlex.join([*TINY, "--data-dir", str(shards), "--val-every", "0", "--sample-every", "20"])
@@ -267,16 +260,14 @@ def test_older_runs_compare_by_commit(before, now, why):
     assert other_code({"commit": before}, {"commit": now, "code": {"model.py": "1"}}) == why
 
 
-def test_comments_and_layout_are_not_code(tmp_path):
+def test_comments_and_layout_are_not_code():
     texts = (
         "def f(x):\n    return x + 1\n",
         'def f( x ):  # adds\n    """Adds."""\n\n    return x+1',
         "def f(x):\n    return x + 2\n",
         "def f(",
     )
-    for number, text in enumerate(texts):
-        (tmp_path / f"{number}.py").write_text(text)
-    first, same, other, broken = (hash_of_code(tmp_path / f"{number}.py") for number in range(4))
+    first, same, other, broken = map(hash_of_code, texts)
     assert first == same and len({first, other, broken}) == 3
 
 

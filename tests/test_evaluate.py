@@ -195,9 +195,11 @@ def harness_answers(folder: Path, task: dict) -> list[dict]:
     """lm-evaluation-harness's answers on a saved Hugging Face model: log_probs and points of each question."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     lm = HFLM(pretrained=str(folder), device="cpu", batch_size=8)
-    samples = simple_evaluate(lm, tasks=[task], log_samples=True, bootstrap_iters=0)["samples"][task["task"]]
+    ours_only = TaskManager(include_defaults=False)  # else it reads 14,000 files
+    samples = simple_evaluate(lm, tasks=[task], task_manager=ours_only, log_samples=True, bootstrap_iters=0)["samples"][task["task"]]
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
     return [{"log_probs": [found[0] for found in sample["filtered_resps"]], "points": float(sample["acc"])} for sample in samples]
 

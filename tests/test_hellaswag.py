@@ -51,6 +51,7 @@ def harness_answers(folder: Path, tasks_file: Path) -> list[tuple[int, int, list
     import numpy as np
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
     from lm_eval.tasks.hellaswag.utils import process_docs
 
     lm = HFLM(pretrained=str(folder), device="cpu", batch_size=8)
@@ -66,7 +67,8 @@ def harness_answers(folder: Path, tasks_file: Path) -> list[tuple[int, int, list
         "doc_to_choice": "choices",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
-    samples = simple_evaluate(lm, tasks=[task], log_samples=True, bootstrap_iters=0)["samples"]["hellaswag_local"]
+    ours_only = TaskManager(include_defaults=False)  # else it reads 14,000 files
+    samples = simple_evaluate(lm, tasks=[task], task_manager=ours_only, log_samples=True, bootstrap_iters=0)["samples"]["hellaswag_local"]
     result = []
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
         log_p = [response[0] for response in sample["filtered_resps"]]

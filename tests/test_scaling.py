@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, rewrite_run, run_main, run_train
+from conftest import TINY, Finished, forked, rewrite_run, run_main, run_train
 from scipy.optimize import approx_fprime, minimize_scalar
 
 from common import cli
-from lab import scaling
+from lab import runs, scaling
 from lab.scaling import PUBLISHED, Law, Point, bootstrap, fit, objective
 from training.config import TrainConfig
 from variants import build_on_meta
@@ -210,7 +210,8 @@ def test_ladder_refuses_runs_of_other_code(shards, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_ladder_trains_once_and_fits(shards, tmp_path, capsys):
+def test_ladder_trains_once_and_fits(shards, tmp_path, tmp_path_factory, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "launch", lambda argv, env: Finished(forked(tmp_path_factory.mktemp("output"), "train", *argv)))
     flags = " ".join(TINY).replace("--max-steps 20", "").replace("--warmup-steps 3", "")
     words = ["ladder", "--data-dir", shards, "--out-dir", tmp_path, f"--flags={flags}", "--workers", 2]
     grid = ["--sizes", "1x32", "2x32", "2x64", "--tokens", 2560, 5120, 10240]

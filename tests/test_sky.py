@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,8 @@ shift 4; exec "{sys.executable}" -m pip install --quiet --no-index "$@"
             if (REPO / name).exists() and not name.startswith(("tests/", "results/", "docs/")):
                 (folder / "work" / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(REPO / name, folder / "work" / name)
+        lease = folder / "work" / "training" / "lease.py"  # a dead machine's lease ends sooner
+        lease.write_text(re.sub(r"\bEVERY = 10.0", "EVERY = 1.0", lease.read_text()))
         given = {name: str(value) for name, value in (task["envs"] | env).items()}
         self.env = os.environ | given | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
 

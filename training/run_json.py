@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -132,13 +133,13 @@ def code_now() -> dict:
     return {
         "commit": git_commit(),
         "python": platform.python_version(),
-        "code": {path.relative_to(root).as_posix(): hash_of_code(path) for path in files},
+        "code": {path.relative_to(root).as_posix(): hash_of_code(path.read_text(encoding="utf-8")) for path in files},
     }
 
 
-def hash_of_code(path: Path) -> str:
-    """Returns a hash of what a file computes. Comments, docstrings and layout don't count."""
-    text = path.read_text(encoding="utf-8")
+@cache
+def hash_of_code(text: str) -> str:
+    """Returns a hash of what a file computes, from its text. Comments, docstrings and layout don't count."""
     try:
         tree = ast.parse(text)
         for node in ast.walk(tree):
