@@ -1,4 +1,4 @@
-"""Runs every command of README.md and docs/, in order, in a fresh copy of the repository: PYTHONPATH=. python tests/readme.py FOLDER
+"""Runs every command of README.md and docs/ in a fresh copy of the repository: PYTHONPATH=. python tests/readme.py FOLDER
 
 What needs eight GPUs, days or the network runs small: on two processes, with a tiny model, against a hub on localhost.
 SMALL says what is added to which command; everything else runs word for word.
@@ -6,9 +6,11 @@ SMALL says what is added to which command; everything else runs word for word.
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -58,14 +60,14 @@ SMALL = (  # the first pattern that a command matches says what is added to it
 )
 
 
-# later pages use what earlier ones made
-PAGES = ("README", "docs/first-steps", "docs/data", "docs/rented-machines", "docs/variants", "docs/experiments", "docs/evaluation")
+# pages that run in this order: later ones use what earlier ones made. The other pages of docs/ run beside them
+IN_ORDER = ("first-steps", "data", "rented-machines", "evaluation")
 
 
-def pages() -> list[Path]:
-    """README.md and docs/, in the order in which their commands run."""
-    first = [REPO / f"{page}.md" for page in PAGES]
-    return first + sorted(path for path in (REPO / "docs").glob("*.md") if path not in first)
+def pages() -> tuple[list[Path], list[Path]]:
+    """The pages of docs/ in two lists, which can run at the same time after README.md."""
+    first = [REPO / "docs" / f"{page}.md" for page in IN_ORDER]
+    return first, sorted(set((REPO / "docs").glob("*.md")) - set(first))
 
 
 def commands(readme: str) -> list[str]:
@@ -119,18 +121,23 @@ def main(folder: Path):
     (clone / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in make_tasks(8)))
     with serve(repos(folder)) as (url, _):
         env = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1"}
-        text = "\n".join(page.read_text() for page in pages())
-        for command in map(smaller, commands(text)):
-            print(f"$ {command}", flush=True)
-            began = time.monotonic()
-            subprocess.run(["bash", "-c", command], check=True, cwd=clone, env=env, stdin=subprocess.DEVNULL)
-            seconds = time.monotonic() - began
-            print(f"({seconds:.0f} s)", flush=True)
-            if command.endswith("train.py --preset quickstart"):
-                check_quickstart(clone / "log" / "quickstart", seconds)
-        for code in python_blocks(text):
-            print(f"$ python -c '{code}'", flush=True)
-            subprocess.run([sys.executable, "-c", code], check=True, cwd=clone, env=env)
+        run_pages([REPO / "README.md"], clone, env)
+        with ThreadPoolExecutor() as pool:  # two at a time: much of the time is one process that starts
+            list(pool.map(lambda those: run_pages(those, clone, env | {"OMP_NUM_THREADS": "1"}), pages()))
+
+
+def run_pages(those: list[Path], clone: Path, env: dict[str, str]):
+    """Runs the commands of these pages in order, then their Python. A command's output is printed at its end."""
+    text = "\n".join(page.read_text() for page in those)
+    for command in [*map(smaller, commands(text)), *(shlex.join(["python", "-c", code]) for code in python_blocks(text))]:
+        began = time.monotonic()
+        how = dict(cwd=clone, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        result = subprocess.run(["bash", "-c", command], text=True, errors="replace", **how)
+        seconds = time.monotonic() - began
+        print(f"$ {command}\n{result.stdout}({seconds:.0f} s)", flush=True)
+        result.check_returncode()
+        if command.endswith("train.py --preset quickstart"):
+            check_quickstart(clone / "log" / "quickstart", seconds)
 
 
 def check_quickstart(run: Path, seconds: float):
