@@ -56,6 +56,9 @@ def whole_number(text: str) -> int:
     raise ValueError(f"{text} is not a whole number: write 1000 or 1e3, for example")
 
 
+HOW = (tyro.conf.HelptextFromCommentsOff,)  # none of our help is in comments, and to look there takes tyro most of its time
+
+
 def parse(cls, argv: list[str] | None = None, default=None, script: str | None = None):
     """Parses the command line into a dataclass: each field is a flag, and the docstring under it is the help. The fields of a base class
     have their own box in the help. Exits with status 2 on an unknown flag. script: the name in the help, if these are another script's
@@ -64,9 +67,7 @@ def parse(cls, argv: list[str] | None = None, default=None, script: str | None =
     kind = boxed(cls) if boxes else cls
     default = kind(**split(default, boxes)) if boxes and default is not None else default
     given = tyro.MISSING_NONPROP if default is None else default
-    # no help is in comments, and to look for it takes tyro half of its time
-    how = {"prog": script or module_command(), "registry": registry, "config": (tyro.conf.HelptextFromCommentsOff,)}
-    found = tyro.cli(kind, args=argv, default=given, **how)
+    found = tyro.cli(kind, prog=script or module_command(), args=argv, default=given, registry=registry, config=HOW)
     return cls(**joined(found, boxes)) if boxes else found
 
 
@@ -99,7 +100,7 @@ def joined(found, boxes: dict[str, type]) -> dict:
 
 def parse_command(commands: dict[str, type], argv: list[str] | None = None):
     """parse, for a script whose first argument selects the dataclass."""
-    return tyro.extras.subcommand_cli_from_dict(commands, prog=module_command(), args=argv, registry=registry)
+    return tyro.extras.subcommand_cli_from_dict(commands, prog=module_command(), args=argv, registry=registry, config=HOW)
 
 
 def module_command() -> str | None:

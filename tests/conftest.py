@@ -23,7 +23,7 @@ from common.files import read_json, write_json
 from common.run_folder import RunFolder
 from common.shards import write_shard
 from common.tokenizer import get_tokenizer
-from training.run_json import code_now
+from training.run_json import hashes_of_code
 from variants import VariantConfig
 
 REPO = Path(__file__).parent.parent
@@ -204,7 +204,7 @@ def seconds_of(*argv) -> float:
 # ---- processes that start in milliseconds: forked from a server that has loaded PyTorch ----
 
 FORKS = multiprocessing.get_context("forkserver")
-code_now()  # hashes all code, which takes half a second: each fork inherits these hashes
+hashes_of_code()  # takes half a second, and each fork inherits what it keeps
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -123,19 +124,27 @@ def main(folder: Path):
         env = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1"}
         run_pages([REPO / "README.md"], clone, env)
         with ThreadPoolExecutor() as pool:  # two at a time: much of the time is one process that starts
-            list(pool.map(lambda those: run_pages(those, clone, env | {"OMP_NUM_THREADS": "1"}), pages()))
+            list(pool.map(lambda those: run_pages(those, clone, env | {"OMP_NUM_THREADS": "1"}, beside_others=True), pages()))
 
 
-def run_pages(those: list[Path], clone: Path, env: dict[str, str]):
-    """Runs the commands of these pages in order, then their Python. A command's output is printed at its end."""
+FAILED = threading.Event()
+
+
+def run_pages(those: list[Path], clone: Path, env: dict[str, str], beside_others: bool = False):
+    """Runs the commands of these pages in order, then their Python. Beside others, a command's output is printed at its end."""
     text = "\n".join(page.read_text() for page in those)
     for command in [*map(smaller, commands(text)), *(shlex.join(["python", "-c", code]) for code in python_blocks(text))]:
+        if FAILED.is_set():
+            return
+        print(f"$ {command}", flush=True)
         began = time.monotonic()
-        how = dict(cwd=clone, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        result = subprocess.run(["bash", "-c", command], text=True, errors="replace", **how)
+        how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") if beside_others else {}
+        result = subprocess.run(["bash", "-c", command], cwd=clone, env=env, stdin=subprocess.DEVNULL, **how)
         seconds = time.monotonic() - began
-        print(f"$ {command}\n{result.stdout}({seconds:.0f} s)", flush=True)
-        result.check_returncode()
+        print(*([f"---- {command}\n{result.stdout}"] if beside_others else []), f"({seconds:.0f} s)", flush=True)
+        if result.returncode:
+            FAILED.set()
+            raise SystemExit(f"failed: {command}")
         if command.endswith("train.py --preset quickstart"):
             check_quickstart(clone / "log" / "quickstart", seconds)
 

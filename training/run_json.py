@@ -128,13 +128,13 @@ def teachers_fingerprint(config: TrainConfig, fingerprint: Callable[[str], str] 
 
 def code_now() -> dict:
     """Returns the commit, and a hash of each file in CODE: a dirty commit alone doesn't say which change a run had."""
+    return {"commit": git_commit(), "python": platform.python_version(), "code": hashes_of_code()}
+
+
+def hashes_of_code() -> dict[str, str]:
     root = Path(__file__).parent.parent
     files = sorted(path for pattern in CODE for path in root.glob(pattern))
-    return {
-        "commit": git_commit(),
-        "python": platform.python_version(),
-        "code": {path.relative_to(root).as_posix(): hash_of_code(path.read_text(encoding="utf-8")) for path in files},
-    }
+    return {path.relative_to(root).as_posix(): hash_of_code(path.read_text(encoding="utf-8")) for path in files}
 
 
 @cache
