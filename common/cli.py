@@ -56,7 +56,7 @@ def whole_number(text: str) -> int:
     raise ValueError(f"{text} is not a whole number: write 1000 or 1e3, for example")
 
 
-HOW = (tyro.conf.HelptextFromCommentsOff,)  # none of our help is in comments, and to look there takes tyro most of its time
+NO_COMMENTS = (tyro.conf.HelptextFromCommentsOff,)  # none of our help is in comments, and to look there takes tyro most of its time
 
 
 def parse(cls, argv: list[str] | None = None, default=None, script: str | None = None):
@@ -67,7 +67,7 @@ def parse(cls, argv: list[str] | None = None, default=None, script: str | None =
     kind = boxed(cls) if boxes else cls
     default = kind(**split(default, boxes)) if boxes and default is not None else default
     given = tyro.MISSING_NONPROP if default is None else default
-    found = tyro.cli(kind, prog=script or module_command(), args=argv, default=given, registry=registry, config=HOW)
+    found = tyro.cli(kind, prog=script or module_command(), args=argv, default=given, registry=registry, config=NO_COMMENTS)
     return cls(**joined(found, boxes)) if boxes else found
 
 
@@ -100,7 +100,7 @@ def joined(found, boxes: dict[str, type]) -> dict:
 
 def parse_command(commands: dict[str, type], argv: list[str] | None = None):
     """parse, for a script whose first argument selects the dataclass."""
-    return tyro.extras.subcommand_cli_from_dict(commands, prog=module_command(), args=argv, registry=registry, config=HOW)
+    return tyro.extras.subcommand_cli_from_dict(commands, prog=module_command(), args=argv, registry=registry, config=NO_COMMENTS)
 
 
 def module_command() -> str | None:

@@ -72,7 +72,9 @@ shift 4; exec "{sys.executable}" -m pip install --quiet --no-index "$@"
                 (folder / "work" / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(REPO / name, folder / "work" / name)
         lease = folder / "work" / "training" / "lease.py"  # a dead machine's lease ends sooner
-        lease.write_text(re.sub(r"\bEVERY = 10.0", "EVERY = 1.0", lease.read_text()))
+        text, found = re.subn(r"\bEVERY = 10.0", "EVERY = 1.0", lease.read_text())
+        assert found == 1
+        lease.write_text(text)
         given = {name: str(value) for name, value in (task["envs"] | env).items()}
         self.env = os.environ | given | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
 
