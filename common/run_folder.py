@@ -69,12 +69,22 @@ class RunFolder:
     def begin(self, run: dict):
         """Writes run.json. Its last launch must have a token. From now on, the folder is this launch's."""
         self.run = run
+        self.path.mkdir(parents=True, exist_ok=True)
         self.write_run()
 
     def write_run(self):
-        self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / RUN, self.run)
         self.seen = identity(self.path / RUN)
+
+    def restored(self) -> bool:
+        """Writes run.json again if only the file was lost. Returns False if the folder is gone, perhaps while this writes."""
+        if not (self.held and self.held.is_here()):
+            return False
+        try:
+            self.write_run()
+        except FileNotFoundError:
+            return False
+        return True
 
     def problem(self) -> str:
         """Says why this folder is no longer this launch's. Returns '' if it is."""
@@ -88,18 +98,14 @@ class RunFolder:
         if found == self.seen:
             return ""
         if found is None:
-            if self.held and self.held.is_here():  # only run.json was deleted
-                self.write_run()
-                return ""
-            return f"{self.path} was moved or deleted while this run was writing into it"
+            return "" if self.restored() else f"{self.path} was moved or deleted while this run was writing into it"
         try:
             other = read_json(self.path / RUN, "")
         except OSError:
             return ""
         except ValueError:  # damaged, or half written by an editor
             other = {}
-        if not other and self.held and self.held.is_here():
-            self.write_run()
+        if not other and self.restored():
             return ""
         if token(other) == token(self.run):  # a copy, or a file system that numbers files differently each time
             self.seen = found
@@ -125,6 +131,7 @@ class RunFolder:
         while (place := self.home.with_name(name if number == 1 else f"{name}-{number}")).exists():
             number += 1
         self.path = place
+        self.path.mkdir(parents=True)  # the parent may be gone too
         self.write_run()
 
 

@@ -50,10 +50,12 @@ def same_run(run, reference) -> bool:
 
 
 def pause_before_step_3(go):
-    """Makes training wait before step 3 until a file exists, at most a minute."""
+    """Makes training wait before step 3 until a file exists, at most a minute. A file "waits" beside it says so."""
     plain, deadline = Trainer.update, time.monotonic() + 60
 
     def update(self, step, *args, **how):
+        if step == 3:
+            go.with_name("waits").touch()
         while step == 3 and not go.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         return plain(self, step, *args, **how)
@@ -62,10 +64,10 @@ def pause_before_step_3(go):
 
 
 def begin(folder, shards, *argv, first=pause_before_step_3, **how) -> Forked:
-    """Starts a run, which stops before step 3 until end_pause."""
+    """Starts a run, which waits before step 3 until end_pause."""
     argv = [*TINY, "--data-dir", shards, "--out-dir", folder / "run", *argv]
     run = Forked(folder, "train", *argv, first=partial(first, folder / "go"), **how)
-    while not (folder / "run" / "log.txt").exists() or len(read_stream(folder / "run", "train")) < 3:
+    while not (folder / "waits").exists():
         assert run.processes[0].is_alive(), run.outputs[0][1].read_text()
         time.sleep(0.01)
     return run
@@ -334,6 +336,26 @@ def test_deleted_current_folder_is_saved_elsewhere(finished, shards, tmp_path, m
         assert "moved or deleted" in run.problem()
         run.rescue()
     assert run.path == tmp_path / "run-ab" and json.loads((run.path / RUN).read_text())["id"] == "ab"
+
+
+def test_folder_deleted_while_restored(tmp_path, monkeypatch):
+    """Someone deletes run.json first, and the rest while the run writes it again."""
+    (tmp_path / "run").mkdir()
+    run = RunFolder(tmp_path / "run")
+    with lock_folder(run.path) as run.held:
+        run.begin({"id": "ab", "launches": [{"token": "cd"}]})
+        (run.path / RUN).unlink()
+        plain = run.held.is_here
+
+        def is_here():
+            found = plain()
+            shutil.rmtree(run.path, ignore_errors=True)
+            return found
+
+        monkeypatch.setattr(run.held, "is_here", is_here)
+        assert "moved or deleted" in run.problem() and not run.path.exists()
+        run.rescue()
+    assert run.path == tmp_path / "run-ab" and run.id == "ab"
 
 
 # ---- preparations of shards ----
