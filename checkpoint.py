@@ -87,7 +87,7 @@ def write_checkpoint(folder: RunFolder, step: int, content: dict, state: dict, t
     except BaseException:
         folder.check()  # first: the files may be another run's by now
         for path in temporaries:
-            path.unlink()
+            path.unlink(missing_ok=True)
         raise
     for path in temporaries:
         replace(path, path.with_suffix(""))
@@ -170,7 +170,7 @@ class Saver:
         try:
             try:
                 write_checkpoint(self.folder, step, content, state, timed)
-            except LostFolder:  # while the files were being written
+            except (LostFolder, FileNotFoundError):  # while the files were being written
                 self.follow_folder()
                 write_checkpoint(self.folder, step, content, state, timed)
             self.error = None
@@ -199,9 +199,10 @@ class Saver:
 
     def explain(self, e: OSError, step: int, content: dict, state: dict) -> SaveError:
         folder, need = self.folder.path, sum(tensor.nbytes for tensor in tensors_in([content, state]).values())
-        space = f"{folder} is gone"
-        if folder.exists():
+        try:
             space = f"{folder} has {shutil.disk_usage(folder).free / 1e6:,.1f} MB free; earlier checkpoints are untouched"
+        except OSError as gone:  # the disk may be away
+            space = f"{folder} is gone" if isinstance(gone, FileNotFoundError) else f"{folder} can't be reached"
         why = f"could not save the checkpoint of step {step} ({e.strerror or e}): it needs {need / 1e6:,.1f} MB, {space}"
         return SaveError(e.errno, why)
 

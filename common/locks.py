@@ -71,7 +71,7 @@ def lock_folder(folder: Path, wait: bool = False):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except FileExistsError:  # also if another process deletes the folder at this moment
-                if folder.is_file() or folder.is_symlink():
+                if folder.is_file() or any(path.is_symlink() and not path.exists() for path in (folder, *folder.parents)):
                     raise
             with ExitStack() as attempt, suppress(FileNotFoundError):
                 held = attempt.enter_context(closing(HeldFolder(folder)))
@@ -83,8 +83,8 @@ def lock_folder(folder: Path, wait: bool = False):
         try:
             yield held
         finally:
-            if new and held.is_here() and os.listdir(folder) == [file.name]:
-                with suppress(OSError):  # Windows can't delete an open file
+            with suppress(OSError):  # Windows can't delete an open file; another process may delete the folder
+                if new and held.is_here() and os.listdir(folder) == [file.name]:
                     file.unlink()
                     folder.rmdir()
 

@@ -6,7 +6,7 @@ import re
 import secrets
 from pathlib import Path
 
-from common.files import read_json, write_json
+from common.files import read_json, write_atomically, write_json
 from common.locks import HeldFolder
 
 RUN = "run.json"
@@ -82,8 +82,8 @@ class RunFolder:
             return False
         try:
             self.write_run()
-        except FileNotFoundError:
-            return False
+        except OSError:  # the folder is gone by now, or the disk is full: the next check tries again
+            return self.held.is_here()
         return True
 
     def problem(self) -> str:
@@ -95,9 +95,9 @@ class RunFolder:
             found = identity(self.path / RUN)
         except OSError:  # a network disk may be away for a moment
             return ""
-        if found == self.seen:
+        if found and found == self.seen:
             return ""
-        if found is None:
+        if not found:
             return "" if self.restored() else f"{self.path} was moved or deleted while this run was writing into it"
         try:
             other = read_json(self.path / RUN, "")
@@ -133,6 +133,8 @@ class RunFolder:
         self.path = place
         self.path.mkdir(parents=True)  # the parent may be gone too
         self.write_run()
+        for name, data in (self.mirror.texts if self.mirror else {}).items():  # the logs, as far as the bucket has them
+            write_atomically(self.path / name, lambda file, data=data: file.write(data))
 
 
 def identity(path: Path) -> tuple | None:

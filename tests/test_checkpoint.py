@@ -178,6 +178,20 @@ def test_failed_save_keeps_earlier_checkpoints(run, model, monkeypatch, backgrou
     assert sealed_steps(run) == [20]
 
 
+def test_failed_save_is_reported_without_its_disk(run, model, monkeypatch):
+    """The disk can't even say how much space it has."""
+
+    def away(*args):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(checkpoint, "save_torch", away)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", away)
+    saver = Saver(RunFolder(run), 1, background=True)
+    saver.save(15, content_of(15, model, "bytes", 0.1), {})
+    with pytest.raises(OSError, match=r"could not save the checkpoint of step 15 \(Stale file handle\).* can't be reached"):
+        saver.finish()
+
+
 def test_saving_a_step_twice_replaces_it(run):
     torch.manual_seed(1)
     other = build(VariantConfig(257, 16, 1, 2, 16))

@@ -18,7 +18,7 @@ import checkpoint
 import fineweb
 import train
 from checkpoint import files_of, find_problem, newest_step
-from common import locks
+from common import locks, run_folder
 from common.files import append, sha256, write_json
 from common.locks import HeldFolder, lock_folder
 from common.run_folder import RUN, RunFolder
@@ -338,24 +338,74 @@ def test_deleted_current_folder_is_saved_elsewhere(finished, shards, tmp_path, m
     assert run.path == tmp_path / "run-ab" and json.loads((run.path / RUN).read_text())["id"] == "ab"
 
 
-def test_folder_deleted_while_restored(tmp_path, monkeypatch):
-    """Someone deletes run.json first, and the rest while the run writes it again."""
-    (tmp_path / "run").mkdir()
+@pytest.fixture
+def held(tmp_path):
+    """A run's folder, begun and locked."""
     run = RunFolder(tmp_path / "run")
     with lock_folder(run.path) as run.held:
         run.begin({"id": "ab", "launches": [{"token": "cd"}]})
-        (run.path / RUN).unlink()
-        plain = run.held.is_here
+        yield run
 
-        def is_here():
-            found = plain()
-            shutil.rmtree(run.path, ignore_errors=True)
-            return found
 
-        monkeypatch.setattr(run.held, "is_here", is_here)
-        assert "moved or deleted" in run.problem() and not run.path.exists()
-        run.rescue()
-    assert run.path == tmp_path / "run-ab" and run.id == "ab"
+def test_folder_deleted_while_restored(held, tmp_path, monkeypatch):
+    """Someone deletes run.json first, and the rest while the run writes it again."""
+    (held.path / RUN).unlink()
+    plain = held.held.is_here
+
+    def is_here():
+        found = plain()
+        shutil.rmtree(held.path, ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(held.held, "is_here", is_here)
+    assert "moved or deleted" in held.problem() and not held.path.exists()
+    held.rescue()
+    assert held.path == tmp_path / "run-ab" and held.id == "ab"
+
+
+def test_folder_deleted_after_restored(held, monkeypatch):
+    """The rest goes just after run.json was written again."""
+    (held.path / RUN).unlink()
+
+    def write_json(path, content):
+        shutil.rmtree(held.path)
+
+    monkeypatch.setattr(run_folder, "write_json", write_json)
+    held.problem()
+    assert "moved or deleted" in held.problem()
+
+
+def test_full_disk_restores_run_json_later(held, monkeypatch):
+    (held.path / RUN).unlink()
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_json", full)
+        assert held.problem() == ""
+    assert held.problem() == "" and json.loads((held.path / RUN).read_text())["id"] == "ab"
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_folder_lost_after_the_seal_is_saved_elsewhere(held, tmp_path, monkeypatch, moved):
+    def lose(temporary, path):
+        monkeypatch.undo()
+        held.path.rename(tmp_path / "moved") if moved else shutil.rmtree(held.path)
+        return checkpoint.replace(temporary, path)
+
+    monkeypatch.setattr(checkpoint, "replace", lose)
+    saver = checkpoint.Saver(held, 1, background=False)
+    saver.save(20, {"model": {}}, {})
+    saver.finish()
+    assert held.path == tmp_path / ("moved" if moved else "run-ab") and find_problem(held.path, 20) is None
+
+
+def test_link_to_a_missing_disk_is_an_error(tmp_path):
+    """lock_folder must not wait for it."""
+    (tmp_path / "log").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(FileExistsError), lock_folder(tmp_path / "log" / "run"):
+        pass
 
 
 # ---- preparations of shards ----

@@ -1,6 +1,7 @@
 """--remote: a run that loses its disk continues from a bucket and ends with the same bits; the bucket may fail in any way."""
 
 import errno
+import hashlib
 import importlib
 import io
 import itertools
@@ -23,10 +24,11 @@ import pytest
 import torch
 from conftest import THOROUGH, TINY, Forked, forked, read_stream, run_main, run_train
 
+import checkpoint
 import train
 from checkpoint import Saver, files_of, find_problem, newest_step, sealed_steps
 from common import cli, remote
-from common.files import read_json, write_json
+from common.files import append, read_json, write_json
 from common.remote import Remote, explain
 from common.run_folder import RunFolder
 from training import lease, mirror
@@ -212,7 +214,7 @@ def test_training_ends_while_the_bucket_fails(undisturbed, shards, tmp_path, buc
     assert run_train(shards, tmp_path / "run", *RUN, "--remote", bucket) == 0
     err = capsys.readouterr().err
     losses, sent = seen[0]
-    assert len(losses) == 20 and sent != 20
+    assert len(losses) == 20 and (sent is None or sent.step != 20)
     assert err.count("training continues") == (not quiet), err
     assert err.count("waiting until") == err.count("everything is in s3://") == 1 and err.count("works again and is up to date") <= 1
     assert err.count("warning") == (not quiet) and SECRET not in err
@@ -321,7 +323,7 @@ def test_upload_cut_anywhere_is_never_resumed(undisturbed, tmp_path, monkeypatch
     for step in (15, 20):
         if not files_of(folder.path, step).seal.exists():
             continue
-        sender.wanted = step
+        sender.saved(step)
         with suppress(ValueError, OSError):
             sender.send()
     monkeypatch.undo()
@@ -586,12 +588,35 @@ def test_machine_that_stands_by_downloads_nothing(tmp_path, monkeypatch):
         second.begin(True)
 
 
+def pause_and_mark_renewals(go):
+    """While the lease is being renewed, there is a file that says so."""
+    plain = Lease.renew
+
+    def renew(self):
+        mark = go.with_name(f"renewing-{threading.get_ident()}")
+        mark.touch()
+        try:
+            plain(self)
+        finally:
+            mark.unlink()
+
+    Lease.renew = renew
+    pause_before_step_3(go)
+
+
+def suspend(run: Forked, folder: Path):
+    """Stops a process, but not between its look at the lease and its write."""
+    while os.kill(run.processes[0].pid, signal.SIGSTOP) or list(folder.glob("renewing-*")):
+        os.kill(run.processes[0].pid, signal.SIGCONT)
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_stalled_machine_stops_once_another_took_over(undisturbed, shards, tmp_path, quick, capsys):
     """The first machine is suspended, and wakes up when the second one is at work or has ended."""
     url = f"file://{tmp_path}/bucket"
-    first = begin(tmp_path, shards, url)
-    os.kill(first.processes[0].pid, signal.SIGSTOP)
+    first = begin(tmp_path, shards, url, first=pause_and_mark_renewals)
+    suspend(first, tmp_path)
     assert run_main(train.main, "--resume", "--out-dir", tmp_path / "second", "--remote", url) == 0
     before = files_in(tmp_path / "bucket")
     os.kill(first.processes[0].pid, signal.SIGCONT)
@@ -612,7 +637,7 @@ def test_late_upload_replaces_nothing(undisturbed, kept, copied, tmp_path):
     (tmp_path / "run" / "log.txt").write_text("0 train 1.0\n")
     before = files_in(tmp_path / "bucket")
     late = mirror.Mirror(Remote(copied), RunFolder(tmp_path / "run"), replace(read_run(tmp_path / "run"), keep=1))
-    late.wanted = 20
+    late.saved(20)
     with pytest.raises(LeaseLost):  # before it deletes anything
         late.send()
     after = files_in(tmp_path / "bucket")
@@ -849,11 +874,11 @@ def test_after_a_signal_the_newest_goes_first(undisturbed, tmp_path, monkeypatch
         names.append(name.partition("/")[2])
         put(self, source, name, **how)
         if name.endswith("model_00015.pt"):
-            sender.wanted = 20
+            sender.saved(20)
             monkeypatch.setattr(StopSignal, "current", SimpleNamespace(received=15, at=time.monotonic()))
 
     monkeypatch.setattr(Remote, "put", noted)
-    sender.wanted = 15
+    sender.saved(15)
     sender.send()
     sender.send()
     sent = [name for name in names if "_0" in name]
@@ -862,9 +887,61 @@ def test_after_a_signal_the_newest_goes_first(undisturbed, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("when", ["after", "while"])
+def test_step_saved_again_is_sent_again(undisturbed, tmp_path, monkeypatch, quick, when):
+    """As after an evaluation that the last launch had not made: before the first upload ends, or after it."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    content, state = checkpoint.load_training(tmp_path / "run", 20)
+    sender, put, saved = sender_of(tmp_path / "run", f"file://{tmp_path}/bucket", keep=1), Remote.put, []
+
+    def save_again():
+        saved.append(1)
+        owner = {"run": sender.run, "step": 20}
+        ours = SimpleNamespace(path=tmp_path / "run", id=owner["run"], check=lambda: None)
+        checkpoint.write_checkpoint(ours, 20, content | {"val_loss": 0.125}, state | owner)
+        sender.saved(20)
+
+    def noted(self, source, name, **how):
+        put(self, source, name, **how)
+        if when == "while" and not saved and name.endswith("model_00020.pt"):
+            save_again()
+
+    monkeypatch.setattr(Remote, "put", noted)
+    sender.saved(20)
+    sender.send()
+    if when == "after":
+        assert sender.wanted == sender.sent
+        save_again()
+    assert sender.wanted != sender.sent
+    sender.send()
+    assert sender.wanted == sender.sent
+    (tmp_path / "empty").mkdir()
+    assert fetch_newest(Bucket(sender.remote), tmp_path / "empty", -1, set()) == 20
+    assert checkpoint.load_training(tmp_path / "empty", 20)[0]["val_loss"] == 0.125
+
+
+@pytest.mark.slow
+def test_rescued_run_keeps_its_log(undisturbed, tmp_path):
+    """Someone deletes the folder: the new one gets the log from what the bucket has."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    sender = sender_of(tmp_path / "run", f"file://{tmp_path}/bucket")
+    sender.folder.begin(read_json(tmp_path / "run" / "run.json", ""))
+    sender.folder.mirror = sender
+    sender.send()
+    shutil.rmtree(tmp_path / "run")
+    sender.folder.rescue()
+    assert sender.folder.path != tmp_path / "run" and read_stream(sender.folder.path, "train") == read_stream(undisturbed, "train")
+    append(sender.folder.path / "log.txt", "21 train 1.0\n")
+    sender.send()
+    sent = (tmp_path / "bucket" / sender.launch / "log.txt").read_text()
+    assert sent == (undisturbed / "log.txt").read_text() + "21 train 1.0\n"
+
+
+@pytest.mark.slow
 def test_end_waits_also_after_a_long_failure(undisturbed, tmp_path, monkeypatch, quick):
     sender = sender_of(undisturbed, f"file://{tmp_path}/bucket")
-    sender.wanted, began = 20, time.monotonic()
+    sender.saved(20)
+    began = time.monotonic()
     sender.health.since = began - 10 * mirror.PATIENCE
     monkeypatch.setattr(mirror, "PATIENCE", 0.3)
     sender.wait_until_sent(math.inf)
@@ -877,7 +954,8 @@ def test_ctrl_c_ends_the_wait(undisturbed, tmp_path, monkeypatch, quick):
         raise KeyboardInterrupt
 
     sender = sender_of(undisturbed, f"file://{tmp_path}/bucket")
-    sender.wanted, sender.threads = 20, [threading.Thread(target=int)]
+    sender.saved(20)
+    sender.threads = [threading.Thread(target=int)]
     sender.threads[0].start()
     monkeypatch.setattr(sender.changed, "wait", interrupted)
     assert "lacks the checkpoint of step 20" in sender.end(wait=True)
@@ -896,11 +974,18 @@ def test_own_disk_is_not_called_a_failed_bucket(tmp_path, monkeypatch):
     assert not (tmp_path / "file").exists()
 
 
-def test_upload_with_a_late_answer_is_not_repeated(tmp_path, monkeypatch):
-    """As when S3 takes a minute to put the parts of a large file together."""
+@pytest.mark.parametrize("hashes", [True, False])
+def test_upload_with_a_late_answer_is_not_repeated(tmp_path, monkeypatch, hashes):
+    """As when S3 takes a minute to put the parts of a large file together. A store that tells no hash gets all again: shards have equal
+    sizes."""
     (tmp_path / "file").write_bytes(b"content")
     store, calls = Remote(f"memory://{tmp_path.name}"), []
-    plain = store.fs.put_file
+    plain, plain_info = store.fs.put_file, store.fs.info
+
+    def info(place):
+        return plain_info(place) | ({"ETag": hashlib.md5(store.fs.cat_file(place)).hexdigest()} if hashes else {})
+
+    monkeypatch.setattr(store.fs, "info", info)
 
     def late(source, target):
         calls.append(target)
@@ -910,12 +995,15 @@ def test_upload_with_a_late_answer_is_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(store.fs, "put_file", late)
     with pytest.raises(cli.TryAgain):
         store.put(tmp_path / "file", "name")
-    store.put(tmp_path / "file", "name")
-    assert len(calls) == 1 and store.read("name") == b"content"
-    (tmp_path / "file").write_bytes(b"other content")
-    with pytest.raises(cli.TryAgain):
+    with suppress(cli.TryAgain):
         store.put(tmp_path / "file", "name")
-    assert len(calls) == 2
+    assert len(calls) == (1 if hashes else 2) and store.read("name") == b"content"
+    for other in (b"CONTENT", b"other content"):
+        calls.clear()
+        (tmp_path / "file").write_bytes(other)
+        with pytest.raises(cli.TryAgain):
+            store.put(tmp_path / "file", "name")
+        assert len(calls) == 1 and store.read("name") == other
 
 
 def test_only_launches_are_listed(tmp_path, monkeypatch):

@@ -69,7 +69,9 @@ def raise_if_failed_before(path: Path):
     """ValueError if this torchrun has failed for good before. Else removes what an earlier one left."""
     launch = launched()
     first = launch is None or launch.local_rank in (None, 0)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = []
+    with suppress(FileNotFoundError):  # the first process may be removing it
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     if torchrun_id() in lines:
         error = ValueError(f"restarting won't help: {lines[0]}")
         error.is_shared = not first  # so that one process prints it

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from checkpoint import files_of, find_problem, recover_interrupted_save, sealed_steps
 from common import cli
@@ -127,6 +128,13 @@ class Health:
         return True
 
 
+class Save(NamedTuple):
+    """A checkpoint to send. The same step may be saved again, with its evaluation: then the number differs."""
+
+    step: int
+    number: int
+
+
 class Mirror:
     """Sends one launch's files in a thread, and renews its lease in another. lost: why it must stop, if another launch took over."""
 
@@ -134,9 +142,12 @@ class Mirror:
         self.remote, self.folder, self.keep, self.notice = remote, folder, config.keep, config.notice_seconds
         self.launch, self.lost = f"launch-{folder.token}", ""
         self.health = Health(remote.url, lambda: self.wanted == self.sent)
-        self.wanted, self.sending, self.sent = None, None, None  # steps
+        self.wanted: Save | None = None
+        self.sending: int | None = None  # a step
+        self.sent: Save | None = None
         self.run = None  # its id, once run.json has arrived
         self.arrived: set[str] = set()  # checkpoint files
+        self.texts: dict[str, bytes] = {}  # the logs, as last sent
         self.changed, self.closing = threading.Condition(), threading.Event()
         self.lease, self.threads = Lease(remote, folder.token, folder.path), []
 
@@ -169,7 +180,8 @@ class Mirror:
     def saved(self, step: int):
         """Sends a checkpoint that was just saved, and the log. Returns at once. An older one that waits is skipped."""
         with self.changed:
-            self.wanted = step
+            self.wanted = Save(step, self.wanted.number + 1 if self.wanted else 0)
+            self.arrived -= {path.name for path in files_of(Path(), step)}
             self.changed.notify_all()
 
     def end(self, wait: bool, stopping: bool = False) -> str:
@@ -195,7 +207,7 @@ class Mirror:
             if now > (stopped_at() or since) + self.notice or now - max(began, self.health.since) > PATIENCE:
                 return
             if not said:
-                self.health.warn(f"waiting until {self.remote.url} has the checkpoint of step {self.wanted}")
+                self.health.warn(f"waiting until {self.remote.url} has the checkpoint of step {self.wanted.step}")
                 said = True
             try:
                 with self.changed:
@@ -211,7 +223,7 @@ class Mirror:
             return self.lost
         why = next(iter(self.health.problems.values()), "there was no time left")
         place = shlex.quote(str(self.folder.path))
-        return f"{self.remote.url} lacks the checkpoint of step {self.wanted} ({why}); to send it: --resume --out-dir {place}"
+        return f"{self.remote.url} lacks the checkpoint of step {self.wanted.step} ({why}); to send it: --resume --out-dir {place}"
 
     def renew_lease(self):
         while not self.closing.wait(self.lease.every):
@@ -234,13 +246,14 @@ class Mirror:
 
     def send(self):
         """Sends the logs, then the newest checkpoint, its seal last: what is sealed there is complete, and its log reaches as far."""
-        step = self.sending = self.wanted
+        save = self.wanted
+        self.sending = save and save.step
         try:
             self.send_texts()
-            if step != self.sent:
-                self.send_checkpoint(step)
+            if save != self.sent:
+                self.send_checkpoint(save)
         except FileNotFoundError as e:
-            if self.wanted == step:  # else a newer one was saved meanwhile, and this one deleted
+            if self.wanted == save:  # else a newer one was saved meanwhile, and this one deleted
                 raise OSError(f"{e.filename} is gone, and could not be sent to {self.remote.url}") from None
         with self.changed:
             self.changed.notify_all()
@@ -252,24 +265,29 @@ class Mirror:
         for name in TEXTS:  # run.json first: with it, prune knows that the others are this run's
             if (folder / name).exists():
                 data = (folder / name).read_bytes()
-                self.remote.put(data[: data.rfind(b"\n") + 1], f"{self.launch}/{name}")
+                data = data[: data.rfind(b"\n") + 1]
+                self.remote.put(data, f"{self.launch}/{name}")
+                if name != RUN:
+                    self.texts[name] = data
         self.run = run
 
-    def send_checkpoint(self, step: int):
-        files = files_of(self.folder.path, step)
+    def send_checkpoint(self, save: Save):
+        files = files_of(self.folder.path, save.step)
         seal = files.seal.read_bytes()
         if parse_json(seal)[files.model.name].get("run") != self.run:
             raise OSError(f"{files.seal} is not of this run: sent nothing to {self.remote.url}")
         for path in files[:2]:
-            if self.lost or (stopped_at() and self.wanted != step):  # now there is only time for the newest
+            if self.lost or (stopped_at() and self.wanted != save):  # now there is only time for the newest
                 return
             if path.name not in self.arrived:
                 self.remote.put(path, f"{self.launch}/{path.name}")
-                self.arrived.add(path.name)
-        if self.lost:
+                with self.changed:
+                    if self.wanted == save:
+                        self.arrived.add(path.name)
+        if self.lost or (self.wanted != save and self.wanted.step == save.step):  # saved again: these may be parts of both
             return
         self.remote.put(seal, f"{self.launch}/{files.seal.name}")
-        self.sent = step
+        self.sent = save
         if stopped_at():  # no time for this either
             return
         try:
@@ -277,4 +295,4 @@ class Mirror:
             self.lease.renew()  # if it is ours now, nothing that was found can be of a launch that takes over
             prune(found, self.run, self.keep, self.launch)
         except ValueError as e:
-            self.health.warn(f"warning: the checkpoint of step {step} has arrived, but older ones could not be deleted ({e})")
+            self.health.warn(f"warning: the checkpoint of step {save.step} has arrived, but older ones could not be deleted ({e})")
