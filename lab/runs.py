@@ -6,10 +6,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Event
+from threading import Lock
 from typing import Literal, NamedTuple
 
 import torch
@@ -150,24 +150,44 @@ def run_all(runs: list[Run], workers: int, mixed: bool, trial: Trial | None = No
     pool, workshop = ThreadPoolExecutor(workers), Workshop(workers, code, trial)
     cli.exit_on_stop_signals()
     try:
-        done, name = pool.map(workshop.attempt, missing), f"runs in {os.path.commonpath(folders)}"
-        for _ in cli.bar(done, total=len(missing), desc=name, unit="run", disable=not missing):
-            pass
+        done, name = as_completed([pool.submit(workshop.attempt, run) for run in missing]), f"runs in {os.path.commonpath(folders)}"
+        for future in cli.bar(done, total=len(missing), desc=name, unit="run", disable=not missing):
+            future.result()
     finally:  # on an error or a signal, start no more runs; the running ones save and exit
-        workshop.closed.set()
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in workshop.running:
-            process.terminate()
+        workshop.running.close()
         pool.shutdown()
     return refuse_unless(mixed, code_notes(folders, code) + data_notes(folders))  # someone may edit the code while the runs train
+
+
+class Running:
+    """The processes that train. After close(), each is ended, also one that starts a moment later: it saves and exits."""
+
+    def __init__(self):
+        self.processes, self.closed, self.lock = [], False, Lock()
+
+    def add(self, process: subprocess.Popen):
+        with self.lock:
+            self.processes.append(process)
+            if self.closed:
+                process.terminate()
+
+    def remove(self, process: subprocess.Popen):
+        with self.lock:
+            self.processes.remove(process)
+
+    def close(self):
+        with self.lock:
+            for process in self.processes if not self.closed else ():  # a second signal would end it without a save
+                process.terminate()
+            self.closed = True
 
 
 class Workshop:
     """What the threads that train share."""
 
     def __init__(self, workers: int, code: dict, trial: Trial | None):
-        self.code, self.trial, self.running = code, trial, []
-        self.closed = Event()  # set by the first error: no more runs start
+        self.code, self.trial, self.running = code, trial, Running()
         self.free = SimpleQueue()  # an environment for each worker
         for slot in range(workers):
             self.free.put(environment(workers, slot))
@@ -175,14 +195,14 @@ class Workshop:
     def attempt(self, run: Run):
         """Trains a run, unless its idea has failed. Remembers if it fails."""
         trial = self.trial
-        if self.closed.is_set() or (trial and run.name in trial.failures):
+        if self.running.closed or (trial and run.name in trial.failures):
             return
         env = self.free.get()
         try:
             train_one(run, self.running, env, trial)
         except Exception as e:
             if not (isinstance(e, IdeaFailed) and trial and run.name != trial.needed):
-                self.closed.set()
+                self.running.close()  # before another worker begins a run
                 raise
             trial.failures[run.name] = e.reason
             remember_failure(run, e.reason, self.code)
@@ -190,7 +210,7 @@ class Workshop:
             self.free.put(env)
 
 
-def train_one(run: Run, running: list[subprocess.Popen], env: dict, trial: Trial | None):
+def train_one(run: Run, running: Running, env: dict, trial: Trial | None):
     """Trains or resumes one run. ValueError with train.py's last message if it fails: IdeaFailed if the run is to blame, or takes too
     long."""
     argv = run.argv(resume=run.state() == "begun")
@@ -211,11 +231,11 @@ def train_one(run: Run, running: list[subprocess.Popen], env: dict, trial: Trial
     raise IdeaFailed(run.name, f"seed {run.seed}: {why.removeprefix('error: ')}", message)
 
 
-def run_to_end(argv: list[str], running: list[subprocess.Popen], env: dict, minutes: float = 0) -> tuple[int, str, str]:
+def run_to_end(argv: list[str], running: Running, env: dict, minutes: float = 0) -> tuple[int, str, str]:
     """Runs train.py. Returns its exit status, stdout and stderr. TimeoutExpired if it takes longer than minutes: it saves then, unless it
     hangs."""
     process = launch(argv, env)
-    running.append(process)
+    running.add(process)
     try:
         output, errors = process.communicate(timeout=60 * minutes or None)
     except subprocess.TimeoutExpired:
@@ -231,7 +251,7 @@ def run_to_end(argv: list[str], running: list[subprocess.Popen], env: dict, minu
     return process.returncode, output, errors
 
 
-def fault_of_machine(trial: Trial, running: list[subprocess.Popen], env: dict) -> str:
+def fault_of_machine(trial: Trial, running: Running, env: dict) -> str:
     """Computes the first step of the proof, which changes nothing on disk. Returns why that fails; "" if it works, or if there is no
     proof yet."""
     if not (trial.proof and (trial.proof / RUN).exists() and is_finished(trial.proof)):

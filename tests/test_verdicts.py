@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -321,10 +323,21 @@ def test_hanging_run_is_killed(monkeypatch, tmp_path):
     script.write_text("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('begun', flush=True)\ntime.sleep(99)\n")
     monkeypatch.setattr(runs, "SCRIPT", script)
     monkeypatch.setattr(runs, "SECONDS_TO_SAVE", 0.5)
-    began, running = time.monotonic(), []
+    began, running = time.monotonic(), runs.Running()
     with pytest.raises(subprocess.TimeoutExpired):
         runs.run_to_end([], running, dict(os.environ), 0.02)
-    assert time.monotonic() - began < 30 and running == []
+    assert time.monotonic() - began < 30 and running.processes == []
+
+
+def test_run_that_starts_too_late_is_ended():
+    """A worker starts its run while an error ends the others. Each gets one signal: a second one would prevent its save."""
+    running, signals = runs.Running(), []
+    early, late = (SimpleNamespace(terminate=partial(signals.append, name)) for name in ("early", "late"))
+    running.add(early)
+    running.close()
+    running.add(late)
+    running.close()
+    assert signals == ["early", "late"]
 
 
 @pytest.mark.slow
