@@ -91,8 +91,9 @@ def score_trees(
     greedy: whether to find the model's first choices too. advance: called with the number of trees of each batch. stopped: called before
     each batch; True skips the rest."""
     device = model.transformer.wte.weight.device
-    # cuDNN's attention plans every new shape, and nearly every batch has a new shape
-    kernels = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
+    # without cuDNN's attention: it plans every new shape, and nearly every batch has a new shape. Flash serves shared heads without a mask
+    allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    kernels = sdpa_kernel(allowed) if device.type == "cuda" else nullcontext()
     result = [Scored([], [], [], [])] * len(trees)
     with kernels:
         for batch in batches(trees, batch_tokens):

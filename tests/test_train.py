@@ -228,6 +228,24 @@ def test_distillation_matches_the_plain_formula(teachers, shards, tmp_path, monk
     assert row["grad_norm"] == pytest.approx(sum((p.grad**2).sum() for p in student.parameters()).item() ** 0.5, rel=1e-4)
 
 
+def test_distillation_sums_the_parts_gradients_in_fp32(monkeypatch):
+    """In bf16, many parts give the head as exact a gradient as one."""
+    torch.manual_seed(1)
+    student, expert = (build(VariantConfig(257, 64, 1, 2, 32)) for _ in range(2))
+    x, y = torch.randint(257, (2, 16, 64))
+
+    def gradient(parts: int, bf16: bool) -> torch.Tensor:
+        monkeypatch.setattr("ops.loss.MAX_LOGITS", 257 * x.numel() // parts)
+        student.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, bf16), distillation.distillation_loss(student, [expert], x, 0.7):
+            student(x, y)[1].backward()
+        return student.lm_head.weight.grad.clone()
+
+    exact = gradient(1, False)
+    one, many = ((gradient(parts, True) - exact).norm() for parts in (1, 256))
+    assert 0 < many < 1.2 * one
+
+
 def test_teacher_stays_fixed_when_its_run_resumes(teacher, shards, tmp_path):
     shutil.copytree(teacher, tmp_path / "teacher")
     assert run_train(shards, tmp_path / "run", "--teacher", tmp_path / "teacher") == 0
@@ -805,6 +823,21 @@ def signal_rank_1(path: str):
         return plain(self, *args)
 
     setattr(owner, function, signalled)
+
+
+def test_evaluations_run_without_flex_attention(shards, tmp_path, monkeypatch):
+    """Uncompiled, it stores all scores, which can fill a GPU."""
+    seen, plain = [], evaluation.Evaluation.run
+
+    def run(self, step):
+        self.trainer.evaluated.flex = True
+        plain(self, step)
+        seen.append(self.trainer.evaluated.flex)
+
+    monkeypatch.setattr(evaluation.Evaluation, "run", run)
+    monkeypatch.setattr(evaluation.Evaluation, "sample", lambda self, step: seen.append(self.trainer.evaluated.flex))
+    assert run_train(shards, tmp_path / "run", "--max-steps", 1, "--sample-every", 1) == 0
+    assert seen[:2] == [False, True]
 
 
 @pytest.mark.slow

@@ -57,6 +57,20 @@ def undo_compile(model: GPT):
         model.flex = False
 
 
+@contextmanager
+def run_eagerly(*models: GPT):
+    """Inside this block, compiled models run eagerly. They don't use FlexAttention, which stores all scores if it isn't compiled."""
+    flex = [model for model in models if getattr(model, "flex", False)]
+    for model in flex:
+        model.flex = False
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for model in flex:
+            model.flex = True
+
+
 def recompute_activations(model: GPT, on: bool = True):
     """Keeps only each block's input for the backward pass, which recomputes the block (Chen et al., 2016). For eager training."""
     for block in model.transformer.h:

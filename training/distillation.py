@@ -27,7 +27,8 @@ def distillation_loss(student: GPT, teachers: Sequence[GPT], x: Tensor, weight: 
 
     def loss(mine: Tensor, head: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
         def part_losses(mine, targets, *theirs):
-            logits = student.logits(mine).float()
+            with uncached_autocast(mine.device.type):
+                logits = student.logits(mine).float()
             expected = mean_prediction([teacher.logits(hidden).float() for teacher, hidden in zip(teachers, theirs, strict=True)])
             return torch.stack([F.cross_entropy(logits, targets, reduction="sum"), divergence(logits, expected)])
 
@@ -42,6 +43,12 @@ def distillation_loss(student: GPT, teachers: Sequence[GPT], x: Tensor, weight: 
         yield
     finally:
         student.loss = text_loss
+
+
+def uncached_autocast(device: str) -> torch.autocast:
+    """Autocast as it is now, but each product casts the weights anew. With one cast for all parts, autograd would sum the parts'
+    gradients in bf16."""
+    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False)
 
 
 def mean_prediction(logits: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from sample import sample_texts
 from tasks.judging import group_figures, judge, main_figure
 from tasks.readers import Task, read_tasks
 from tasks.scoring import Scorer
+from training.compiling import run_eagerly
 from training.log import Log, axes
 from training.trainer import Trainer
 
@@ -77,7 +78,7 @@ class Evaluation:
             self.log.value(step, "val", val_loss, {"val_loss": val_loss, **axes(self.trainer, step)})
             self.log.result(f"step {step}: val loss {val_loss:.4f}")
         # shapes vary: compiling each would take too long. And a resumed run must give the same answers
-        with torch.compiler.set_stance("force_eager"), choice.defaults():
+        with run_eagerly(self.trainer.evaluated), choice.defaults():
             if self.tasks and (end or is_due(config.hellaswag_every, step)):
                 self.or_warn(f"HellaSwag at step {step}", lambda: self.hellaswag(step), alone=self.world.size == 1)
             if self.eval_tasks and (end or is_due(config.eval_every, step)):

@@ -6,6 +6,8 @@ from collections import deque
 
 import torch
 
+from training.compiling import run_eagerly
+
 SPIKE_WINDOW = 128  # number of recent losses that --skip-spikes uses; it starts once it has half of them (as in OLMo-core)
 
 
@@ -58,7 +60,7 @@ def nonfinite_positions(trainer, step: int) -> list[int]:
     for positions in trainer.positions(step, trainer.world.rank):
         loss = trainer.loss(trainer.model, positions)
         if not math.isfinite(loss.item()):
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with torch.no_grad(), run_eagerly(trainer.model):
                 return [p for p in positions if not math.isfinite(trainer.loss(trainer.model, [p]).item())] or list(positions)
         loss.backward()
         finite = all(p.grad.isfinite().all() for p in trainer.model.parameters())

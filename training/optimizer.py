@@ -35,7 +35,8 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon with a choice of the products' dtype, with fewer, larger products on CUDA, and with NorMuon's second step.
 
     beta2: after NorMuon (Li et al., 2025), divides each neuron's update by the root of a moving average of its mean square. A neuron is a
-    row of a tall matrix or, as in modded-nanogpt, a column of a wide one. A matrix's update keeps its norm. 0: off.
+    row of a tall matrix or, as in modded-nanogpt, a column of a wide one. A square matrix counts as wide here, and as tall in
+    modded-nanogpt. A matrix's update keeps its norm. 0: off.
 
     dtype: bf16, as in torch.optim.Muon, or fp32. Hardware without bf16 is many times slower at products in bf16 (results/muon.md), and
     they would make a step's result depend on the world size.

@@ -85,7 +85,9 @@ class Checkpoints:
         if trainer.average:
             state |= {"weights": weights, "averaged": trainer.average.updates}
             with trainer.average.in_place():
-                weights = {name: p.clone() for name, p in self.weights().items() if p is not None}
+                weights = {name: p for name, p in self.weights().items() if p is not None}
+                copies = {key: p.clone() for key, p in checkpoint.tensors_in(weights).items()}  # a tied head stays tied
+                weights = checkpoint.with_tensors(weights, copies)
         if trainer.world.is_main:
             self.saver.wait()
             self.saver.follow_folder()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from training.compiling import recompute_activations
+from training.compiling import recompute_activations, run_eagerly
 
 # largest accepted ‖compiled - eager‖ / ‖eager‖. Rounding alone reaches 1e-6 in fp32 on a CPU (1e-3 in CUDA's TF32), 0.01 in 16 bits,
 # and 0.07 with experts, because it sends some tokens to another expert. The wrong kernels we saw reached 0.5.
@@ -84,18 +84,14 @@ def first_of_each_kind(model: GPT):
 
 @contextmanager
 def eager(*models: GPT):
-    """Inside this block, models run eagerly. They save memory: they recompute activations and don't use FlexAttention, which stores all
-    scores if it isn't compiled."""
-    flex = [model for model in models if getattr(model, "flex", False)]
+    """Inside this block, models run eagerly, and recompute activations to save memory."""
     for model in models:
-        model.flex = False
         recompute_activations(model)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with run_eagerly(*models):
             yield
     finally:
         for model in models:
-            model.flex = model in flex
             recompute_activations(model, on=False)
 
 
