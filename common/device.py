@@ -195,9 +195,9 @@ class Card(NamedTuple):
 
 # by words in a card's name
 CARDS = {
-    "B200": Card(2250e12, 180e9), "GH200": Card(989e12, 96e9), "H200 NVL": Card(835e12, 141e9), "H200": Card(989e12, 141e9), "H100 PCIe": Card(756e12, 80e9),
-    "H100 NVL": Card(835e12, 94e9), "H100": Card(989e12, 80e9), "A100": Card(312e12, 80e9), "L40S": Card(362e12, 48e9),
-    "L40": Card(181e12, 48e9), "L4": Card(121e12, 24e9), "A10": Card(125e12, 24e9), "V100": Card(125e12, 32e9),
+    "B200": Card(2250e12, 180e9), "GH200": Card(989e12, 96e9), "H200 NVL": Card(835e12, 141e9), "H200": Card(989e12, 141e9),
+    "H100 PCIe": Card(756e12, 80e9), "H100 NVL": Card(835e12, 94e9), "H100": Card(989e12, 80e9), "A100": Card(312e12, 80e9),
+    "L40S": Card(362e12, 48e9), "L40": Card(181e12, 48e9), "L4": Card(121e12, 24e9), "A10": Card(125e12, 24e9), "V100": Card(125e12, 32e9),
     "RTX 4090": Card(165e12, 24e9), "RTX 3090": Card(71e12, 24e9),
 }  # fmt: skip
 

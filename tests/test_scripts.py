@@ -105,7 +105,7 @@ def test_help_fills_its_lines(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     assert run_main(importlib.import_module("train").main, "--help") == 0
     lines = capsys.readouterr().out.replace("│", " ")  # a terminal gets boxes
-    pairs = re.findall(r"(?=^ {24,25}(\w.*)\n {24,25}(\w\S*))", lines, re.MULTILINE)
+    pairs = re.findall(r"(?=^ {24,26}(\w.*)\n {24,26}(\w\S*))", lines, re.MULTILINE)
     assert len(pairs) > 50
     assert [pair for pair in pairs if len(f"{pair[0].strip()} {pair[1]}") <= 53] == []
 

@@ -38,8 +38,7 @@ class Main:
     total_batch_tokens: int = 524288
     """Tokens per update, over all processes. Gradients accumulate until it is reached."""
     micro_batch_size: int = 64
-    """Sequences per forward pass of a process. Lower it if memory runs out: only rounding changes, the balance of experts,
-    and what dropout drops."""
+    """Sequences per forward pass of a process. Lower it if memory runs out: only rounding, experts' balance and dropout change."""
     max_lr: float = 6e-4
     """AdamW's learning rate at the end of the warmup."""
     seed: int = 1337
