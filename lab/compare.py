@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shlex
+import statistics
 from dataclasses import dataclass
 from os.path import isdir
 from pathlib import Path
@@ -46,6 +47,7 @@ from lab.runs import FAILED, IdeaFailed, Run, Trial, earlier_failure, folder_of,
 from lab.sooner import tokens_to_the_same_loss
 from lab.suites import SMALL, SUITES
 from train import find_data
+from training.flags import parse_flags
 from training.run_json import code_now, other_code
 
 LOOKS, RESULTS, PICTURE = "judge.json", "results.tsv", "compare.png"  # in --out-dir
@@ -143,6 +145,14 @@ def variants_of(config: CompareConfig) -> list[Variant]:
     return [*found.values()]
 
 
+def raise_if_wrong(flags: str):
+    """ValueError if train.py knows a common flag not at all: no idea is to blame."""
+    try:
+        parse_flags(split(flags))
+    except SystemExit as e:
+        raise ValueError("train.py rejects --flags, correct them") from e
+
+
 def raise_if_reserved(variants: list[Variant]):
     reserved, why = ("--seed", "--out-dir", "--out_dir"), "lab.compare sets --seed and --out-dir for each run: leave them out"
     wrong = [v.name for v in variants if any(word.split("=")[0] in reserved for word in v.flags or [])]
@@ -170,6 +180,9 @@ class Comparison:
         given = {name: variant.given for name, variant in self.variants.items() if variant.flags is None}
         self.seeds = self.seeds_to_train(given)
         self.looks = looks_until(config.seeds) if config.until_decided else ()  # (): one, when all seeds are trained
+        if self.looks and len(self.seeds) < self.looks[0]:
+            few = f"--until-decided looks first after {self.looks[0]} seeds, and the given runs have {len(self.seeds)} in common"
+            raise ValueError(f"{few}: train more, or leave it out")
         self.folders: dict[str, dict[int, Path]] = {name: given.get(name, {}) for name in self.variants}  # of the runs so far
         self.failures: dict[str, str] = {}
         self.measured: dict[Path, dict] = {}
@@ -186,11 +199,11 @@ class Comparison:
             return common_seeds(given)[: config.seeds]
         return [*range(config.first_seed, config.first_seed + config.seeds)]
 
-    def looked_at(self, name: str) -> int:
-        """Returns the number of seeds that a verdict about this variant is based on, if none is decided earlier."""
+    def looked_at(self, name: str) -> list[int]:
+        """Returns the seeds that a verdict about this variant is based on, if none is decided earlier."""
         variants = self.variants[name], self.first
         seeds = [variant.given.keys() if variant.flags is None else self.seeds for variant in variants]
-        return len(set(seeds[0]) & set(seeds[1]))
+        return sorted(set(seeds[0]) & set(seeds[1]))
 
     def trained(self) -> list[Variant]:
         return [variant for variant in self.variants.values() if variant.flags is not None]
@@ -221,12 +234,18 @@ class Comparison:
     def origin(self, variant: Variant, code: dict) -> Origin:
         if variant.flags is None:
             return origin_of(next(iter(variant.given.values())))
-        train = run_of(self.config, variant.name, variant.flags, self.seeds[0]).config()
         try:
-            return Origin(train, find_data(train).contents(), code)  # makes missing shards now, not twice
+            train = run_of(self.config, variant.name, variant.flags, self.seeds[0]).config()
+        except IdeaFailed:
+            raise_if_wrong(self.config.flags)
+            raise
+        try:
+            return Origin(train, find_data(train).contents(), code, {}, {})  # makes missing shards now, not twice
         except cli.TryAgain:
             raise
         except ValueError as e:
+            if variant is self.first or train.data_dir == self.origins[self.first.name].config.data_dir:  # no idea is to blame
+                raise
             raise IdeaFailed(variant.name, str(e)) from e
 
     def recall_failures(self, code: dict) -> list[str]:
@@ -287,6 +306,8 @@ class Comparison:
         if reason := no_result(ours):
             return Judgement("failed", reason=reason)
         differences = [one["val_loss"] - theirs[seed]["val_loss"] for seed, one in ours.items() if seed in theirs]
+        if differences and all(self.origins[each].config.ignores_seed for each in (name, self.first.name)):
+            differences = [statistics.fmean(differences)] * len(differences)  # what differs is rounding
         return judge(differences, self.looks)
 
 
@@ -309,30 +330,39 @@ def unused_seconds(comparison: Comparison) -> list[str]:
     return notes
 
 
-def remember_looks(path: Path, pairs: dict[str, int], until_decided: bool) -> list[str]:
-    """Records in judge.json how these pairs are judged, before anyone looks. Returns notes about pairs that were judged with another number
-    of seeds. ValueError if --until-decided had another limit.
+def remember_looks(path: Path, pairs: dict[str, list[int]], until_decided: bool) -> list[str]:
+    """Records in judge.json how these pairs are judged, before anyone looks. Returns notes about pairs that were judged with other seeds.
+    ValueError if --until-decided had another limit.
 
-    pairs: its name → the number of its seeds, at most that many with until_decided."""
+    pairs: its name → its seeds, at most these with until_decided."""
     kept, notes = read_json(path, "delete it, and train all runs again in another --out-dir") if path.exists() else {}, []
     for pair, seeds in pairs.items():
         before = kept.get(pair, {})
-        limit, most = before.get("limit"), before.get("judged")
-        if until_decided and limit not in (None, seeds):
+        limit, looks, until = before.get("limit"), before.get("looks", []), before.get("until")
+        if until_decided and limit not in (None, len(seeds)):
             raise ValueError(
                 f"{pair} began with --until-decided --seeds {limit}, and that limit can't change afterwards: pass --seeds {limit}, "
                 "or train all runs again in another --out-dir"
             )
-        if (most and (until_decided or most != seeds)) or (limit and not until_decided):
-            earlier = f"{most} seed{'s' * (most > 1)}" if most else f"--until-decided --seeds {limit}"
+        earlier = [of_seeds(look) for look in looks if until_decided or look != seeds]
+        if limit and (not until_decided or until not in (None, seeds)):
+            earlier.append(f"--until-decided --seeds {limit}")
+        if (old := before.get("judged")) and (until_decided or old != len(seeds)):  # of an older version
+            earlier.append(f"{old} seeds")
+        if earlier:
             notes.append(
-                f"{pair} was judged with {earlier} before, and looking again adds false verdicts: "
+                f"{pair} was judged with {'; '.join(earlier[:3])} before, and looking again adds false verdicts: "
                 "confirm with fresh seeds, or begin with --until-decided in another --out-dir"
             )
-        kept[pair] = before | ({"limit": seeds} if until_decided else {"judged": max(seeds, most or 0)})
+        now = {"limit": len(seeds), "until": seeds} if until_decided else {"looks": looks + [seeds] * (seeds not in looks)}
+        kept[pair] = before | now
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, kept)
     return notes
+
+
+def of_seeds(seeds: list[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {cli.some(seeds, 8)}"
 
 
 def rows_of(comparison: Comparison, results: dict[str, dict[int, dict]]) -> list[dict]:
@@ -396,12 +426,19 @@ def text_of(found: dict, markdown: bool = False) -> str:
 def compare(comparison: Comparison) -> dict:
     """Trains and judges. Returns what --json prints."""
     config, first, looks = comparison.config, comparison.first.name, comparison.looks
-    pairs = {f"{name} against {first}": looks[-1] if looks else comparison.looked_at(name) for name in comparison.others()}
+    seeds = {name: comparison.seeds[: looks[-1]] if looks else comparison.looked_at(name) for name in comparison.others()}
+    pairs = {f"{name} against {first}": found for name, found in seeds.items()}
     with lock_folder(Path(config.out_dir), wait=True):  # other commands may judge other ideas there
         notes = comparison.notes + remember_looks(Path(config.out_dir, LOOKS), pairs, config.until_decided)
     notes += comparison.run() + unused_seconds(comparison)
     notes += machine_notes([folder for runs in comparison.folders.values() for folder in runs.values()])
     return report_results(comparison, notes)
+
+
+def first_name(config: CompareConfig) -> str:
+    """Returns the name of the first variant if it is to be trained, else ""."""
+    words = [*SUITES[config.suite]] if config.suite != "none" else config.variants
+    return "" if isdir(words[0]) else words[0].split("=")[0]
 
 
 def main():
@@ -412,7 +449,8 @@ def main():
         try:
             found = compare(Comparison(config))
         except IdeaFailed as e:
-            e.status = 3  # a program that tries ideas may continue with the next one
+            if e.name != first_name(config):
+                e.status = 3  # a program that tries ideas may continue with the next one
             raise
         print(json.dumps(found, indent=2) if config.json else text_of(found, config.markdown), flush=True)
 

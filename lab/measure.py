@@ -42,7 +42,8 @@ def measure(folder: Path) -> dict:
         raise ValueError(f"{folder / 'metrics.jsonl'} has no steps: delete the folder to train the run again, or leave it out")
     validations = read_metrics(folder / "metrics.jsonl", ["tokens", "val_loss"], "val_loss")
     model, loss = build_on_meta(config.model), last_checkpoint(folder)["val_loss"]
-    per_token = bytes_per_token(folder)
+    params, per_token = read_run_json(folder / RUN).get("params", model.num_params()), bytes_per_token(folder)
+    ours = params == model.num_params()  # else other code has built it, and this checkout can't count for it
     return {
         "tokens": max(metrics["tokens"].values(), default=config.max_steps * config.total_batch_tokens),
         "val_loss": loss,
@@ -50,10 +51,10 @@ def measure(folder: Path) -> dict:
         "seconds": max((metrics["training_seconds"] or metrics["seconds"]).values()),  # older runs have only seconds with compiling
         "tokens_per_second": statistics.median(rates[len(rates) // 2 :]),  # it has compiled by then
         "memory_bytes": max(metrics["memory_bytes"].values()),
-        "params": model.num_params(),
-        "active_params": model.num_params() - idle_params(model),
-        "flops_per_token": flops_per_token(model),
-        "cache_bytes": cache_bytes(config.model),
+        "params": params,
+        "active_params": params - idle_params(model) if ours else params,
+        "flops_per_token": flops_per_token(model) if ours else None,
+        "cache_bytes": cache_bytes(config.model) if ours else None,
         "not_a_language_model": check_predictions(folder),
         "curve": {validations["tokens"][step]: loss for step, loss in sorted(validations["val_loss"].items()) if step},
     }

@@ -1,5 +1,6 @@
 """Where runs come from: their code, data, settings and machine. Says what must not be mixed."""
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,9 @@ def recorded(folders: list[Path]) -> list[Path]:
     return [folder for folder in folders if (folder / RUN).exists()]
 
 
+# settings that decide a loss, and that a resume may change
+RESUMED = ("max_steps", "max_seconds", "dtype", "skip_spikes")
+FINGERPRINTS = {"init": "init_from", "teacher_sha256": "teacher"}  # in run.json → the flag
 TRAIN_AGAIN = "train all runs again in another --out-dir, or pass --mixed to use these too"
 LEAVE_OUT = "leave them out, or pass --mixed to use these too"
 MAKE_EQUAL = "make both equal, or pass --mixed to compare them anyway"
@@ -56,12 +60,13 @@ def refuse_unless(mixed: bool, notes: list[str], remedy: str = TRAIN_AGAIN) -> l
 
 
 def machine_notes(folders: list[Path]) -> list[str]:
-    """Names the devices, and the versions of torch, if the runs in these folders had several: their speeds can't be compared."""
+    """Names the devices, their numbers and the versions of torch, if the runs in these folders had several: their speeds can't be
+    compared."""
     launches = [launch for folder in folders for launch in read_run_json(folder / RUN)["launches"]]
     notes = []
-    for name in ("device", "torch"):
-        found = sorted({str(launch.get(name)) for launch in launches})
-        notes += [f"the runs had more than one {name}: {', '.join(found)}"] if found[1:] else []
+    for name, what in (("device", "device"), ("world_size", "number of processes"), ("torch", "torch")):
+        found = sorted({str(launch[name]) for launch in launches if name in launch})
+        notes += [f"the runs had more than one {what}: {', '.join(found)}"] if found[1:] else []
     return notes
 
 
@@ -79,6 +84,16 @@ def settings_of(folder: Path) -> dict:
     return without_seed({**vars(config), **vars(config.model)}, config.seed)
 
 
+def changed_by_resumes(folder: Path) -> dict[str, list]:
+    """Returns the settings that decide a loss and that a resume changed, each with its values in order: --max-steps [1000, 1900] had the
+    schedule end twice. Launches whose steps were all computed again don't count."""
+    launches = read_run_json(folder / RUN)["launches"]
+    starts = [launch.get("step", 0) for launch in launches]
+    kept = [launch for i, launch in enumerate(launches) if "config" in launch and starts[i] < min(starts[i + 1 :], default=math.inf)]
+    values = {name: [launch["config"].get(name) for launch in kept] for name in RESUMED}
+    return {cli.flag(name): found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
 def mixtures(name: str, folders: list[Path]) -> list[str]:
     """Says how the runs of one variant differ in more than the seed."""
     if not folders:
@@ -89,13 +104,22 @@ def mixtures(name: str, folders: list[Path]) -> list[str]:
         found = settings_of(folder)
         if changed := [key for key in settings if settings[key] != found[key]]:
             notes.append(f"{name}: {folder} has other settings than {first} ({cli.some(changed, 3)})")
+        elif (ours := changed_by_resumes(folder)) != (theirs := changed_by_resumes(first)):
+            notes.append(f"{name}: {folder} {described(ours)}, {first} {described(theirs)}")
+        ours, theirs = read_run_json(folder / RUN), read_run_json(first / RUN)
+        for key, flag in FINGERPRINTS.items():
+            same_path = ours["config"].get(flag) == theirs["config"].get(flag)
+            if same_path and ours.get(key) and theirs.get(key) and ours[key] != theirs[key]:
+                notes.append(f"{name}: {folder} has another {cli.flag(flag)} than {first}, under the same path")
         if why := differences(read_run_json(first / RUN)["data"], read_run_json(folder / RUN)["data"]):
             notes.append(f"{name}: {folder} was trained on other data than {first} ({cli.some(why, 3)})")
     return notes + [f"{name}: {note}" for note in code_notes(folders, last_of(first))]
 
 
-def budget_of(config: TrainConfig) -> str:
-    return f"{config.max_seconds:g} seconds" if config.max_seconds else f"{config.max_steps * config.total_batch_tokens:,} tokens"
+def described(changed: dict[str, list]) -> str:
+    """Says what changed_by_resumes found."""
+    pairs = [f"{flag} {', then '.join(map(str, values))}" for flag, values in changed.items()]
+    return f"was resumed with other settings ({'; '.join(pairs)})" if pairs else "was not resumed with other settings"
 
 
 class Origin(NamedTuple):
@@ -104,10 +128,21 @@ class Origin(NamedTuple):
     config: TrainConfig
     data: dict[str, list]  # as contents() of the shards
     launch: dict  # commit and code, as code_now() or a launch
+    changed: dict[str, list]  # by resumes
+    weights: dict[str, str]  # fingerprints of --init-from and --teacher
+
+    @property
+    def budget(self) -> str:
+        config, processes = self.config, self.launch.get("world_size", 1)
+        if not config.max_seconds:
+            return f"{config.max_steps * config.total_batch_tokens:,} tokens"
+        return f"{config.max_seconds:g} seconds" + f" on {processes} processes" * (processes > 1)
 
 
 def origin_of(folder: Path) -> Origin:
-    return Origin(read_run(folder), read_run_json(folder / RUN)["data"], last_of(folder))
+    run = read_run_json(folder / RUN)
+    weights = {flag: run[key] for key, flag in FINGERPRINTS.items() if run.get(key)}
+    return Origin(read_run(folder), run["data"], last_of(folder), changed_by_resumes(folder), weights)
 
 
 def unequal(name: str, ours: Origin, first: str, theirs: Origin, budget: bool) -> list[str]:
@@ -124,8 +159,12 @@ def unequal(name: str, ours: Origin, first: str, theirs: Origin, budget: bool) -
         if bool(mine := getattr(ours.config, field)) != bool(other := getattr(theirs.config, field)):
             who, whose, value = (name, first, mine) if mine else (first, name, other)
             notes.append(f"{who} learns from another model ({cli.flag(field)} {value}), {whose} doesn't")
-    if budget and budget_of(ours.config) != budget_of(theirs.config):
-        notes.append(f"{name} trains for {budget_of(ours.config)}, {first} for {budget_of(theirs.config)}")
+        elif mine == other and len({ours.weights.get(field), theirs.weights.get(field)} - {None}) > 1:
+            notes.append(f"{name} has another {cli.flag(field)} than {first}, under the same path")
+    if budget and ours.budget != theirs.budget:
+        notes.append(f"{name} trains for {ours.budget}, {first} for {theirs.budget}")
+    if budget and ours.changed != theirs.changed:
+        notes.append(f"{name} {described(ours.changed)}, {first} {described(theirs.changed)}")
     return notes
 
 

@@ -21,7 +21,7 @@ TSV = ("commit", "name", "against", "seeds", "loss", "difference", "interval", "
 
 
 def summary(runs: dict[str, dict[int, dict]], judgements: dict[str, Judgement]) -> list[dict]:
-    """Returns a row per variant: means over its seeds, its speed relative to the first variant (median over seeds), and its verdict.
+    """Returns a row per variant: losses as means over its seeds, tokens, costs and speeds as medians, and its verdict.
 
     runs: name → seed → measured numbers. A failed variant may have none."""
     first = next(iter(runs.values()))
@@ -33,8 +33,9 @@ def summary(runs: dict[str, dict[int, dict]], judgements: dict[str, Judgement]) 
             bits = [one["bits_per_byte"] for one in seeds.values()]
             ratios = [one["tokens_per_second"] / first[seed]["tokens_per_second"] for seed, one in seeds.items() if seed in first]
             row |= {
-                **{key: some[key] for key in ("tokens", "params", "active_params", "flops_per_token", "cache_bytes")},
-                "work": some["flops_per_token"] / next(iter(first.values()))["flops_per_token"] if first else None,
+                **{key: some[key] for key in ("params", "active_params", "flops_per_token", "cache_bytes")},
+                "tokens": round(statistics.median(one["tokens"] for one in seeds.values())),
+                "work": ratio_of_work(some, next(iter(first.values()), {})),
                 "val_loss": statistics.fmean(losses),
                 "spread": max(losses) - min(losses),
                 "perplexity": finite(perplexity_of(statistics.fmean(losses))),
@@ -47,6 +48,11 @@ def summary(runs: dict[str, dict[int, dict]], judgements: dict[str, Judgement]) 
             row |= asdict(judgement) | {"text": judgement.text, "paired_seeds": shared}
         rows.append(row)
     return rows
+
+
+def ratio_of_work(ours: dict, theirs: dict) -> float | None:
+    mine, other = ours.get("flops_per_token"), theirs.get("flops_per_token")
+    return mine / other if mine and other else None
 
 
 def finite(value: float) -> float | None:
@@ -253,7 +259,9 @@ def draw_forest(axes, values: dict[str, list[float]], level: float):
         if each:
             mean, half = band([[value] for value in each], level)
             axes.errorbar(mean, [-i], xerr=half, color=COLORS[i % len(COLORS)], fmt="D", markersize=5, capsize=3)
-    axes.set_yticks([-i for i in range(len(values))], [label_of(name, 34) + ("" if each else ": failed") for name, each in values.items()])
+    axes.set_yticks(
+        [-i for i in range(len(values))], [label_of(name, 34) + ("" if each else ": no result") for name, each in values.items()]
+    )
     axes.set_ylim(-len(values) + 0.4, 0.6)
     axes.set_xlabel("nats per token")
 

@@ -341,4 +341,4 @@ def test_another_teacher_is_another_run(shards, tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_script_shows_the_error_of_a_run(shards, tmp_path):
     result = script("lab.compare", "a=--preset quickstart --data-dir nowhere", "--out-dir", tmp_path, "--seeds", 1)
-    assert result.returncode == 3 and "the folder nowhere does not exist" in result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and "the folder nowhere does not exist" in result.stderr.splitlines()[-1]

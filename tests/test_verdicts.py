@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +24,11 @@ from common.shards import write_shard
 from common.tables import WIDTH
 from lab import compare, measure, report, runs
 from lab.compare import CompareConfig
+from lab.judge import SAME
 from lab.report import draw, show
 from lab.suites import SUITES
 from model import cross_entropy
+from training.config import TrainConfig
 from training.run_json import RUN
 from variants import VariantConfig, VariantGPT, build
 
@@ -220,13 +223,114 @@ def test_unequal_clocks_of_workers_are_noted(world, monkeypatch):
 def test_other_limits_and_second_looks_are_named(world):
     argv = ["plain=", "even=--pos rope", world.flags()]
     assert world.judge(*argv, "--seeds", 3)["notes"] == world.judge(*argv, "--seeds", 3)["notes"] == []
-    again = "even against plain was judged with 3 seeds before, and looking again adds false verdicts: confirm with fresh seeds"
+    again = "even against plain was judged with seeds 1, 2, 3 before, and looking again adds false verdicts: confirm with fresh seeds"
     assert world.judge(*argv, "--seeds", 4)["notes"][0].startswith(again) and world.judge(*argv, "--seeds", 2)["notes"]
+    (note,) = world.judge(*argv, "--seeds", 3, "--first-seed", 2)["notes"]  # until one likes the seeds
+    assert "was judged with seeds 1, 2, 3; seeds 1, 2, 3, 4; seeds 1, 2 before" in note
     other = [*argv, "--out-dir", "o", "--until-decided"]
     world.judge(*other, "--seeds", 4)
     assert "began with --until-decided --seeds 4, and that limit can't change afterwards: pass --seeds 4" in world.error(*other)
+    assert "was judged with --until-decided --seeds 4 before" in world.judge(*other, "--seeds", 4, "--first-seed", 2)["notes"][0]
     (note,) = world.judge(*argv, "--out-dir", "o", "--seeds", 5)["notes"]
     assert "was judged with --until-decided --seeds 4 before" in note
+
+
+def edit_run(folder: Path, change):
+    run = json.loads((folder / RUN).read_text())
+    change(run)
+    write_json(folder / RUN, run)
+
+
+@pytest.mark.slow
+def test_runs_resumed_with_other_settings_are_refused(world):
+    """A longer --max-steps lets the schedule end twice. The settings at the end are equal."""
+
+    def shorter_first(run):
+        (last,) = run["launches"]
+        run["launches"] = [last | {"config": last["config"] | {"max_steps": 10}}, last | {"step": 10}]
+
+    folders = [world.variant("log/plain", (1, 2, 3)), world.variant("log/better", (1, 2, 3))]
+    edit_run(Path("log/better/2"), shorter_first)
+    changed = "was resumed with other settings (--max-steps 10, then 20)"
+    assert f"better: log/better/2 {changed}, log/better/1 was not resumed with other settings: leave" in world.error(*folders)
+    for seed in (1, 3):
+        edit_run(Path(f"log/better/{seed}"), shorter_first)
+    assert f"better {changed}, plain was not resumed with other settings: make both equal" in world.error(*folders)
+    assert world.judge(*folders, "--mixed")["notes"] == [f"better {changed}, plain was not resumed with other settings"]
+    for seed in (1, 2, 3):
+        edit_run(Path(f"log/plain/{seed}"), shorter_first)
+    assert world.judge(*folders, "--out-dir", "o")["notes"] == []  # both in the same way
+    for seed in (1, 2, 3):  # the first launch's steps were computed again
+        edit_run(Path(f"log/better/{seed}"), lambda run: run["launches"][1].update(step=0))
+        edit_run(Path(f"log/plain/{seed}"), lambda run: run["launches"].pop(0))
+    assert world.judge(*folders, "--out-dir", "p")["notes"] == []
+
+
+@pytest.mark.slow
+def test_equal_time_needs_as_many_processes(world):
+    flags = ("--max-seconds", "2")
+    folders = [world.variant("log/plain", (1, 2), flags), world.variant("log/better", (1, 2), flags)]
+    for seed in (1, 2):
+        edit_run(Path(f"log/plain/{seed}"), lambda run: run["launches"][0].update(world_size=1))
+    assert "better trains for 2 seconds on 8 processes, plain for 2 seconds: make both equal" in world.error(*folders)
+    notes = world.judge(*folders, "--mixed")["notes"]
+    assert "the runs had more than one number of processes: 1, 8" in notes
+
+
+@pytest.mark.slow
+def test_seeds_that_change_nothing_count_as_one(world, monkeypatch):
+    """With --init-from and --no-shuffle, runs differ by rounding alone."""
+    folders = [world.variant("log/plain", (1, 2, 3)), world.variant("log/better", (1, 2, 3))]
+    assert world.judge(*folders)["variants"][1]["verdict"] == "better"
+    monkeypatch.setattr(TrainConfig, "ignores_seed", True)
+    assert world.judge(*folders)["variants"][1]["text"] == f"no difference shown: {SAME}"
+    monkeypatch.undo()
+    plain = TrainConfig(init_from="gpt2", shuffle=False)
+    assert plain.ignores_seed and not replace(plain, shuffle=True).ignores_seed and not replace(plain, init_from="").ignores_seed
+    assert not replace(plain, model=VariantConfig(dropout=0.1)).ignores_seed
+
+
+@pytest.mark.slow
+def test_changed_weights_under_one_path_are_named(world):
+    folders = [world.variant("log/plain", (1, 2)), world.variant("log/better", (1, 2))]
+    for folder, fingerprint in (("plain/1", "a"), ("plain/2", "a"), ("better/1", "b"), ("better/2", "c")):
+        edit_run(
+            Path("log", folder), lambda run, fingerprint=fingerprint: (run.update(init=fingerprint), run["config"].update(init_from="m"))
+        )
+    assert "better: log/better/2 has another --init-from than log/better/1, under the same path: leave them" in world.error(*folders)
+    edit_run(Path("log/better/2"), lambda run: run.update(init="b"))
+    assert "better has another --init-from than plain, under the same path: make both equal" in world.error(*folders)
+
+
+@pytest.mark.slow
+def test_model_of_other_code_is_not_counted_anew(world):
+    """This checkout builds another model from the same settings."""
+    folders = [world.variant("log/plain", (1, 2)), world.variant("log/better", (1, 2))]
+    for seed in (1, 2):
+        edit_run(Path(f"log/better/{seed}"), lambda run: run.update(params=12345))
+    plain, better = world.judge(*folders)["variants"]
+    assert plain["work"] == 1 and better["params"] == 12345 and better["work"] is better["cache_bytes"] is None
+    assert run_main(compare.main, *folders) == 0 and "0.012 M" in world.capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_mistakes_in_the_command_blame_no_idea(world, monkeypatch):
+    """Status 3 would make a program go through all its ideas."""
+
+    def no_data(config):
+        raise ValueError("gone")
+
+    world.judge("plain=", world.flags(), "--seeds", 3)
+    given = ["log/compare/plain", "even=--pos rope", "--until-decided"]
+    assert run_main(compare.main, *given, world.flags() + " --no-such-flag") == 2
+    assert run_main(compare.main, "plain=--no-such-flag", "even=", world.flags()) == 2
+    assert run_main(compare.main, *given[:1], "even=--no-such-flag", world.flags()) == 3
+    assert run_main(compare.main, *given[:1], "even=--data-dir none", world.flags()) == 3
+    monkeypatch.setattr(compare, "find_data", no_data)
+    assert "gone" in world.error(*given, world.flags()) and run_main(compare.main, *given, world.flags()) == 2
+    assert "--until-decided looks first after 3 seeds, and the given runs have 2 in common: train more" in world.error(
+        world.variant("log/few", (1, 2)), "even=--pos rope", world.flags(), "--until-decided"
+    )
 
 
 @pytest.mark.slow
@@ -235,7 +339,7 @@ def test_more_seeds_in_a_folder_are_named(world):
     assert world.judge(*folders)["notes"] == world.judge(*folders)["notes"] == []
     world.variant("log/plain", (4,)), world.variant("log/even", (4, 5))
     (note,) = world.judge(*folders)["notes"]
-    assert note.startswith("even against plain was judged with 3 seeds before")
+    assert note.startswith("even against plain was judged with seeds 1, 2, 3 before")
     assert "so --until-decided has nothing to train: leave it out" in world.error(*folders, "--until-decided")
 
 
@@ -537,7 +641,7 @@ def test_picture_shows_losses_and_differences(tmp_path, drawn, points):
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=1e-6)
     assert sorted(final.lines[final.lines.index(final.containers[0].lines[0]) + 3].get_xdata()) == pytest.approx(sorted(differences))
     named = panels["Validation loss, 95 % interval"] if not points else final
-    assert [label.get_text() for label in named.get_yticklabels()] == ["first", "idea", "failed: failed"]
+    assert [label.get_text() for label in named.get_yticklabels()] == ["first", "idea", "failed: no result"]
     assert figure.get_suptitle() == "3 variants, the first is first: 843 k parameters, 4.1 M tokens, 3 seeds"
     if points:
         gaps = panels["Difference from first, 95 % band: below 0 is better"]
