@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from common.files import read_json, write_atomically, write_json
@@ -132,9 +133,10 @@ class RunFolder:
             number += 1
         self.path = place
         self.path.mkdir(parents=True)  # the parent may be gone too
-        self.write_run()
-        for name, data in (self.mirror.texts if self.mirror else {}).items():  # the logs, as far as the bucket has them
-            write_atomically(self.path / name, lambda file, data=data: file.write(data))
+        with suppress(OSError):
+            for name, data in [*self.mirror.texts.items()] if self.mirror else ():  # the logs, as far as the bucket has them
+                write_atomically(self.path / name, lambda file, data=data: file.write(data))
+        self.write_run()  # last: from now on, other threads write here
 
 
 def identity(path: Path) -> tuple | None:

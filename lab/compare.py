@@ -41,6 +41,7 @@ from lab.origins import (
     origin_of,
     refuse_unless,
     unequal,
+    weights_now,
 )  # fmt: skip
 from lab.report import check_tools, draw, record, show, summary
 from lab.runs import FAILED, IdeaFailed, Run, Trial, earlier_failure, folder_of, run_all, share_hardware, split
@@ -122,6 +123,8 @@ class Variant(NamedTuple):
 
 def variants_of(config: CompareConfig) -> list[Variant]:
     """Returns the variants in the order of the command line. Flags may contain {out_dir} and {seed}. IdeaFailed if some are wrong."""
+    if has_reserved(split(config.flags)):
+        raise ValueError(f"--flags: {RESERVED}")
     common, words = config.flags, config.variants
     if config.suite != "none":
         common = f"{SMALL} --data-dir {shlex.quote(config.data_dir)} {common}"
@@ -141,26 +144,27 @@ def variants_of(config: CompareConfig) -> list[Variant]:
                 found[name] = Variant(name, split(f"{common} {flags}"), {})  # a variant's own flags come last and win
             except ValueError as e:
                 raise IdeaFailed(name, str(e)) from e
-    raise_if_reserved([*found.values()])
+    for variant in found.values():
+        if has_reserved(variant.flags or []):
+            raise IdeaFailed(variant.name, RESERVED)
+        if folder_of("", variant.name, 1).parent.name in (LOOKS, RESULTS, PICTURE):
+            raise ValueError(f"{variant.name} is a file of lab.compare: rename the variant")
     return [*found.values()]
 
 
 def raise_if_wrong(flags: str):
-    """ValueError if train.py knows a common flag not at all: no idea is to blame."""
+    """ValueError if the common flags are wrong by themselves: no idea is to blame."""
     try:
-        parse_flags(split(flags))
-    except SystemExit as e:
-        raise ValueError("train.py rejects --flags, correct them") from e
+        parse_flags(split(flags)).validate(1)
+    except (SystemExit, ValueError) as e:
+        raise ValueError(f"train.py rejects --flags={shlex.quote(flags)}, correct them") from e
 
 
-def raise_if_reserved(variants: list[Variant]):
-    reserved, why = ("--seed", "--out-dir", "--out_dir"), "lab.compare sets --seed and --out-dir for each run: leave them out"
-    wrong = [v.name for v in variants if any(word.split("=")[0] in reserved for word in v.flags or [])]
-    if wrong:
-        raise IdeaFailed(wrong[0], why, "; ".join(f"{name}: {why}" for name in wrong))
-    for variant in variants:
-        if folder_of("", variant.name, 1).parent.name in (LOOKS, RESULTS, PICTURE):
-            raise ValueError(f"{variant.name} is a file of lab.compare: rename the variant")
+RESERVED = "lab.compare sets --seed and --out-dir for each run: leave them out"
+
+
+def has_reserved(flags: list[str]) -> bool:
+    return any(word.split("=")[0] in ("--seed", "--out-dir", "--out_dir") for word in flags)
 
 
 def run_of(config: CompareConfig, name: str, flags: list[str], seed: int) -> Run:
@@ -237,10 +241,13 @@ class Comparison:
         try:
             train = run_of(self.config, variant.name, variant.flags, self.seeds[0]).config()
         except IdeaFailed:
-            raise_if_wrong(self.config.flags)
+            if self.first.flags is None:
+                raise_if_wrong(self.config.flags)
             raise
         try:
-            return Origin(train, find_data(train).contents(), code, {}, {})  # makes missing shards now, not twice
+            return Origin(
+                train, find_data(train).contents(), code, {}, weights_now(train, self.origins)
+            )  # makes missing shards now, not twice
         except cli.TryAgain:
             raise
         except ValueError as e:
@@ -287,7 +294,8 @@ class Comparison:
         for name in self.failures:
             self.folders[name] = {}
         if reason := no_result(self.results()[first]):
-            raise IdeaFailed(first, reason, f"{first} is no measure for others ({reason}): compare with another variant")
+            why = f"{first} is no measure for others ({reason}): compare with another variant"
+            raise ValueError(why) if self.first.flags is None else IdeaFailed(first, reason, why)
         return notes
 
     def results(self) -> dict[str, dict[int, dict]]:
@@ -306,7 +314,7 @@ class Comparison:
         if reason := no_result(ours):
             return Judgement("failed", reason=reason)
         differences = [one["val_loss"] - theirs[seed]["val_loss"] for seed, one in ours.items() if seed in theirs]
-        if differences and all(self.origins[each].config.ignores_seed for each in (name, self.first.name)):
+        if differences and all(self.origins[each].ignores_seed for each in (name, self.first.name)):
             differences = [statistics.fmean(differences)] * len(differences)  # what differs is rounding
         return judge(differences, self.looks)
 
@@ -330,32 +338,31 @@ def unused_seconds(comparison: Comparison) -> list[str]:
     return notes
 
 
-def remember_looks(path: Path, pairs: dict[str, list[int]], until_decided: bool) -> list[str]:
+def remember_looks(path: Path, pairs: dict[str, list[int]], limit: int) -> list[str]:
     """Records in judge.json how these pairs are judged, before anyone looks. Returns notes about pairs that were judged with other seeds.
     ValueError if --until-decided had another limit.
 
-    pairs: its name → its seeds, at most these with until_decided."""
+    pairs: its name → its seeds, at most these with a limit. limit: --seeds, if --until-decided looks several times, else 0."""
     kept, notes = read_json(path, "delete it, and train all runs again in another --out-dir") if path.exists() else {}, []
     for pair, seeds in pairs.items():
         before = kept.get(pair, {})
-        limit, looks, until = before.get("limit"), before.get("looks", []), before.get("until")
-        if until_decided and limit not in (None, len(seeds)):
+        began, looks, until = before.get("limit"), before.get("looks", []), before.get("until", [])
+        if limit and began not in (None, limit):
             raise ValueError(
-                f"{pair} began with --until-decided --seeds {limit}, and that limit can't change afterwards: pass --seeds {limit}, "
+                f"{pair} began with --until-decided --seeds {began}, and that limit can't change afterwards: pass --seeds {began}, "
                 "or train all runs again in another --out-dir"
             )
-        earlier = [of_seeds(look) for look in looks if until_decided or look != seeds]
-        if limit and (not until_decided or until not in (None, seeds)):
-            earlier.append(f"--until-decided --seeds {limit}")
-        if (old := before.get("judged")) and (until_decided or old != len(seeds)):  # of an older version
+        earlier = [of_seeds(look) for look in looks if limit or look != seeds]
+        earlier += [f"--until-decided and {of_seeds(look)}" for look in until if not limit or look[: len(seeds)] != seeds[: len(look)]]
+        if (old := before.get("judged")) and (limit or old != len(seeds)):  # of an older version
             earlier.append(f"{old} seeds")
         if earlier:
             notes.append(
                 f"{pair} was judged with {'; '.join(earlier[:3])} before, and looking again adds false verdicts: "
                 "confirm with fresh seeds, or begin with --until-decided in another --out-dir"
             )
-        now = {"limit": len(seeds), "until": seeds} if until_decided else {"looks": looks + [seeds] * (seeds not in looks)}
-        kept[pair] = before | now
+        name, before_that = ("until", until) if limit else ("looks", looks)
+        kept[pair] = before | ({"limit": limit} if limit else {}) | {name: before_that + [seeds] * (seeds not in before_that)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, kept)
     return notes
@@ -429,7 +436,7 @@ def compare(comparison: Comparison) -> dict:
     seeds = {name: comparison.seeds[: looks[-1]] if looks else comparison.looked_at(name) for name in comparison.others()}
     pairs = {f"{name} against {first}": found for name, found in seeds.items()}
     with lock_folder(Path(config.out_dir), wait=True):  # other commands may judge other ideas there
-        notes = comparison.notes + remember_looks(Path(config.out_dir, LOOKS), pairs, config.until_decided)
+        notes = comparison.notes + remember_looks(Path(config.out_dir, LOOKS), pairs, looks[-1] if looks else 0)
     notes += comparison.run() + unused_seconds(comparison)
     notes += machine_notes([folder for runs in comparison.folders.values() for folder in runs.values()])
     return report_results(comparison, notes)

@@ -138,11 +138,24 @@ class Origin(NamedTuple):
             return f"{config.max_steps * config.total_batch_tokens:,} tokens"
         return f"{config.max_seconds:g} seconds" + f" on {processes} processes" * (processes > 1)
 
+    @property
+    def ignores_seed(self) -> bool:
+        """Whether runs with other seeds are the same, apart from rounding: they start from one model and read the same text."""
+        config, shared = self.config, without_seed(vars(self.config), self.config.seed)
+        own = any(shared[name] != getattr(config, name) for name in ("init_from", "teacher"))  # each seed has its own
+        return bool(config.init_from) and not (config.shuffle or config.model.dropout or own)
+
 
 def origin_of(folder: Path) -> Origin:
     run = read_run_json(folder / RUN)
     weights = {flag: run[key] for key, flag in FINGERPRINTS.items() if run.get(key)}
     return Origin(read_run(folder), run["data"], last_of(folder), changed_by_resumes(folder), weights)
+
+
+def weights_now(config: TrainConfig, others: dict[str, Origin]) -> dict[str, str]:
+    """Returns the fingerprint of --init-from, if a finished run started from the same path: the file may have changed since."""
+    known = config.init_from and any(each.weights and each.config.init_from == config.init_from for each in others.values())
+    return {"init_from": checkpoint.fingerprint(config.init_from, config.init_revision)} if known else {}
 
 
 def unequal(name: str, ours: Origin, first: str, theirs: Origin, budget: bool) -> list[str]:

@@ -141,7 +141,7 @@ def test_mistakes_are_one_line(capsys, tmp_path):
         (["a b=", "a_b=--max-steps 1"], "two variants would share a folder, rename one: a_b, a_b"),
         (["a=--n-head 5"], "a: n_embd 768 is not a multiple of n_head 5"),
         (["a='"], "No closing quotation"),
-        (["a=--seed 3", "b=--out-dir=x"], "a: lab.compare sets --seed and --out-dir for each run: leave them out; b: lab.compare"),
+        (["a=--seed 3", "b=--out-dir=x"], "error: a: lab.compare sets --seed and --out-dir for each run: leave them out"),
     ):
         assert run_main(compare.main, *argv, "--out-dir", tmp_path / "out") in (2, 3)
         (error,) = capsys.readouterr().err.strip().splitlines()

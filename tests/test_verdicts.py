@@ -25,6 +25,7 @@ from common.tables import WIDTH
 from lab import compare, measure, report, runs
 from lab.compare import CompareConfig
 from lab.judge import SAME
+from lab.origins import Origin
 from lab.report import draw, show
 from lab.suites import SUITES
 from model import cross_entropy
@@ -230,9 +231,15 @@ def test_other_limits_and_second_looks_are_named(world):
     other = [*argv, "--out-dir", "o", "--until-decided"]
     world.judge(*other, "--seeds", 4)
     assert "began with --until-decided --seeds 4, and that limit can't change afterwards: pass --seeds 4" in world.error(*other)
-    assert "was judged with --until-decided --seeds 4 before" in world.judge(*other, "--seeds", 4, "--first-seed", 2)["notes"][0]
+    for _ in range(2):
+        (note,) = world.judge(*other, "--seeds", 4, "--first-seed", 2)["notes"]
+        assert "was judged with --until-decided and seeds 1, 2, 3, 4 before" in note
+    given = [world.variant("log/few", (1, 2, 3)), *argv[1:], "--out-dir", "p", "--until-decided", "--seeds", 4]
+    assert world.judge(*given)["notes"] == []
+    world.variant("log/few", (4,))
+    assert world.judge(*given)["notes"] == [] and json.loads(Path("p/judge.json").read_text())["even against few"]["limit"] == 4
     (note,) = world.judge(*argv, "--out-dir", "o", "--seeds", 5)["notes"]
-    assert "was judged with --until-decided --seeds 4 before" in note
+    assert "was judged with --until-decided and seeds 1, 2, 3, 4; --until-decided and seeds 2, 3, 4, 5 before" in note
 
 
 def edit_run(folder: Path, change):
@@ -282,16 +289,23 @@ def test_seeds_that_change_nothing_count_as_one(world, monkeypatch):
     """With --init-from and --no-shuffle, runs differ by rounding alone."""
     folders = [world.variant("log/plain", (1, 2, 3)), world.variant("log/better", (1, 2, 3))]
     assert world.judge(*folders)["variants"][1]["verdict"] == "better"
-    monkeypatch.setattr(TrainConfig, "ignores_seed", True)
+    monkeypatch.setattr(Origin, "ignores_seed", True)
     assert world.judge(*folders)["variants"][1]["text"] == f"no difference shown: {SAME}"
     monkeypatch.undo()
-    plain = TrainConfig(init_from="gpt2", shuffle=False)
-    assert plain.ignores_seed and not replace(plain, shuffle=True).ignores_seed and not replace(plain, init_from="").ignores_seed
-    assert not replace(plain, model=VariantConfig(dropout=0.1)).ignores_seed
+    plain = TrainConfig(init_from="log/pre", shuffle=False, seed=3, model=VariantConfig())
+    assert Origin(plain, {}, {}, {}, {}).ignores_seed
+    for changed in (
+        dict(shuffle=True),
+        dict(init_from=""),
+        dict(init_from="log/pre/3"),
+        dict(teacher="a/3"),
+        dict(model=VariantConfig(dropout=0.1)),
+    ):
+        assert not Origin(replace(plain, **changed), {}, {}, {}, {}).ignores_seed
 
 
 @pytest.mark.slow
-def test_changed_weights_under_one_path_are_named(world):
+def test_changed_weights_under_one_path_are_named(world, monkeypatch):
     folders = [world.variant("log/plain", (1, 2)), world.variant("log/better", (1, 2))]
     for folder, fingerprint in (("plain/1", "a"), ("plain/2", "a"), ("better/1", "b"), ("better/2", "c")):
         edit_run(
@@ -300,6 +314,10 @@ def test_changed_weights_under_one_path_are_named(world):
     assert "better: log/better/2 has another --init-from than log/better/1, under the same path: leave them" in world.error(*folders)
     edit_run(Path("log/better/2"), lambda run: run.update(init="b"))
     assert "better has another --init-from than plain, under the same path: make both equal" in world.error(*folders)
+    monkeypatch.setattr("checkpoint.fingerprint", lambda path, revision=None: "b")
+    monkeypatch.setattr("checkpoint.load_config", lambda *args: None)
+    changed = "idea has another --init-from than plain, under the same path: make both equal"
+    assert changed in world.error("log/plain", "idea=--init-from m", world.flags())
 
 
 @pytest.mark.slow
@@ -324,6 +342,8 @@ def test_mistakes_in_the_command_blame_no_idea(world, monkeypatch):
     given = ["log/compare/plain", "even=--pos rope", "--until-decided"]
     assert run_main(compare.main, *given, world.flags() + " --no-such-flag") == 2
     assert run_main(compare.main, "plain=--no-such-flag", "even=", world.flags()) == 2
+    for wrong in (" --seed 3", " 'open", " --max-steps 0"):
+        assert run_main(compare.main, *given, world.flags() + wrong) == 2
     assert run_main(compare.main, *given[:1], "even=--no-such-flag", world.flags()) == 3
     assert run_main(compare.main, *given[:1], "even=--data-dir none", world.flags()) == 3
     monkeypatch.setattr(compare, "find_data", no_data)

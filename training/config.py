@@ -192,11 +192,6 @@ class TrainConfig(Planning, Saving, Evaluating, Hardware, Learning, Main):
     def teachers(self) -> list[str]:
         return self.teacher.split(",") if self.teacher else []
 
-    @property
-    def ignores_seed(self) -> bool:
-        """Whether runs with other seeds are the same, apart from rounding."""
-        return bool(self.init_from) and not self.shuffle and not self.model.dropout
-
     def grad_accum_steps(self, world_size: int) -> int:
         """Forward and backward passes per process and update."""
         return self.total_batch_tokens // (self.micro_batch_size * self.model.seq_len * world_size)
