@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -64,7 +64,7 @@ class PrepareConfig:
     """Turn documents into shards of tokens for train.py."""
 
     dataset: tuple[str, ...] = (FINEWEB_EDU,)
-    """A dataset on the hub, 'stdlib' (Python's own standard library), or local files and folders."""
+    """A dataset of parquet files on the hub, 'stdlib' (Python's own standard library), or local files and folders."""
     name: str = "sample-10BT"
     """Configuration of the hub's dataset; '' takes its default."""
     revision: str = ""
@@ -112,6 +112,8 @@ class PrepareConfig:
             errors.append(f"--part needs a folder: join the parts there, then run the same command with --out-dir {self.out_dir}")
         if self.part and self.pretokenized:
             errors.append("--part does not work with --pretokenized: leave one of them out")
+        if self.pretokenized and len(self.dataset) > 1:
+            errors.append("--pretokenized takes one dataset on the hub: leave out the others")
         return errors
 
 
@@ -196,6 +198,9 @@ def begin_worker():
 
 def prepare(config: PrepareConfig):
     """Makes the shards in --out-dir. If that is a URL: in a folder that has its last name, and sends them."""
+    if config.pretokenized:
+        repo = PRETOKENIZED if config.dataset == (FINEWEB_EDU,) else config.dataset[0]
+        config = replace(config, dataset=(repo,), name="", tokenizer="gpt2")
     if not is_url(config.out_dir):
         make_shards(config)
         return
@@ -349,9 +354,7 @@ def fetch_pretokenized(held: HeldFolder, config: PrepareConfig, ready: Ready = i
     """Downloads .bin shards from the hub until they have --max-tokens train tokens. Skips files that are already there."""
     from huggingface_hub import hf_hub_download
 
-    out = held.path
-    repo = PRETOKENIZED if config.dataset == (FINEWEB_EDU,) else config.dataset[0]
-    config = PrepareConfig(**asdict(config) | {"dataset": (repo,), "name": "", "tokenizer": "gpt2"})
+    out, repo = held.path, config.dataset[0]
     progress = resume_point(out, config)
     if progress is None:
         return

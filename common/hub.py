@@ -9,6 +9,7 @@ from common import cli
 from common.documents import BadRow, BadRows, check_part_count, check_text
 from common.text import not_decodable
 
+PARQUET = "choose a dataset with parquet files, a split 'train'"
 HUB_TIMEOUT = 30  # seconds without a byte; dataset_info has no limit by default
 
 
@@ -65,9 +66,10 @@ class HubDocuments:
     def __init__(self, repo: str, revision: str, name: str, part_range: tuple[int, int], text_field: str = "text", skip_bad: bool = False):
         self.repo, self.name, self.part_range, self.text_field = repo, name, part_range, text_field
         self.rows, self.bad = 0, BadRows(skip_bad)
+        self.loaded = None  # the state to continue after, until the first row is read: only then does datasets tell it
         problem = f"{repo} is not a local path, and looking it up on the hub failed"
         self.revision = hub_info(repo, revision, problem, "check the name, the revision and the network").sha
-        self.dataset = retry(f"could not open {repo}", "check --name, --part and the network", busy, self.open)
+        self.dataset = retry(f"could not open {repo}", f"{PARQUET}, or check --name, --part and the network", busy, self.open)
 
     def open(self):
         from datasets import load_dataset
@@ -79,10 +81,11 @@ class HubDocuments:
         return dataset.shard(count, index, contiguous=True)
 
     def state(self) -> dict:
-        return {"datasets": self.dataset.state_dict(), "rows": self.rows, "skipped": copy.deepcopy(self.bad.found)}
+        return {"datasets": self.loaded or self.dataset.state_dict(), "rows": self.rows, "skipped": copy.deepcopy(self.bad.found)}
 
     def load_state(self, state: dict):
         """Continues after a state. Older ones are the datasets library's alone."""
+        self.loaded = copy.deepcopy(state.get("datasets", state))
         self.dataset.load_state_dict(state.get("datasets", state))
         self.rows = int(state.get("rows", 0))
         self.bad.load(state.get("skipped", {}))
@@ -95,20 +98,22 @@ class HubDocuments:
                     state, self.dataset = self.state(), self.open()
                     self.load_state(state)
                 for row in self.dataset:
-                    self.rows += 1
+                    self.rows, self.loaded = self.rows + 1, None
                     yield from self.bad.good([check_text(row[self.text_field], self.place(), self.text_field)])
                     failures = 0
                 return
             except BadRow:
                 raise
             except UnicodeDecodeError as e:  # this iterator is at its end, but its state is after the row
-                self.rows, again = self.rows + 1, True
+                self.rows, self.loaded, again = self.rows + 1, None, True
                 self.bad.add(not_decodable(e, self.place()))
                 if stuck == self.dataset.state_dict():
                     raise ValueError(f"{self.place()} can't be skipped: download the files and give them as --dataset") from e
                 stuck = self.dataset.state_dict()
             except (ValueError, KeyError, TypeError) as e:  # the data is at fault, not the network
-                fix = f"choose a dataset of parquet files with a column '{self.text_field}', or another --text-field"
+                fix = f"{PARQUET} and a column '{self.text_field}', or another --text-field"
+                if self.loaded and isinstance(e, KeyError):  # it knows the state's format only now
+                    fix = "if another version of datasets began this, install that one, or start in another --out-dir"
                 raise ValueError(f"could not read {self.repo} after {self.rows:,} rows ({brief(e)}): {fix}") from e
             except Exception as e:
                 if cli.disk_failed(e):

@@ -60,9 +60,11 @@ def report_missing_parts(out: Path, config, missing: list[str]):
 
 
 def check_parts_match(config, folders: list[Path], manifests: list[dict]):
-    """ValueError if parts differ in their settings from ours, or in their data from each other."""
+    """ValueError if parts differ in their settings from ours, or in their data from each other, or if a folder has another part."""
     revision, errors = manifests[0]["revision"], []
-    for folder, manifest in zip(folders, manifests, strict=True):
+    for index, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
+        if (part := manifest["settings"].get("part")) != f"{index + 1}/{len(folders)}":
+            errors.append(f"{folder} has part {part}: move it away, and make or copy the right one")
         if other := other_settings(manifest["settings"], config, manifest.get("skipped", {}), ("part", "revision")):
             errors.append(f"{folder} was made with other settings ({other}): use the same, or move it away and make that part again")
         if manifest["revision"] != revision:

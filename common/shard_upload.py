@@ -53,7 +53,9 @@ class Upload:
             if not (isinstance(settings, dict) and are_entries(shards)):
                 raise ValueError(f"{place}/{PROGRESS} is damaged: delete it, then run the same command again")
             if other := other_settings(settings, self.config, {}, ("skip_bad_rows",)):
-                raise ValueError(f"{place} has an unfinished upload with other settings ({other}): use the same, or {ELSEWHERE}")
+                if shards or any(split_of(name) for name in found):
+                    raise ValueError(f"{place} has an unfinished upload with other settings ({other}): use the same, or {ELSEWHERE}")
+                self.send_progress()  # nothing has arrived, so settings may change
             whole = [entry for entry in shards if (found.get(entry["file"]) or 0) - 2 * entry["tokens"] in HEADERS]
             self.arrived = whole  # what someone has deleted or cut since is sent again
         elif any(split_of(name) for name in found):

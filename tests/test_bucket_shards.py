@@ -530,6 +530,10 @@ def test_upload_of_other_settings_is_refused(tmp_path, monkeypatch, capsys):
     (up / PROGRESS).unlink()
     assert run_main(fineweb.main, *other) == 2
     assert "has shards that this command did not make" in capsys.readouterr().err
+    typo = ["--dataset", tmp_path / "text.jsonl", "--tokenizer", "bytes", "--shard-size", 10, "--out-dir", f"file://{tmp_path}/up/typo"]
+    (tmp_path / "text.jsonl").write_text('{"body": "some text, and some more of it"}\n')
+    assert run_main(fineweb.main, *typo) == 2 and "--text-field" in capsys.readouterr().err
+    assert run_main(fineweb.main, *typo, "--text-field", "body") == 0  # nothing had arrived, so a mistake can be corrected
     assert run_main(fineweb.main, *STDLIB, "--part", "1/2", "--out-dir", url) == 2
     assert "--part needs a folder" in capsys.readouterr().err
     (tmp_path / MANIFEST).rename(up / MANIFEST)

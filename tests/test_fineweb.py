@@ -476,6 +476,11 @@ def test_mismatched_parts_are_refused_and_nothing_moves(tmp_path, files, capsys)
     capsys.readouterr()
     check_refused("in_train_000001.npy is in the way of")
     foreign.unlink()
+    shutil.move(second, tmp_path / "second")
+    shutil.copytree(out / "part-1-of-2", second)  # two machines made the same part
+    check_refused("part-2-of-2 has part 1/2: move it away, and make or copy the right one")
+    shutil.rmtree(second)
+    shutil.move(tmp_path / "second", second)
     shutil.move(second / "in_train_000001.npy", tmp_path / "elsewhere")
     check_refused("in_train_000001.npy is missing: copy it back")
     shutil.move(tmp_path / "elsewhere", second / "in_train_000001.npy")
@@ -549,6 +554,7 @@ def test_join_never_writes_into_anothers_folder(tmp_path, files, capsys, monkeyp
         (["--part", "x"], "--part is x"),
         (["--part", "6/6"], "--part 6/6 is too fine, the dataset has 5 files: make at most 5 parts"),
         (["--part", "1/2", "--pretokenized"], "does not work with --pretokenized: leave one of them out"),
+        (["--pretokenized", "--dataset", "a/b", "c/d"], "--pretokenized takes one dataset on the hub: leave out the others"),
     ],
 )
 def test_invalid_part_is_a_one_line_error(tmp_path, files, capsys, argv, message):
@@ -960,6 +966,30 @@ def test_stream_from_hub_and_record_commit(tmp_path, fineweb_edu):
     assert not any("resolve/main" in request for request in requests)
 
 
+def exit_after(pieces: int):
+    """Ends the process when it has recorded this number of pieces."""
+    plain, numbers = fineweb.write_progress, itertools.count(1)
+
+    def write_progress(out, progress):
+        plain(out, progress)
+        if progress["shards"] and next(numbers) == pieces:
+            sys.exit(9)
+
+    fineweb.write_progress, fineweb.CHUNK_CHARS = write_progress, 1200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [[12, 2], [12, 2, 2]], ids=str)  # a launch that continues records what is there first
+def test_second_stop_doubles_no_document_of_the_hub(tmp_path, fineweb_edu, stops):
+    """The next piece ends in the chunk at which the run had continued. datasets tells a state that it loaded only after the next row."""
+    with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}) as (url, _):
+        for pieces in stops:
+            result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--shard-size", 100, first=partial(exit_after, pieces))
+            assert result.returncode == 9, result.stderr
+        result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--shard-size", 100)
+    assert result.returncode == 0 and row(tmp_path / "out") == expected(TEXTS[:39])
+
+
 def test_dropped_connections_are_retried(tmp_path, fineweb_edu):
     with serve({"datasets/HuggingFaceFW/fineweb-edu": fineweb_edu}, break_after=4) as (url, _):
         result = from_hub(url, tmp_path, "--out-dir", tmp_path / "out", "--shard-size", 500)
@@ -1170,6 +1200,10 @@ def test_kill_before_first_shard_keeps_the_commit(tmp_path, recorded, kept):
 def test_download_pretokenized_shards(tmp_path, pretokenized):
     with serve({"datasets/kjj0/fineweb10B-gpt2": pretokenized}) as (url, _):
         result = from_hub(url, tmp_path, "--pretokenized", "--out-dir", tmp_path / "out", "--max-tokens", 20_001)
+        for _ in range(2):
+            in_bucket = from_hub(url, tmp_path, "--pretokenized", "--out-dir", f"file://{tmp_path}/up/bins", "--max-tokens", 20_001)
+            assert in_bucket.returncode == 0, in_bucket.stderr
+        assert "is already complete" in in_bucket.stdout
     assert result.returncode == 0, result.stderr
     manifest = read_json(tmp_path / "out" / "manifest.json", "")
     assert [shard["file"] for shard in manifest["shards"]] == [
