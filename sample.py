@@ -415,7 +415,7 @@ def read_prompt(given: str) -> str:
     if not given.startswith(FROM_FILE):
         return given
     try:
-        return Path(given.removeprefix(FROM_FILE)).read_text(encoding="utf-8")
+        return Path(given.removeprefix(FROM_FILE)).read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"--prompt {given}: can't read the file ({cli.in_one_line(e)}): give the path of a text in UTF-8") from e
 

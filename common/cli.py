@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import unicodedata
 from contextlib import contextmanager, suppress
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from functools import cache
@@ -145,9 +146,17 @@ class TryAgain(ValueError):
     """An error that passes by itself, such as one of the network: the same command may succeed later."""
 
 
+TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")  # the direction of the text after it
+
+
 def printable(text: str) -> str:
-    """Replaces control characters by a box: a model may write anything, and some would control the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """Replaces by a box what would control a terminal: a model may write anything. Keeps all blanks, and the invisible joiners of Persian
+    and emoji."""
+
+    def harmless(c: str) -> bool:
+        return c.isprintable() or c in "\n\t" or (unicodedata.category(c) in ("Zs", "Cf", "Co", "Cn") and not TURNS.match(c))
+
+    return "".join(c if harmless(c) else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def some(items, n: int = 5) -> str:

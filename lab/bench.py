@@ -351,6 +351,7 @@ def side(connection, setup, config: BenchConfig, folder: Path):
     before = hardware.peak_memory(torch.device("cpu"))
     bench = Bench(config, folder)
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA for both sides: ours trains with it
     try:
         work = setup(bench)
         while (number := connection.recv()) is not None:
@@ -516,6 +517,9 @@ def errors_of(config: BenchConfig) -> list[str]:
         errors.append("--dtype int8 is for generation only: add --what generate")
     if not 50257 <= config.model.vocab_size <= 65536:
         errors.append(f"--vocab-size is {config.model.vocab_size}: it must be from 50257 (GPT-2) to 65536 (a shard's limit)")
+    if (on := config.model.switches_on()) and {"train", "generate", "score"} & {*config.what}:
+        flags = ", ".join(map(cli.flag, on))
+        errors.append(f"the peer of train, generate and score is plain GPT-2: leave out {flags}, or pass --what recompute load save")
     if find_spec("transformers") is None:
         errors.append("the peers are not installed: pip install -r requirements-dev.txt")
     return errors

@@ -27,7 +27,7 @@ from common.locks import lock_folder
 from common.logs import read_metrics
 from common.tables import table
 from common.validation import raise_errors
-from lab.origins import code_notes, data_notes, refuse_unless
+from lab.origins import code_notes, data_notes, origin_of, refuse_unless, unequal
 from lab.runs import SCRIPT, Run, environment, last_checkpoint, settings_to_blame, split, why_it_failed
 from train import find_data
 from training.config import TrainConfig
@@ -363,6 +363,12 @@ def origin_notes(config: SweepConfig, code: dict, run: str = "*") -> list[str]:
     return code_notes(folders, code) + data_notes(folders)
 
 
+def unfair_to(config: SweepConfig, best: str, run: str) -> list[str]:
+    """Says how a run's data, validation or budget differ from the best one's: then their losses don't compare the settings alone."""
+    ours, theirs = (origin_of(Path(config.out_dir, name)) for name in (run, best))
+    return unequal(run, ours, best, theirs, budget=True)
+
+
 def rows_of(study) -> list[dict]:
     """Returns a row per trial: finished ones first, from the best on. ValueError if none has finished."""
     rows = [
@@ -382,8 +388,10 @@ def rows_of(study) -> list[dict]:
 def show(config: SweepConfig, space: dict[str, Choice | Range], study, code: dict):
     """Prints the trials so far and plots the finished ones. ValueError if none has finished."""
     rows = rows_of(study)
+    best = rows[0]["run"]
     for row in rows:
-        row["note"] = "; ".join(filter(None, [row["note"], *origin_notes(config, code, row["run"])]))
+        unfair = unfair_to(config, best, row["run"]) if row["val_loss"] is not None else []
+        row["note"] = "; ".join(filter(None, [row["note"], *origin_notes(config, code, row["run"]), *unfair]))
     print(json.dumps(rows, indent=2) if config.json else show_rows(rows, space, config.markdown), flush=True)
     picture.draw_or_warn(plot, rows, space, Path(config.out_dir, "sweep.png"))
 

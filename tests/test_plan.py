@@ -220,8 +220,26 @@ def test_plan_needs_no_shards(capsys, tmp_path):
     out = tmp_path / "none"
     assert run_main(train.main, "--plan", "--gpus", 8, "--price", 3, "--data-dir", out, "--out-dir", out) == 0
     text = capsys.readouterr().out
-    assert "124,439,808 parameters, 8 × H100, bfloat16, compiled" in text and "0.75 hours" in text and "18.69 $" in text
+    assert "124,439,808 parameters, 8 × H100, bfloat16, compiled" in text and "0.75 hours" in text and "18.78 $" in text
     assert "assumed MFU of 40%" in text and "fits; the largest that fits: --micro-batch-size 64" in text and not out.exists()
+
+
+def test_plan_takes_the_shards_vocabulary(capsys, shards, tmp_path):
+    argv = ["--plan", "--data-dir", shards, "--out-dir", tmp_path / "none", "--n-layer", 2, "--n-head", 2, "--n-embd", 32]
+    for more, rows in (([], 257), (["--vocab-size", 1000], 1000)):
+        assert run_main(train.main, *argv, *more) == 0
+        params = build_on_meta(VariantConfig(vocab_size=rows, n_layer=2, n_head=2, n_embd=32)).num_params()
+        assert f"{params:,} parameters" in capsys.readouterr().out
+
+
+def test_plan_pays_for_waiting(capsys, tmp_path):
+    """With a small batch on many GPUs, most of a step is communication."""
+    argv = ["--plan", "--preset", "gpt2-xl", "--gpus", 64, "--shard", "--micro-batch-size", 1, "--out-dir", tmp_path / "none"]
+    assert run_main(train.main, *argv) == 0
+    text = capsys.readouterr().out
+    milliseconds = float(re.search(r"a step takes ([\d.]+) ms", text)[1])
+    seconds = re.search(r"training steps +[\d,]+ +([\d.]+) ", text)[1]
+    assert 1000 * float(seconds) == pytest.approx(milliseconds, rel=1e-3)
 
 
 def test_plan_claims_nothing_about_a_bucket(capsys, tmp_path):

@@ -159,6 +159,8 @@ def test_hours_in_the_docs_follow_from_flops():
 
 
 def test_control_characters_print_as_boxes():
+    assert cli.printable(text := "10\xa0km\u202f!　東京 می\u200cخواهم 👨\u200d👩 soft\xadhyphen") == text
+    assert cli.printable("a\u202eb\u2028\ud800") == "a�b��"
     assert cli.printable("a\x1b[2J\x07\r\x00\nb\tü\x9b") == "a�[2J���\nb\tü�"
 
 

@@ -11,6 +11,7 @@ import time
 import optuna
 import pytest
 from conftest import TINY, rewrite_run, run_main, run_train
+from made_up import made_up
 
 from lab import sweep
 from lab.runs import Run
@@ -159,6 +160,14 @@ def test_stopped_launch_shows_finished_trials(shards, tmp_path, monkeypatch, cap
     assert "| 0 | 1e-3 | 1.2500 |  |" in shown.out and "error: another process is writing" in shown.err
     assert (out / "sweep.db").stat().st_size > 1000 and [path.name for path in tmp_path.iterdir()] == [out.name]
     assert run_main(sweep.main, *argv) == 2 and "| 0 | 1e-3 | 1.2500 |  |" in capsys.readouterr().out
+
+
+def test_unequal_budgets_are_noted(shards, tmp_path):
+    """A search for the batch size gives larger batches more tokens."""
+    for name, flags in (("1", ()), ("2", ("--total-batch-tokens", "512")), ("3", ("--max-lr", "1"))):
+        made_up(tmp_path / name, shards, 1, 2.0, flags)
+    config = sweep.SweepConfig(("total_batch_tokens=256,512",), out_dir=str(tmp_path))
+    assert sweep.unfair_to(config, "1", "2") == ["2 trains for 10,240 tokens, 1 for 5,120 tokens"] and not sweep.unfair_to(config, "1", "3")
 
 
 def test_unrelated_failure_stops_the_sweep(tmp_path):

@@ -10,12 +10,14 @@ from common import device
 from common.device import ASSUMED_MFU
 from common.distributed import DistContext
 from common.logs import read_metrics
+from common.shards import MANIFEST, read_manifest
 from common.tokenizer import ROWS, get_tokenizer
 from tasks.judging import build_trees
 from tasks.readers import read_tasks
 from training.config import TrainConfig
 from training.cost import HELLASWAG, TASKS, VALIDATION, parts_of, steps_of, table
 from training.memory import CUDA_ITSELF, Setting, largest_micro_batch, memory
+from training.presets import PRESETS
 from training.run_json import RUN, RUN_REMEDY, last_launch, read_run_json
 from training.sharding import reject_fp16
 from training.step_time import step_on
@@ -46,6 +48,7 @@ def measured_rate(config: TrainConfig, name: str) -> float | None:
 
 def report(config: TrainConfig) -> str:
     """Returns what train.py --plan prints. ValueError if the model can't fit, or its speed is unknown."""
+    config = replace(config, model=replace(config.model, vocab_size=ids_of(config)))
     name, dtype, setting, available = hardware(config)
     model = build_on_meta(config.model)
     need, fits = memory(config, setting, model), largest_micro_batch(config, setting, model, available)
@@ -73,6 +76,13 @@ def report(config: TrainConfig) -> str:
             f"{(step.seconds - step.compute) * 1e3:.1f} ms wait for other GPUs' {what}"
         )
     return "\n".join(lines)
+
+
+def ids_of(config: TrainConfig) -> int:
+    """Returns the vocabulary that the run would have: that of the shards, if they are there and the flags name no other."""
+    ours, manifest = config.model.vocab_size, Path(config.data_dir, MANIFEST)
+    fits = not (config.resume or config.init_from) and ours == PRESETS[config.preset].model.vocab_size
+    return read_manifest(manifest.parent).get("vocab_size", ours) if fits and manifest.exists() else ours
 
 
 def hardware(config: TrainConfig) -> tuple[str, torch.dtype, Setting, float]:
@@ -169,4 +179,8 @@ def rate_of(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) ->
         return measured * config.gpus, f"measured by the run in {config.out_dir}"
     if name == "cpu":
         raise ValueError("unknown CPU throughput: pass --rate, or the --out-dir of a run of this model")
-    return config.gpus * ASSUMED_MFU * device.peak_of(name, dtype) / flops, f"from an assumed MFU of {ASSUMED_MFU:.0%}, not measured"
+    source = f"from an assumed MFU of {ASSUMED_MFU:.0%}"
+    if config.gpus > 1:
+        step = step_on(config, config.gpus, config.shard, name, dtype=dtype)
+        return config.total_batch_tokens / step.seconds, f"{source} and the waiting for other GPUs, not measured"
+    return ASSUMED_MFU * device.peak_of(name, dtype) / flops, f"{source}, not measured"
