@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -119,6 +119,10 @@ class PlanConfig:
     """Fraction of the GPU's peak, counting 6 N D operations. train.py's mfu also counts attention's."""
     law: str = "besiroglu"
     """A published law (besiroglu, hoffmann or kaplan), or the law.json from lab.scaling fit."""
+    vocab_size: int = 50257
+    """The ids of the models that are suggested: GPT-2's. For byte shards, 257."""
+    seq_len: int = 1024
+    """Their sequence length, which a table of positions counts."""
     markdown: bool = False
     """Print tables as Markdown."""
     json: bool = False
@@ -126,7 +130,7 @@ class PlanConfig:
 
     def validate(self):
         """Raises ValueError with all errors at once."""
-        errors = cli.at_least(0, self, "flops", "gpu_hours", "dollars", "price")
+        errors = cli.at_least(0, self, "flops", "gpu_hours", "dollars", "price") + cli.at_least(1, self, "vocab_size", "seq_len")
         if sum(x > 0 for x in (self.flops, self.gpu_hours, self.dollars)) != 1:
             errors.append("give one budget: --flops 1e19, --gpu-hours 10, or --dollars 100 --price 3")
         if self.dollars > 0 and self.price <= 0:
@@ -472,24 +476,33 @@ def plan(config: PlanConfig) -> dict:
     rate = config.mfu * CARDS[config.gpu].flops  # floating point operations per second
     hours = config.gpu_hours or config.dollars / (config.price or 1)
     flops = config.flops or rate * 3600 * hours
-    law = read_law(config.law)
+    law, model = read_law(config.law), VariantConfig(vocab_size=config.vocab_size, seq_len=config.seq_len)
     best = law.best(flops)[0]
     rows = []
     for n in (best / 2, best, best * 2):
         d = flops / 6 / n
-        shape = shape_for(n, in_blocks=isinstance(law, Kaplan))
-        rows.append({"params": n, "tokens": d, "loss": float(law.loss(n, d)), "shape": flags_of(shape), "its_params": params_of(shape)})
+        shape = shape_for(n, model, in_blocks=isinstance(law, Kaplan))
+        its_params = params_of(shape, model)
+        rows.append({"params": n, "tokens": d, "loss": float(law.loss(n, d)), "shape": flags_of(shape), "its_params": its_params})
     hours = flops / rate / 3600
-    return {"flops": flops, "gpu": config.gpu, "gpu_hours": hours, "dollars": hours * config.price or None, "law": config.law, "rows": rows}
+    return {
+        "flops": flops,
+        "gpu": config.gpu,
+        "gpu_hours": hours,
+        "dollars": hours * config.price or None,
+        "law": config.law,
+        "vocab_size": config.vocab_size,
+        "rows": rows,
+    }
 
 
-def shape_for(params: float, in_blocks: bool = False) -> tuple[int, int]:
-    """Returns the layers and width of a GPT with about this many parameters and GPT-2's vocabulary.
+def shape_for(params: float, model: VariantConfig, in_blocks: bool = False) -> tuple[int, int]:
+    """Returns the layers and width of a GPT with about this many parameters, and with a model's vocabulary and sequence length.
 
     It counts 12 · layers · width² plus the embedding tables (Kaplan et al., 2020, table 1). in_blocks: without the tables.
     The width is about 64 · layers, as in the smallest GPT-2 and GPT-3.
     """
-    rows = 0 if in_blocks else VariantConfig().padded_vocab_size + VariantConfig().seq_len
+    rows = 0 if in_blocks else model.padded_vocab_size + model.seq_len
 
     def count(width: int) -> float:
         return 12 * width**3 / 64 + rows * width
@@ -505,10 +518,10 @@ def flags_of(shape: tuple[int, int]) -> str:
     return f"--n-layer {layers} --n-embd {width} --n-head {width // 64}"
 
 
-def params_of(shape: tuple[int, int]) -> int | None:
-    """Counts the parameters of a GPT with this shape and GPT-2's vocabulary. None if the shape is invalid."""
+def params_of(shape: tuple[int, int], model: VariantConfig) -> int | None:
+    """Counts the parameters of a GPT with this shape, and with a model's vocabulary and sequence length. None if the shape is invalid."""
     layers, width = shape
-    config = VariantConfig(n_layer=layers, n_embd=width, n_head=width // 64)
+    config = replace(model, n_layer=layers, n_embd=width, n_head=width // 64)
     return None if config.errors() else build_on_meta(config).num_params()
 
 
@@ -520,7 +533,7 @@ def show_plan(found: dict, markdown: bool = False) -> str:
         n, d = row["params"], row["tokens"]
         actual = f"{row['its_params'] / 1e6:,.4g} M" if row["its_params"] else "too many layers"
         rows.append([name, f"{n / 1e6:,.3g} M", f"{d / 1e9:,.3g} B", f"{d / n:,.3g}", f"{row['loss']:.4f}", row["shape"], actual])
-    head = ["", "parameters", "tokens", "tokens each", "loss", "flags of train.py", "their parameters"]
+    head = ["", "parameters", "tokens", "tokens each", "loss", "flags of train.py", f"with {found['vocab_size']:,} ids"]
     return f"{budget}, by {found['law']}:\n\n{table(head, rows, [5], markdown)}"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, Finished, forked, rewrite_run, run_main, run_train
+from conftest import REPO, TINY, Finished, forked, rewrite_run, run_main, run_train
 from scipy.optimize import approx_fprime, minimize_scalar
 
 from common import cli
@@ -114,6 +114,14 @@ def test_plan_flags_have_about_its_size(capsys):
             counted = sum(p.numel() for p in model.transformer.h.parameters()) if law == "kaplan" else model.num_params()
             assert counted == pytest.approx(row["params"], rel=0.15)
             assert 40 <= model.config.n_embd / model.config.n_layer <= 100 or row["params"] < 3e7
+
+
+def test_plan_counts_the_tables_of_byte_shards(capsys):
+    """GPT-2's vocabulary would leave no room for layers."""
+    flags = ("--law", REPO / "results" / "law.json", "--flops", 3e14, "--vocab-size", 257, "--seq-len", 256)
+    for row in plan_of(capsys, *flags)["rows"]:
+        model = build_on_meta(cli.parse(TrainConfig, [*row["shape"].split(), "--vocab-size", "257", "--seq-len", "256"]).model)
+        assert model.num_params() == row["its_params"] == pytest.approx(row["params"], rel=0.15)
 
 
 @pytest.mark.parametrize(
