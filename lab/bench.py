@@ -142,6 +142,7 @@ def train_in_less_memory(bench: Bench):
 
 def train_peer(bench: Bench):
     B, passes = bench.config.micro_batch_size, bench.config.passes
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA, as in Trainer
     model = hugging_face(bench.config.model).to(bench.device)
     forward = torch.compile(model) if bench.config.compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -351,7 +352,6 @@ def side(connection, setup, config: BenchConfig, folder: Path):
     before = hardware.peak_memory(torch.device("cpu"))
     bench = Bench(config, folder)
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA for both sides: ours trains with it
     try:
         work = setup(bench)
         while (number := connection.recv()) is not None:

@@ -365,7 +365,10 @@ def origin_notes(config: SweepConfig, code: dict, run: str = "*") -> list[str]:
 
 def unfair_to(config: SweepConfig, best: str, run: str) -> list[str]:
     """Says how a run's data, validation or budget differ from the best one's: then their losses don't compare the settings alone."""
-    ours, theirs = (origin_of(Path(config.out_dir, name)) for name in (run, best))
+    folders = [Path(config.out_dir, name) for name in (run, best)]
+    if not all((folder / RUN).exists() for folder in folders):  # someone has deleted it
+        return []
+    ours, theirs = map(origin_of, folders)
     return unequal(run, ours, best, theirs, budget=True)
 
 

@@ -1197,7 +1197,8 @@ def test_kill_before_first_shard_keeps_the_commit(tmp_path, recorded, kept):
     assert preparation.resume_point(tmp_path, config)["revision"] == kept
 
 
-def test_download_pretokenized_shards(tmp_path, pretokenized):
+def test_download_pretokenized_shards(tmp_path, pretokenized, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with serve({"datasets/kjj0/fineweb10B-gpt2": pretokenized}) as (url, _):
         result = from_hub(url, tmp_path, "--pretokenized", "--out-dir", tmp_path / "out", "--max-tokens", 20_001)
         for _ in range(2):

@@ -220,7 +220,7 @@ def test_plan_needs_no_shards(capsys, tmp_path):
     out = tmp_path / "none"
     assert run_main(train.main, "--plan", "--gpus", 8, "--price", 3, "--data-dir", out, "--out-dir", out) == 0
     text = capsys.readouterr().out
-    assert "124,439,808 parameters, 8 × H100, bfloat16, compiled" in text and "0.75 hours" in text and "18.78 $" in text
+    assert "124,439,808 parameters, 8 × H100, bfloat16, compiled" in text and "0.75 hours" in text and "18.77 $" in text
     assert "assumed MFU of 40%" in text and "fits; the largest that fits: --micro-batch-size 64" in text and not out.exists()
 
 

@@ -179,7 +179,7 @@ class Planning:
     price: float = 0.0
     """Price per GPU and hour, in $."""
     rate: float = 0.0
-    """Tokens per second, all GPUs together. 0: as the run in --out-dir measured on this GPU, or else 40 % of the peak."""
+    """Tokens per second, all GPUs together. 0: as the run in --out-dir measured on this GPU, or else 40 % of the peak, less waiting."""
 
 
 @dataclass

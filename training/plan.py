@@ -108,12 +108,12 @@ def hardware(config: TrainConfig) -> tuple[str, torch.dtype, Setting, float]:
 
 def cost(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) -> list[str]:
     """The plan's lines about time and money."""
-    rate, source = rate_of(config, name, dtype, flops)
+    rate, alone, source = rate_of(config, name, dtype, flops)
     step = config.total_batch_tokens / rate
     steps = steps_of(config, step)
     limit = f", {'--max-steps' if steps == config.max_steps else f'--max-seconds {config.max_seconds:,.10g}'} ends it"
     total = steps * config.total_batch_tokens
-    each, unknown = evaluation_seconds(config, rate)
+    each, unknown = evaluation_seconds(config, alone)
     parts = parts_of(config, 0, steps, step, each, save_seconds(config, name))
     lines = [
         f"{rate:,.0f} tokens/s, {source}",
@@ -171,16 +171,16 @@ def evaluation_tokens(config: TrainConfig, sample: int = 16) -> int:
     return round(total)
 
 
-def rate_of(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) -> tuple[float, str]:
-    """Returns tokens per second of all processes, and the source of this number."""
+def rate_of(config: TrainConfig, name: str, dtype: torch.dtype, flops: float) -> tuple[float, float, str]:
+    """Returns tokens per second of all processes, those of evaluations, where no GPU waits for another, and the source of both."""
     if config.rate:
-        return config.rate, "from --rate"
+        return config.rate, config.rate, "from --rate"
     if measured := measured_rate(config, name):
-        return measured * config.gpus, f"measured by the run in {config.out_dir}"
+        return measured * config.gpus, measured * config.gpus, f"measured by the run in {config.out_dir}"
     if name == "cpu":
         raise ValueError("unknown CPU throughput: pass --rate, or the --out-dir of a run of this model")
-    source = f"from an assumed MFU of {ASSUMED_MFU:.0%}"
-    if config.gpus > 1:
-        step = step_on(config, config.gpus, config.shard, name, dtype=dtype)
-        return config.total_batch_tokens / step.seconds, f"{source} and the waiting for other GPUs, not measured"
-    return ASSUMED_MFU * device.peak_of(name, dtype) / flops, f"{source}, not measured"
+    alone, source = config.gpus * ASSUMED_MFU * device.peak_of(name, dtype) / flops, f"from an assumed MFU of {ASSUMED_MFU:.0%}"
+    if config.gpus == 1:
+        return alone, alone, f"{source}, not measured"
+    step = step_on(config, config.gpus, config.shard, name, dtype=dtype)
+    return config.total_batch_tokens / step.seconds, alone, f"{source} and the waiting for other GPUs, not measured"
