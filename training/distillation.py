@@ -46,7 +46,7 @@ def distillation_loss(student: GPT, teachers: Sequence[GPT], x: Tensor, weight: 
 
 
 def uncached_autocast(device: str) -> torch.autocast:
-    """Autocast as it is now, but each product casts the weights anew. With one cast for all parts, autograd would sum the parts'
+    """Autocast as it is now, but each product casts the weights again. With one cast for all parts, autograd would sum the parts'
     gradients in bf16."""
     return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False)
 
