@@ -245,9 +245,8 @@ class Comparison:
                 raise_if_wrong(self.config.flags)
             raise
         try:
-            return Origin(
-                train, find_data(train).contents(), code, {}, weights_now(train, self.origins)
-            )  # makes missing shards now, not twice
+            data = find_data(train).contents()  # makes missing shards now, not twice
+            return Origin(train, data, code, {}, weights_now(train, self.origins))
         except cli.TryAgain:
             raise
         except ValueError as e:
